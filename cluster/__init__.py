@@ -1,0 +1,1 @@
+"""Declarations that put the system on a cluster; no code."""

@@ -1,0 +1,3 @@
+"""A distributed training and serving system for LLM-plus-recommender models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,396 @@
+"""The whole config tree: frozen, read from TOML and `--set`, every key and every pair of keys checked before any work."""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recsys.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen part of the config; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class StorageConfig(Section):
+    """Where every artifact lives: a folder, or `s3://bucket/prefix`. Credentials come from the AWS chain alone."""
+
+    root: str = "store"
+    endpoint: str | None = None
+    region: str = "us-east-1"
+
+
+class RunConfig(Section):
+    """The name that a run is submitted and resumed under, and what is local to it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "default"
+    scratch: str = "scratch"
+    stages: tuple[Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"], ...] = (
+        "prepare_data",
+        "train",
+        "train_id_only",
+        "search",
+        "evaluate",
+        "export",
+        "serve",
+    )
+
+
+class ColumnsConfig(Section):
+    """The input's own names for the event columns; the catalogue's and the users' id columns carry the same names."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    position: str = "position"
+    event: str = "event"
+    value: str = "value"
+
+
+class ItemFeaturesConfig(Section):
+    """Which catalogue columns are what. All empty: told by type (see `recsys.schema.infer_item_features`)."""
+
+    text: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+
+
+class SyntheticConfig(Section):
+    """The seeded generator of `data.source = "synthetic"`."""
+
+    num_users: Annotated[int, Field(ge=10)] = 2000
+    num_items: Annotated[int, Field(ge=10)] = 800
+    mean_events: Annotated[float, Field(ge=3)] = 40.0
+    num_tastes: Annotated[int, Field(ge=2)] = 12
+    seed: int = 0
+
+
+class DataConfig(Section):
+    """Input tables, how they are cleaned and split, and the dataset that training reads."""
+
+    source: Literal["files", "synthetic"] = "files"
+    events: str = ""
+    items: str = ""
+    users: str = ""
+    dataset: str = ""
+    columns: ColumnsConfig = ColumnsConfig()
+    item_features: ItemFeaturesConfig = ItemFeaturesConfig()
+    synthetic: SyntheticConfig = SyntheticConfig()
+    event_kinds: tuple[str, ...] = ()
+    like_threshold: float = 4.0
+    k_core: Annotated[int, Field(ge=0)] = 0
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    validation_from: int | None = None
+    test_from: int | None = None
+    max_history: Annotated[int, Field(ge=2, le=4096)] = 50
+    window_stride: Annotated[int, Field(ge=1)] | None = None
+    num_shards: Annotated[int, Field(ge=1, le=65536)] = 4
+    row_group_rows: Annotated[int, Field(ge=1)] = 1024
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.split == "time":
+            if self.validation_from is None or self.test_from is None:
+                raise ValueError("data.split = 'time' needs data.validation_from and data.test_from (seconds)")
+            if self.validation_from >= self.test_from:
+                raise ValueError("data.validation_from must be before data.test_from")
+        if self.window_stride is not None and self.window_stride > self.max_history:
+            raise ValueError(f"data.window_stride must be at most data.max_history ({self.max_history})")
+        return self
+
+
+class TextConfig(Section):
+    """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder."""
+
+    mode: Literal["off", "frozen", "lora", "full"] = "frozen"
+    backbone: str = "minilm"
+    max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
+    pooling: Literal["mean", "first", "last"] = "mean"
+    lora_rank: Annotated[int, Field(ge=1)] = 8
+
+
+class LossConfig(Section):
+    """The retrieval loss over the catalogue."""
+
+    kind: Literal["full", "sampled"] = "full"
+    num_negatives: Annotated[int, Field(ge=1)] = 256
+    negatives: Literal["uniform", "popularity"] = "uniform"
+
+
+class ModelConfig(Section):
+    """The recommender's shape."""
+
+    width: Annotated[int, Field(ge=4)] = 64
+    num_layers: Annotated[int, Field(ge=1)] = 2
+    num_heads: Annotated[int, Field(ge=1)] = 2
+    dropout: Fraction = 0.2
+    id_dropout: Fraction = 0.0
+    use_ids: bool = True
+    use_features: bool = True
+    use_gaps: bool = True
+    text: TextConfig = TextConfig()
+    loss: LossConfig = LossConfig()
+    task_weight: Annotated[float, Field(ge=0)] = 0.1
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.width % self.num_heads:
+            near = self.num_heads * max(1, round(self.width / self.num_heads))
+            raise ValueError(f"model.width = {self.width} must be divisible by model.num_heads = {self.num_heads}; {near} would work")
+        if not self.use_ids and self.text.mode == "off" and not self.use_features:
+            raise ValueError("model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, linear warm-up, cosine decay to `final_fraction` of the peak."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    backbone_learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainingConfig(Section):
+    """How a run is spread over workers and how long it goes on."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 2
+    use_gpu: bool = False
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    global_batch_size: Annotated[int, Field(ge=1)] = 128
+    micro_batch_size: Annotated[int, Field(ge=1)] = 64
+    epochs: Annotated[int, Field(ge=1)] = 20
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
+    shuffle_row_groups: Annotated[int, Field(ge=1)] = 64
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    log_every_seconds: Annotated[float, Field(ge=0)] = 5.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        share = self.micro_batch_size * self.num_workers
+        if self.global_batch_size % share:
+            near = share * math.ceil(self.global_batch_size / share)
+            raise ValueError(
+                f"training.global_batch_size = {self.global_batch_size} must be divisible by training.micro_batch_size x "
+                f"training.num_workers = {self.micro_batch_size} x {self.num_workers}; {near} would work"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")
+        return self
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro batches that one worker runs for one optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+
+
+class CheckpointConfig(Section):
+    """When a resumable state is saved, and how many are kept beside the best."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 200
+    keep_last: Annotated[int, Field(ge=1)] = 2
+
+
+class EvaluationConfig(Section):
+    """Full ranking: every item of the catalogue is a candidate but those the user has seen."""
+
+    checkpoint: str = ""
+    split: Literal["validation", "test"] = "test"
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = (5, 10, 20)
+    metric: str = "ndcg@10"
+    batch_size: Annotated[int, Field(ge=1)] = 256
+
+    @model_validator(mode="after")
+    def _check_metric(self) -> Self:
+        name, _, cutoff = self.metric.partition("@")
+        if name not in ("hr", "ndcg", "mrr", "recall") or not cutoff.isdigit() or int(cutoff) not in self.cutoffs:
+            known = ", ".join(f"ndcg@{k}" for k in self.cutoffs)
+            raise ValueError(f"evaluation.metric = '{self.metric}' must be hr, ndcg, mrr or recall at one of evaluation.cutoffs; {known} would work")
+        return self
+
+
+class SearchConfig(Section):
+    """The hyperparameter search: Optuna proposes, ASHA stops, every trial is a whole training run."""
+
+    num_trials: Annotated[int, Field(ge=1)] = 4
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    grace_epochs: Annotated[int, Field(ge=1)] = 2
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    learning_rate: tuple[float, float] = (3e-4, 5e-3)
+    width: tuple[int, ...] = (32, 64)
+    dropout: tuple[float, ...] = (0.1, 0.2, 0.4)
+    loss: tuple[Literal["full", "sampled"], ...] = ("full", "sampled")
+    text_mode: tuple[Literal["off", "frozen", "lora", "full"], ...] = ("off", "frozen")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        low, high = self.learning_rate
+        if not 0 < low < high:
+            raise ValueError(f"search.learning_rate = [{low}, {high}] must be [low, high] with 0 < low < high; [0.0003, 0.005] would work")
+        return self
+
+
+class ExportConfig(Section):
+    """Publishing an immutable version and moving the aliases."""
+
+    checkpoint: str = ""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "recommender"
+    promote: Literal["if_better", "always", "never"] = "if_better"
+    num_golden: Annotated[int, Field(ge=0)] = 16
+
+
+class ServiceConfig(Section):
+    """The HTTP endpoint. The bearer token is read from the environment variable that `token_env` names."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    export: str = "recommender"
+    alias: str = "production"
+    token_env: str = "RECSYS_SERVICE_TOKEN"
+    max_body_bytes: Annotated[int, Field(ge=1)] = 1_000_000
+    max_k: Annotated[int, Field(ge=1)] = 500
+    max_candidates: Annotated[int, Field(ge=1)] = 5000
+    max_batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_wait_seconds: Annotated[float, Field(ge=0)] = 0.002
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 2
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"service.min_replicas = {self.min_replicas} must be at most service.max_replicas = {self.max_replicas}")
+        return self
+
+
+class Config(Section):
+    """One config for every stage; each stage reads the sections that it needs."""
+
+    storage: StorageConfig = StorageConfig()
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = SearchConfig()
+    export: ExportConfig = ExportConfig()
+    service: ServiceConfig = ServiceConfig()
+
+    def with_values(self, values: dict[str, Any]) -> "Config":
+        """Return a copy with `{"section.key": value}` replaced, checked as a whole.
+
+        Raises:
+            UserError: a key is unknown or a value breaks a rule.
+        """
+        tree = self.model_dump(mode="json")
+        for key, value in values.items():
+            _put(tree, key, value)
+        return _validate(tree)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, lay `section.key=value` over it, check all, and make local paths absolute.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value breaks a rule; one line.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: is not valid TOML: {error}") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or "." not in key:
+            raise UserError(f"--set {override}: must be section.key=value, such as --set training.epochs=3")
+        _put(tree, key, _parse_value(text))
+    return _with_absolute_paths(_validate(tree))
+
+
+def _parse_value(text: str) -> Any:
+    """Read a value as TOML would; what is not TOML is a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: '{parent}' is a value, not a section")
+    tree[last] = value
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {close[0]}?"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key} = {json.dumps(first['input'], default=str)}: {first['msg']}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield f"{prefix}{name}"
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Make local paths absolute, since workers and jobs run in folders of their own."""
+    values = {
+        "storage.root": config.storage.root,
+        "run.scratch": config.run.scratch,
+        "data.events": config.data.events,
+        "data.items": config.data.items,
+        "data.users": config.data.users,
+        "data.dataset": config.data.dataset,
+        "evaluation.checkpoint": config.evaluation.checkpoint,
+        "export.checkpoint": config.export.checkpoint,
+    }
+    if Path(config.model.text.backbone).is_dir():
+        values["model.text.backbone"] = config.model.text.backbone
+    return config.with_values({key: str(Path(path).absolute()) for key, path in values.items() if path and "://" not in path})

@@ -1,0 +1,1 @@
+"""Datasets: importing, preparing, planning and reading."""

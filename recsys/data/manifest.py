@@ -1,0 +1,108 @@
+"""The dataset's manifest and the way back from it to tables; making one is `prepare.py`, reading samples is `reader.py`."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
+from recsys.errors import UserError
+from recsys.schema import Task
+from recsys.storage import Storage, join
+
+MANIFEST_NAME = "manifest.json"
+
+
+class Shard(BaseModel):
+    """One Parquet file of a dataset; `path` is relative to the dataset's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    row_groups: tuple[int, ...]
+    num_bytes: int
+    sha256: str
+
+    @property
+    def num_rows(self) -> int:
+        """Rows over all row groups."""
+        return sum(self.row_groups)
+
+
+class DatasetManifest(BaseModel):
+    """Everything that a reader needs to know of a dataset without opening a shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    fingerprint: str
+    inputs: tuple[dict[str, Any], ...]
+    data_config: dict[str, Any]
+    tie_rule: str
+    num_users: int
+    num_items: int
+    num_interactions: int
+    num_targets: int
+    rejected: dict[str, int]
+    event_kinds: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    value_mean: float
+    value_std: float
+    has_time: bool
+    category_vocabulary: tuple[str, ...]
+    number_columns: tuple[str, ...]
+    vector_size: int
+    train_shards: tuple[Shard, ...]
+    users_shards: tuple[Shard, ...]
+    catalogue_shards: tuple[Shard, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples, which are the rows of the training shards."""
+        return sum(shard.num_rows for shard in self.train_shards)
+
+
+def content_fingerprint(fields: dict[str, Any]) -> str:
+    """Hash what a dataset contains: every manifest field but the fingerprint, the inputs' addresses left out."""
+    content = {key: value for key, value in fields.items() if key not in ("fingerprint", "inputs")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A manifest together with the folder that its shards are in."""
+
+    storage: Storage
+    uri: str
+    manifest: DatasetManifest
+
+    @classmethod
+    def open(cls, storage: Storage, uri: str) -> "Dataset":
+        """Read a dataset's manifest.
+
+        Raises:
+            UserError: there is no dataset at `uri`.
+        """
+        if not uri:
+            raise UserError("data.dataset: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
+        if not storage.exists(join(uri, MANIFEST_NAME)):
+            raise UserError(f"data.dataset = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
+        return cls(storage, uri, DatasetManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME))))
+
+    @cached_property
+    def catalogue(self) -> pa.Table:
+        """The items, sorted by `item_index` (CATALOGUE_SCHEMA)."""
+        return pa.concat_tables([self.read_shard(shard) for shard in self.manifest.catalogue_shards]).combine_chunks()
+
+    def read_users(self, columns: list[str] | None = None) -> pa.Table:
+        """Read all users, sorted by `user_index` (USERS_SCHEMA)."""
+        return pa.concat_tables([self.read_shard(shard, columns) for shard in self.manifest.users_shards]).combine_chunks()
+
+    def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
+        """Read one shard whole, or some of its columns."""
+        filesystem, path = self.storage.locate(join(self.uri, shard.path))
+        return pq.read_table(path, filesystem=filesystem, columns=columns)

@@ -1,0 +1,1 @@
+"""The recommender: item encoder, user encoder, ranker and losses."""

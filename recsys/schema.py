@@ -1,0 +1,124 @@
+"""The one vocabulary: column names, event kinds, tasks, feature kinds and the Arrow schemas of a dataset's tables."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+TIMESTAMP = "timestamp"
+POSITION = "position"
+EVENT = "event"
+VALUE = "value"
+
+PADDING_ITEM = 0
+"""Catalogue index that stands for "no item"; real items are numbered from 1."""
+
+DEFAULT_EVENT = "interaction"
+KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
+"""Weak to strong; kinds that are not listed come after, by name."""
+
+TIE_RULE = "interactions of a user are sorted by time; equal times keep the input's order"
+RANK_TIE_RULE = "items with equal scores are ranked by catalogue index, the lower first"
+
+EVENTS_SCHEMA = pa.schema(
+    [
+        (USER_ID, pa.string()),
+        (ITEM_ID, pa.string()),
+        (TIMESTAMP, pa.int64()),
+        (EVENT, pa.string()),
+        (VALUE, pa.float32()),
+        ("input_order", pa.int64()),
+    ]
+)
+"""An event as every importer hands it on. `timestamp` is seconds, or the position within the user where there is no
+time; `value` is null where the event has none; `input_order` is the row's number over all input files."""
+
+_SEQUENCE_FIELDS = [
+    ("items", pa.list_(pa.int32())),
+    ("events", pa.list_(pa.int8())),
+    ("timestamps", pa.list_(pa.int64())),
+    ("values", pa.list_(pa.float32())),
+]
+
+TRAIN_SCHEMA = pa.schema([("user_index", pa.int64()), *_SEQUENCE_FIELDS, ("first_target", pa.int32())])
+"""One row per training sample: up to `max_history + 1` interactions of one user, oldest first. Interactions from
+`first_target` on are targets, those before it are context only."""
+
+USERS_SCHEMA = pa.schema(
+    [
+        ("user_index", pa.int64()),
+        (USER_ID, pa.string()),
+        *_SEQUENCE_FIELDS,
+        ("num_train", pa.int32()),
+        ("num_validation", pa.int32()),
+        ("attributes", pa.map_(pa.string(), pa.string())),
+    ]
+)
+"""One row per user: all interactions, oldest first. The first `num_train` are training data, the next
+`num_validation` the validation targets, the rest the test targets."""
+
+CATALOGUE_SCHEMA = pa.schema(
+    [
+        ("item_index", pa.int32()),
+        (ITEM_ID, pa.string()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("categories", pa.list_(pa.int32())),
+        ("numbers", pa.list_(pa.float32())),
+        ("vector", pa.list_(pa.float32())),
+        ("train_count", pa.int64()),
+    ]
+)
+"""One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
+`numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
+
+FeatureKind = Literal["text", "categories", "numbers", "vectors"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that is predicted of a (user, item) pair besides the next item.
+
+    `event`: the label is 1 where the event kind is at least as strong as this one. Otherwise the label comes from the
+    event's value: itself (regression) or `value >= threshold` (binary).
+    """
+
+    name: str
+    kind: Literal["binary", "regression"]
+    event: str | None = None
+    threshold: float | None = None
+
+
+def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Order event kinds from weak to strong: as configured, then the known order, then by name."""
+    order = {kind: position for position, kind in enumerate((*configured, *KNOWN_EVENT_ORDER))}
+    return tuple(sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind)))
+
+
+def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
+    """Derive the ranking tasks from what the data has: values give `rating` and `like`, each stronger event kind one."""
+    tasks = [Task(name=kind, kind="binary", event=kind) for kind in event_kinds[1:]]
+    if num_values:
+        tasks += [Task("rating", "regression"), Task("like", "binary", threshold=like_threshold)]
+    return tuple(tasks)
+
+
+def infer_item_features(schema: pa.Schema, distinct_ratio: dict[str, float]) -> dict[str, FeatureKind]:
+    """Tell each catalogue column's kind by its type.
+
+    Lists of numbers are vectors, lists of strings categories, numbers numbers; a string column is text where most of
+    its values differ (`distinct_ratio` > 0.5) and a category otherwise.
+    """
+    kinds: dict[str, FeatureKind] = {}
+    for field in schema:
+        if field.name == ITEM_ID:
+            continue
+        if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) or pa.types.is_fixed_size_list(field.type):
+            kinds[field.name] = "categories" if pa.types.is_string(field.type.value_type) else "vectors"
+        elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            kinds[field.name] = "text" if distinct_ratio[field.name] > 0.5 else "categories"
+        elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
+            kinds[field.name] = "numbers"
+    return kinds

@@ -1,0 +1,1 @@
+"""The hyperparameter search over whole training runs."""
