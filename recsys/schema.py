@@ -108,7 +108,7 @@ def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: 
 def infer_item_features(schema: pa.Schema, distinct_ratio: dict[str, float]) -> dict[str, FeatureKind]:
     """Tell each catalogue column's kind by its type.
 
-    Lists of numbers are vectors, lists of strings categories, numbers numbers; a string column is text where most of
+    Lists of floats are vectors, other lists (strings, whole numbers) categories, numbers numbers; a string column is text where most of
     its values differ (`distinct_ratio` > 0.5) and a category otherwise.
     """
     kinds: dict[str, FeatureKind] = {}
@@ -116,7 +116,7 @@ def infer_item_features(schema: pa.Schema, distinct_ratio: dict[str, float]) -> 
         if field.name == ITEM_ID:
             continue
         if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) or pa.types.is_fixed_size_list(field.type):
-            kinds[field.name] = "categories" if pa.types.is_string(field.type.value_type) else "vectors"
+            kinds[field.name] = "vectors" if pa.types.is_floating(field.type.value_type) else "categories"
         elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
             kinds[field.name] = "text" if distinct_ratio[field.name] > 0.5 else "categories"
         elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):

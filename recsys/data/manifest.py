@@ -48,6 +48,7 @@ class DatasetManifest(BaseModel):
     num_interactions: int
     num_targets: int
     rejected: dict[str, int]
+    items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
     tasks: tuple[Task, ...]
     value_mean: float

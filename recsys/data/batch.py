@@ -1,0 +1,134 @@
+"""What a rank trains on in one micro batch, and how rows become one."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.data.manifest import DatasetManifest
+from recsys.schema import PADDING_ITEM, Task
+
+NUM_GAP_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch. Shapes: B samples, L positions, D distinct items, T tasks, K negatives.
+
+    `history`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is
+    padding. Histories are aligned left: position 0 is the oldest.
+    """
+
+    sample_ids: Tensor  # (B,)
+    items: Tensor  # (D,)
+    history: Tensor  # (B, L)
+    events: Tensor  # (B, L) event kind of each history item, from 1; 0 is padding
+    gaps: Tensor  # (B, L) bucket of the time since the item before
+    targets: Tensor  # (B, L) the item after each position, 0 where that is no target
+    labels: Tensor  # (B, L, T) of the target
+    label_mask: Tensor  # (B, L, T) 1 where there is a label
+    negatives: Tensor  # (K,) empty where the loss takes the whole catalogue
+    negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device, without waiting where the memory is pinned."""
+        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in dataclasses.fields(self)})
+
+    def pin(self) -> "Batch":
+        """Move to page-locked memory, from which a GPU copies in the background."""
+        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in dataclasses.fields(self)})
+
+    def valid_counts(self) -> Tensor:
+        """Count retrieval targets, then labels by task, (1 + T,), in float64 since they are summed over ranks."""
+        counts = torch.cat([(self.targets != 0).sum()[None], self.label_mask.sum((0, 1))])
+        return counts.to(torch.float64)
+
+
+def gap_buckets(timestamps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bucket the seconds since the interaction before: floor(log2(1 + gap)), the first of a row has no gap. (B, L)."""
+    gaps = np.diff(timestamps, axis=1, prepend=timestamps[:, :1]).clip(min=0)
+    return np.floor(np.log2(1.0 + gaps)).clip(max=NUM_GAP_BUCKETS - 1).astype(np.int64)
+
+
+def pad_lists(column: pa.Array | pa.ChunkedArray, width: int | None = None) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+    """Lay a list column out as a zero-padded rectangle, aligned left; return it with the mask of what is real."""
+    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    mask = np.arange(int(lengths.max(initial=0)) if width is None else width) < lengths[:, None]
+    rectangle = np.zeros(mask.shape, dtype=values.dtype)
+    rectangle[mask] = values
+    return rectangle, mask
+
+
+def task_labels(tasks: tuple[Task, ...], manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the label of each task and whether there is one, both (..., T) float32.
+
+    `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
+    """
+    labels, masks = [], []
+    for task in tasks:
+        if task.event is not None:
+            labels.append((events >= manifest.event_kinds.index(task.event)).float())
+            masks.append(torch.ones_like(values))
+            continue
+        has_value = ~values.isnan()
+        known = torch.where(has_value, values, 0.0)
+        is_binary = task.threshold is not None
+        labels.append((known >= task.threshold).float() if is_binary else (known - manifest.value_mean) / manifest.value_std)
+        masks.append(has_value.float())
+    if not labels:
+        nothing = torch.zeros((*values.shape, 0))
+        return nothing, nothing
+    return torch.stack(labels, -1), torch.stack(masks, -1)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns rows of the training shards (TRAIN_SCHEMA) into a `Batch`."""
+
+    manifest: DatasetManifest
+    takes_whole_catalogue: bool
+
+    def __call__(self, rows: pa.Table, sample_ids: NDArray[np.int64], negatives: Tensor, negatives_log_q: Tensor) -> Batch:
+        """Build a micro batch; no rows give one row of padding, so that every rank runs every step."""
+        if rows.num_rows == 0:
+            rows = pa.Table.from_pylist(
+                [{"items": [0, 0], "events": [0, 0], "timestamps": [0, 0], "values": [0, 0], "first_target": 2}], rows.schema
+            )
+            sample_ids = np.array([-1], dtype=np.int64)
+        sequence, mask = (torch.from_numpy(array) for array in pad_lists(rows["items"]))
+        events, values = (torch.from_numpy(pad_lists(rows[name])[0]) for name in ("events", "values"))
+        timestamps = pad_lists(rows["timestamps"])[0] if self.manifest.has_time else np.zeros(mask.shape, dtype=np.int64)
+        first_target = torch.tensor(rows["first_target"].to_numpy())
+        is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
+        labels, label_mask = task_labels(self.manifest.tasks, self.manifest, events[:, 1:], values[:, 1:])
+        is_input = torch.cat([mask[:, 1:], torch.zeros(len(mask), 1, dtype=torch.bool)], 1)[:, :-1]
+        history = torch.where(is_input, sequence[:, :-1], PADDING_ITEM).long()
+        targets = torch.where(is_target, sequence[:, 1:], PADDING_ITEM).long()
+        items, (history, targets, negatives) = self._index_items(history, targets, negatives)
+        return Batch(
+            sample_ids=torch.from_numpy(sample_ids),
+            items=items,
+            history=history,
+            events=torch.where(is_input, events[:, :-1].long() + 1, 0),
+            gaps=torch.from_numpy(gap_buckets(timestamps[:, :-1])) * is_input,
+            targets=targets,
+            labels=labels,
+            label_mask=label_mask * is_target[..., None],
+            negatives=negatives,
+            negatives_log_q=negatives_log_q,
+        )
+
+    def _index_items(self, *indices: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """List the distinct items, padding first, and replace catalogue indices by positions in that list."""
+        if self.takes_whole_catalogue:
+            return torch.arange(self.manifest.num_items + 1), list(indices)
+        flat = torch.cat([torch.zeros(1, dtype=torch.long), *(tensor.flatten() for tensor in indices)])
+        items, positions = torch.unique(flat, return_inverse=True)
+        parts = positions[1:].split([tensor.numel() for tensor in indices])
+        return items, [part.view(tensor.shape) for part, tensor in zip(parts, indices, strict=True)]

@@ -1,0 +1,128 @@
+"""The one door to Ray Train: a config becomes a group of workers that run the training loop, restarted when one dies."""
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from recsys.config import Config
+from recsys.data.batch import Batch
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.storage import Storage
+from recsys.train.checkpoint import CheckpointStore, TrainingState
+from recsys.train.loop import train
+from recsys.train.reporter import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class RayReporter:
+    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search."""
+
+    def step(self, step: int, losses: Metrics, batches: Sequence[Batch]) -> None:
+        """Do nothing: reporting to Ray is a barrier, too dear for every step."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Report the metrics; Ray keeps no checkpoint of its own, the store has them."""
+        ray.train.report(metrics)
+
+
+def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train on the Ray that is connected, and return what `jobs.train` prints.
+
+    A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
+
+    Raises:
+        UserError: the run's name is taken by another config or dataset, or the workers met a user's mistake.
+    """
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    checkpoints = CheckpointStore(storage, config, dataset)
+    begin = time.monotonic()
+    if finished_state(checkpoints, config) is None:
+        _fit(config, storage, callbacks)
+    state = finished_state(checkpoints, config)
+    if state is None:
+        raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
+    return {
+        "run": config.run.name,
+        "checkpoint": checkpoints.uri(state.best_step or state.step),
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "seconds": round(time.monotonic() - begin, 2),
+        "samples_per_second": round(state.samples_seen / max(state.train_seconds, 1e-9), 1),
+        "validation": {config.evaluation.metric: state.best_metric},
+    }
+
+
+def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingState | None:
+    """Return the final state if nothing of the run is left to do.
+
+    Raises:
+        UserError: the run's checkpoints are of another config or dataset.
+    """
+    newest = checkpoints.newest()
+    if newest is None:
+        return None
+    checkpoints.check_compatible(newest)
+    return newest.state if newest.state.is_finished(config) else None
+
+
+def _fit(config: Config, storage: Storage, callbacks: Sequence[Any]) -> None:
+    """Run the workers to the end. Ray's own records go to the run's folder under a name of this attempt.
+
+    With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
+    """
+    training = config.training
+    attempt = uuid.uuid4().hex[:8]
+    records = storage.uri("runs", config.run.name, "ray")
+    filesystem, path = storage.locate(records)
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"config": config.model_dump_json()},
+        scaling_config=ScalingConfig(
+            num_workers=training.num_workers,
+            use_gpu=training.use_gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=attempt,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            callbacks=list(callbacks),
+        ),
+        torch_config=TorchConfig(backend="nccl" if training.use_gpu else "gloo"),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(mistake := _cause(failure), UserError):
+                raise mistake from None
+        raise
+    except TrainingFailedError:
+        logger.exception("run %s failed", config.run.name)
+        raise
+    finally:
+        storage.delete_tree(records)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what the worker raised, out of Ray's wrappers."""
+    return getattr(error, "cause", None) or error.__cause__ or error
+
+
+def _run_worker(settings: dict[str, str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    config = Config.model_validate(json.loads(settings["config"]))
+    storage = Storage.from_config(config.storage)
+    train(config, Dataset.open(storage, config.data.dataset), RayReporter())

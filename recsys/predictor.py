@@ -1,0 +1,230 @@
+"""An export or a checkpoint, loaded to answer: user vectors, scores, rankings. The same code offline and in the service."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from recsys.config import Config
+from recsys.data.batch import gap_buckets
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import DatasetManifest
+from recsys.errors import UserError
+from recsys.model.item_encoder import ItemEncoder
+from recsys.model.ranker import Ranker
+from recsys.model.user_encoder import UserEncoder
+
+ENCODE_CHUNK = 4096
+GOLDEN_TOLERANCE = 1e-4
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a user did, oldest first: catalogue indices, event kinds from 0, and times in seconds."""
+
+    items: Indices  # (L,)
+    events: Indices  # (L,)
+    timestamps: Indices  # (L,)
+
+    @classmethod
+    def of(cls, items: Sequence[int], events: Sequence[int] | None = None, timestamps: Sequence[int] | None = None) -> "History":
+        """Build from sequences; without events all are of the weakest kind, without times all gaps are zero."""
+        zeros = [0] * len(items)
+        return cls(
+            *(
+                np.asarray(part, dtype=np.int64)
+                for part in (items, zeros if events is None else events, zeros if timestamps is None else timestamps)
+            )
+        )
+
+    def last(self, length: int) -> "History":
+        """Return the most recent `length` interactions."""
+        return History(self.items[-length:], self.events[-length:], self.timestamps[-length:])
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Items from best to worst with their scores; equal scores by catalogue index, the lower first."""
+
+    items: Indices  # (k,)
+    scores: NDArray[np.float32]  # (k,)
+
+
+class Predictor:
+    """Answers for users given by their histories. Shapes: B users, I items, W width.
+
+    Args:
+        item_vectors: (I + 1, W), row 0 for padding.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: DatasetManifest,
+        catalogue: ItemFeatures,
+        user_encoder: UserEncoder,
+        ranker: Ranker,
+        item_vectors: Tensor,
+    ) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.catalogue = catalogue
+        self.item_index = {item_id: index for index, item_id in enumerate(catalogue.item_ids) if index}
+        self.event_index = {kind: index for index, kind in enumerate(manifest.event_kinds)}
+        self._user_encoder = user_encoder
+        self._ranker = ranker
+        self._item_vectors = item_vectors
+        self.popularity = popularity_scores(catalogue)
+        self._users: dict[str, History] = {}
+
+    @torch.no_grad()
+    def encode(self, histories: Sequence[History]) -> Tensor:
+        """Return user vectors (B, W); an empty history gives a vector that says nothing, so ask `popular` instead."""
+        longest = self.config.data.max_history
+        recent = [history.last(longest) for history in histories]
+        lengths = torch.tensor([max(1, len(history.items)) for history in recent])
+        shape = (len(recent), int(lengths.max()))
+        items, events, timestamps = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for row, history in enumerate(recent):
+            size = len(history.items)
+            items[row, :size], events[row, :size] = history.items, history.events + 1
+            timestamps[row, :size] = history.timestamps
+        device = self._item_vectors.device
+        vectors = self._item_vectors[torch.from_numpy(items).to(device)]
+        states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gap_buckets(timestamps)).to(device))
+        return states[torch.arange(len(recent), device=device), lengths.to(device) - 1]
+
+    @torch.no_grad()
+    def score_catalogue(self, histories: Sequence[History]) -> Tensor:
+        """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
+        scores = (self.encode(histories) @ self._item_vectors.T).float().cpu()
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Indices]) -> list[Ranking]:
+        """Rank the catalogue for each user without the excluded items; fewer than k where nothing else is left."""
+        return [top_k(scores, k, excluded) for scores, excluded in zip(self.score_catalogue(histories).numpy(), exclude, strict=True)]
+
+    def popular(self, k: int, exclude: Indices) -> Ranking:
+        """Rank by the number of training interactions: the answer for users of whom nothing is known."""
+        return top_k(self.popularity.numpy(), k, exclude)
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[History], candidates: Sequence[Indices]) -> list[dict[str, NDArray[np.float32]]]:
+        """Score candidates (catalogue indices) for each user.
+
+        Returns:
+            Per user: `retrieval`, and each task's probability (binary) or value (regression), one per candidate.
+        """
+        users = self.encode(histories)
+        results = []
+        for user, indices in zip(users, candidates, strict=True):
+            items = self._item_vectors[torch.from_numpy(indices).to(users.device)]
+            raw = self._ranker(user.expand_as(items), items).float()
+            scores = {"retrieval": (items @ user).float().cpu().numpy()}
+            for column, task in enumerate(self.manifest.tasks):
+                value = (
+                    raw[:, column] * self.manifest.value_std + self.manifest.value_mean
+                    if task.kind == "regression"
+                    else raw[:, column].sigmoid()
+                )
+                scores[task.name] = value.cpu().numpy()
+            results.append(scores)
+        return results
+
+    def history_of(self, user_id: str) -> History | None:
+        """Return what a user of the training data did; None for a user never seen."""
+        return self._users.get(user_id)
+
+    def remember(self, users: pa.Table) -> None:
+        """Keep users' histories (`user_id`, `items`, `events`, `timestamps`) for `history_of`."""
+        columns = (users[name].to_pylist() for name in ("user_id", "items", "events", "timestamps"))
+        self._users = {user_id: History.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}
+
+    @property
+    def users(self) -> dict[str, History]:
+        """All remembered histories by user id."""
+        return self._users
+
+    @classmethod
+    def from_export(cls, folder: Path) -> "Predictor":
+        """Load an export's folder, whose files the registry has verified.
+
+        Raises:
+            UserError: the loaded model does not give the golden scores that it was published with.
+        """
+        config = Config.model_validate_json((folder / "config.json").read_bytes())
+        manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_bytes())
+        catalogue = ItemFeatures.from_table(pq.read_table(folder / "catalogue.parquet"), len(manifest.category_vocabulary))
+        user_encoder = UserEncoder(config.model, config.data.max_history, len(manifest.event_kinds), manifest.has_time)
+        ranker = Ranker(config.model.width, len(manifest.tasks))
+        weights = load_file(folder / "model.safetensors")
+        for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):
+            module.load_state_dict({key.removeprefix(name): value.float() for key, value in weights.items() if key.startswith(name)})
+        item_vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
+        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), item_vectors)
+        predictor.remember(pq.read_table(folder / "users.parquet"))
+        predictor.check_golden(json.loads((folder / "golden.json").read_bytes()))
+        return predictor
+
+    def golden(self, num_users: int, k: int = 10) -> list[dict[str, object]]:
+        """Answer for the first remembered users, to be published with an export and asked again by whoever loads it."""
+        chosen = sorted(self._users)[:num_users]
+        histories = [self._users[user_id] for user_id in chosen]
+        rankings = self.recommend(histories, k, [history.items for history in histories]) if chosen else []
+        return [
+            {"user_id": user_id, "items": ranking.items.tolist(), "scores": ranking.scores.tolist()}
+            for user_id, ranking in zip(chosen, rankings, strict=True)
+        ]
+
+    def check_golden(self, golden: list[dict[str, object]]) -> None:
+        """Compare with the published answers.
+
+        Raises:
+            UserError: a score differs by more than `GOLDEN_TOLERANCE`.
+        """
+        for row in golden:
+            history = self._users[str(row["user_id"])]
+            scores = self.score_catalogue([history]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
+            if not np.allclose(scores, row["scores"], rtol=GOLDEN_TOLERANCE, atol=GOLDEN_TOLERANCE):
+                raise UserError(f"export: user {row['user_id']} gets other scores than when it was published; publish it again")
+
+
+def popularity_scores(catalogue: ItemFeatures) -> Tensor:
+    """Return each item's number of training interactions (I + 1,), -inf for padding."""
+    scores = catalogue.train_count.float()
+    scores[0] = -torch.inf
+    return scores
+
+
+def top_k(scores: NDArray[np.float32], k: int, exclude: Indices) -> Ranking:
+    """Rank one user's scores (I + 1,); equal scores by index, the lower first; excluded and -inf items are left out."""
+    scores = scores.copy()
+    scores[exclude] = -np.inf
+    k = min(k, int(np.isfinite(scores).sum()))
+    if k == 0:
+        return Ranking(np.zeros(0, np.int64), np.zeros(0, np.float32))
+    threshold = np.partition(scores, -k)[-k]
+    candidates = np.flatnonzero(scores >= threshold)
+    order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
+    return Ranking(order, scores[order])
+
+
+@torch.no_grad()
+def encode_catalogue(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> Tensor:
+    """Encode every item in chunks, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
+    was_training = item_encoder.training
+    item_encoder.eval()
+    chunks = [item_encoder(indices.to(device)).float() for indices in torch.arange(num_items + 1).split(ENCODE_CHUNK)]
+    item_encoder.train(was_training)
+    return torch.cat(chunks)

@@ -1,0 +1,321 @@
+"""The two kinds of store behind `recsys.storage`, local folders and S3, and what their errors mean; only that module uses them."""
+
+import errno
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import S3TransferRetriesExceededError
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from pyarrow import fs
+
+from recsys.errors import UserError
+
+S3_SCHEME = "s3://"
+TEMP_PREFIX = ".partial-"
+"""Names of local files that a killed writer may leave behind; `scan` does not show them."""
+
+MAX_ATTEMPTS = 6
+"""Tries of one request, with jittered back-off: half a minute of 503s at most."""
+
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 20
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, order=True)
+class ObjectInfo:
+    """One stored object; `etag` changes whenever the content does and is comparable within one store only."""
+
+    uri: str
+    num_bytes: int
+    etag: str
+
+
+class LocalStore:
+    """Folders. What must be atomic is written under another name and then renamed or linked."""
+
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        return fs.LocalFileSystem()
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return None if os.path.isdir(path) else ObjectInfo(path, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def write(self, path: str, data: bytes) -> None:
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        with _temporary(Path(path)) as temporary:
+            temporary.write_bytes(data)
+            _flush(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    def upload(self, source: Path, path: str) -> None:
+        with replacing(Path(path)) as temporary:
+            shutil.copyfile(source, temporary)
+
+    def download(self, path: str, target: Path) -> None:
+        shutil.copyfile(path, target)
+
+    def scan(self, path: str) -> Iterator[ObjectInfo]:
+        for folder, _, names in os.walk(path, onerror=_raise_unless_missing):
+            for name in names:
+                found = None if name.startswith(TEMP_PREFIX) else self.stat(os.path.join(folder, name))
+                if found is not None:
+                    yield found
+
+    def delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+    def delete_tree(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+class S3Store:
+    """S3 through boto3, and through pyarrow for tables; both built from the same fields."""
+
+    def __init__(self, endpoint: str | None, region: str) -> None:
+        self._endpoint = endpoint
+        self._region = region
+        self._known_buckets: set[str] = set()
+
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        address = urlsplit(self._endpoint) if self._endpoint else None
+        return fs.S3FileSystem(
+            region=self._region,
+            scheme=address.scheme if address else "https",
+            endpoint_override=address.netloc if address else None,
+            allow_bucket_creation=False,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            request_timeout=READ_TIMEOUT_SECONDS,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+        )
+
+    @cached_property
+    def _client(self) -> Any:
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            read_timeout=READ_TIMEOUT_SECONDS,
+            max_pool_connections=32,
+            # Streamed checksums are what servers other than AWS often do not understand; TLS or the signed hash covers the way.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            # pyarrow knows no such variables, and both must talk to the same server.
+            ignore_configured_endpoint_urls=True,
+            s3={"addressing_style": "path" if self._endpoint else "auto"},
+        )
+        return boto3.Session().client("s3", endpoint_url=self._endpoint, region_name=self._region, config=config)
+
+    def _head(self, bucket: str, key: str) -> dict[str, Any] | None:
+        try:
+            head: dict[str, Any] = self._client.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            # A HEAD has no body to say what is missing; a wrong bucket must not look like a missing object.
+            if bucket not in self._known_buckets:
+                self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+                self._known_buckets.add(bucket)
+            return None
+        return head
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        bucket, _, key = path.partition("/")
+        head = self._head(bucket, key) if key else None
+        return None if head is None else ObjectInfo(S3_SCHEME + path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def read(self, path: str) -> bytes:
+        def fetch() -> bytes:
+            buffer = BytesIO()
+            self._client.download_fileobj(*_split_key(path), buffer)
+            return buffer.getvalue()
+
+        return _repeat_if_damaged(fetch)
+
+    def write(self, path: str, data: bytes) -> None:
+        _repeat_if_damaged(lambda: self._client.upload_fileobj(BytesIO(data), *_split_key(path)))
+
+    def create(self, path: str, data: bytes) -> bool:
+        bucket, key = _split_key(path)
+        if self._head(bucket, key) is not None:  # all the protection there is where the server ignores If-None-Match
+            return False
+        writer = uuid.uuid4().hex
+        for attempt in range(MAX_ATTEMPTS):
+            winner = self._put_once(bucket, key, data, writer)
+            if winner is not None:
+                return winner == writer
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))
+        raise UserError(f"{S3_SCHEME}{path}: was refused {MAX_ATTEMPTS} times for another object that is not there; start again later")
+
+    def _put_once(self, bucket: str, key: str, data: bytes, writer: str) -> str | None:
+        """Put an object unless there is one; return the writer of the one that is there then, None if it is gone again."""
+        try:
+            self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+            return writer
+        except ClientError as error:
+            if _status(error) not in {409, 412}:
+                raise
+        # A put whose answer was lost is repeated by boto3 and then refused: the object is ours all the same.
+        head = self._head(bucket, key)
+        return None if head is None else str(head["Metadata"].get("writer"))
+
+    def upload(self, source: Path, path: str) -> None:
+        def send() -> None:
+            with source.open("rb") as file:
+                self._client.upload_fileobj(file, *_split_key(path))
+
+        _repeat_if_damaged(send)
+
+    def download(self, path: str, target: Path) -> None:
+        def fetch() -> None:
+            with target.open("wb") as file:
+                self._client.download_fileobj(*_split_key(path), file)
+
+        _repeat_if_damaged(fetch)
+
+    def _entries(self, path: str) -> Iterator[dict[str, Any]]:
+        bucket, _, key = path.partition("/")
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
+        for page in pages:
+            yield from page.get("Contents", [])
+
+    def scan(self, path: str) -> Iterator[ObjectInfo]:
+        bucket = path.partition("/")[0]
+        for entry in self._entries(path):
+            if not entry["Key"].endswith("/"):
+                yield ObjectInfo(f"{S3_SCHEME}{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        bucket = paths[0].partition("/")[0]
+        for start in range(0, len(paths), 1000):
+            keys = [{"Key": _split_key(path)[1]} for path in paths[start : start + 1000]]
+            answer = self._client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if answer.get("Errors"):
+                raise ClientError({"Error": answer["Errors"][0]}, "DeleteObjects")
+
+    def delete_tree(self, path: str) -> None:
+        bucket = path.partition("/")[0]
+        paths = [f"{bucket}/{entry['Key']}" for entry in self._entries(path)]
+        if paths:
+            self.delete(paths)
+
+
+def _split_key(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    if not key:
+        raise UserError(f"{S3_SCHEME}{path}: is a bucket, not an object; s3://{path}/key would work")
+    return bucket, key
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` for a file that is gone afterwards; makes the parents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what is there at the end takes the place of `path` at once."""
+    with _temporary(path) as temporary:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    """Put a file on the disk, so that after a power cut no name stands for an empty file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
+    """Run a transfer, and again from its start where ETags of its parts contradict each other: one was damaged on the way."""
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return transfer()
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in {"InvalidPart", "PreconditionFailed", "BadDigest"}:
+                raise
+    return transfer()
+
+
+_ADVICE = {
+    "create the bucket or correct its name": ("NoSuchBucket", "InvalidBucketName"),
+    "nothing is there; check the path": ("NoSuchKey", "404", "ENOENT"),
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role": ("NoCredentialsError", "PartialCredentialsError"),
+    "check the credentials and what they may do": (
+        *("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "EACCES", "EPERM"),
+        *("CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"),
+    ),
+    "check storage.endpoint and the network": (
+        *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
+        *("ProxyConnectionError", "HTTPClientError"),
+    ),
+    "check storage.region": ("301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"),
+    "free disk space": ("ENOSPC", "EDQUOT"),
+    "the store stayed out of order through all retries; start again later": (
+        *("500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "IncompleteReadError", "ResponseStreamingError"),
+    ),
+}
+
+
+@contextmanager
+def explained(action: str, uri: str) -> Iterator[None]:
+    """Turn what a store can raise into one line: what was tried, where, the error's code, and what to do."""
+    try:
+        yield
+    except (ClientError, BotoCoreError, Boto3Error, S3TransferRetriesExceededError, OSError) as error:
+        cause = getattr(error, "last_exception", error)
+        code = type(cause).__name__
+        message = str(cause)
+        if isinstance(cause, ClientError):
+            code, message = (str(cause.response["Error"].get(key, "unknown")) for key in ("Code", "Message"))
+        elif isinstance(cause, OSError) and cause.errno is not None:
+            code, message = errno.errorcode.get(cause.errno, code), cause.strerror or message
+        advice = next((text for text, codes in _ADVICE.items() if code in codes), "look the code up in the store's log")
+        raise UserError(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error

@@ -1,0 +1,166 @@
+"""The one training loop; sharding is in `engine.py`, saving in `checkpoint.py`, the order of samples in `recsys.data.plan`."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys.config import Config
+from recsys.data.batch import Batch
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import Dataset
+from recsys.data.reader import Reader, Share
+from recsys.evaluation.evaluator import Ranked, rank_users, read_evaluation_users, summarise
+from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
+from recsys.predictor import Predictor, encode_catalogue
+from recsys.train.checkpoint import CheckpointStore, TrainingState
+from recsys.train.engine import Engine
+from recsys.train.progress import Progress
+from recsys.train.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss is NaN or infinite; the step that gave it changed no weight."""
+
+
+def train(config: Config, dataset: Dataset, reporter: Reporter) -> TrainingState:
+    """Train from the newest checkpoint, or from the start, to the end; every rank must call this.
+
+    The process group must be initialised. Returns the final state; the best checkpoint is that of `best_step`.
+    """
+    return Trainer(config, dataset, reporter).run()
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: Config, dataset: Dataset, reporter: Reporter) -> None:
+        self.config, self.dataset, self.reporter = config, dataset, reporter
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
+        self.engine = Engine(_build_in_turn(config, dataset, self.device), config, self.device)
+        self.features = ItemFeatures.read(dataset)
+        self.reader = Reader(dataset, self.features, config, Share(self.rank, self.world_size, config.training.accumulation_steps))
+        self.users = read_evaluation_users(dataset, "validation")
+        self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.task_weight for task in dataset.manifest.tasks}
+        self.total_steps = planned_steps(config, self.reader.plan(0).num_steps)
+        self.checkpoints = CheckpointStore(dataset.storage, config, dataset)
+        torch.manual_seed(config.training.seed + 1 + self.rank)
+        newest = self.checkpoints.newest()
+        self.state = self.checkpoints.load(self.engine, newest) if newest else TrainingState()
+        self.progress = Progress(config, dataset.storage, self.total_steps, self.state.step) if self.rank == 0 else None
+
+    def run(self) -> TrainingState:
+        """Go through the epochs that are left; validate, save and report after each."""
+        config, state = self.config, self.state
+        while not state.is_finished(config):
+            waiting_since = time.monotonic()
+            for batches in self.reader.steps(state.epoch, state.step_in_epoch):
+                loaded_at = time.monotonic()
+                learning_rate = config.optimizer.learning_rate * self.engine.set_learning_rate(self._rate_factor())
+                losses = self._step(batches)
+                num_samples = self._count_step(time.monotonic() - waiting_since)
+                if self.progress:
+                    self.progress.step(state, losses, num_samples, loaded_at - waiting_since, learning_rate)
+                if state.step >= self.total_steps:
+                    break
+                if state.step % config.checkpoint.every_steps == 0:
+                    self.checkpoints.save(self.engine, state)
+                waiting_since = time.monotonic()
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            state.record_validation(self._validate(), config.evaluation.metric)
+            self.checkpoints.save(self.engine, state)
+            if self.progress:
+                self.progress.validation(state, config.evaluation.metric)
+            self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        return state
+
+    def _step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Run one optimizer step over this rank's micro batches; return the global mean of each loss.
+
+        Each loss is the sum over this rank's targets divided by the number of targets on all ranks and micro batches.
+        """
+        counts = self._sum_over_ranks(torch.stack([batch.valid_counts() for batch in batches]).sum(0)).clamp(min=1)
+        means = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(batches, start=1):
+            sums = self.engine.forward(batch.to(self.device))
+            shares = torch.stack([sums[name] for name in self.weights]).double() / counts
+            self.engine.backward((shares * torch.tensor(list(self.weights.values()), device=self.device)).sum().float())
+            means += shares.detach()
+            if number == len(batches):
+                means = self._sum_over_ranks(means)
+                self._refuse_non_finite(means, batches)
+            self.engine.end_micro_batch()
+        result = dict(zip(self.weights, means.tolist(), strict=True))
+        self.reporter.step(self.state.step, result, batches)
+        return result
+
+    def _count_step(self, seconds: float) -> int:
+        state, plan = self.state, self.reader.plan(self.state.epoch)
+        num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
+        state.step += 1
+        state.step_in_epoch += 1
+        state.samples_seen += num_samples
+        state.train_seconds += seconds
+        return num_samples
+
+    def _validate(self) -> dict[str, float]:
+        """Rank the validation users over the whole catalogue, each rank its share; all ranks return the same metrics."""
+        self.engine.train(False)
+        module: Recommender = self.engine.module
+        item_vectors = encode_catalogue(module.item_encoder, self.features.num_items, self.device)
+        predictor = Predictor(self.config, self.dataset.manifest, self.features, module.user_encoder, module.ranker, item_vectors)
+        own = self.users[self.rank :: self.world_size]
+        # Under ZeRO-3 a forward is collective, so every rank ranks equally many users, some for nothing.
+        missing = -(-len(self.users) // self.world_size) - len(own)
+        ranked = rank_users(predictor.score_catalogue, own + self.users[:missing], self.config.evaluation)
+        shares: list[Ranked] = [ranked] * self.world_size
+        dist.all_gather_object(shares, Ranked(ranked.ranks[: len(own)], ranked.top[: len(own)]))
+        self.engine.train()
+        return summarise(Ranked.join(shares), self.config.evaluation, self.features.num_items)
+
+    def _rate_factor(self) -> float:
+        return learning_rate_factor(self.config, self.state.step, self.total_steps)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor
+
+    def _refuse_non_finite(self, means: Tensor, batches: Sequence[Batch]) -> None:
+        """Raise before the optimizer sees the gradients of a loss that is no number."""
+        if not bool(means.isfinite().all()):
+            bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
+            ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
+            raise NonFiniteLossError(f"step {self.state.step}: loss {', '.join(bad)} is not finite; rank {self.rank} had samples {ids[:20]}")
+
+
+def planned_steps(config: Config, steps_per_epoch: int) -> int:
+    """Return the optimizer steps of a whole run, early stopping aside."""
+    steps = config.training.epochs * steps_per_epoch
+    return min(steps, config.training.max_steps or steps)
+
+
+def learning_rate_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return the rate of a step (from 0) over its peak: linear warm-up, then cosine decay to `final_fraction`."""
+    optimizer = config.optimizer
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    done = (step - optimizer.warmup_steps) / max(1, total_steps - optimizer.warmup_steps)
+    return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _build_in_turn(config: Config, dataset: Dataset, device: torch.device) -> Recommender:
+    """Build the model on rank 0 first: it computes what is kept with the dataset, and the others find it."""
+    if dist.get_rank() != 0:
+        dist.barrier()
+    model = build_recommender(config, dataset, device)
+    if dist.get_rank() == 0:
+        dist.barrier()
+    return model

@@ -1,0 +1,48 @@
+"""Runs a function on several real processes with a gloo group between them: distributed tests without Ray."""
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from recsys.runtime import free_port
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300) -> list[Any]:
+    """Call `function(*arguments)` on every rank and return the results by rank; a rank's error is raised here."""
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    try:
+        answers = dict(results.get(timeout=timeout_seconds)[:2] for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+    errors = [answer for answer in answers.values() if isinstance(answer, RankError)]
+    if errors:
+        raise errors[0]
+    return [answers[rank] for rank in range(world_size)]
+
+
+class RankError(RuntimeError):
+    """What went wrong on a rank, with its traceback."""
+
+
+def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        answer = function(*arguments)
+        dist.destroy_process_group()
+    except BaseException:
+        answer = RankError(f"rank {rank}: {traceback.format_exc()}")
+    results.put((rank, answer))
