@@ -4,6 +4,7 @@ import json
 import logging
 import time
 import uuid
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,6 +124,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _run_worker(settings: dict[str, str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = Config.model_validate(json.loads(settings["config"]))
     storage = Storage.from_config(config.storage)
     train(config, Dataset.open(storage, config.data.dataset), RayReporter())

@@ -75,14 +75,14 @@ class Registry:
         A version that is there already is returned as it is. Of publishers that race, one wins; the others remove what
         they uploaded. A publisher that dies leaves a folder that no manifest names, which is never read.
         """
-        if version in self.versions():
+        if self._storage.exists(self._manifest_uri(version)):
             return self.manifest(version), False
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         if not paths:
             raise UserError(f"{folder}: has no files to publish; give the folder that an export was written to")
         manifest = ExportManifest(
             name=self._name,
-            version=_checked("version", version),
+            version=version,
             created_at=_now(),
             attempt=f"files-{uuid.uuid4().hex}",
             files=tuple(

@@ -168,9 +168,11 @@ def test_prometheus_reads_rays_list_of_nodes():
 def test_dashboard_asks_only_for_metrics_that_rays_own_dashboards_ask_for():
     dashboard = json.loads((CLUSTER / "grafana-dashboard.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = {name for expression in expressions for name in re.findall(r"\b(?:ray|autoscaler)_\w+(?=[{\[)])", expression)}
-    known = set(re.findall(r"\b(?:ray|autoscaler)_\w+", "".join(path.read_text() for path in PANEL_SOURCES.glob("*_panels.py"))))
-    assert all(re.search(r"\b(?:ray|autoscaler)_", expression) for expression in expressions)
+    without_labels = [re.sub(r"\bby \([^)]*\)|{[^}]*}", " ", expression) for expression in expressions]
+    asked = {name for expression in without_labels for name in re.findall(r"\b(?:ray|autoscaler)_\w+", expression)}
+    sources = "".join(path.read_text() for path in PANEL_SOURCES.glob("*_panels.py"))
+    known = set(re.findall(r"\b((?:ray|autoscaler)_\w+)\{", sources))
+    assert all(re.search(r"\b(?:ray|autoscaler)_", expression) for expression in without_labels)
     assert {name.split("_")[1] for name in asked} >= {"serve", "train", "node"}
     assert asked <= known
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
@@ -183,5 +185,6 @@ def test_readme_names_every_file_and_its_set_values_are_valid():
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", readme, re.MULTILINE | re.DOTALL)
     commands = [command for block in blocks for command in block.replace("\\\n", " ").splitlines() if "--set " in command]
     assert len(commands) >= 3
+    assert f"export {ray._private.ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR}=0" in readme
     for command in commands:
         assert load_config(overrides=set_values(command))

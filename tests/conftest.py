@@ -1,0 +1,145 @@
+"""Fixtures that several test folders share: real S3 servers on loopback, and storages on them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from recsys.storage import Storage
+
+ACCESS_KEY = "AKIDTESTTESTTEST"
+SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server."""
+
+    name: str
+    endpoint: str
+
+    def fresh_storage(self) -> Storage:
+        """Make a bucket of its own and a storage in it."""
+        bucket = f"test-{uuid.uuid4().hex}"
+        client = boto3.Session().client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1", config=Config(s3={"addressing_style": "path"})
+        )
+        client.create_bucket(Bucket=bucket)
+        return Storage(f"s3://{bucket}/store", self.endpoint)
+
+
+@pytest.fixture(scope="session")
+def aws_environment() -> Iterator[None]:
+    """Set the credentials of the test servers, and shut out those of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        patch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        patch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(endpoint, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # refusing an unsigned request is an answer
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"{process.args} does not answer (exit code {process.poll()}): {log.read_text()[-2000:]}")
+
+
+def _run_server(name: str, arguments: list[str], port: int, folder: Path) -> Iterator[S3Server]:
+    log = folder / f"{name}.log"
+    endpoint = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_it_answers(process, endpoint, log)
+        yield S3Server(name, endpoint)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Run moto's server, which keeps objects in memory and honours `If-None-Match`."""
+    port = _free_port()
+    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    yield from _run_server("moto", arguments, port, tmp_path_factory.mktemp("moto"))
+
+
+@pytest.fixture(scope="session")
+def rclone_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Run rclone over a folder, which checks signatures and ignores `If-None-Match`."""
+    port = _free_port()
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / "buckets").mkdir()
+    rclone = Path(sys.executable).with_name("rclone")
+    arguments = [
+        str(rclone),
+        "serve",
+        "s3",
+        "--config",
+        os.devnull,
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{ACCESS_KEY},{SECRET_KEY}",
+    ]
+    yield from _run_server("rclone", [*arguments, str(folder / "buckets")], port, folder)
+
+
+def _storage_on(kind: str, request: pytest.FixtureRequest) -> Storage:
+    if kind == "local":
+        return Storage(str(request.getfixturevalue("tmp_path") / "store"))
+    server: S3Server = request.getfixturevalue(f"{kind}_server")
+    return server.fresh_storage()
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def s3_storage(request: pytest.FixtureRequest) -> Storage:
+    """Give an empty storage on each S3 server."""
+    return _storage_on(request.param, request)
+
+
+@pytest.fixture(params=["local", "moto", "rclone"])
+def any_storage(request: pytest.FixtureRequest) -> Storage:
+    """Give an empty storage in a folder and on each S3 server."""
+    return _storage_on(request.param, request)
+
+
+@pytest.fixture(params=["local", "moto"])
+def create_once_storage(request: pytest.FixtureRequest) -> Storage:
+    """Give an empty storage wherever creating is atomic; rclone ignores `If-None-Match`."""
+    return _storage_on(request.param, request)

@@ -1,0 +1,35 @@
+"""The external shuffle: every row reaches its partition once, in order, also when a task runs twice."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from recsys.data import shuffle
+from recsys.data.shuffle import partition_of, read_partition, write_pieces
+from recsys.storage import Storage
+
+SCHEMA = pa.schema([("user_id", pa.string()), ("number", pa.int64()), ("pairs", pa.map_(pa.string(), pa.string()))])
+
+
+def rows(first: int, count: int) -> pa.Table:
+    numbers = range(first, first + count)
+    return pa.Table.from_pylist([{"user_id": f"u{n % 13}", "number": n, "pairs": [("n", str(n))]} for n in numbers], schema=SCHEMA)
+
+
+def test_partitions_are_fixed_for_ever() -> None:
+    assert partition_of(pa.array(["u1", "u2", "ü", "u1"]), 1000).to_pylist() == [585, 575, 303, 585]
+
+
+def test_rows_reach_their_partition_in_input_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shuffle, "_PIECE_ROWS", 30)
+    storage = Storage(str(tmp_path))
+    folder = storage.uri("pieces")
+    tasks = [[rows(0, 20), rows(20, 20), rows(40, 5)], [], [rows(45, 10), rows(55, 0)]]
+    pieces = [piece for number, tables in enumerate(tasks) for piece in write_pieces(storage, folder, number, tables, "user_id", 5)]
+    assert write_pieces(storage, folder, 0, tasks[0], "user_id", 5) == pieces[:2]
+    assert len(storage.list(folder)) == len(pieces) == 3
+    expected = rows(0, 55)
+    partitions = partition_of(expected["user_id"], 5).to_numpy()
+    for partition in range(5):
+        assert read_partition(storage, pieces, partition, SCHEMA).equals(expected.filter(pa.array(partitions == partition)))
