@@ -10,23 +10,29 @@ from typing import Any
 
 from recsys.config import Config, load_config
 from recsys.errors import UserError
+from recsys.runtime import RESULT_DESCRIPTOR
 
 
-def run_verb(verb: Callable[[Config], dict[str, Any]], description: str) -> None:
+def run_verb(verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
     """Parse the command line, run `verb` and print its result; exit with 2 on a user's mistake.
-
     While the verb runs, everything that it or its workers print goes to stderr, so that stdout ends with the JSON alone.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", metavar="FILE.toml", help="the config file; defaults apply to what it leaves out")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="section.key=value", help="override one key (repeatable)")
+    parser.add_argument("--config", metavar="FILE.toml", help="config file; what it leaves out has a default")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    result_stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # `runtime.connect` may start the program anew; it then finds the result's stream already set aside.
+    result_descriptor = int(os.environ.pop(RESULT_DESCRIPTOR, 0)) or os.dup(1)
+    os.set_inheritable(result_descriptor, True)
+    os.environ[RESULT_DESCRIPTOR] = str(result_descriptor)
     os.dup2(2, 1)
     try:
         result = verb(load_config(arguments.config, arguments.overrides))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(result), file=result_stream, flush=True)
+    with os.fdopen(result_descriptor, "w", encoding="utf-8") as stream:
+        print(json.dumps(result), file=stream)

@@ -17,6 +17,7 @@ from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
+from recsys.runtime import connect
 from recsys.storage import Storage
 from recsys.train.checkpoint import CheckpointStore, TrainingState
 from recsys.train.loop import train
@@ -37,7 +38,7 @@ class RayReporter:
 
 
 def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train on the Ray that is connected, and return what `jobs.train` prints.
+    """Train on a cluster, and return what `jobs.train` prints.
 
     A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
 
@@ -49,7 +50,8 @@ def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     checkpoints = CheckpointStore(storage, config, dataset)
     begin = time.monotonic()
     if finished_state(checkpoints, config) is None:
-        _fit(config, storage, callbacks)
+        with connect(config):
+            _fit(config, storage, callbacks)
     state = finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")

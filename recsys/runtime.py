@@ -1,6 +1,7 @@
 """How a verb gets a Ray: the cluster that `RAY_ADDRESS` names, or a private head on loopback that ends with the verb."""
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
@@ -13,14 +14,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import ray
+from typing import NoReturn
 
 from recsys.config import Config
 from recsys.storage import private_folder
 
 ADDRESS = "RAY_ADDRESS"
-LONGEST_FOLDER = 45
+RESULT_DESCRIPTOR = "RECSYS_RESULT_DESCRIPTOR"
+OWN_HEAD = "RECSYS_OWN_RAY_HEAD"
+OWN_FOLDER = "RECSYS_OWN_RAY_FOLDER"
+PR_SET_PDEATHSIG = 1
+LONGEST_FOLDER = 35
 """Ray's sockets lie about 60 characters below its folder, and a socket's path may have 107."""
 
 START_SECONDS = 60
@@ -39,41 +43,42 @@ class Head:
 
 @contextlib.contextmanager
 def connect(config: Config) -> Iterator[None]:
-    """Attach to the given cluster, or run a private head until the block ends."""
+    """Attach to the cluster that `RAY_ADDRESS` names, or to a private head that ends with this program.
+
+    For the latter the program is started anew, since Ray reads its environment when it is imported: call this before
+    any work that should not be done twice.
+    """
+    import ray
+
     if ray.is_initialized():
         yield
         return
-    with contextlib.ExitStack() as stack:
-        if not os.environ.get(ADDRESS):
-            stack.enter_context(private_head(config))
-        ray.init(log_to_driver=True, logging_level="warning")
-        stack.callback(ray.shutdown)
+    if not os.environ.get(ADDRESS):
+        _start_anew_on_private_head(config)
+    ray.init(log_to_driver=True, logging_level="warning")
+    try:
         yield
+    finally:
+        ray.shutdown()
+        if head := os.environ.get(OWN_HEAD):
+            stop_head(int(head))
+            shutil.rmtree(os.environ[OWN_FOLDER], ignore_errors=True)
 
 
-@contextlib.contextmanager
-def private_head(config: Config) -> Iterator[Head]:
-    """Run a head for the block, this process's environment pointing at it."""
-    saved = dict(os.environ)
-    with _ray_folder(config) as folder:
-        head = start_head(folder)
-        try:
-            os.environ |= head.environment
-            yield head
-        finally:
-            stop_head(head.process_id)
-            os.environ.clear()
-            os.environ.update(saved)
-
-
-def start_head(folder: str) -> Head:
+def start_head(folder: str, ends_with_parent: bool = False) -> Head:
     """Start a head that listens on loopback only, under a token of its own, with all its files below `folder`.
 
-    `ray.init` would listen on the machine's address, so this is `ray start`.
+    `ray.init` would listen on the machine's address, so this is `ray start`. With `ends_with_parent` the kernel ends the
+    head when this process dies, however that happens.
     """
     port, dashboard = free_port(), free_port()
     address = f"127.0.0.1:{port}"
-    environment = {ADDRESS: address, "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+    environment = {
+        ADDRESS: address,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without this, Ray takes the machine's address for loopback
+    }
     options = {
         "node-ip-address": "127.0.0.1",
         "port": port,
@@ -90,8 +95,16 @@ def start_head(folder: str) -> Head:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     log = (Path(folder) / "head.log").open("wb")
-    child_environment = {**os.environ, **environment, "RAY_AUTH_MODE": "token", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(command, env=child_environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    child_environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        command,
+        env=child_environment,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
+    )
     _wait_until_listening(process, dashboard, Path(folder) / "head.log")
     return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, environment)
 
@@ -120,18 +133,21 @@ def free_port() -> int:
         return port
 
 
-@contextlib.contextmanager
-def _ray_folder(config: Config) -> Iterator[str]:
-    """Give Ray a private folder: `run.scratch`/ray, or a temporary one where that path is too long for sockets."""
-    wanted = Path(config.run.scratch) / "ray"
-    if len(str(wanted)) <= LONGEST_FOLDER:
-        yield str(private_folder(wanted))
-        return
-    temporary = tempfile.mkdtemp(prefix="recsys-ray-")
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def ray_folder(config: Config) -> str:
+    """Make a private folder for one Ray: below `run.scratch`, or a temporary one where that path is too long for sockets."""
+    parent = private_folder(Path(config.run.scratch))
+    return tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= LONGEST_FOLDER else None)
+
+
+def _start_anew_on_private_head(config: Config) -> NoReturn:
+    folder = ray_folder(config)
+    head = start_head(folder, ends_with_parent=True)
+    own = {OWN_HEAD: str(head.process_id), OWN_FOLDER: folder}
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **head.environment, **own})
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

@@ -19,7 +19,7 @@ import boto3
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import S3TransferRetriesExceededError
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from pyarrow import fs
 
 from recsys.errors import UserError
@@ -156,12 +156,12 @@ class S3Store:
         return None if head is None else ObjectInfo(S3_SCHEME + path, head["ContentLength"], head["ETag"].strip('"'))
 
     def read(self, path: str) -> bytes:
-        def fetch() -> bytes:
-            buffer = BytesIO()
-            self._client.download_fileobj(*_split_key(path), buffer)
-            return buffer.getvalue()
-
-        return _repeat_if_damaged(fetch)
+        bucket, key = _split_key(path)
+        for _ in range(MAX_ATTEMPTS - 1):
+            answer = self._client.get_object(Bucket=bucket, Key=key)
+            with suppress(HTTPClientError, IncompleteReadError):  # boto3 repeats requests, but not those whose body breaks off
+                return bytes(answer["Body"].read())
+        return bytes(self._client.get_object(Bucket=bucket, Key=key)["Body"].read())
 
     def write(self, path: str, data: bytes) -> None:
         _repeat_if_damaged(lambda: self._client.upload_fileobj(BytesIO(data), *_split_key(path)))
@@ -199,8 +199,12 @@ class S3Store:
 
     def download(self, path: str, target: Path) -> None:
         def fetch() -> None:
+            before = self.stat(path)
             with target.open("wb") as file:
                 self._client.download_fileobj(*_split_key(path), file)
+            # After a body that broke off, boto3 writes over what it has: of an object replaced meanwhile, an old tail stays.
+            if before is not None and target.stat().st_size != before.num_bytes:
+                raise ClientError({"Error": {"Code": "PreconditionFailed", "Message": "replaced while it was read"}}, "GetObject")
 
         _repeat_if_damaged(fetch)
 
@@ -274,7 +278,7 @@ def _status(error: ClientError) -> int:
 
 
 def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
-    """Run a transfer, and again from its start where ETags of its parts contradict each other: one was damaged on the way."""
+    """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced."""
     for _ in range(MAX_ATTEMPTS - 1):
         try:
             return transfer()
@@ -299,7 +303,19 @@ _ADVICE = {
     "check storage.region": ("301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"),
     "free disk space": ("ENOSPC", "EDQUOT"),
     "the store stayed out of order through all retries; start again later": (
-        *("500", "502", "503", "504", "InternalError", "ServiceUnavailable", "SlowDown", "IncompleteReadError", "ResponseStreamingError"),
+        *(
+            "500",
+            "502",
+            "503",
+            "504",
+            "InternalError",
+            "ServiceUnavailable",
+            "SlowDown",
+            "IncompleteReadError",
+            "ResponseStreamingError",
+            "PreconditionFailed",
+            "InvalidPart",
+        ),
     ),
 }
 

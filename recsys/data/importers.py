@@ -92,23 +92,27 @@ def import_items(
         if name not in header:
             raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == columns.item_id else configured[name], list(header))
     wanted = [columns.item_id, *(configured or (name for name in header if name != columns.item_id))]
-    tables: list[pa.Table] = []
-    for part in plan_parts(storage, files):
-        missing = [name for name in wanted if name not in read_header(storage, part.uri)]
-        if missing and not part.uri.endswith((".jsonl", ".jsonl.gz")):
-            raise _missing(part.uri, f"'{missing[0]}'", "a column of the first file", list(read_header(storage, part.uri)))
-        tables += read_tables(storage, part, wanted)
-    try:
-        table = pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(f"{files[0].uri}: a column changes its type from one file or batch to the next ({error})") from error
-    if table.num_rows == 0:
-        raise UserError(f"{files[0].uri}: has no rows")
-    table = table.rename_columns([ITEM_ID, *table.column_names[1:]])
+    table = _read_whole(storage, files, wanted).rename_columns([ITEM_ID, *wanted[1:], INPUT_ORDER])
     lists = [name for name, declared in header.items() if declared in ("token_seq", "float_seq") and name in wanted]
     numbers = {name for name, declared in header.items() if declared in ("float", "float_seq")}
     kinds = configured or _infer_kinds(table, lists, numbers, is_typed=any(header.values()))
     return _split_lists(table, [name for name in lists if kinds[name] != "text"]), kinds
+
+
+def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]) -> pa.Table:
+    tables: list[pa.Table] = []
+    for part in plan_parts(storage, files):
+        names = list(read_header(storage, part.uri))
+        missing = [name for name in wanted if name not in names]
+        if missing and not part.uri.lower().endswith((".jsonl", ".jsonl.gz")):
+            raise _missing(part.uri, f"'{missing[0]}'", "which the first file has", names)
+        tables += read_tables(storage, part, wanted)
+    if not any(table.num_rows for table in tables):
+        raise UserError(f"{files[0].uri}: has no rows")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"{files[0].uri}: a column changes its type from one file or batch to the next ({error})") from error
 
 
 def _configured_kinds(features: ItemFeaturesConfig) -> dict[str, FeatureKind]:

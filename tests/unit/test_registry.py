@@ -132,10 +132,11 @@ def test_two_publishers_of_one_version_never_mix(create_once_storage: Storage, t
 def test_fetch_finds_a_damaged_file(published: tuple[Storage, Registry, str], tmp_path: Path, damage, message: str) -> None:
     storage, registry, uri = published
     storage.write_bytes(uri, damage(FILES["model.safetensors"]))
-    for _ in range(2):  # what was damaged is not taken for a file of an earlier fetch
+    for _ in range(2):
         with pytest.raises(UserError, match=message) as error:
             registry.fetch("v1", tmp_path / "cache")
         assert uri in str(error.value)
+        assert not (tmp_path / "cache/recommender/v1/model.safetensors").exists()
 
 
 def test_fetch_finds_a_missing_file(published: tuple[Storage, Registry, str], tmp_path: Path) -> None:

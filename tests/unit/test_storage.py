@@ -6,12 +6,15 @@ import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ClientError
 
 from recsys import stores
 from recsys.config import StorageConfig
@@ -92,6 +95,64 @@ def test_bytes_come_back_as_written_and_are_overwritten_whole(any_storage: Stora
     assert any_storage.exists(uri)
     assert any_storage.read_bytes(uri) == b"second"
     assert not any_storage.exists(any_storage.uri("a"))  # a folder is no object
+
+
+def test_readers_see_the_old_or_the_new_content_never_half(create_once_storage: Storage) -> None:
+    contents = (b"a" * 2_000_000, b"b" * 1_000_000)
+    uri = create_once_storage.uri("file")
+    create_once_storage.write_bytes(uri, contents[0])
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [create_once_storage.write_bytes(uri, contents[number % 2]) for number in range(20)])
+        while not writing.done():
+            assert create_once_storage.read_bytes(uri) in contents
+        writing.result()
+
+
+class _CuttingHandler(BaseHTTPRequestHandler):
+    """Answers every GET with the same object, but closes the connection in the middle of the first `num_cuts`."""
+
+    num_cuts = 0
+    body = b"0123456789" * 1000
+
+    def do_GET(self) -> None:
+        is_cut = type(self).num_cuts > 0
+        type(self).num_cuts -= 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[:5000] if is_cut else self.body)
+
+    def log_message(self, format: str, *_: object) -> None:
+        pass
+
+
+def test_a_body_that_breaks_off_is_read_again_and_for_ever_broken_is_named(aws_environment: None) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _CuttingHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        storage = Storage("s3://bucket", f"http://127.0.0.1:{server.server_port}")
+        _CuttingHandler.num_cuts = 3
+        assert storage.read_bytes("s3://bucket/key") == _CuttingHandler.body
+        _CuttingHandler.num_cuts = 1000
+        with pytest.raises(UserError, match="stayed out of order") as error:
+            storage.read_bytes("s3://bucket/key")
+        assert "s3://bucket/key" in _one_line(error)
+        server.shutdown()
+
+
+def test_a_download_with_another_objects_tail_is_repeated(s3_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = s3_storage.uri("file")
+    s3_storage.write_bytes(uri, b"new")
+    client = s3_storage._s3._client
+    transfer, tails = client.download_fileobj, [b"tail of the old"]
+
+    def leave_a_tail(bucket: str, key: str, file: BinaryIO) -> None:
+        transfer(bucket, key, file)
+        file.write(tails.pop() if tails else b"")
+
+    monkeypatch.setattr(client, "download_fileobj", leave_a_tail)
+    s3_storage.download(uri, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert tails == []
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 20 * 2**20])
@@ -225,6 +286,20 @@ def test_create_is_won_when_only_the_answer_was_lost(moto_server: S3Server) -> N
     assert storage.create(storage.uri("once"), b"mine")
     assert lost == [200]
     assert not storage.create(storage.uri("once"), b"other")
+
+
+def test_a_transfer_with_a_damaged_part_is_repeated_and_no_other_error_is() -> None:
+    codes = ["InvalidPart", "PreconditionFailed"]
+
+    def transfer() -> str:
+        if codes:
+            raise ClientError({"Error": {"Code": codes.pop()}}, "CompleteMultipartUpload")
+        return "done"
+
+    assert stores._repeat_if_damaged(transfer) == "done"
+    codes.append("AccessDenied")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        stores._repeat_if_damaged(transfer)
 
 
 def test_delete_and_delete_tree(any_storage: Storage) -> None:

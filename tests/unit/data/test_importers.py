@@ -199,17 +199,17 @@ def test_csv_numbers_are_told_by_their_values_and_jsonl_lists_are_kept(tmp_path:
 def test_parquet_types_tell_the_kinds(tmp_path: Path) -> None:
     table = pa.table(
         {
-            "sku": pa.array([1, 2, 3]),
-            "codes": pa.array([[1, 2], [3], []]),
-            "embedding": pa.array([[0.0, 1.0]] * 3),
-            "title": pa.array(["a", "b", "c"], pa.large_string()),
-            "color": pa.array(["red", "red", "red"]).dictionary_encode(),
-            "is_new": pa.array([True, False, True]),
+            "sku": pa.array([1, 2, 3, 4]),
+            "codes": pa.array([[1, 2], [3], [], None]),
+            "embedding": pa.array([[0.0, 1.0]] * 4),
+            "title": pa.array(["a", "b", "c", "d"], pa.large_string()),
+            "color": pa.array(["red", "red", "red", None]).dictionary_encode(),
+            "is_new": pa.array([True, False, True, False]),
         }
     )
     pq.write_table(table, tmp_path / "a.parquet")
     _, kinds = items_of(tmp_path, "a.parquet", ItemFeaturesConfig(), ColumnsConfig(item_id="sku"))
-    assert kinds == {"codes": "categories", "embedding": "vectors", "title": "text", "color": "categories", "is_new": "text"}
+    assert kinds == {"codes": "categories", "embedding": "vectors", "title": "text", "color": "categories", "is_new": "categories"}
 
 
 def test_item_errors(tmp_path: Path) -> None:
