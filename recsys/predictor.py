@@ -83,7 +83,7 @@ class Predictor:
         self.event_index = {kind: index for index, kind in enumerate(manifest.event_kinds)}
         self._user_encoder = user_encoder
         self._ranker = ranker
-        self._item_vectors = item_vectors
+        self.item_vectors = item_vectors
         self.popularity = popularity_scores(catalogue)
         self._users: dict[str, History] = {}
 
@@ -99,15 +99,15 @@ class Predictor:
             size = len(history.items)
             items[row, :size], events[row, :size] = history.items, history.events + 1
             timestamps[row, :size] = history.timestamps
-        device = self._item_vectors.device
-        vectors = self._item_vectors[torch.from_numpy(items).to(device)]
+        device = self.item_vectors.device
+        vectors = self.item_vectors[torch.from_numpy(items).to(device)]
         states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gap_buckets(timestamps)).to(device))
         return states[torch.arange(len(recent), device=device), lengths.to(device) - 1]
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[History]) -> Tensor:
         """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
-        scores = (self.encode(histories) @ self._item_vectors.T).float().cpu()
+        scores = (self.encode(histories) @ self.item_vectors.T).float().cpu()
         scores[:, 0] = -torch.inf
         return scores
 
@@ -129,7 +129,7 @@ class Predictor:
         users = self.encode(histories)
         results = []
         for user, indices in zip(users, candidates, strict=True):
-            items = self._item_vectors[torch.from_numpy(indices).to(users.device)]
+            items = self.item_vectors[torch.from_numpy(indices).to(users.device)]
             raw = self._ranker(user.expand_as(items), items).float()
             scores = {"retrieval": (items @ user).float().cpu().numpy()}
             for column, task in enumerate(self.manifest.tasks):

@@ -98,6 +98,10 @@ class Registry:
         self._storage.delete_tree(join(self._root, "versions", version, manifest.attempt))
         return self.manifest(version), False
 
+    def uri(self, version: str) -> str:
+        """Return the folder of a version."""
+        return join(self._root, "versions", _checked("version", version))
+
     def versions(self) -> list[str]:
         """List the published versions, sorted by name."""
         root = join(self._root, "versions")

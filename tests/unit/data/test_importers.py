@@ -75,6 +75,12 @@ def test_large_parquet_files_are_cut_by_row_group_and_keep_their_row_numbers(tmp
     assert [row["input_order"] for row in read_events(tmp_path, path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_row_numbers_go_on_from_batch_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(formats, "_BATCH_ROWS", 2)
+    assert [row["input_order"] for row in read_events(tmp_path, write_events(tmp_path, name, ROWS))] == [0, 1, 2]
+
+
 def test_columns_are_mapped(tmp_path: Path) -> None:
     rows = [{"what": 1, "who": 7, "when": 3, "stars": 2, "more": "x"}]
     for name in ("a.parquet", "a.csv", "a.jsonl"):

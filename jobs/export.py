@@ -1,0 +1,88 @@
+"""Publish a checkpoint as an immutable version, and make it the one in production where it is better."""
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recsys import __version__
+from recsys.command import run_verb
+from recsys.config import Config
+from recsys.evaluation.evaluator import evaluate
+from recsys.export import write_export
+from recsys.registry import ExportManifest, Registry, is_better
+from recsys.storage import Storage, private_folder
+from recsys.train.checkpoint import CheckpointManifest, build_predictor, load_trained, read_manifest
+
+logger = logging.getLogger(__name__)
+
+CANDIDATE, PRODUCTION = "candidate", "production"
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
+    storage = Storage.from_config(config.storage)
+    registry = Registry(storage, config.export.name)
+    checkpoint = read_manifest(storage, config.export.checkpoint)
+    version = version_of(checkpoint)
+    if version in registry.versions():
+        logger.info("export: %s is published already", version)
+        manifest = registry.manifest(version)
+    else:
+        manifest = _publish(config, storage, registry, version)
+    if registry.resolve(CANDIDATE) != version:
+        registry.promote(CANDIDATE, version, "newest export")
+    alias, reason = _promote(config, registry, manifest)
+    logger.info("export: %s is %s (%s)", version, alias, reason)
+    return {"version": version, "uri": registry.uri(version), "alias": alias, "reason": reason, "metrics": manifest.metadata["metrics"]}
+
+
+def version_of(checkpoint: CheckpointManifest) -> str:
+    """Name the version after the run, the step and the content of the checkpoint, so that it is found again."""
+    content = hashlib.sha256("".join(sorted(file.sha256 for file in checkpoint.files)).encode()).hexdigest()
+    return f"{checkpoint.run.replace('/', '.')}-{checkpoint.state.step:08d}-{content[:8]}"
+
+
+def _publish(config: Config, storage: Storage, registry: Registry, version: str) -> ExportManifest:
+    checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)
+    predictor = build_predictor(trained, dataset, recommender)
+    predictor.remember(dataset.read_users())
+    metrics = evaluate(predictor, dataset, config.evaluation.model_copy(update={"split": "validation"}))["metrics"]
+    folder = private_folder(Path(config.run.scratch) / "exports" / version)
+    write_export(predictor, recommender.state_dict(), dataset, folder)
+    metadata = {
+        "run": checkpoint.run,
+        "step": checkpoint.state.step,
+        "dataset": dataset.uri,
+        "dataset_fingerprint": dataset.manifest.fingerprint,
+        "code_version": __version__,
+        "split": "validation",
+        "metrics": metrics,
+    }
+    manifest, _ = registry.publish(folder, version, metadata)
+    shutil.rmtree(folder)
+    return manifest
+
+
+def _promote(config: Config, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
+    """Move the production alias if the rule says so; return the version's highest alias and why."""
+    metric, metrics = config.evaluation.metric, manifest.metadata["metrics"]
+    current = registry.current(PRODUCTION)
+    if current and current.version == manifest.version:
+        return PRODUCTION, "in production already"
+    incumbent = registry.manifest(current.version) if current else None
+    is_wanted = config.export.promote == "always" or is_better(metrics, incumbent.metadata["metrics"] if incumbent else None, metric)
+    if config.export.promote == "never" or not is_wanted:
+        return CANDIDATE, "export.promote = never" if config.export.promote == "never" else f"not better than {current and current.version} by {metric}"
+    reason = "the first version"
+    if incumbent:
+        is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]
+        before = incumbent.metadata["metrics"][metric]
+        reason = f"validation {metric} {metrics[metric]:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
+    is_promoted = registry.promote(PRODUCTION, manifest.version, reason, seen=current.generation if current else 0)
+    return (PRODUCTION, reason) if is_promoted else (CANDIDATE, "another version was promoted meanwhile; run the export again")
+
+
+if __name__ == "__main__":
+    run_verb(run, __doc__)

@@ -1,0 +1,119 @@
+"""Search hyperparameters: Optuna proposes, ASHA stops the weak early, and every trial is a whole distributed training run."""
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
+from recsys.command import run_verb
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.launch import launch
+from recsys.runtime import connect
+from recsys.storage import Storage, private_folder
+from recsys.train.checkpoint import CheckpointStore
+from tune.select import Trial, concurrent_trials, leaderboard, winner
+from tune.space import search_space, trial_config
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard."""
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    begin = time.monotonic()
+    with connect(config):
+        samples = _run_trials(config)
+    trials = [_read_trial(config, storage, dataset, sample, status) for sample, status in samples]
+    best = winner(trials)
+    if best is None:
+        raise UserError(f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above")
+    for rank, trial in enumerate(leaderboard(trials), start=1):
+        logger.info("%d. %s %s after %d epochs (%s): %s", rank, config.evaluation.metric, trial.metric, trial.epochs, trial.status, trial.values)
+    return {
+        "num_trials": len(trials),
+        "metric": config.evaluation.metric,
+        "winner": {
+            "trial": best.name,
+            "config": best.values,
+            "metrics": {config.evaluation.metric: best.metric},
+            "checkpoint": best.checkpoint,
+        },
+        "leaderboard": [asdict(trial) for trial in leaderboard(trials)],
+        "seconds": round(time.monotonic() - begin, 2),
+    }
+
+
+def _run_trials(config: Config) -> list[tuple[dict[str, Any], str]]:
+    """Run the trials; return each one's sampled values and how it ended."""
+    search, training = config.search, config.training
+    resources = ray.cluster_resources()
+    cpus = 1 + training.num_workers * training.cpus_per_worker  # a trial's own driver takes one
+    gpus = training.num_workers * training.use_gpu
+    limit = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), cpus, gpus, search.max_concurrent)
+    tuner = Tuner(
+        _train_trial(config),
+        param_space=search_space(search),
+        tune_config=TuneConfig(
+            metric=config.evaluation.metric,
+            mode="max",
+            num_samples=search.num_trials,
+            search_alg=ConcurrencyLimiter(OptunaSearch(seed=search.seed), max_concurrent=limit),
+            scheduler=ASHAScheduler(
+                time_attr="epoch",
+                max_t=training.epochs,
+                grace_period=min(search.grace_epochs, training.epochs),
+                reduction_factor=search.reduction_factor,
+            ),
+        ),
+        run_config=RunConfig(
+            name=f"{config.run.name}-search".replace("/", "."),
+            storage_path=str(private_folder(Path(config.run.scratch) / "search")),
+            failure_config=FailureConfig(max_failures=0),
+            verbose=1,
+        ),
+    )
+    results = tuner.fit()
+    return [(result.config or {}, _status(result, training.epochs)) for result in results]
+
+
+def _train_trial(config: Config) -> Any:
+    """Return the function that Tune runs as a trial: a driver that launches a whole training run."""
+    base = config.model_dump_json()
+
+    def train_trial(sample: dict[str, Any]) -> None:
+        base_config = Config.model_validate_json(base)
+        result = launch(trial_config(base_config, sample), callbacks=[TuneReportCallback()])
+        ray.tune.report({"epoch": base_config.training.epochs, **result["validation"]})
+
+    return train_trial
+
+
+def _status(result: Any, epochs: int) -> str:
+    if result.error is not None:
+        return "failed"
+    return "finished" if (result.metrics or {}).get("epoch", 0) >= epochs else "stopped"
+
+
+def _read_trial(config: Config, storage: Storage, dataset: Dataset, sample: dict[str, Any], status: str) -> Trial:
+    """Read what a trial reached from its checkpoints, which outlive the search."""
+    trial = trial_config(config, sample)
+    checkpoints = CheckpointStore(storage, trial, dataset)
+    newest = checkpoints.newest()
+    state = newest.state if newest else None
+    checkpoint = checkpoints.uri(state.best_step) if state and state.best_step is not None else None
+    return Trial(trial.run.name, sample, status, state.epoch if state else 0, state.best_metric if state else None, checkpoint)
+
+
+if __name__ == "__main__":
+    run_verb(run, __doc__)

@@ -1,0 +1,39 @@
+"""Which trial wins, and the leaderboard: pure functions of what the trials reached."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one trial; `metric` and `checkpoint` are those of its best epoch, None where it has none."""
+
+    name: str
+    values: dict[str, Any]
+    status: str
+    epochs: int
+    metric: float | None
+    checkpoint: str | None
+
+
+def leaderboard(trials: Iterable[Trial]) -> list[Trial]:
+    """Sort from best to worst: by metric, then by name; trials without a finite metric come last."""
+    return sorted(trials, key=lambda trial: (not _is_valid(trial), -(trial.metric or 0.0) if _is_valid(trial) else 0.0, trial.name))
+
+
+def winner(trials: Iterable[Trial]) -> Trial | None:
+    """Return the best trial, or None where none has a finite metric and a checkpoint."""
+    best = next(iter(leaderboard(trials)), None)
+    return best if best is not None and _is_valid(best) else None
+
+
+def concurrent_trials(num_cpus: float, num_gpus: float, cpus_per_trial: float, gpus_per_trial: float, limit: int | None) -> int:
+    """Return how many trials the scarcer resource lets run at a time, at least one."""
+    fitting = [num_cpus // cpus_per_trial] + ([num_gpus // gpus_per_trial] if gpus_per_trial else []) + ([limit] if limit else [])
+    return max(1, int(min(fitting)))
+
+
+def _is_valid(trial: Trial) -> bool:
+    return trial.metric is not None and math.isfinite(trial.metric) and trial.checkpoint is not None

@@ -1,0 +1,29 @@
+"""What a search varies: the config's `search` section as distributions over config keys."""
+
+import hashlib
+import json
+from typing import Any
+
+from ray.tune.search.sample import Domain, choice, loguniform
+
+from recsys.config import Config, SearchConfig
+
+
+def search_space(search: SearchConfig) -> dict[str, Domain]:
+    """Return a distribution for each config key that the search varies; a key with one value only is fixed by it."""
+    return {
+        "optimizer.learning_rate": loguniform(*search.learning_rate),
+        "model.width": choice(search.width),
+        "model.dropout": choice(search.dropout),
+        "model.loss.kind": choice(search.loss),
+        "model.text.mode": choice(search.text_mode),
+    }
+
+
+def trial_config(config: Config, sample: dict[str, Any]) -> Config:
+    """Return the config of a trial: the sample laid over the base, under a run name that the sample alone decides.
+
+    So a search that is submitted again finds its trials' runs, finished or half-way.
+    """
+    key = hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()[:8]
+    return config.with_values({**sample, "run.name": f"{config.run.name}-trials/{key}"})
