@@ -13,7 +13,10 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate `evaluation.checkpoint` on `evaluation.split`."""
     storage = Storage.from_config(config.storage)
     _, trained, dataset, recommender = load_trained(storage, config.evaluation.checkpoint, config.run.scratch)
-    return {"checkpoint": config.evaluation.checkpoint, **evaluate(build_predictor(trained, dataset, recommender), dataset, config.evaluation)}
+    return {
+        "checkpoint": config.evaluation.checkpoint,
+        **evaluate(build_predictor(trained, dataset, recommender), dataset, config.evaluation),
+    }
 
 
 if __name__ == "__main__":

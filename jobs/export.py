@@ -74,7 +74,10 @@ def _promote(config: Config, registry: Registry, manifest: ExportManifest) -> tu
     incumbent = registry.manifest(current.version) if current else None
     is_wanted = config.export.promote == "always" or is_better(metrics, incumbent.metadata["metrics"] if incumbent else None, metric)
     if config.export.promote == "never" or not is_wanted:
-        return CANDIDATE, "export.promote = never" if config.export.promote == "never" else f"not better than {current and current.version} by {metric}"
+        return (
+            CANDIDATE,
+            "export.promote = never" if config.export.promote == "never" else f"not better than {current and current.version} by {metric}",
+        )
     reason = "the first version"
     if incumbent:
         is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]

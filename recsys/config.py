@@ -76,9 +76,13 @@ class SyntheticConfig(Section):
 
 
 class DataConfig(Section):
-    """Input tables, how they are cleaned and split, and the dataset that training reads."""
+    """Input tables, how they are cleaned and split, and the dataset that training reads.
+
+    `folder` holds all tables under their usual names; `events`, `items` and `users` name them one by one.
+    """
 
     source: Literal["files", "synthetic"] = "files"
+    folder: str = ""
     events: str = ""
     items: str = ""
     users: str = ""
@@ -148,7 +152,9 @@ class ModelConfig(Section):
             near = self.num_heads * max(1, round(self.width / self.num_heads))
             raise ValueError(f"model.width = {self.width} must be divisible by model.num_heads = {self.num_heads}; {near} would work")
         if not self.use_ids and self.text.mode == "off" and not self.use_features:
-            raise ValueError("model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by")
+            raise ValueError(
+                "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
+            )
         return self
 
 
@@ -224,7 +230,9 @@ class EvaluationConfig(Section):
         name, _, cutoff = self.metric.partition("@")
         if name not in ("hr", "ndcg", "mrr", "recall") or not cutoff.isdigit() or int(cutoff) not in self.cutoffs:
             known = ", ".join(f"ndcg@{k}" for k in self.cutoffs)
-            raise ValueError(f"evaluation.metric = '{self.metric}' must be hr, ndcg, mrr or recall at one of evaluation.cutoffs; {known} would work")
+            raise ValueError(
+                f"evaluation.metric = '{self.metric}' must be hr, ndcg, mrr or recall at one of evaluation.cutoffs; {known} would work"
+            )
         return self
 
 
@@ -363,8 +371,10 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, list(_known_keys(Config)), n=1, cutoff=0.0)
-        return f"{key}: unknown key; did you mean {close[0]}?"
+        section, _, name = key.rpartition(".")
+        siblings = {known.rpartition(".")[2]: known for known in _known_keys(Config) if known.rpartition(".")[0] == section}
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     return f"{key} = {json.dumps(first['input'], default=str)}: {first['msg']}"
@@ -384,6 +394,7 @@ def _with_absolute_paths(config: Config) -> Config:
     values = {
         "storage.root": config.storage.root,
         "run.scratch": config.run.scratch,
+        "data.folder": config.data.folder,
         "data.events": config.data.events,
         "data.items": config.data.items,
         "data.users": config.data.users,

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from recsys.config import Config
 from recsys.storage import private_folder
 
 ADDRESS = "RAY_ADDRESS"
+HEAD_RECORD = "head.json"
 RESULT_DESCRIPTOR = "RECSYS_RESULT_DESCRIPTOR"
 OWN_HEAD = "RECSYS_OWN_RAY_HEAD"
 OWN_FOLDER = "RECSYS_OWN_RAY_FOLDER"
@@ -38,6 +40,7 @@ class Head:
     address: str
     dashboard: str
     process_id: int
+    folder: str
     environment: dict[str, str]
 
 
@@ -106,7 +109,43 @@ def start_head(folder: str, ends_with_parent: bool = False) -> Head:
         preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
     )
     _wait_until_listening(process, dashboard, Path(folder) / "head.log")
-    return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, environment)
+    return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
+
+
+@contextlib.contextmanager
+def local_head(config: Config, outlives: bool) -> Iterator[None]:
+    """Point this process and its children at a cluster for the block: the given one, or a head on this machine.
+
+    A head that `outlives` the block goes on for whoever comes next, who finds it by the record in `run.scratch`.
+    """
+    if os.environ.get(ADDRESS):
+        yield
+        return
+    record = private_folder(Path(config.run.scratch)) / HEAD_RECORD
+    head = _recorded_head(record)
+    if head is None:
+        head = start_head(ray_folder(config), ends_with_parent=not outlives)
+        record.touch(mode=0o600)
+        record.write_text(json.dumps(asdict(head)), encoding="utf-8")
+    os.environ |= head.environment
+    is_kept = False
+    try:
+        yield
+        is_kept = outlives
+    finally:
+        if not is_kept:
+            stop_local_head(config)
+
+
+def stop_local_head(config: Config) -> bool:
+    """Stop the head that `local_head` left running, and all that runs on it; tell whether there was one."""
+    record = Path(config.run.scratch) / HEAD_RECORD
+    head = _recorded_head(record)
+    if head is not None:
+        stop_head(head.process_id)
+        shutil.rmtree(head.folder, ignore_errors=True)
+    record.unlink(missing_ok=True)
+    return head is not None
 
 
 def stop_head(process_id: int) -> None:
@@ -159,6 +198,15 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Pa
         time.sleep(0.1)
     stop_head(process.pid)
     raise RuntimeError(f"Ray did not start within {START_SECONDS} s:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _recorded_head(record: Path) -> Head | None:
+    """Return the head of a record if that very process still runs."""
+    if not record.exists():
+        return None
+    head = Head(**json.loads(record.read_text(encoding="utf-8")))
+    command = Path(f"/proc/{head.process_id}/cmdline")
+    return head if command.exists() and head.folder.encode() in command.read_bytes() else None
 
 
 def _has_ended(process_id: int) -> bool:

@@ -1,5 +1,7 @@
 """Search hyperparameters: Optuna proposes, ASHA stops the weak early, and every trial is a whole distributed training run."""
 
+import hashlib
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -28,18 +30,39 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard."""
+    """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard.
+
+    The result is kept in the store, so that the same search submitted again returns it.
+    """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    begin = time.monotonic()
-    with connect(config):
-        samples = _run_trials(config)
-    trials = [_read_trial(config, storage, dataset, sample, status) for sample, status in samples]
+    kept = storage.uri("runs", config.run.name, f"search-{_identify(config, dataset)}.json")
+    if not storage.exists(kept):
+        begin = time.monotonic()
+        with connect(config):
+            samples = _run_trials(config)
+        trials = [_read_trial(config, storage, dataset, sample, status) for sample, status in samples]
+        result = _describe(config, trials) | {"seconds": round(time.monotonic() - begin, 2)}
+        storage.create(kept, json.dumps(result).encode())
+    return dict(json.loads(storage.read_bytes(kept)))
+
+
+def _identify(config: Config, dataset: Dataset) -> str:
+    """Hash what a search's result depends on."""
+    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "search", "evaluation"})
+    return hashlib.sha256(json.dumps([dataset.manifest.fingerprint, sections], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
     best = winner(trials)
     if best is None:
-        raise UserError(f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above")
+        raise UserError(
+            f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above"
+        )
     for rank, trial in enumerate(leaderboard(trials), start=1):
-        logger.info("%d. %s %s after %d epochs (%s): %s", rank, config.evaluation.metric, trial.metric, trial.epochs, trial.status, trial.values)
+        logger.info(
+            "%d. %s %s after %d epochs (%s): %s", rank, config.evaluation.metric, trial.metric, trial.epochs, trial.status, trial.values
+        )
     return {
         "num_trials": len(trials),
         "metric": config.evaluation.metric,
@@ -50,7 +73,6 @@ def run(config: Config) -> dict[str, Any]:
             "checkpoint": best.checkpoint,
         },
         "leaderboard": [asdict(trial) for trial in leaderboard(trials)],
-        "seconds": round(time.monotonic() - begin, 2),
     }
 
 

@@ -30,6 +30,27 @@ def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
     return files
 
 
+def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]:
+    """List a table's files in a folder that holds them all, known by RecBole's suffix or a name that starts with the role.
+
+    Raises:
+        UserError: there are no events. Items and users may be absent.
+    """
+    if not folder:
+        return []
+    files = [file for file in storage.expand(folder) if file.num_bytes and _is_visible(file.uri, folder) and _has_role(file.uri, role)]
+    if role == "events" and not files:
+        raise UserError(
+            f"data.folder = {folder}: has no file *{ATOMIC_SUFFIXES[role]} and none like events.parquet; name the tables with data.events"
+        )
+    return files
+
+
+def _has_role(uri: str, role: str) -> bool:
+    name = uri.rpartition("/")[2].lower()
+    return name.endswith(ATOMIC_SUFFIXES[role]) or (name.startswith(role) and name.endswith(COMMON_SUFFIXES))
+
+
 def _is_visible(uri: str, root: str) -> bool:
     names = uri.removeprefix(root).split("/")
     return not any(name.startswith(("_", ".")) for name in names if name)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from recsys.config import Config, DataConfig
 from recsys.data.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
 from recsys.data.formats import plan_parts
-from recsys.data.importers import find_event_columns, find_files, import_items
+from recsys.data.importers import find_event_columns, find_files, find_in_folder, import_items
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, content_fingerprint
 from recsys.data.partitions import (
     ITEM_INDEX_NAME,
@@ -227,10 +227,10 @@ def _numbered(function: Any, job: Job) -> Any:
 
 
 def _find_inputs(data: DataConfig, storage: Storage) -> dict[str, list[ObjectInfo]]:
-    if not data.events:
-        raise UserError("data.events: is empty; give a file or folder of events, or data.source = 'synthetic'")
+    if not data.events and not data.folder:
+        raise UserError("data.events: is empty; give a file or folder of events, data.folder, or data.source = 'synthetic'")
     uris = {"events": data.events, "items": data.items, "users": data.users}
-    return {role: find_files(storage, role, uri) if uri else [] for role, uri in uris.items()}
+    return {role: find_files(storage, role, uri) if uri else find_in_folder(storage, role, data.folder) for role, uri in uris.items()}
 
 
 def _identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def _identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]
 
 def _content_config(data: DataConfig) -> dict[str, Any]:
     """The part of the config that decides what a dataset contains; where its input lies does not."""
-    left_out = {"dataset", "events", "items", "users"} | (set() if data.source == "synthetic" else {"synthetic"})
+    left_out = {"dataset", "folder", "events", "items", "users"} | (set() if data.source == "synthetic" else {"synthetic"})
     return data.model_dump(mode="json", exclude=left_out)
 
 

@@ -138,7 +138,9 @@ class Trainer:
         if not bool(means.isfinite().all()):
             bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
             ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
-            raise NonFiniteLossError(f"step {self.state.step}: loss {', '.join(bad)} is not finite; rank {self.rank} had samples {ids[:20]}")
+            raise NonFiniteLossError(
+                f"step {self.state.step}: loss {', '.join(bad)} is not finite; rank {self.rank} had samples {ids[:20]}"
+            )
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:

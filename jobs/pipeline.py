@@ -1,0 +1,102 @@
+"""The whole chain, stage by stage as processes of their own: events and a catalogue in, a running service out."""
+
+import json
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs.summary import ask_users, render
+from recsys.command import run_verb
+from recsys.config import Config
+from recsys.errors import UserError
+from recsys.runtime import local_head
+from recsys.storage import private_folder
+
+logger = logging.getLogger(__name__)
+
+ID_ONLY = {"model.text.mode": "off", "model.use_features": "false"}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run `run.stages` in order; a stage that finds its result made returns at once.
+
+    Without a cluster in `RAY_ADDRESS` the stages share a local head, which goes on after the end where it serves.
+    """
+    begin = time.monotonic()
+    with local_head(config, outlives="serve" in config.run.stages):
+        results = _run_stages(config)
+    results["seconds"] = round(time.monotonic() - begin, 1)
+    print(render(config, results), file=sys.stderr)
+    return results
+
+
+def _run_stages(config: Config) -> dict[str, Any]:
+    name, results = config.run.name, {}
+    dataset = {"data.dataset": config.data.dataset}
+    if "prepare_data" in config.run.stages:
+        results["prepare_data"] = _stage("jobs.prepare_data")
+        dataset = {"data.dataset": results["prepare_data"]["dataset"]}
+    if "train" in config.run.stages:
+        results["train"] = _stage("jobs.train", dataset)
+    if "train_id_only" in config.run.stages:
+        results["train_id_only"] = _stage("jobs.train", {**dataset, **ID_ONLY, "run.name": f"{name}-id-only"})
+    if "search" in config.run.stages:
+        results["search"] = _stage("tune.search", dataset)
+    best = best_checkpoint(results, config.evaluation.metric)
+    if "evaluate" in config.run.stages:
+        results["evaluate"] = _stage("jobs.evaluate", {"evaluation.checkpoint": best})
+        if "train_id_only" in results:
+            results["evaluate_id_only"] = _stage("jobs.evaluate", {"evaluation.checkpoint": results["train_id_only"]["checkpoint"]})
+    if "export" in config.run.stages:
+        results["export"] = _stage("jobs.export", {"export.checkpoint": best})
+    if "serve" in config.run.stages:
+        token = _service_token(config)
+        results["serve"] = _stage("serve.deploy")
+        results["recommendations"] = ask_users(config, results["serve"]["url"], token, dataset["data.dataset"])
+    return results
+
+
+def best_checkpoint(results: dict[str, Any], metric: str) -> str:
+    """Choose between the recipe's run and the search's winner by their validation metric; the recipe wins a tie."""
+    found = [(results["train"]["validation"][metric], results["train"]["checkpoint"])] if "train" in results else []
+    if "search" in results:
+        found.append((results["search"]["winner"]["metrics"][metric], results["search"]["winner"]["checkpoint"]))
+    return max(found, key=lambda pair: pair[0])[1] if found else ""
+
+
+def _stage(module: str, values: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a verb with this command's own arguments and some more values; return the JSON that it ends with.
+
+    Raises:
+        UserError: the verb failed; its own error stands above.
+    """
+    settings = [f"--set={key}={value}" for key, value in (values or {}).items() if value]
+    logger.info("=== %s %s", module, " ".join(settings))
+    begin = time.monotonic()
+    finished = subprocess.run([sys.executable, "-m", module, *sys.argv[1:], *settings], stdout=subprocess.PIPE, check=False)
+    if finished.returncode:
+        raise UserError(f"{module}: failed with exit status {finished.returncode}; its error stands above")
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    result["wall_seconds"] = round(time.monotonic() - begin, 1)
+    return result
+
+
+def _service_token(config: Config) -> str:
+    """Return the service's bearer token: the environment's, or one made for this scratch folder."""
+    name = config.service.token_env
+    path = private_folder(Path(config.run.scratch)) / "service.token"
+    if name not in os.environ:
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_hex(32), encoding="ascii")
+        os.environ[name] = path.read_text(encoding="ascii")
+    return os.environ[name]
+
+
+if __name__ == "__main__":
+    run_verb(run, __doc__)

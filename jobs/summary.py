@@ -1,0 +1,105 @@
+"""What a person reads at the end of the pipeline: data, training, leaderboard, test metrics, and answers of the service."""
+
+import json
+import urllib.request
+from typing import Any
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.storage import Storage
+
+NUM_USERS = 3
+SHOWN_HISTORY = 5
+SHOWN_ITEMS = 5
+
+
+def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[dict[str, Any]]:
+    """Ask the running service for some users' recommendations; return them beside the ends of their histories."""
+    dataset = Dataset.open(Storage.from_config(config.storage), dataset_uri)
+    titles = dict(zip(dataset.catalogue["item_index"].to_pylist(), dataset.catalogue["title"].to_pylist(), strict=True))
+    users = dataset.read_shard(dataset.manifest.users_shards[0], ["user_id", "items"]).slice(0, NUM_USERS).to_pylist()
+    answers = []
+    for user in users:
+        answer = post(f"{url}/v1/recommend", {"user_id": user["user_id"], "k": SHOWN_ITEMS}, token)
+        answers.append(
+            {
+                "user_id": user["user_id"],
+                "history": [titles[index] for index in user["items"][-SHOWN_HISTORY:]],
+                "recommendations": [item["title"] for item in answer["items"]],
+                "version": answer["version"],
+            }
+        )
+    return answers
+
+
+def post(url: str, body: dict[str, Any], token: str) -> Any:
+    """Post JSON with a bearer token and return the JSON answer."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def render(config: Config, results: dict[str, Any]) -> str:
+    """Lay the results out as text; a stage that did not run has no part."""
+    lines = ["", "=" * 100]
+    if data := results.get("prepare_data"):
+        lines += [
+            f"data       {data['num_users']} users, {data['num_items']} items, {data['num_interactions']} interactions; rejected: {data['rejected'] or 'none'}"
+        ]
+    for name in ("train", "train_id_only"):
+        if train := results.get(name):
+            speed = f"{train['steps']} steps, {train['samples_per_second']:.0f} samples/s"
+            lines += [f"{name:<14} {speed}, validation {_metrics(train['validation'])}, {train['wall_seconds']} s"]
+    if search := results.get("search"):
+        lines += ["", f"search     {search['num_trials']} trials by validation {search['metric']}, {search['wall_seconds']} s"]
+        lines += [
+            f"  {_number(trial['metric'])}  {trial['epochs']:>3} epochs  {trial['status']:<8}  {_values(trial['values'])}"
+            for trial in search["leaderboard"]
+        ]
+    if "evaluate" in results:
+        lines += ["", *_test_table(config, results)]
+    for answer in results.get("recommendations", []):
+        lines += [
+            "",
+            f"user {answer['user_id']}",
+            f"  did          {' | '.join(answer['history'])}",
+            f"  may like     {' | '.join(answer['recommendations'])}",
+        ]
+    if serve := results.get("serve"):
+        token = "the token of $" + config.service.token_env + f", or in {config.run.scratch}/service.token"
+        lines += ["", f"service    {serve['url']} answers with version {serve['version']}; bearer token: {token}"]
+        lines += ["           stop it with: make stop (or python -m serve.stop)"]
+    lines += ["", f"wall time  {results['seconds']} s", "=" * 100]
+    return "\n".join(lines)
+
+
+def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
+    evaluation = results["evaluate"]
+    rows = {"model": evaluation["metrics"], **evaluation["baselines"]}
+    if "evaluate_id_only" in results:
+        rows["id only"] = results["evaluate_id_only"]["metrics"]
+    cutoff = config.evaluation.metric.partition("@")[2]
+    names = [f"{name}@{cutoff}" for name in ("hr", "ndcg", "mrr", "coverage")]
+    lines = [
+        f"{evaluation['split']} of {evaluation['num_users']} users; {evaluation['protocol']}",
+        " " * 12 + "".join(f"{name:>14}" for name in names),
+    ]
+    lines += [f"  {row:<10}" + "".join(f"{metrics[name]:>14.4f}" for name in names) for row, metrics in rows.items()]
+    tasks = {name: value for name, value in evaluation["metrics"].items() if "." in name and not name.endswith("num_labels")}
+    return lines + ([f"  tasks      {_metrics(tasks)}"] if tasks else [])
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
+
+
+def _values(values: dict[str, Any]) -> str:
+    return " ".join(
+        f"{key.rpartition('.')[2] if key != 'model.text.mode' else 'text'}={value:.2g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in values.items()
+    )
+
+
+def _number(value: float | None) -> str:
+    return "   -  " if value is None else f"{value:.4f}"

@@ -1,0 +1,189 @@
+"""Answers requests in batches from one exported version; no Ray and no HTTP here, and no numbers but the predictor's."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from recsys.errors import UserError
+from recsys.predictor import History, Indices, Predictor, Ranking
+from recsys.registry import ExportManifest, Registry
+from serve.protocol import (
+    POPULARITY,
+    Answer,
+    CandidateScore,
+    ModelInfo,
+    PostedInteraction,
+    RecommendedItem,
+    RecommendRequest,
+    RecommendResponse,
+    RequestError,
+    ScoreRequest,
+    ScoreResponse,
+    UserRequest,
+)
+
+NOTHING: Indices = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of the user that a request is about; `history` None: nothing, so popularity answers."""
+
+    history: History | None
+    unknown_items: tuple[str, ...] = ()
+
+
+class Answerer:
+    """One version, ready to answer. Whole batches go through the predictor together; each request gets its own answer."""
+
+    def __init__(self, predictor: Predictor, info: ModelInfo) -> None:
+        self.predictor = predictor
+        self.info = info
+        self.tasks = [task.name for task in predictor.manifest.tasks]
+        reserved = set(CandidateScore.model_fields).intersection(self.tasks)
+        if reserved:
+            raise UserError(
+                f"export {info.version}: has a task named '{min(reserved)}', which an answer means something else by; rename it"
+            )
+
+    @classmethod
+    def load(cls, registry: Registry, version: str, alias: str, scratch: Path) -> "Answerer":
+        """Fetch a version, verify it and load it.
+
+        Raises:
+            UserError: the version is not there, damaged, or answers other than when it was published.
+        """
+        export = registry.manifest(version)
+        predictor = Predictor.from_export(registry.fetch(version, scratch))
+        return cls(predictor, _describe(predictor, export, alias))
+
+    def check(self) -> None:
+        """Answer for a made-up user.
+
+        Raises:
+            RuntimeError: the numbers are not finite.
+        """
+        if not torch.isfinite(self.predictor.encode([History.of([1])])).all():
+            raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
+
+    def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
+        """Answer each request with its k best items."""
+        found = [self._find(request) for request in requests]
+        asked = [
+            (request, user.history)
+            for request, user in zip(requests, found, strict=True)
+            if isinstance(user, Found) and user.history is not None
+        ]
+        rankings = iter(self._rank(asked))
+        answers = []
+        for request, user in zip(requests, found, strict=True):
+            if isinstance(user, Answer):
+                answers.append(user)
+            elif user.history is None:
+                answers.append(self._recommended(self.predictor.popular(request.k, NOTHING), request, user, POPULARITY))
+            else:
+                answers.append(self._recommended(next(rankings), request, user, None))
+        return answers
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
+        """Answer each request with its candidates' scores."""
+        found = [self._find(request) for request in requests]
+        candidates = [self._indices(request.candidates) for request in requests]
+        asked = [
+            (user.history, indices)
+            for user, indices in zip(found, candidates, strict=True)
+            if isinstance(user, Found) and user.history is not None
+        ]
+        results = iter(self.predictor.score(*zip(*asked, strict=True)) if asked else ())
+        answers = []
+        for request, user, indices in zip(requests, found, candidates, strict=True):
+            if isinstance(user, Answer):
+                answers.append(user)
+            elif user.history is None:
+                counts = self.predictor.popularity.numpy()[indices]
+                answers.append(self._scored({"retrieval": counts.tolist()}, request, user, POPULARITY))
+            else:
+                columns = {name: values.tolist() for name, values in next(results).items()}
+                answers.append(self._scored(columns, request, user, None))
+        return answers
+
+    def _rank(self, asked: Sequence[tuple[RecommendRequest, History]]) -> list[Ranking]:
+        """Rank for all at once, as deep as the deepest asks: a shorter answer is the beginning of a longer one."""
+        if not asked:
+            return []
+        deepest = max(request.k for request, _ in asked)
+        exclude = [history.items if request.exclude_seen else NOTHING for request, history in asked]
+        return self.predictor.recommend([history for _, history in asked], deepest, exclude)
+
+    def _find(self, request: UserRequest) -> Found | Answer:
+        if request.user_id is not None:
+            history = self.predictor.history_of(request.user_id)
+            return Found(history if history is not None and len(history.items) else None)
+        try:
+            return self._read_history(request.history or [])
+        except RequestError as error:
+            return Answer.error(error.status, error.message)
+
+    def _read_history(self, posted: Sequence[PostedInteraction]) -> Found:
+        """Translate a posted history; items that are not in the catalogue are left out and named."""
+        rows = []
+        for position, interaction in enumerate(posted):
+            kind = 0 if interaction.event is None else self.predictor.event_index.get(interaction.event)
+            if kind is None:
+                known = ", ".join(self.predictor.manifest.event_kinds)
+                raise RequestError(422, f"history.{position}.event: is no event kind of this model; known: {known}")
+            rows.append((self.predictor.item_index.get(interaction.item_id, 0), kind, interaction.timestamp or 0))
+        unknown = _distinct(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
+        known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
+        return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
+
+    def _indices(self, item_ids: Sequence[str]) -> Indices:
+        """Look up candidates; those that are not in the catalogue are left out."""
+        indices = (self.predictor.item_index.get(item_id) for item_id in item_ids)
+        return np.asarray([index for index in indices if index is not None], dtype=np.int64)
+
+    def _recommended(self, ranking: Ranking, request: RecommendRequest, user: Found, fallback: str | None) -> Answer:
+        catalogue = self.predictor.catalogue
+        rows = zip(ranking.items[: request.k].tolist(), ranking.scores[: request.k].tolist(), strict=True)
+        items = [
+            RecommendedItem(item_id=catalogue.item_ids[index], title=catalogue.titles[index], score=score, rank=rank)
+            for rank, (index, score) in enumerate(rows, start=1)
+        ]
+        return Answer.of(
+            RecommendResponse(version=self.info.version, fallback=fallback, unknown_items=list(user.unknown_items), items=items)
+        )
+
+    def _scored(self, columns: dict[str, list[float]], request: ScoreRequest, user: Found, fallback: str | None) -> Answer:
+        """Lay the known candidates' columns out over all candidates."""
+        rows = iter(zip(*columns.values(), strict=True))
+        nothing = dict.fromkeys(("retrieval", *self.tasks))
+        scores, unknown = [], []
+        for item_id in request.candidates:
+            is_known = item_id in self.predictor.item_index
+            if not is_known:
+                unknown.append(item_id)
+            values = nothing | dict(zip(columns, next(rows), strict=True)) if is_known else nothing
+            scores.append(CandidateScore(item_id=item_id, known=is_known, **values))
+        unknown_items = list(_distinct((*user.unknown_items, *unknown)))
+        return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
+
+
+def _describe(predictor: Predictor, export: ExportManifest, alias: str) -> ModelInfo:
+    manifest = predictor.manifest
+    return ModelInfo(
+        version=export.version,
+        alias=alias,
+        dataset_fingerprint=manifest.fingerprint,
+        num_items=manifest.num_items,
+        tasks=[task.name for task in manifest.tasks],
+        event_kinds=list(manifest.event_kinds),
+        metrics=export.metadata.get("metrics", {}),
+        code_version=export.metadata.get("code_version"),
+    )
+
+
+def _distinct(item_ids: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item_ids))

@@ -1,0 +1,136 @@
+"""The Ray Serve application: an HTTP ingress before the scorers, built from the config for the version that the alias names."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.serve
+from fastapi import FastAPI
+from ray.serve.config import AutoscalingConfig
+
+import recsys
+from recsys.config import Config, ServiceConfig, load_config
+from recsys.errors import UserError
+from recsys.registry import Registry
+from recsys.storage import Storage
+from serve.gateway import build_http_app, digest_of
+from serve.scorer import Scorer
+
+APPLICATION = "recsys"
+SCORER = "Scorer"
+INGRESS_REQUESTS = 2000
+"""Requests that one ingress replica holds at once. Far above what the scorers take, so that refusals are made in one place."""
+
+QUEUED_BATCHES = 4
+"""Batches per replica that may wait before requests are refused."""
+
+
+@ray.serve.ingress()
+class Ingress:
+    """Speaks HTTP for the scorers. Knows the token's digest only."""
+
+    def __init__(self, service: ServiceConfig, token_digest: str, scorer: Any) -> None:
+        self._arguments = (service, token_digest, scorer)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Build the HTTP application in the replica."""
+        return build_http_app(*self._arguments)
+
+
+def build_app(args: dict[str, Any]) -> ray.serve.Application:
+    """Build for `serve run serve.app:build_app config=FILE section.key=value ...` and for the `args` of `serve deploy`.
+
+    Raises:
+        UserError: the config is wrong, no token is set, or the alias names no version.
+    """
+    config = read_arguments(args)
+    return build(config, version_in_service(config))
+
+
+def build(config: Config, version: str) -> ray.serve.Application:
+    """Bind the deployments. The same config, code and version bound again changes nothing that runs.
+
+    Raises:
+        UserError: no token is set.
+    """
+    service = config.service
+    token_digest = digest_of(_token(service))
+    code = _fingerprint(config, token_digest)
+    scorer = ray.serve.deployment(
+        name=SCORER,
+        max_ongoing_requests=2 * service.max_batch_size,
+        max_queued_requests=QUEUED_BATCHES * service.max_batch_size * service.max_replicas,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=service.min_replicas,
+            max_replicas=service.max_replicas,
+            target_ongoing_requests=service.max_batch_size,
+        ),
+        ray_actor_options={"num_cpus": service.cpus_per_replica},
+        user_config={"version": version},
+        max_surge_percent=100,
+    )(Scorer)
+    ingress = ray.serve.deployment(
+        name="Ingress",
+        num_replicas=service.ingress_replicas,
+        max_ongoing_requests=INGRESS_REQUESTS,
+        max_surge_percent=100,
+    )(Ingress)
+    # Ray Serve takes each deployment that is bound anew for other code, unless its version is given; the argument is
+    # marked internal, and there is no public one.
+    scorer, ingress = (deployment.options(version=code, _internal=True) for deployment in (scorer, ingress))
+    return ingress.bind(service, token_digest, scorer.bind(config))
+
+
+def read_arguments(args: dict[str, Any]) -> Config:
+    """Read `config` and the `section.key` overrides; values are strings as for `--set`, or what YAML makes of them.
+
+    Raises:
+        UserError: a key or a value is wrong.
+    """
+    overrides = []
+    for key, value in args.items():
+        if key != "config":
+            if value is None or isinstance(value, dict):
+                raise UserError(f"{key}: must be a string, number, true or false, or a list")
+            overrides.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return load_config(args.get("config"), overrides)
+
+
+def version_in_service(config: Config) -> str:
+    """Tell the version that `service.alias` names.
+
+    Raises:
+        UserError: it names none.
+    """
+    service = config.service
+    registry = Registry(Storage.from_config(config.storage), service.export)
+    version = registry.resolve(service.alias)
+    if version is None:
+        raise UserError(
+            f"service.alias = '{service.alias}': names no version of export {service.export} in {config.storage.root}; "
+            "publish one by python -m jobs.export"
+        )
+    return registry.manifest(version).version
+
+
+def _token(service: ServiceConfig) -> bytes:
+    token = os.environ.get(service.token_env, "").strip()
+    if not token:
+        raise UserError(
+            f"the environment variable {service.token_env} (service.token_env) has no token for the service's callers; "
+            f'export {service.token_env}="$(openssl rand -hex 32)" before the cluster is started would work'
+        )
+    return token.encode()
+
+
+def _fingerprint(config: Config, token_digest: str) -> str:
+    """Hash all that a running replica depends on besides the version it serves."""
+    content = hashlib.sha256(f"{ray.__version__} {token_digest}".encode())
+    content.update(config.model_dump_json(include={"storage": True, "run": {"scratch"}, "service": True}).encode())
+    for package in (Path(recsys.__file__).parent, Path(__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            content.update(path.read_bytes())
+    return content.hexdigest()

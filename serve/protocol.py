@@ -1,0 +1,195 @@
+"""Requests and responses of the service, and how a request's body is read; how they are answered is `answering.py`."""
+
+import json
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator, model_validator
+
+from recsys.config import ServiceConfig
+
+MAX_ID_CHARACTERS = 512
+MAX_HISTORY = 4096
+MAX_SECONDS = 253_402_300_799
+"""The last second of the year 9999: a time beyond it was given in milliseconds."""
+
+POPULARITY = "popularity"
+
+MAX_ERROR_CHARACTERS = 300
+MAX_SHOWN_CHARACTERS = 60
+
+
+class Message(BaseModel):
+    """A frozen part of a request or a response: nothing unknown, no conversions, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
+
+
+class PostedInteraction(Message):
+    """One thing that a user did; without `event` it is of the weakest kind. `timestamp` is in seconds."""
+
+    item_id: Identifier
+    event: Identifier | None = None
+    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+
+
+class UserRequest(Message):
+    """Whom a request is about: a user of the training data, or anybody by what they did.
+
+    A history is oldest first; where it has times, it is sorted by them and equal times keep their order.
+    """
+
+    user_id: Identifier | None = None
+    history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY)] | None = None
+
+    @model_validator(mode="after")
+    def _check_user(self) -> Self:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give either user_id or history, and not both")
+        if self.history and len({interaction.timestamp is None for interaction in self.history}) > 1:
+            raise ValueError("history: give every interaction a timestamp, or none")
+        return self
+
+
+class RecommendRequest(UserRequest):
+    """Asks for the k best items; `service.max_k` bounds k."""
+
+    k: Annotated[int, Field(ge=1)] = 10
+    exclude_seen: bool = True
+
+    @field_validator("k")
+    @classmethod
+    def _check_k(cls, value: int, info: ValidationInfo) -> int:
+        return _at_most(value, value, "max_k", info)
+
+
+class ScoreRequest(UserRequest):
+    """Asks for the scores of candidates, in their order; `service.max_candidates` bounds their number."""
+
+    candidates: Annotated[list[Identifier], Field(min_length=1)]
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _check_number(cls, value: Any, info: ValidationInfo) -> Any:
+        return _at_most(value, len(value), "max_candidates", info) if isinstance(value, list) else value
+
+
+class RecommendedItem(Message):
+    """An item of the answer; rank 1 is the best."""
+
+    item_id: str
+    title: str
+    score: float
+    rank: int
+
+
+class RecommendResponse(Message):
+    """`fallback`: nothing is known of the user, so the items are the most popular and the scores their interaction counts."""
+
+    version: str
+    fallback: str | None
+    unknown_items: list[str]
+    items: list[RecommendedItem]
+
+
+class CandidateScore(Message):
+    """A candidate's scores: `retrieval`, and one more key per task. All null where the item is unknown."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    item_id: str
+    known: bool
+    retrieval: float | None
+
+
+class ScoreResponse(Message):
+    """`fallback`: nothing is known of the user, so `retrieval` is the item's interaction count and the tasks are null."""
+
+    version: str
+    fallback: str | None
+    unknown_items: list[str]
+    scores: list[CandidateScore]
+
+
+class ModelInfo(Message):
+    """What is served."""
+
+    version: str
+    alias: str
+    dataset_fingerprint: str
+    num_items: int
+    tasks: list[str]
+    event_kinds: list[str]
+    metrics: dict[str, JsonValue]
+    code_version: str | None
+
+
+class Answer(NamedTuple):
+    """A status and a JSON body, encoded once where it is made."""
+
+    status: int
+    body: bytes
+
+    @classmethod
+    def of(cls, response: Message) -> "Answer":
+        """Encode a response."""
+        return cls(200, response.model_dump_json().encode())
+
+    @classmethod
+    def error(cls, status: int, message: str) -> "Answer":
+        """Encode an error as one line."""
+        return cls(status, json.dumps({"error": " ".join(message.split())[:MAX_ERROR_CHARACTERS]}).encode())
+
+
+class RequestError(Exception):
+    """A request that cannot be answered, and why in one line."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+Request = TypeVar("Request", bound=UserRequest)
+
+
+def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Request:
+    """Read a JSON body.
+
+    Raises:
+        RequestError: it is not JSON (400), or it breaks a rule (422).
+    """
+    try:
+        return kind.model_validate_json(body, context=service.model_dump(include={"max_k", "max_candidates"}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        raise RequestError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    raise RequestError(422, _explain(kind, dict(first)))
+
+
+def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:
+    """Turn a broken rule into one line: key, value, rule."""
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        fields = kind.model_fields if len(first["loc"]) == 1 else PostedInteraction.model_fields
+        return f"{_shorten(key)}: unknown key; known: {', '.join(fields)}"
+    if first["type"] == "missing":
+        return f"{key}: is missing"
+    return f"{key or 'the body'} = {_shorten(json.dumps(first['input'], default=str))}: {first['msg']}"
+
+
+def _at_most(value: Any, size: int, limit_name: str, info: ValidationInfo) -> Any:
+    limit = (info.context or {}).get(limit_name)
+    if limit is not None and size > limit:
+        raise ValueError(f"{size} is more than this service gives; at most {limit} (service.{limit_name})")
+    return value
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

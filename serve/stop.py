@@ -1,0 +1,16 @@
+"""Stop the service that the pipeline left running on this machine, with the local head that it runs on."""
+
+from typing import Any
+
+from recsys.command import run_verb
+from recsys.config import Config
+from recsys.runtime import stop_local_head
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Stop the head that is recorded in `run.scratch`."""
+    return {"stopped": stop_local_head(config)}
+
+
+if __name__ == "__main__":
+    run_verb(run, __doc__)

@@ -1,0 +1,104 @@
+"""Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
+from recsys.data.sequences import cut_windows
+from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
+from recsys.storage import Storage, join, sha256_of
+
+GENRES = ("comedy", "drama", "horror", "science fiction", "western")
+KINDS = ("view", "purchase")
+
+
+def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max_history: int = 10, seed: int = 0) -> Dataset:
+    """Write a dataset in which each user walks through the items of one genre in order, with some noise."""
+    generator = np.random.default_rng(seed)
+    users = [_make_user(generator, index, num_items) for index in range(num_users)]
+    samples = [
+        {"user_index": user["user_index"], "first_target": window.first_target}
+        | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values")}
+        for user in users
+        for window in cut_windows(user["num_train"], max_history, max_history)
+    ]
+    counts = np.bincount(np.concatenate([user["items"][: user["num_train"]] for user in users]), minlength=num_items + 1)
+    catalogue = [_make_item(index, int(counts[index])) for index in range(1, num_items + 1)]
+    half = len(samples) // 2
+    uri = storage.uri("datasets", f"tiny-{num_users}-{num_items}-{seed}")
+    values = np.concatenate([user["values"][: user["num_train"]] for user in users])
+    fields: dict[str, Any] = {
+        "inputs": (),
+        "data_config": {},
+        "tie_rule": TIE_RULE,
+        "num_users": num_users,
+        "num_items": num_items,
+        "num_interactions": sum(len(user["items"]) for user in users),
+        "num_targets": sum(len(sample["items"]) - sample["first_target"] for sample in samples),
+        "rejected": {},
+        "event_kinds": KINDS,
+        "tasks": derive_tasks(KINDS, len(values), 4.0),
+        "value_mean": float(values.mean()),
+        "value_std": float(values.std()),
+        "has_time": True,
+        "category_vocabulary": tuple(f"genre={genre}" for genre in GENRES),
+        "number_columns": ("price",),
+        "vector_size": 0,
+        "train_shards": (_write(storage, uri, "train/0.parquet", samples[:half], TRAIN_SCHEMA), _write(storage, uri, "train/1.parquet", samples[half:], TRAIN_SCHEMA)),
+        "users_shards": (_write(storage, uri, "users/0.parquet", users, USERS_SCHEMA),),
+        "catalogue_shards": (_write(storage, uri, "catalogue/0.parquet", catalogue, CATALOGUE_SCHEMA),),
+    }
+    fingerprint = content_fingerprint({**fields, "tasks": [asdict(task) for task in fields["tasks"]]})
+    manifest = DatasetManifest(fingerprint=fingerprint, **fields)
+    storage.write_bytes(join(uri, MANIFEST_NAME), manifest.model_dump_json().encode())
+    return Dataset.open(storage, uri)
+
+
+def _make_user(generator: np.random.Generator, index: int, num_items: int) -> dict[str, Any]:
+    length = int(generator.integers(4, 20))
+    genre = int(generator.integers(len(GENRES)))
+    own = [item for item in range(1, num_items + 1) if item % len(GENRES) == genre]
+    start = int(generator.integers(len(own)))
+    items = [own[(start + step) % len(own)] if generator.random() < 0.8 else int(generator.integers(1, num_items + 1)) for step in range(length)]
+    return {
+        "user_index": index,
+        "user_id": f"user-{index}",
+        "items": items,
+        "events": generator.integers(0, len(KINDS), length).tolist(),
+        "timestamps": (1_600_000_000 + np.cumsum(generator.integers(1, 100_000, length))).tolist(),
+        "values": generator.integers(1, 6, length).astype(float).tolist(),
+        "num_train": length - 2,
+        "num_validation": 1,
+        "attributes": [("group", "even" if index % 2 == 0 else "odd")],
+    }
+
+
+def _make_item(index: int, train_count: int) -> dict[str, Any]:
+    genre = index % len(GENRES)
+    return {
+        "item_index": index,
+        "item_id": f"item-{index}",
+        "title": f"Story {index}",
+        "text": f"Story {index}. A {GENRES[genre]} about the number {index}",
+        "categories": [genre + 1],
+        "numbers": [index / 10 if index % 7 else float("nan")],
+        "vector": [],
+        "train_count": train_count,
+    }
+
+
+def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], schema: pa.Schema) -> Shard:
+    from pathlib import Path
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        local = Path(folder) / "shard.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema), local, row_group_size=16)
+        metadata = pq.read_metadata(local)
+        storage.upload(local, join(uri, path))
+        groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+        return Shard(path=path, row_groups=groups, num_bytes=local.stat().st_size, sha256=sha256_of(local))

@@ -1,0 +1,70 @@
+"""ZeRO must not change what is learned: one loss curve for every stage, number of workers and micro batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.storage import Storage
+from recsys.train.loop import train
+from recsys.train.reporter import LocalReporter
+from tests.datasets import make_dataset
+from tests.distributed import run_distributed
+
+NUM_STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("zero")
+    make_dataset(Storage(str(path / "store")), num_users=200)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> np.ndarray:
+    """One worker, no sharding, doubled micro batch."""
+    return loss_curve(folder, "reference", num_workers=1, zero_stage=0, micro_batch_size=16)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_workers_learn_as_one(folder: Path, reference: np.ndarray, zero_stage: int) -> None:
+    curve = loss_curve(folder, f"stage-{zero_stage}", num_workers=2, zero_stage=zero_stage, micro_batch_size=8)
+    np.testing.assert_allclose(curve, reference, rtol=1e-4)
+    assert curve[-5:, 0].mean() < 0.9 * curve[:5, 0].mean(), "nothing was learned, so equal curves say little"
+
+
+def test_accumulation_is_a_large_batch(folder: Path, reference: np.ndarray) -> None:
+    curve = loss_curve(folder, "accumulated", num_workers=1, zero_stage=0, micro_batch_size=4)
+    np.testing.assert_allclose(curve, reference, rtol=1e-4)
+
+
+def loss_curve(folder: Path, name: str, num_workers: int, zero_stage: int, micro_batch_size: int) -> np.ndarray:
+    """Train 50 steps without dropout; return the losses, (steps, losses)."""
+    values = {
+        "storage.root": str(folder / "store"),
+        "run.scratch": str(folder / "scratch"),
+        "run.name": name,
+        "data.dataset": str(folder / "store/datasets/tiny-200-40-0"),
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.dropout": 0.0,
+        "model.text.mode": "off",
+        "model.task_weight": 0.5,
+        "optimizer.learning_rate": 5e-3,
+        "training.num_workers": num_workers,
+        "training.zero_stage": zero_stage,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": micro_batch_size,
+        "training.max_steps": NUM_STEPS,
+        "training.early_stopping_patience": None,
+    }
+    return run_distributed(train_and_record, num_workers, load_config().with_values(values))[0]
+
+
+def train_and_record(config: Config) -> np.ndarray:
+    reporter = LocalReporter()
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    return np.array([list(losses.values()) for losses in reporter.losses])
