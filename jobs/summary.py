@@ -44,9 +44,8 @@ def render(config: Config, results: dict[str, Any]) -> str:
     """Lay the results out as text; a stage that did not run has no part."""
     lines = ["", "=" * 100]
     if data := results.get("prepare_data"):
-        lines += [
-            f"data       {data['num_users']} users, {data['num_items']} items, {data['num_interactions']} interactions; rejected: {data['rejected'] or 'none'}"
-        ]
+        counts = f"{data['num_users']} users, {data['num_items']} items, {data['num_interactions']} interactions"
+        lines += [f"data       {counts}; rejected: {data['rejected'] or 'none'}"]
     for name in ("train", "train_id_only"):
         if train := results.get(name):
             speed = f"{train['steps']} steps, {train['samples_per_second']:.0f} samples/s"

@@ -10,7 +10,7 @@ from typing import Any
 
 from recsys.config import Config, load_config
 from recsys.errors import UserError
-from recsys.runtime import RESULT_DESCRIPTOR
+from recsys.runtime import RESTART_ENVIRONMENT, RESULT_DESCRIPTOR
 
 
 def run_verb(verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
@@ -27,7 +27,7 @@ def run_verb(verb: Callable[[Config], dict[str, Any]], description: str | None) 
     # `runtime.connect` may start the program anew; it then finds the result's stream already set aside.
     result_descriptor = int(os.environ.pop(RESULT_DESCRIPTOR, 0)) or os.dup(1)
     os.set_inheritable(result_descriptor, True)
-    os.environ[RESULT_DESCRIPTOR] = str(result_descriptor)
+    RESTART_ENVIRONMENT[RESULT_DESCRIPTOR] = str(result_descriptor)
     os.dup2(2, 1)
     try:
         result = verb(load_config(arguments.config, arguments.overrides))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -177,7 +178,7 @@ class Predictor:
         predictor.check_golden(json.loads((folder / "golden.json").read_bytes()))
         return predictor
 
-    def golden(self, num_users: int, k: int = 10) -> list[dict[str, object]]:
+    def golden(self, num_users: int, k: int = 10) -> list[dict[str, Any]]:
         """Answer for the first remembered users, to be published with an export and asked again by whoever loads it."""
         chosen = sorted(self._users)[:num_users]
         histories = [self._users[user_id] for user_id in chosen]
@@ -187,7 +188,7 @@ class Predictor:
             for user_id, ranking in zip(chosen, rankings, strict=True)
         ]
 
-    def check_golden(self, golden: list[dict[str, object]]) -> None:
+    def check_golden(self, golden: list[dict[str, Any]]) -> None:
         """Compare with the published answers.
 
         Raises:

@@ -23,6 +23,9 @@ from recsys.storage import private_folder
 ADDRESS = "RAY_ADDRESS"
 HEAD_RECORD = "head.json"
 RESULT_DESCRIPTOR = "RECSYS_RESULT_DESCRIPTOR"
+RESTART_ENVIRONMENT: dict[str, str] = {}
+"""What the program tells itself when it is started anew."""
+
 OWN_HEAD = "RECSYS_OWN_RAY_HEAD"
 OWN_FOLDER = "RECSYS_OWN_RAY_FOLDER"
 PR_SET_PDEATHSIG = 1
@@ -182,7 +185,7 @@ def _start_anew_on_private_head(config: Config) -> NoReturn:
     folder = ray_folder(config)
     head = start_head(folder, ends_with_parent=True)
     own = {OWN_HEAD: str(head.process_id), OWN_FOLDER: folder}
-    os.execve(sys.executable, sys.orig_argv, {**os.environ, **head.environment, **own})
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, **head.environment, **own, **RESTART_ENVIRONMENT})
 
 
 def _end_with_parent() -> None:

@@ -48,7 +48,10 @@ def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max
         "category_vocabulary": tuple(f"genre={genre}" for genre in GENRES),
         "number_columns": ("price",),
         "vector_size": 0,
-        "train_shards": (_write(storage, uri, "train/0.parquet", samples[:half], TRAIN_SCHEMA), _write(storage, uri, "train/1.parquet", samples[half:], TRAIN_SCHEMA)),
+        "train_shards": tuple(
+            _write(storage, uri, f"train/{number}.parquet", part, TRAIN_SCHEMA)
+            for number, part in enumerate((samples[:half], samples[half:]))
+        ),
         "users_shards": (_write(storage, uri, "users/0.parquet", users, USERS_SCHEMA),),
         "catalogue_shards": (_write(storage, uri, "catalogue/0.parquet", catalogue, CATALOGUE_SCHEMA),),
     }
@@ -63,7 +66,9 @@ def _make_user(generator: np.random.Generator, index: int, num_items: int) -> di
     genre = int(generator.integers(len(GENRES)))
     own = [item for item in range(1, num_items + 1) if item % len(GENRES) == genre]
     start = int(generator.integers(len(own)))
-    items = [own[(start + step) % len(own)] if generator.random() < 0.8 else int(generator.integers(1, num_items + 1)) for step in range(length)]
+    items = [
+        own[(start + step) % len(own)] if generator.random() < 0.8 else int(generator.integers(1, num_items + 1)) for step in range(length)
+    ]
     return {
         "user_index": index,
         "user_id": f"user-{index}",

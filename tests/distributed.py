@@ -17,7 +17,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
     context = mp.get_context("spawn")
     results: Any = context.Queue()
     port = free_port()
-    processes = [context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     try:
@@ -37,7 +39,13 @@ class RankError(RuntimeError):
 
 
 def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+    }
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size)

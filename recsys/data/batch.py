@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +55,7 @@ def gap_buckets(timestamps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.floor(np.log2(1.0 + gaps)).clip(max=NUM_GAP_BUCKETS - 1).astype(np.int64)
 
 
-def pad_lists(column: pa.Array | pa.ChunkedArray, width: int | None = None) -> tuple[NDArray[np.generic], NDArray[np.bool_]]:
+def pad_lists(column: pa.Array | pa.ChunkedArray, width: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Lay a list column out as a zero-padded rectangle, aligned left; return it with the mask of what is real."""
     lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
@@ -78,8 +79,8 @@ def task_labels(tasks: tuple[Task, ...], manifest: DatasetManifest, events: Tens
             continue
         has_value = ~values.isnan()
         known = torch.where(has_value, values, 0.0)
-        is_binary = task.threshold is not None
-        labels.append((known >= task.threshold).float() if is_binary else (known - manifest.value_mean) / manifest.value_std)
+        standardised = (known - manifest.value_mean) / manifest.value_std
+        labels.append(standardised if task.threshold is None else (known >= task.threshold).float())
         masks.append(has_value.float())
     if not labels:
         nothing = torch.zeros((*values.shape, 0))

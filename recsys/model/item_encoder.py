@@ -28,6 +28,15 @@ class ItemEncoder(nn.Module):
     carry it; `id_dropout` trains the model for that.
     """
 
+    known: Tensor  # (I + 1,) whether training has the item
+    categories: Tensor  # (I + 1, K)
+    numbers: Tensor  # (I + 1, 2 N) values, then whether there is one
+    vectors: Tensor  # (I + 1, V)
+    has_text: Tensor  # (I + 1,)
+    text_vectors: Tensor  # (I + 1, H)
+    tokens: Tensor  # (I + 1, T)
+    token_mask: Tensor  # (I + 1, T)
+
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
         width = config.width
@@ -73,8 +82,7 @@ class ItemEncoder(nn.Module):
         mask = torch.stack(present, 1)  # (D, S)
         stacked = stacked * mask.unsqueeze(-1)
         gate = self.gate(stacked.flatten(1)).masked_fill(~mask, torch.finfo(stacked.dtype).min).softmax(-1) * mask
-        joined: Tensor = (gate.unsqueeze(-1) * stacked).sum(1)
-        return joined
+        return (gate.unsqueeze(-1) * stacked).sum(1)
 
     def _encode_source(self, name: str, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return which items have this source (D,) and its vectors (D, W)."""
@@ -92,14 +100,12 @@ class ItemEncoder(nn.Module):
             count = (categories != 0).sum(1)
             return count > 0, source(categories).sum(1) / count.clamp(min=1).unsqueeze(1)
         features = self.numbers if name == "numbers" else self.vectors
-        return is_real, source(features[items].to(source[0].weight.dtype))
+        return is_real, source(features[items].to(self.gate.weight.dtype))
 
     def _text(self, items: Tensor) -> Tensor:
         if self.text_encoder is None:
-            vectors: Tensor = self.text_vectors[items]
-            return vectors
-        encoded: Tensor = self.text_encoder(self.tokens[items], self.token_mask[items])
-        return encoded
+            return self.text_vectors[items]
+        return self.text_encoder(self.tokens[items], self.token_mask[items])
 
 
 def _projection(inputs: int, width: int) -> nn.Module:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class TextEncoder(nn.Module):
     """A Hugging Face encoder or decoder, pooled to one vector per text. Shapes: D texts, T tokens, H its width."""
 
-    def __init__(self, backbone: nn.Module, pooling: str) -> None:
+    def __init__(self, backbone: Any, pooling: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
@@ -66,15 +66,17 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     from transformers import AutoModel
 
     try:
-        backbone: nn.Module = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        backbone: Any = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.text.backbone = {text.backbone}: cannot be loaded ({str(error).splitlines()[0]}); 'minilm' and 'tiny' work offline"
         ) from error
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # vectors are pooled here; its weights would be random, and trained by nobody
     if text.mode == "lora":
         from peft import LoraConfig, get_peft_model
 
-        backbone = get_peft_model(backbone, LoraConfig(r=text.lora_rank, lora_alpha=2 * text.lora_rank, target_modules="all-linear"))  # type: ignore[arg-type,assignment]
+        backbone = get_peft_model(backbone, LoraConfig(r=text.lora_rank, lora_alpha=2 * text.lora_rank, target_modules="all-linear"))
     return backbone
 
 

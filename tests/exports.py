@@ -1,0 +1,61 @@
+"""Small published exports for tests: a model with random weights over a small dataset, so nothing is trained."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from recsys import __version__
+from recsys.config import Config, load_config
+from recsys.export import write_export
+from recsys.model.recommender import build_recommender
+from recsys.predictor import Predictor
+from recsys.registry import Registry
+from recsys.storage import Storage
+from recsys.train.checkpoint import build_predictor
+from tests.datasets import make_dataset
+
+METRICS = {"ndcg@10": 0.25}
+
+
+def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
+    """Publish a version of `service.export`, let `service.alias` name it, and return the predictor it was written from."""
+    storage = Storage.from_config(config.storage)
+    dataset = make_dataset(storage, num_users=120, num_items=60)
+    trained = config.with_values(
+        {
+            "data.max_history": 10,
+            "model.width": 16,
+            "model.text.mode": "off",
+            "training.seed": seed,
+            "export.num_golden": 4,
+        }
+    )
+    recommender = build_recommender(trained, dataset, torch.device("cpu")).eval()
+    predictor = build_predictor(trained, dataset, recommender)
+    predictor.remember(dataset.read_users())
+    registry = Registry(storage, config.service.export)
+    with TemporaryDirectory() as folder:
+        write_export(predictor, recommender.state_dict(), dataset, Path(folder))
+        registry.publish(Path(folder), version, {"metrics": METRICS, "code_version": __version__})
+    registry.promote(config.service.alias, version, "for a test")
+    return predictor
+
+
+def publish_damaged_export(config: Config, version: str, source: str) -> None:
+    """Publish a version whose golden answers are not what its model gives, and let `service.alias` name it."""
+    registry = Registry(Storage.from_config(config.storage), config.service.export)
+    with TemporaryDirectory() as folder:
+        files = registry.fetch(source, Path(folder))
+        golden = json.loads((files / "golden.json").read_text())
+        golden[0]["scores"] = [score + 1 for score in golden[0]["scores"]]
+        (files / "golden.json").write_text(json.dumps(golden))
+        registry.publish(files, version, {"metrics": METRICS})
+    registry.promote(config.service.alias, version, "for a test")
+
+
+def service_config(folder: Path, **service: object) -> Config:
+    """Make a config whose store and scratch lie below `folder`."""
+    values = {f"service.{key}": value for key, value in service.items()}
+    return load_config().with_values({"storage.root": str(folder / "store"), "run.scratch": str(folder / "scratch"), **values})

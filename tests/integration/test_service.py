@@ -1,0 +1,272 @@
+"""The service on a real Ray, over real HTTP: served = offline, refusals, a new version, a damaged one, and no secret in any log."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from recsys.config import Config
+from recsys.predictor import Predictor
+from recsys.runtime import Head, free_port, start_head, stop_head
+from tests.exports import METRICS, publish_damaged_export, publish_export, service_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+MAX_BODY_BYTES = 20_000
+NUM_USERS = 100
+JSON = {"Content-Type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service, the predictor of the version it serves first, and how to talk to it."""
+
+    config: Config
+    head: Head
+    folder: Path
+    token: str
+    predictor: Predictor
+    deployed: dict[str, Any]
+    client: httpx.Client
+
+    def post(self, path: str, body: Any) -> dict[str, Any]:
+        """Post a request that is answered."""
+        response = self.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def deploy(self) -> "subprocess.CompletedProcess[str]":
+        """Run the verb again."""
+        return run_deploy(self.config, self.head, self.token)
+
+
+def run_deploy(config: Config, head: Head, token: str) -> "subprocess.CompletedProcess[str]":
+    settings = {
+        "storage.root": config.storage.root,
+        "run.scratch": config.run.scratch,
+        "service.port": config.service.port,
+        "service.max_body_bytes": config.service.max_body_bytes,
+        "service.max_batch_size": config.service.max_batch_size,
+        "service.batch_wait_seconds": config.service.batch_wait_seconds,
+    }
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return subprocess.run(
+        [sys.executable, "-m", "serve.deploy", *overrides],
+        cwd=ROOT,
+        env={**os.environ, **head.environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    config = service_config(
+        tmp_path_factory.mktemp("service"),
+        port=free_port(),
+        max_body_bytes=MAX_BODY_BYTES,
+        max_batch_size=8,
+        batch_wait_seconds=0.02,
+    )
+    predictor = publish_export(config, "v1", seed=1)
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(config.service.token_env, token)
+        head = start_head(folder)
+        try:
+            done = run_deploy(config, head, token)
+            assert done.returncode == 0, done.stderr[-3000:]
+            deployed = json.loads(done.stdout.splitlines()[-1])
+            with httpx.Client(base_url=deployed["url"], headers={"Authorization": f"Bearer {token}"}, timeout=20) as client:
+                yield Service(config, head, Path(folder), token, predictor, deployed, client)
+        finally:
+            stop_head(head.process_id)
+
+
+def assert_one_line(response: httpx.Response, status: int) -> None:
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    assert response.json()["error"]
+    assert "\n" not in response.json()["error"]
+
+
+def test_the_verb_says_what_it_started(service: Service) -> None:
+    url = f"http://127.0.0.1:{service.config.service.port}"
+    assert service.deployed == {"url": url, "version": "v1", "alias": "production", "export": "recommender", "replicas": 1}
+    model = service.client.get("/v1/model").json()
+    assert (model["version"], model["metrics"], model["tasks"]) == ("v1", METRICS, ["purchase", "rating", "like"])
+    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+
+
+def test_recommendations_served_are_those_computed_offline(service: Service) -> None:
+    """At once from many threads, so that users of unlike histories and k share batches."""
+    predictor = service.predictor
+    users = sorted(predictor.users)[:NUM_USERS]
+    with ThreadPoolExecutor(16) as pool:
+        served = list(pool.map(lambda row: service.post("/v1/recommend", {"user_id": row[1], "k": 5 + row[0] % 20}), enumerate(users)))
+    for position, (user_id, answer) in enumerate(zip(users, served, strict=True)):
+        history = predictor.users[user_id]
+        expected = predictor.recommend([history], 5 + position % 20, [history.items])[0]
+        assert answer["version"] == "v1"
+        assert answer["fallback"] is None
+        assert [item["item_id"] for item in answer["items"]] == [predictor.catalogue.item_ids[index] for index in expected.items]
+        np.testing.assert_allclose([item["score"] for item in answer["items"]], expected.scores, rtol=0, atol=1e-6)
+
+
+def test_scores_served_are_those_computed_offline(service: Service) -> None:
+    predictor = service.predictor
+    users = sorted(predictor.users)[:NUM_USERS]
+    candidates = [np.random.default_rng(position).integers(1, 61, 3 + position % 9) for position in range(len(users))]
+    bodies = [
+        {"user_id": user_id, "candidates": [predictor.catalogue.item_ids[index] for index in indices]}
+        for user_id, indices in zip(users, candidates, strict=True)
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        served = list(pool.map(lambda body: service.post("/v1/score", body), bodies))
+    for user_id, indices, answer in zip(users, candidates, served, strict=True):
+        expected = predictor.score([predictor.users[user_id]], [indices])[0]
+        assert set(expected) == {"retrieval", "purchase", "rating", "like"}
+        for name, values in expected.items():
+            np.testing.assert_allclose([row[name] for row in answer["scores"]], values, rtol=0, atol=1e-6)
+
+
+def test_a_posted_history_gets_the_answer_of_the_stored_one(service: Service) -> None:
+    predictor = service.predictor
+    history = predictor.users["user-7"]
+    rows = zip(history.items.tolist(), history.events.tolist(), history.timestamps.tolist(), strict=True)
+    posted = [
+        {"item_id": predictor.catalogue.item_ids[item], "event": predictor.manifest.event_kinds[event], "timestamp": time}
+        for item, event, time in rows
+    ]
+    assert service.post("/v1/recommend", {"history": posted}) == service.post("/v1/recommend", {"user_id": "user-7"})
+
+
+def test_unknown_users_get_what_is_popular(service: Service) -> None:
+    expected = service.predictor.popular(10, np.zeros(0, np.int64))
+    for body in ({"user_id": "nobody"}, {"history": []}, {"history": [{"item_id": "gone"}]}):
+        answer = service.post("/v1/recommend", body)
+        assert answer["fallback"] == "popularity"
+        assert [item["score"] for item in answer["items"]] == expected.scores.tolist()
+    score = service.post("/v1/score", {"user_id": "nobody", "candidates": ["item-1", "gone"]})
+    assert (score["fallback"], score["unknown_items"], score["scores"][0]["rating"]) == ("popularity", ["gone"], None)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b'{"user_id": "\xff"}', 400),
+        (b"[" * 10_000, 400),
+        (b'{"user_id": 5}', 422),
+        (b'{"user_id": "u", "k": 501}', 422),
+        (b'{"user_id": "u", "k": NaN}', 422),
+        (b'{"history": [{"item_id": "item-1", "event": "stare"}]}', 422),
+        (b" " * (MAX_BODY_BYTES + 1), 413),
+    ],
+)
+def test_bad_bodies_are_refused_with_one_line(service: Service, body: bytes, status: int) -> None:
+    assert_one_line(service.client.post("/v1/recommend", content=body, headers=JSON), status)
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_cap(service: Service) -> None:
+    chunks = (b" " * 1000 for _ in range(200))
+    assert_one_line(service.client.post("/v1/recommend", content=chunks, headers=JSON), 413)
+
+
+def test_tokens_paths_and_methods(service: Service) -> None:
+    url = service.deployed["url"]
+    missing = httpx.post(f"{url}/v1/recommend", json={"user_id": "user-1"})
+    assert_one_line(missing, 401)
+    assert missing.headers["www-authenticate"] == "Bearer"
+    wrong = httpx.post(f"{url}/v1/recommend", json={"user_id": "user-1"}, headers={"Authorization": f"Bearer {service.token}0"})
+    assert_one_line(wrong, 403)
+    assert_one_line(service.client.get("/v2"), 404)
+    assert_one_line(service.client.get("/v1/recommend"), 405)
+    assert_one_line(service.client.post("/v1/recommend", data={"user_id": "user-1"}), 415)
+
+
+def test_a_replica_that_is_killed_fails_no_request(service: Service) -> None:
+    (scorer,) = replicas(service, "Scorer")
+    with ThreadPoolExecutor(8) as pool:
+        requests = [pool.submit(service.post, "/v1/recommend", {"user_id": f"user-{number % 100}"}) for number in range(200)]
+        scorer.kill()
+        assert {request.result()["version"] for request in requests} == {"v1"}
+
+
+def test_deploying_again_changes_nothing(service: Service) -> None:
+    before = replicas(service)
+    done = service.deploy()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == service.deployed
+    assert replicas(service) == before
+    assert len(before) == 2
+
+
+def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Service) -> None:
+    before = replicas(service)
+    second = publish_export(service.config, "v2", seed=2)
+    expected = {
+        version: predictor.recommend([predictor.users["user-3"]], 10, [predictor.users["user-3"].items])[0].scores
+        for version, predictor in (("v1", service.predictor), ("v2", second))
+    }
+    with ThreadPoolExecutor(1) as pool:
+        deploying = pool.submit(service.deploy)
+        answers = []
+        while not deploying.done():
+            answers.append(service.post("/v1/recommend", {"user_id": "user-3"}))
+    assert deploying.result().returncode == 0, deploying.result().stderr[-3000:]
+    answers.append(service.post("/v1/recommend", {"user_id": "user-3"}))
+    assert (answers[0]["version"], answers[-1]["version"]) == ("v1", "v2")
+    for answer in answers:
+        np.testing.assert_allclose([item["score"] for item in answer["items"]], expected[answer["version"]], rtol=0, atol=1e-6)
+    assert replicas(service) == before
+
+    publish_damaged_export(service.config, "v3", source="v2")
+    refused = service.deploy()
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("error: version v3 cannot be served: export: user ")
+    assert refused.stderr.splitlines()[-1].endswith("version v2 goes on serving")
+    assert service.post("/v1/recommend", {"user_id": "user-3"})["version"] == "v2"
+    assert replicas(service) == before
+
+
+def test_nothing_listens_off_loopback(service: Service) -> None:
+    processes = [psutil.Process(service.head.process_id), *psutil.Process(service.head.process_id).children(recursive=True)]
+    addresses = {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_token_is_in_no_file(service: Service) -> None:
+    """Runs last, after requests with the right token and wrong ones."""
+    files = [path for root in (service.folder, Path(service.config.storage.root).parent) for path in root.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("replica_") for path in files)
+    assert [path for path in files if service.token.encode() in path.read_bytes()] == []
+
+
+def replicas(service: Service, name: str = "") -> list[psutil.Process]:
+    """Find the processes of a deployment's replicas, by process id."""
+    processes = psutil.Process(service.head.process_id).children(recursive=True)
+    return sorted(
+        (process for process in processes if f"ServeReplica:recsys:{name}" in " ".join(process.cmdline())), key=lambda found: found.pid
+    )

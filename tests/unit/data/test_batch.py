@@ -1,0 +1,77 @@
+"""Collating: exact tensors of a small table, padding masked everywhere, distinct items listed once."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from recsys.data.batch import Batch, Collator, gap_buckets
+from recsys.data.manifest import Dataset
+from recsys.schema import TRAIN_SCHEMA
+from recsys.storage import Storage
+from tests.datasets import make_dataset
+
+NO_NEGATIVES = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
+ROWS = pa.Table.from_pylist(
+    [
+        {"user_index": 0, "items": [3, 4, 5], "events": [0, 1, 0], "timestamps": [0, 1, 8], "values": [5.0, float("nan"), 2.0], "first_target": 1},
+        {"user_index": 1, "items": [7, 8], "events": [1, 1], "timestamps": [5, 5], "values": [1.0, 4.0], "first_target": 1},
+        {"user_index": 2, "items": [4, 9, 4], "events": [0, 0, 1], "timestamps": [0, 3, 9], "values": [3.0, 3.0, 5.0], "first_target": 2},
+    ],
+    TRAIN_SCHEMA,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(Storage(str(tmp_path_factory.mktemp("store"))))
+
+
+def collate(dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES) -> Batch:
+    return Collator(dataset.manifest, takes_whole_catalogue)(rows, np.arange(rows.num_rows), *negatives)
+
+
+def test_whole_catalogue_batch(dataset: Dataset) -> None:
+    batch = collate(dataset, ROWS, takes_whole_catalogue=True)
+    assert batch.items.tolist() == list(range(dataset.manifest.num_items + 1))
+    assert batch.history.tolist() == [[3, 4], [7, 0], [4, 9]]
+    assert batch.events.tolist() == [[1, 2], [2, 0], [1, 1]]
+    assert batch.gaps.tolist() == [[0, 1], [0, 0], [0, 2]]
+    assert batch.targets.tolist() == [[4, 5], [8, 0], [0, 4]]
+
+
+def test_labels_are_of_the_target_and_masked_where_missing(dataset: Dataset) -> None:
+    names = [task.name for task in dataset.manifest.tasks]
+    batch = collate(dataset, ROWS, takes_whole_catalogue=True)
+    like, purchase, rating = (names.index(name) for name in ("like", "purchase", "rating"))
+    assert batch.label_mask[..., purchase].tolist() == [[1, 1], [1, 0], [0, 1]]
+    assert batch.labels[..., purchase].tolist()[0] == [1, 0]
+    assert batch.label_mask[..., like].tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert batch.labels[1, 0, like] == 1
+    expected = (2.0 - dataset.manifest.value_mean) / dataset.manifest.value_std
+    assert batch.labels[0, 1, rating].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_distinct_items_are_listed_once_and_indexed(dataset: Dataset) -> None:
+    negatives = (torch.tensor([4, 11, 11]), torch.zeros(3))
+    batch = collate(dataset, ROWS, takes_whole_catalogue=False, negatives=negatives)
+    assert batch.items.tolist() == [0, 3, 4, 5, 7, 8, 9, 11]
+    assert batch.items[batch.history].tolist() == [[3, 4], [7, 0], [4, 9]]
+    assert batch.items[batch.targets].tolist() == [[4, 5], [8, 0], [0, 4]]
+    assert batch.items[batch.negatives].tolist() == [4, 11, 11]
+
+
+def test_no_rows_give_a_batch_without_targets(dataset: Dataset) -> None:
+    batch = collate(dataset, ROWS.slice(0, 0), takes_whole_catalogue=False)
+    assert batch.history.shape[0] == 1
+    assert batch.valid_counts().sum() == 0
+
+
+def test_counts_are_of_targets_and_labels(dataset: Dataset) -> None:
+    batch = collate(dataset, ROWS, takes_whole_catalogue=True)
+    names = [task.name for task in dataset.manifest.tasks]
+    assert dict(zip(["retrieval", *names], batch.valid_counts().tolist(), strict=True)) == {"retrieval": 4, "purchase": 4, "rating": 3, "like": 3}
+
+
+def test_gaps_are_logarithmic_and_never_negative() -> None:
+    assert gap_buckets(np.array([[0, 0, 1, 4, 2, 2**40]])).tolist() == [[0, 0, 1, 2, 0, 31]]

@@ -1,0 +1,68 @@
+"""The reader: the plan's samples in the plan's order, from any position, for any number of ranks."""
+
+import numpy as np
+import pytest
+
+from recsys.config import Config, load_config
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import Dataset
+from recsys.data.reader import NegativeSampler, Reader, Share
+from recsys.storage import Storage
+from tests.datasets import make_dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(Storage(str(tmp_path_factory.mktemp("store"))), num_users=70)
+
+
+def config(**values: object) -> Config:
+    base = {"training.global_batch_size": 24, "training.micro_batch_size": 4, "training.num_workers": 1, "training.shuffle_row_groups": 2}
+    return load_config().with_values({**base, **{key.replace("__", "."): value for key, value in values.items()}})
+
+
+def read(dataset: Dataset, settings: Config, share: Share, first_step: int = 0) -> list[list[int]]:
+    reader = Reader(dataset, ItemFeatures.read(dataset), settings, share)
+    return [[sample for batch in batches for sample in batch.sample_ids.tolist() if sample >= 0] for batches in reader.steps(0, first_step)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_together_read_each_step_of_the_plan(dataset: Dataset, world_size: int) -> None:
+    settings = config()
+    plan = Reader(dataset, ItemFeatures.read(dataset), settings, Share(0, 1, 6)).plan(0)
+    shares = [read(dataset, settings, Share(rank, world_size, 6 // world_size)) for rank in range(world_size)]
+    for step in range(plan.num_steps):
+        assert sorted(sample for share in shares for sample in share[step]) == sorted(plan.step_ids(step).tolist())
+
+
+def test_reading_goes_on_from_any_step(dataset: Dataset) -> None:
+    whole = read(dataset, config(), Share(0, 1, 6))
+    assert read(dataset, config(), Share(0, 1, 6), first_step=2) == whole[2:]
+
+
+def test_rows_are_those_that_the_ids_name(dataset: Dataset) -> None:
+    settings = config()
+    rows = [row for shard in dataset.manifest.train_shards for row in dataset.read_shard(shard)["items"].to_pylist()]
+    reader = Reader(dataset, ItemFeatures.read(dataset), settings, Share(0, 1, 6))
+    for batches in reader.steps(0):
+        for batch in batches:
+            for sample, history in zip(batch.sample_ids.tolist(), batch.items[batch.history].tolist(), strict=True):
+                assert [item for item in history if item] == (rows[sample][:-1] if sample >= 0 else [])
+
+
+def test_an_error_of_the_reading_thread_reaches_the_training_thread(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
+    broken = make_dataset(Storage(str(tmp_path_factory.mktemp("store"))), num_users=70)
+    broken.storage.delete(f"{broken.uri}/{broken.manifest.train_shards[1].path}")
+    with pytest.raises(OSError, match="1.parquet"):
+        read(broken, config(), Share(0, 1, 6))
+
+
+def test_negatives_are_the_same_on_every_rank_and_follow_popularity(dataset: Dataset) -> None:
+    features = ItemFeatures.read(dataset)
+    settings = config(model__loss__kind="sampled", model__loss__negatives="popularity", model__loss__num_negatives=20000)
+    indices, log_q = NegativeSampler(features, settings).draw(epoch=1, step=3)
+    again, _ = NegativeSampler(features, settings).draw(epoch=1, step=3)
+    assert (indices == again).all()
+    share = features.train_count.double() / features.train_count.sum()
+    np.testing.assert_allclose(np.bincount(indices, minlength=len(share)) / 20000, share, atol=0.01)
+    np.testing.assert_allclose(log_q.exp(), share[indices], rtol=1e-5)
