@@ -29,7 +29,7 @@ def ranking_metrics(ranks: Ranks, cutoffs: tuple[int, ...]) -> dict[str, Values]
     for k in cutoffs:
         is_hit = is_target & (ranks <= k)
         ideal: Values = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.minimum(num_targets, k) - 1]
-        metrics[f"hr@{k}"] = is_hit.any(1).astype(np.float64)
+        metrics[f"hr@{k}"] = np.asarray(is_hit.any(1), np.float64)
         metrics[f"ndcg@{k}"] = (gains * is_hit).sum(axis=1) / ideal
         metrics[f"mrr@{k}"] = np.where(best <= k, np.reciprocal(best.astype(np.float64)), 0.0)
         metrics[f"recall@{k}"] = np.asarray(is_hit.sum(1) / num_targets)

