@@ -101,7 +101,13 @@ def start_head(folder: str, ends_with_parent: bool = False) -> Head:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     log = (Path(folder) / "head.log").open("wb")
-    child_environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    own_programs = str(Path(sys.executable).parent)  # a submitted job runs the first `python` on its head's path
+    child_environment = {
+        **os.environ,
+        **environment,
+        "PATH": os.pathsep.join([own_programs, os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     process = subprocess.Popen(
         command,
         env=child_environment,

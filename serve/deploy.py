@@ -36,7 +36,7 @@ def run(config: Config) -> dict[str, Any]:
         try:
             ray.serve.run(application, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            raise UserError(f"version {version} did not start: {str(error).strip().splitlines()[-1]}") from error
+            raise UserError(f"version {version} did not start: {_find_reason() or error}") from error
         _wait_until_healthy(url)
         statuses = ray.serve.get_deployment_handle(SCORER, APPLICATION).broadcast("status").results(timeout_s=STATUS_SECONDS)
     refusals = [status["refusal"] for status in statuses if status["refusal"]]
@@ -61,6 +61,16 @@ def _start_http(service: ServiceConfig) -> str:
     )
     host = "127.0.0.1" if service.host in ANY_ADDRESS else service.host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _find_reason() -> str:
+    """Find what a deployment that failed to start ended with: the exception's line, the last that a traceback has at its margin."""
+    application = ray.serve.status().applications.get(APPLICATION)
+    for deployment in application.deployments.values() if application else ():
+        lines = [line for line in deployment.message.splitlines() if "Error: " in line and not line.startswith(" ")]
+        if lines:
+            return lines[-1].strip()
+    return ""
 
 
 def _wait_until_healthy(url: str) -> None:

@@ -54,6 +54,8 @@ class Trainer:
         torch.manual_seed(config.training.seed + 1 + self.rank)
         newest = self.checkpoints.newest()
         self.state = self.checkpoints.load(self.engine, newest) if newest else TrainingState()
+        if newest and self.rank == 0:
+            logger.info("resuming run %s from step %d", config.run.name, self.state.step)
         self.progress = Progress(config, dataset.storage, self.total_steps, self.state.step) if self.rank == 0 else None
 
     def run(self) -> TrainingState:

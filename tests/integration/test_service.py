@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,8 @@ def test_a_replica_that_is_killed_fails_no_request(service: Service) -> None:
     (scorer,) = replicas(service, "Scorer")
     with ThreadPoolExecutor(8) as pool:
         requests = [pool.submit(service.post, "/v1/recommend", {"user_id": f"user-{number % 100}"}) for number in range(200)]
-        scorer.kill()
+        wait(requests[:40])
+        scorer.kill()  # while eight requests are on their way or in it
         assert {request.result()["version"] for request in requests} == {"v1"}
 
 
