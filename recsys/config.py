@@ -6,12 +6,13 @@ import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recsys.errors import UserError
 
+Stage = Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -34,15 +35,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "default"
     scratch: str = "scratch"
-    stages: tuple[Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"], ...] = (
-        "prepare_data",
-        "train",
-        "train_id_only",
-        "search",
-        "evaluate",
-        "export",
-        "serve",
-    )
+    stages: tuple[Stage, ...] = get_args(Stage)
 
 
 class ColumnsConfig(Section):

@@ -105,6 +105,7 @@ def start_head(folder: str, ends_with_parent: bool = False) -> Head:
     child_environment = {
         **os.environ,
         **environment,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # with a service on it, a head would take half a minute to stop
         "PATH": os.pathsep.join([own_programs, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }

@@ -26,7 +26,10 @@ def clean_environment(home: Path) -> dict[str, str]:
     home.mkdir(exist_ok=True)
     (home / "tmp").mkdir(exist_ok=True)
     hidden = ("RAY_", "RECSYS_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(hidden)} | {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {key: value for key, value in os.environ.items() if not key.startswith(hidden)} | {
+        "HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def run_verb(module: str, *settings: str, environment: dict[str, str]) -> dict[str, Any]:

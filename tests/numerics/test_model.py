@@ -60,7 +60,9 @@ def test_padding_changes_no_loss(config: Config, dataset: Dataset, batch: Batch)
         wide = config.with_values({"data.max_history": batch.history.shape[1] + 3})
         roomy = build_recommender(wide, dataset, torch.device("cpu")).eval()
         weights = model.state_dict()
-        weights["user_encoder.position.weight"] = torch.cat([weights["user_encoder.position.weight"], torch.zeros(3, config.model.width)])[: wide.data.max_history]
+        weights["user_encoder.position.weight"] = torch.cat([weights["user_encoder.position.weight"], torch.zeros(3, config.model.width)])[
+            : wide.data.max_history
+        ]
         roomy.load_state_dict(weights)
         longer = roomy(dataclasses.replace(batch, **padded))
     for name, loss in shorter.items():

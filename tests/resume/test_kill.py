@@ -49,7 +49,9 @@ def start(dataset: Dataset, folder: Path, log: str) -> "subprocess.Popen[str]":
 def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", above_step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        manifests = [found.uri for found in dataset.storage.list(dataset.storage.uri("runs", "killed", "checkpoints")) if "manifest" in found.uri]
+        manifests = [
+            found.uri for found in dataset.storage.list(dataset.storage.uri("runs", "killed", "checkpoints")) if "manifest" in found.uri
+        ]
         if any(int(uri.split("step-")[1][:8]) > above_step for uri in manifests):
             return
         time.sleep(0.1)

@@ -52,7 +52,7 @@ def test_local_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPat
         ("service.min_replicas=9", "service.min_replicas = 9 must be at most"),
         ("run.name=../up", "run.name"),
         ("training=3", "must be section.key=value"),
-        ("training.seed.x=3", "training.seed = {\"x\": 3}: Input should be a valid integer"),
+        ("training.seed.x=3", 'training.seed = {"x": 3}: Input should be a valid integer'),
     ],
 )
 def test_a_mistake_gives_one_line_with_key_value_and_rule(override: str, message: str) -> None:

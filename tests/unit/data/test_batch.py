@@ -14,7 +14,14 @@ from tests.datasets import make_dataset
 NO_NEGATIVES = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
 ROWS = pa.Table.from_pylist(
     [
-        {"user_index": 0, "items": [3, 4, 5], "events": [0, 1, 0], "timestamps": [0, 1, 8], "values": [5.0, float("nan"), 2.0], "first_target": 1},
+        {
+            "user_index": 0,
+            "items": [3, 4, 5],
+            "events": [0, 1, 0],
+            "timestamps": [0, 1, 8],
+            "values": [5.0, float("nan"), 2.0],
+            "first_target": 1,
+        },
         {"user_index": 1, "items": [7, 8], "events": [1, 1], "timestamps": [5, 5], "values": [1.0, 4.0], "first_target": 1},
         {"user_index": 2, "items": [4, 9, 4], "events": [0, 0, 1], "timestamps": [0, 3, 9], "values": [3.0, 3.0, 5.0], "first_target": 2},
     ],
@@ -27,7 +34,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_dataset(Storage(str(tmp_path_factory.mktemp("store"))))
 
 
-def collate(dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES) -> Batch:
+def collate(
+    dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES
+) -> Batch:
     return Collator(dataset.manifest, takes_whole_catalogue)(rows, np.arange(rows.num_rows), *negatives)
 
 
@@ -70,7 +79,12 @@ def test_no_rows_give_a_batch_without_targets(dataset: Dataset) -> None:
 def test_counts_are_of_targets_and_labels(dataset: Dataset) -> None:
     batch = collate(dataset, ROWS, takes_whole_catalogue=True)
     names = [task.name for task in dataset.manifest.tasks]
-    assert dict(zip(["retrieval", *names], batch.valid_counts().tolist(), strict=True)) == {"retrieval": 4, "purchase": 4, "rating": 3, "like": 3}
+    assert dict(zip(["retrieval", *names], batch.valid_counts().tolist(), strict=True)) == {
+        "retrieval": 4,
+        "purchase": 4,
+        "rating": 3,
+        "like": 3,
+    }
 
 
 def test_gaps_are_logarithmic_and_never_negative() -> None:

@@ -17,10 +17,16 @@ def test_the_last_and_the_best_are_kept(steps: list[int], best: int | None, keep
 
 def test_what_may_change_on_a_resume_and_what_may_not() -> None:
     saved = load_config().model_dump(mode="json")
-    allowed = load_config(None, ["training.epochs=99", "run.name=other", "checkpoint.keep_last=5", "service.port=1", "evaluation.split=validation"])
+    allowed = load_config(
+        None, ["training.epochs=99", "run.name=other", "checkpoint.keep_last=5", "service.port=1", "evaluation.split=validation"]
+    )
     assert config_differences(saved, allowed.model_dump(mode="json")) == []
     refused = load_config(None, ["model.width=32", "optimizer.learning_rate=0.5", "data.max_history=7"]).model_dump(mode="json")
-    assert config_differences(saved, refused) == ["data.max_history: 50 -> 7", "model.width: 64 -> 32", "optimizer.learning_rate: 0.001 -> 0.5"]
+    assert config_differences(saved, refused) == [
+        "data.max_history: 50 -> 7",
+        "model.width: 64 -> 32",
+        "optimizer.learning_rate: 0.001 -> 0.5",
+    ]
 
 
 def test_a_run_is_finished_by_epochs_steps_or_no_improvement() -> None:

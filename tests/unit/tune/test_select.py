@@ -14,7 +14,14 @@ def trial(name: str, metric: float | None, checkpoint: str | None = "there", sta
 
 
 def test_the_best_finite_metric_with_a_checkpoint_wins() -> None:
-    trials = [trial("a", 0.1), trial("b", math.nan), trial("c", None), trial("d", 0.3), trial("e", 0.9, checkpoint=None), trial("f", math.inf)]
+    trials = [
+        trial("a", 0.1),
+        trial("b", math.nan),
+        trial("c", None),
+        trial("d", 0.3),
+        trial("e", 0.9, checkpoint=None),
+        trial("f", math.inf),
+    ]
     assert winner(trials) == trials[3]
     assert [one.name for one in leaderboard(trials)][:2] == ["d", "a"]
 
@@ -39,7 +46,13 @@ def test_the_scarcer_resource_limits(num_cpus: float, num_gpus: float, cpus: flo
 
 def test_a_sample_alone_decides_the_trials_run() -> None:
     config = load_config()
-    sample = {"optimizer.learning_rate": 0.002, "model.width": 32, "model.dropout": 0.1, "model.loss.kind": "full", "model.text.mode": "off"}
+    sample = {
+        "optimizer.learning_rate": 0.002,
+        "model.width": 32,
+        "model.dropout": 0.1,
+        "model.loss.kind": "full",
+        "model.text.mode": "off",
+    }
     assert sample.keys() == search_space(config.search).keys()
     first, again = trial_config(config, sample), trial_config(config, dict(reversed(sample.items())))
     other = trial_config(config, {**sample, "model.width": 64})
