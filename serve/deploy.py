@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 import ray.serve
+from ray.serve.context import _get_global_client
 
 from recsys.command import run_verb
 from recsys.config import Config, ServiceConfig
@@ -54,11 +55,11 @@ def run(config: Config) -> dict[str, Any]:
 
 def _start_http(service: ServiceConfig) -> str:
     """Start Serve unless it runs; return the URL to reach it at. Loopback: on the head only; else on every node with a replica."""
-    port = service.port or free_port()
     ray.serve.start(
         proxy_location="HeadOnly" if service.host in LOOPBACK else "EveryNode",
-        http_options={"host": service.host, "port": port},
+        http_options={"host": service.host, "port": service.port or free_port()},
     )
+    port = service.port or _get_global_client().http_config.port  # any port: that of a Serve which runs already
     host = "127.0.0.1" if service.host in ANY_ADDRESS else service.host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

@@ -45,7 +45,7 @@ def working_tree() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The pipeline with its service, on a local folder; and once more, which must find everything made."""
     folder = tmp_path_factory.mktemp("local")
     environment = clean_environment(folder / "home")
@@ -56,7 +56,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         second = run_verb("jobs.pipeline", *settings, environment=environment)
     finally:
         stopped = run_verb("serve.stop", *settings, environment=environment)
-    yield {"first": first, "second": second, "stopped": stopped, "folder": folder, "strays": working_tree() - before}
+    return {"first": first, "second": second, "stopped": stopped, "folder": folder, "strays": working_tree() - before}
 
 
 def test_every_stage_gives_its_part(local: dict[str, Any]) -> None:

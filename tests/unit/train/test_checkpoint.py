@@ -1,5 +1,7 @@
 """What is kept, what may change on a resume, when a run is finished, and the learning rate: pure functions."""
 
+from itertools import pairwise
+
 import pytest
 
 from recsys.config import load_config
@@ -52,7 +54,7 @@ def test_warm_up_then_cosine() -> None:
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[60] == pytest.approx(0.55)
     assert factors[110] == pytest.approx(0.1)
-    assert all(before >= after for before, after in zip(factors[10:], factors[11:], strict=False))
+    assert all(before >= after for before, after in pairwise(factors[10:]))
 
 
 def test_planned_steps() -> None:
