@@ -164,13 +164,14 @@ def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
 
 
 def _train_tokenizer(texts: tuple[str, ...]) -> Any:
+    """Train byte-pair encoding, the one trainer here that gives the same vocabulary each time."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=TINY_VOCABULARY, special_tokens=special))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=TINY_VOCABULARY, special_tokens=special, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")

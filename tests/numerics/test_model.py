@@ -1,6 +1,8 @@
 """The model: causal, blind to padding, cold items carried by their features, each distinct item encoded once."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +120,15 @@ def test_text_modes_train_what_they_say(config: Config, dataset: Dataset, batch:
         assert all("lora_" in name for name in trained)
     else:
         assert trained == all_of_backbone
+
+
+def test_the_tiny_tokenizer_is_the_same_in_every_process() -> None:
+    program = """
+from recsys.model.text_encoder import _train_tokenizer
+print(sorted(_train_tokenizer(tuple(f'Story {n}. A tale about the number {n} of many' for n in range(200))).get_vocab().items()))
+"""
+    printed = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout for _ in range(3)}
+    assert len(printed) == 1
 
 
 def test_frozen_vectors_are_computed_once_and_equal_the_trained_encoder_at_its_start(config: Config, dataset: Dataset) -> None:
