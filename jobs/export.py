@@ -23,7 +23,7 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 def run(config: Config) -> dict[str, Any]:
     """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
     storage = Storage.from_config(config.storage)
-    registry = Registry(storage, config.export.name)
+    registry = Registry(storage, config.export_name)
     checkpoint = read_manifest(storage, config.export.checkpoint)
     version = version_of(checkpoint)
     if version in registry.versions():

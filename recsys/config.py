@@ -1,15 +1,14 @@
 """The whole config tree: frozen, read from TOML and `--set`, every key and every pair of keys checked before any work."""
 
-import difflib
-import json
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from recsys.config_errors import explain
 from recsys.errors import UserError
 
 Stage = Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"]
@@ -252,20 +251,20 @@ class SearchConfig(Section):
 
 
 class ExportConfig(Section):
-    """Publishing an immutable version and moving the aliases."""
+    """Publishing an immutable version and moving the aliases. Without a `name` the run's is taken."""
 
     checkpoint: str = ""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "recommender"
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     promote: Literal["if_better", "always", "never"] = "if_better"
     num_golden: Annotated[int, Field(ge=0)] = 16
 
 
 class ServiceConfig(Section):
-    """The HTTP endpoint. The bearer token is read from the environment variable that `token_env` names."""
+    """The HTTP endpoint; `token_env` names the variable that holds the bearer token. Without `export` it serves `export.name`."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    export: str = "recommender"
+    export: str = ""
     alias: str = "production"
     token_env: str = "RECSYS_SERVICE_TOKEN"
     max_body_bytes: Annotated[int, Field(ge=1)] = 1_000_000
@@ -300,6 +299,16 @@ class Config(Section):
     search: SearchConfig = SearchConfig()
     export: ExportConfig = ExportConfig()
     service: ServiceConfig = ServiceConfig()
+
+    @property
+    def export_name(self) -> str:
+        """The name that versions are published under."""
+        return self.export.name or self.run.name.replace("/", ".")
+
+    @property
+    def served_export(self) -> str:
+        """The export name that the service answers from."""
+        return self.service.export or self.export_name
 
     def with_values(self, values: dict[str, Any]) -> "Config":
         """Return a copy with `{"section.key": value}` replaced, checked as a whole.
@@ -356,30 +365,7 @@ def _validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
-
-
-def _explain(error: ValidationError) -> str:
-    """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section, _, name = key.rpartition(".")
-        siblings = {known.rpartition(".")[2]: known for known in _known_keys(Config) if known.rpartition(".")[0] == section}
-        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
-        return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    return f"{key} = {json.dumps(first['input'], default=str)}: {first['msg']}"
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield f"{prefix}{name}"
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+        raise UserError(explain(error, Config)) from None
 
 
 def _with_absolute_paths(config: Config) -> Config:

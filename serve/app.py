@@ -106,11 +106,11 @@ def version_in_service(config: Config) -> str:
         UserError: it names none.
     """
     service = config.service
-    registry = Registry(Storage.from_config(config.storage), service.export)
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
     version = registry.resolve(service.alias)
     if version is None:
         raise UserError(
-            f"service.alias = '{service.alias}': names no version of export {service.export} in {config.storage.root}; "
+            f"service.alias = '{service.alias}': names no version of export {config.served_export} in {config.storage.root}; "
             "publish one by python -m jobs.export"
         )
     return registry.manifest(version).version
@@ -129,7 +129,9 @@ def _token(service: ServiceConfig) -> bytes:
 def _fingerprint(config: Config, token_digest: str) -> str:
     """Hash all that a running replica depends on besides the version it serves."""
     content = hashlib.sha256(f"{ray.__version__} {token_digest}".encode())
-    content.update(config.model_dump_json(include={"storage": True, "run": {"scratch"}, "service": True}).encode())
+    content.update(
+        config.model_dump_json(include={"storage": True, "run": {"name", "scratch"}, "export": {"name"}, "service": True}).encode()
+    )
     for package in (Path(recsys.__file__).parent, Path(__file__).parent):
         for path in sorted(package.rglob("*.py")):
             content.update(path.read_bytes())

@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
         "url": url,
         "version": version,
         "alias": config.service.alias,
-        "export": config.service.export,
+        "export": config.served_export,
         "replicas": len(statuses),
     }
 

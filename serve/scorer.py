@@ -26,7 +26,7 @@ class Scorer:
             method.set_max_batch_size(service.max_batch_size)
             method.set_batch_wait_timeout_s(service.batch_wait_seconds)
         self._service = service
-        self._registry = Registry(Storage.from_config(config.storage), service.export)
+        self._registry = Registry(Storage.from_config(config.storage), config.served_export)
         self._scratch = Path(config.run.scratch) / "served"
         self._answerer: Answerer | None = None
         self._refusal: str | None = None

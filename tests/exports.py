@@ -35,7 +35,7 @@ def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
     recommender = build_recommender(trained, dataset, torch.device("cpu")).eval()
     predictor = build_predictor(trained, dataset, recommender)
     predictor.remember(dataset.read_users())
-    registry = Registry(storage, config.service.export)
+    registry = Registry(storage, config.served_export)
     with TemporaryDirectory() as folder:
         write_export(predictor, recommender.state_dict(), dataset, Path(folder))
         registry.publish(Path(folder), version, {"metrics": METRICS, "code_version": __version__})
@@ -45,7 +45,7 @@ def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
 
 def publish_damaged_export(config: Config, version: str, source: str) -> None:
     """Publish a version whose golden answers are not what its model gives, and let `service.alias` name it."""
-    registry = Registry(Storage.from_config(config.storage), config.service.export)
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
     with TemporaryDirectory() as folder:
         files = registry.fetch(source, Path(folder))
         golden = json.loads((files / "golden.json").read_text())

@@ -357,7 +357,7 @@ def test_arguments_are_read_as_strings_and_as_yaml(tmp_path: Path) -> None:
 def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, Answerer]:
     config = service_config(tmp_path_factory.mktemp("answers"))
     predictor = publish_export(config, "v1")
-    registry = Registry(Storage.from_config(config.storage), config.service.export)
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
     return predictor, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
 
 
