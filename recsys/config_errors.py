@@ -1,0 +1,30 @@
+"""A broken rule of the config as one line that says what would work; the rules themselves are in `config.py`."""
+
+import difflib
+import json
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, tree: type[BaseModel]) -> str:
+    """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section, _, name = key.rpartition(".")
+        siblings = {known.rpartition(".")[2]: known for known in _known_keys(tree) if known.rpartition(".")[0] == section}
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key} = {json.dumps(first['input'], default=str)}: {first['msg']}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield f"{prefix}{name}"
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
