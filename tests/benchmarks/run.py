@@ -1,0 +1,116 @@
+"""`make bench`: the training loop and the reader beside their limits, each pair measured in turn in one run."""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from recsys.config import Config, load_config
+from recsys.data.batch import Batch
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import Dataset
+from recsys.data.reader import Reader, Share
+from recsys.model.recommender import build_recommender
+from recsys.storage import Storage
+from recsys.train.loop import Trainer
+from recsys.train.reporter import LocalReporter
+from tests.datasets import make_dataset
+from tests.distributed import run_distributed
+
+ROUNDS = 7
+STEPS_PER_ROUND = 15
+
+
+def main() -> None:
+    """Run every benchmark; a table for people on stderr, one JSON line for programs on stdout."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage = Storage(str(Path(folder) / "store"))
+        dataset = make_dataset(storage, num_users=4000, num_items=2000, max_history=50)
+        values = {
+            "storage.root": storage.root,
+            "run.scratch": str(Path(folder) / "scratch"),
+            "data.dataset": dataset.uri,
+            "model.text.mode": "off",
+            "training.num_workers": 1,
+            "training.zero_stage": 0,
+            "training.global_batch_size": 128,
+            "training.micro_batch_size": 128,
+        }
+        config = load_config().with_values(values)
+        results = {"step": run_distributed(measure_steps, 1, config)[0], "read": measure_reading(config, dataset)}
+    for name, result in results.items():
+        print(f"{name:<6}" + "  ".join(f"{key} {value:.4g}" for key, value in result.items()), file=sys.stderr)
+    print(json.dumps(results))
+
+
+def measure_steps(config: Config) -> dict[str, float]:
+    """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop over the same batches."""
+    dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
+    trainer = Trainer(config, dataset, LocalReporter())
+    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.reader.steps(0), strict=False)]
+    model = build_recommender(config, dataset, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
+
+    def ours() -> None:
+        for batches in steps:
+            trainer._step(batches)
+
+    def bare() -> None:
+        for batches in steps:
+            bare_step(model, optimizer, batches[0], trainer.weights)
+
+    return in_turn(ours, bare, STEPS_PER_ROUND)
+
+
+def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: dict[str, float]) -> None:
+    """Run one step as a script would write it."""
+    optimizer.zero_grad()
+    counts = dict(zip(weights, batch.valid_counts().tolist(), strict=True))
+    losses = model(batch)
+    sum(weights[name] * loss / counts[name] for name, loss in losses.items()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def measure_reading(config: Config, dataset: Dataset) -> dict[str, float]:
+    """Time an epoch through plan, shuffled row groups and collating, and a raw scan of the same files and columns."""
+    features = ItemFeatures.read(dataset)
+
+    def ours() -> None:
+        reader = Reader(dataset, features, config, Share(0, 1, 1))
+        assert sum(len(batch.sample_ids) for batches in reader.steps(0) for batch in batches) == dataset.manifest.num_samples
+
+    def bare() -> None:
+        for shard in dataset.manifest.train_shards:
+            pq.read_table(f"{dataset.uri}/{shard.path}", use_threads=False)
+
+    return in_turn(ours, bare, dataset.manifest.num_samples)
+
+
+def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int) -> dict[str, Any]:
+    """Run both in turn, after one warm-up each; report seconds per unit and the ratio round by round."""
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for round_number in range(ROUNDS + 1):
+        for name, function in (("ours", ours), ("bare", bare)):
+            begin = time.perf_counter()
+            function()
+            if round_number:
+                times[name].append((time.perf_counter() - begin) / num_units)
+    ratios = [one / other for one, other in zip(times["ours"], times["bare"], strict=True)]
+    return {"ours_seconds": statistics.median(times["ours"]), "bare_seconds": statistics.median(times["bare"]), **spread(ratios)}
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Return median, least and greatest ratio."""
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Faults inside training: a loss that is no number, and checkpoints that are damaged or of something else."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.storage import Storage
+from recsys.train.checkpoint import CheckpointStore, load_trained
+from recsys.train.loop import Trainer
+from recsys.train.reporter import LocalReporter
+from tests.datasets import make_dataset
+from tests.distributed import RankError, run_distributed
+
+
+def make_config(folder: Path, **values: object) -> Config:
+    base = {
+        "storage.root": str(folder / "store"),
+        "run.scratch": str(folder / "scratch"),
+        "data.dataset": str(folder / "store/datasets/tiny-60-40-0"),
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.text.mode": "off",
+        "training.num_workers": 1,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 16,
+        "training.epochs": 2,
+    }
+    return load_config().with_values({**base, **{key.replace("__", "."): value for key, value in values.items()}})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    make_dataset(Storage(str(folder / "store")))
+    run_distributed(run, 1, make_config(folder))
+    return folder
+
+
+def run(config: Config) -> int:
+    return Trainer(config, open_dataset(config), LocalReporter()).run().step
+
+
+def run_poisoned(config: Config) -> None:
+    """Make the loss NaN at step 2 on rank 1, and check that no weight took it in."""
+    trainer = Trainer(config, open_dataset(config), LocalReporter())
+    healthy_forward = trainer.engine.forward
+
+    def forward(batch: object) -> dict[str, torch.Tensor]:
+        losses = healthy_forward(batch)  # type: ignore[arg-type]
+        is_poisoned = trainer.state.step == 2 and trainer.rank == 1
+        return {name: loss * float("nan") if is_poisoned else loss for name, loss in losses.items()}
+
+    trainer.engine.forward = forward  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    finally:
+        assert all(bool(parameter.isfinite().all()) for parameter in trainer.engine.module.parameters())
+
+
+def open_dataset(config: Config) -> Dataset:
+    return Dataset.open(Storage.from_config(config.storage), config.data.dataset)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tmp_path: Path) -> None:
+    make_dataset(Storage(str(tmp_path / "store")))
+    values = {"training__num_workers": 2, "training__micro_batch_size": 8, "checkpoint__every_steps": 1}
+    with pytest.raises(RankError, match=r"step 2: loss .*retrieval.* is not finite; rank \d had samples \["):
+        run_distributed(run_poisoned, 2, make_config(tmp_path, **values))
+    checkpoints = CheckpointStore(Storage(str(tmp_path / "store")), make_config(tmp_path, **values), open_dataset(make_config(tmp_path)))
+    assert checkpoints.steps()[-1] == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_file_is_named_before_it_is_read(trained: Path, damage: str) -> None:
+    config = make_config(trained)
+    storage = Storage.from_config(config.storage)
+    checkpoints = CheckpointStore(storage, config, open_dataset(config))
+    uri = checkpoints.uri(checkpoints.steps()[-1])
+    files = [Path(found.uri) for found in storage.list(uri) if not found.uri.endswith("manifest.json")]
+    generator = random.Random(damage)
+    for path in files:
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        broken[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        if damage == "delete":
+            path.unlink()
+        else:
+            path.write_bytes(bytes(broken) if damage == "flip" else whole[:-1])
+        with pytest.raises(UserError, match=rf"{path.name} is (missing|damaged)"):
+            load_trained(storage, uri, config.run.scratch)
+        path.write_bytes(whole)
+    assert load_trained(storage, uri, config.run.scratch)
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(trained: Path) -> None:
+    config = make_config(trained)
+    with pytest.raises(UserError, match="is no checkpoint"):
+        load_trained(Storage.from_config(config.storage), str(trained / "store/runs/default/checkpoints/step-99999999"), config.run.scratch)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__width": 32}, "model.width: 16 -> 32"),
+        ({"optimizer__learning_rate": 0.5}, "optimizer.learning_rate: 0.001 -> 0.5"),
+        ({"training__num_workers": 2, "training__micro_batch_size": 8}, "training.num_workers = 2"),
+    ],
+)
+def test_another_config_under_the_same_name_is_refused_by_key(trained: Path, values: dict[str, object], message: str) -> None:
+    config = make_config(trained, **values)
+    checkpoints = CheckpointStore(Storage.from_config(config.storage), config, open_dataset(config))
+    newest = checkpoints.newest()
+    assert newest is not None
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        checkpoints.check_compatible(newest)
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained: Path) -> None:
+    before = sorted(path for path in (trained / "store/runs").rglob("*"))
+    steps = run_distributed(run, 1, make_config(trained))[0]
+    assert steps == run_distributed(run, 1, make_config(trained))[0]
+    assert [path for path in sorted((trained / "store/runs").rglob("*")) if "tensorboard" not in str(path)] == [
+        path for path in before if "tensorboard" not in str(path)
+    ]

@@ -1,0 +1,65 @@
+"""What must not change unnoticed: the demo's resolved config and the first losses of a small run.
+
+After a change that is meant, write them anew: python -m tests.golden.test_golden
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.storage import Storage
+from recsys.train.loop import train
+from recsys.train.reporter import LocalReporter
+from tests.datasets import make_dataset
+from tests.distributed import run_distributed
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+
+def resolved_config() -> dict[str, Any]:
+    """Return the demo's config without what depends on where it runs."""
+    return load_config(ROOT / "jobs/configs/demo.toml").model_dump(mode="json", exclude={"storage": {"root"}, "run": {"scratch"}})
+
+
+def loss_curve(folder: Path) -> list[list[float]]:
+    """Train ten steps on a small dataset."""
+    dataset = make_dataset(Storage(str(folder / "store")))
+    values = {
+        "storage.root": dataset.storage.root,
+        "run.scratch": str(folder / "scratch"),
+        "data.dataset": dataset.uri,
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.text.mode": "off",
+        "training.num_workers": 1,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 16,
+        "training.max_steps": 10,
+    }
+    return run_distributed(run, 1, load_config().with_values(values))[0]
+
+
+def run(config: Config) -> list[list[float]]:
+    reporter = LocalReporter()
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    return [list(losses.values()) for losses in reporter.losses]
+
+
+def test_the_demo_resolves_to_what_it_did() -> None:
+    assert resolved_config() == json.loads((FOLDER / "demo.json").read_text())
+
+
+def test_the_loss_curve_is_what_it_was(tmp_path: Path) -> None:
+    np.testing.assert_allclose(loss_curve(tmp_path), json.loads((FOLDER / "loss_curve.json").read_text()), rtol=1e-4)
+
+
+if __name__ == "__main__":
+    (FOLDER / "demo.json").write_text(json.dumps(resolved_config(), indent=1) + "\n")
+    with TemporaryDirectory() as temporary:
+        (FOLDER / "loss_curve.json").write_text(json.dumps(loss_curve(Path(temporary)), indent=1) + "\n")
