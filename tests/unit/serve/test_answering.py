@@ -1,0 +1,126 @@
+"""Answers: a mixed batch, times and ties, unknown items, and what the model says of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recsys.predictor import History, Predictor
+from recsys.registry import Registry
+from recsys.storage import Storage
+from serve.answering import Answerer
+from serve.protocol import Answer, RecommendRequest, ScoreRequest
+from tests.exports import METRICS, publish_export, service_config
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, Answerer]:
+    config = service_config(tmp_path_factory.mktemp("answers"))
+    predictor = publish_export(config, "v1")
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
+    return predictor, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
+
+
+def body_of(answer: Answer) -> dict[str, Any]:
+    assert answer.status == 200, answer
+    return json.loads(answer.body)
+
+
+def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Predictor, Answerer]) -> None:
+    predictor, answerer = published
+    requests = [
+        RecommendRequest(user_id="user-3", k=3),
+        RecommendRequest(user_id="nobody", k=2),
+        RecommendRequest(history=[{"item_id": "item-1", "event": "stare"}]),
+        RecommendRequest(user_id="user-4", k=100, exclude_seen=False),
+        RecommendRequest(history=[]),
+        RecommendRequest(history=[{"item_id": "gone"}, {"item_id": "item-5"}, {"item_id": "gone"}], k=1),
+    ]
+    answers = answerer.recommend(requests)
+    first, unknown, wrong, whole, empty, partly = answers
+    expected = predictor.recommend([predictor.users["user-3"]], 3, [predictor.users["user-3"].items])[0]
+    assert [item["item_id"] for item in body_of(first)["items"]] == [f"item-{index}" for index in expected.items]
+    assert [item["rank"] for item in body_of(first)["items"]] == [1, 2, 3]
+    assert body_of(first)["items"][0]["title"].startswith("Story")
+    assert body_of(first)["fallback"] is None
+    popular = predictor.popular(2, History.of([]).items)
+    assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
+    assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
+    assert wrong.status == 422
+    assert json.loads(wrong.body)["error"] == "history.0.event: is no event kind of this model; known: view, purchase"
+    assert len(body_of(whole)["items"]) == 60
+    assert body_of(partly)["unknown_items"] == ["gone"]
+    assert body_of(partly)["fallback"] is None
+    assert {body_of(answer)["version"] for answer in answers if answer is not wrong} == {"v1"}
+
+
+def test_seen_items_are_left_out_only_if_asked(published: tuple[Predictor, Answerer]) -> None:
+    predictor, answerer = published
+    seen = {f"item-{index}" for index in predictor.users["user-3"].items}
+    without, whole = (
+        {item["item_id"] for item in body_of(answer)["items"]}
+        for answer in answerer.recommend([RecommendRequest(user_id="user-3", k=60, exclude_seen=exclude) for exclude in (True, False)])
+    )
+    assert seen
+    assert whole - without == seen
+
+
+def test_times_sort_a_posted_history_and_ties_keep_their_order(published: tuple[Predictor, Answerer]) -> None:
+    _, answerer = published
+    sorted_history = [{"item_id": f"item-{index}", "timestamp": time} for index, time in ((1, 10), (2, 20), (3, 20), (4, 30))]
+    shuffled = [sorted_history[position] for position in (1, 3, 2, 0)]
+    swapped = [sorted_history[position] for position in (2, 3, 1, 0)]
+    expected, same, other = (
+        body_of(answer)["items"]
+        for answer in answerer.recommend([RecommendRequest(history=rows) for rows in (sorted_history, shuffled, swapped)])
+    )
+    assert [item["score"] for item in same] == pytest.approx([item["score"] for item in expected], abs=1e-6)
+    assert [item["score"] for item in other] != pytest.approx([item["score"] for item in expected], abs=1e-6)
+
+
+def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tuple[Predictor, Answerer]) -> None:
+    predictor, answerer = published
+    candidates = ["item-9", "gone", "item-2", "item-9"]
+    known, unknown_user, nothing = (
+        body_of(answer)
+        for answer in answerer.score(
+            [
+                ScoreRequest(user_id="user-3", candidates=candidates),
+                ScoreRequest(user_id="nobody", candidates=candidates),
+                ScoreRequest(history=[{"item_id": "lost"}, {"item_id": "item-1"}], candidates=["gone"]),
+            ]
+        )
+    )
+    expected = predictor.score([predictor.users["user-3"]], [_indices(9, 2, 9)])[0]
+    assert [row["item_id"] for row in known["scores"]] == candidates
+    assert [row["known"] for row in known["scores"]] == [True, False, True, True]
+    assert known["unknown_items"] == ["gone"]
+    for name in ("retrieval", "purchase", "rating", "like"):
+        values = [row[name] for row in known["scores"]]
+        assert values[1] is None
+        assert [values[0], *values[2:]] == pytest.approx(expected[name].tolist(), abs=1e-6)
+    assert unknown_user["fallback"] == "popularity"
+    assert unknown_user["scores"][0] == {
+        "item_id": "item-9",
+        "known": True,
+        "retrieval": predictor.popularity[9].item(),
+        "purchase": None,
+        "rating": None,
+        "like": None,
+    }
+    assert nothing["fallback"] is None
+    assert nothing["unknown_items"] == ["lost", "gone"]
+
+
+def test_the_model_says_what_it_is(published: tuple[Predictor, Answerer]) -> None:
+    predictor, answerer = published
+    info = answerer.info
+    assert (info.version, info.alias, info.num_items, info.metrics) == ("v1", "production", 60, METRICS)
+    assert info.dataset_fingerprint == predictor.manifest.fingerprint
+    assert info.tasks == ["purchase", "rating", "like"]
+    assert info.event_kinds == ["view", "purchase"]
+
+
+def _indices(*values: int) -> Any:
+    return History.of(values).items

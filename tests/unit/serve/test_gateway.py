@@ -1,0 +1,201 @@
+"""The HTTP side before a scorer that answers at once, never, or with an exception."""
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from recsys.config import ServiceConfig
+from serve.gateway import build_http_app, digest_of
+from serve.protocol import Answer
+
+TOKEN = "token-of-the-tests"
+SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+JSON = {"Content-Type": "application/json"}
+
+
+class FakeResponse:
+    """What a call of a deployment handle returns."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+        self.is_cancelled = False
+
+    async def _wait(self) -> Any:
+        if self.outcome is None:
+            await asyncio.sleep(60)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def __await__(self) -> Any:
+        return self._wait().__await__()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeScorer:
+    """A deployment handle whose every method gives the outcomes in order, the last one for ever."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.outcomes = list(outcomes) or [Answer(200, b'{"version":"v"}')]
+        self.responses: list[FakeResponse] = []
+        self.recommend = self.score = self.describe = self.status = self
+
+    def remote(self, *arguments: Any) -> FakeResponse:
+        position = min(len(self.responses), len(self.outcomes) - 1)
+        self.responses.append(FakeResponse(self.outcomes[position]))
+        return self.responses[-1]
+
+
+def ask(method: str, path: str, scorer: FakeScorer | None = None, **options: Any) -> httpx.Response:
+    app = build_http_app(SERVICE, digest_of(TOKEN.encode()), scorer or FakeScorer())
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+def assert_one_line(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert list(body) == ["error"]
+    assert body["error"]
+    assert "\n" not in body["error"]
+    return body["error"]
+
+
+def test_a_scorers_answer_is_passed_on() -> None:
+    response = ask("POST", "/v1/recommend", headers=AUTHORIZED, json={"user_id": "u"})
+    assert (response.status_code, response.json()) == (200, {"version": "v"})
+    assert ask("GET", "/v1/model", headers=AUTHORIZED).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/score", "/v1/model"])
+def test_the_token_is_asked_for(path: str) -> None:
+    method = "GET" if path == "/v1/model" else "POST"
+    for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer "}, {"Authorization": f"Basic {TOKEN}"}):
+        response = ask(method, path, headers=headers)
+        assert "Authorization: Bearer" in assert_one_line(response, 401)
+        assert response.headers["www-authenticate"] == "Bearer"
+    for token in ("wrong", TOKEN + "x", TOKEN[:-1], "\xff\xfe"):
+        scorer = FakeScorer()
+        error = assert_one_line(ask(method, path, scorer, headers={"Authorization": f"Bearer {token}".encode("latin-1")}), 403)
+        assert token not in error
+        assert not scorer.responses
+
+
+def test_health_needs_no_token_but_a_scorer_that_answers() -> None:
+    assert ask("GET", "/healthz").json() == {"status": "ok"}
+    assert_one_line(ask("GET", "/healthz", FakeScorer(RayActorError())), 503)
+    assert_one_line(ask("GET", "/healthz", FakeScorer(None)), 504)
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/recommend/", "/docs", "/openapi.json", "/v1/%ff"])
+def test_unknown_paths(path: str) -> None:
+    assert "POST /v1/recommend" in assert_one_line(ask("GET", path, headers=AUTHORIZED), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/recommend"), ("DELETE", "/v1/score"), ("POST", "/v1/model"), ("PUT", "/healthz")]
+)
+def test_wrong_methods(method: str, path: str) -> None:
+    response = ask(method, path, headers=AUTHORIZED)
+    assert_one_line(response, 405)
+    assert response.headers["allow"]
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonx"])
+def test_wrong_content_types(content_type: str | None) -> None:
+    headers = AUTHORIZED if content_type is None else AUTHORIZED | {"Content-Type": content_type}
+    assert "application/json" in assert_one_line(ask("POST", "/v1/recommend", headers=headers, content=b'{"user_id": "u"}'), 415)
+
+
+def test_a_charset_is_no_other_content_type() -> None:
+    headers = AUTHORIZED | {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert ask("POST", "/v1/recommend", headers=headers, content=b'{"user_id": "u"}').status_code == 200
+
+
+def test_a_compressed_body_is_not_unpacked() -> None:
+    bomb = gzip.compress(b"[" * 1_000_000)
+    assert_one_line(ask("POST", "/v1/recommend", headers=AUTHORIZED | JSON | {"Content-Encoding": "gzip"}, content=bomb), 415)
+
+
+def test_a_malformed_body_is_one_line() -> None:
+    assert "not JSON" in assert_one_line(ask("POST", "/v1/score", headers=AUTHORIZED | JSON, content=b"\x00\x01{"), 400)
+
+
+def test_a_body_that_says_it_is_too_long_is_not_read() -> None:
+    chunks_read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        chunks_read.append(1)
+        yield b" " * 2001
+
+    headers = AUTHORIZED | JSON | {"Content-Length": "2001"}
+    assert "2000 bytes" in assert_one_line(ask("POST", "/v1/recommend", headers=headers, content=body()), 413)
+    assert not chunks_read
+    for impossible in ("-1", "many", "9" * 30):
+        assert_one_line(ask("POST", "/v1/recommend", headers=headers | {"Content-Length": impossible}, content=body()), 400)
+    assert not chunks_read
+
+
+def test_a_body_that_goes_on_is_read_up_to_the_cap_only() -> None:
+    chunks_read = []
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(1000):
+            chunks_read.append(1)
+            yield b" " * 500
+
+    assert_one_line(ask("POST", "/v1/recommend", headers=AUTHORIZED | JSON, content=body()), 413)
+    assert len(chunks_read) == 5
+
+
+def test_a_body_of_exactly_the_cap_is_read() -> None:
+    content = b'{"user_id": "u"}'.ljust(2000)
+    assert ask("POST", "/v1/recommend", headers=AUTHORIZED | JSON, content=content).status_code == 200
+
+
+def test_a_body_that_drips_is_given_up() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" "
+            await asyncio.sleep(0.05)
+
+    assert "0.3 s" in assert_one_line(ask("POST", "/v1/recommend", headers=AUTHORIZED | JSON, content=body()), 408)
+
+
+def test_a_slow_answer_is_given_up_and_cancelled() -> None:
+    scorer = FakeScorer(None)
+    assert_one_line(ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"}), 504)
+    assert scorer.responses[0].is_cancelled
+
+
+def test_overload_is_refused_with_a_time_to_come_back() -> None:
+    scorer = FakeScorer(BackPressureError(num_queued_requests=9, max_queued_requests=9))
+    response = ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"})
+    assert_one_line(response, 503)
+    assert response.headers["retry-after"] == "1"
+
+
+def test_a_request_whose_replica_dies_is_answered_by_another() -> None:
+    scorer = FakeScorer(RayActorError(), RayActorError(), Answer(200, b"{}"))
+    assert ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"}).status_code == 200
+    assert len(scorer.responses) == 3
+
+
+def test_what_goes_wrong_inside_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    response = ask("POST", "/v1/recommend", FakeScorer(ValueError("secret")), headers=AUTHORIZED, json={"user_id": "u"})
+    assert "secret" not in assert_one_line(response, 500)
