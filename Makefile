@@ -8,7 +8,7 @@ DATA ?=
 STORE ?= $(CURDIR)/store
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
 RECIPE := $(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml)
-DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set run.name=$(NAME),--config jobs/configs/demo.toml)
+DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set 'run.name="$(NAME)"',--config jobs/configs/demo.toml)
 
 .PHONY: setup demo stop test test-all check bench
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def _publish(config: Config, storage: Storage, registry: Registry, version: str)
     predictor.remember(dataset.read_users())
     metrics = evaluate(predictor, dataset, config.evaluation.model_copy(update={"split": "validation"}))["metrics"]
     folder = private_folder(Path(config.run.scratch) / "exports" / version)
-    write_export(predictor, recommender.state_dict(), dataset, folder)
+    write_export(predictor, recommender.state_dict(), dataset, folder, config.export.num_golden)
     metadata = {
         "run": checkpoint.run,
         "step": checkpoint.state.step,
@@ -81,7 +82,7 @@ def _promote(config: Config, registry: Registry, manifest: ExportManifest) -> tu
     reason = "the first version"
     if incumbent:
         is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]
-        before = incumbent.metadata["metrics"][metric]
+        before = incumbent.metadata["metrics"].get(metric, math.nan)
         reason = f"validation {metric} {metrics[metric]:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
     is_promoted = registry.promote(PRODUCTION, manifest.version, reason, seen=current.generation if current else 0)
     return (PRODUCTION, reason) if is_promoted else (CANDIDATE, "another version was promoted meanwhile; run the export again")

@@ -32,7 +32,7 @@ class StorageConfig(Section):
 class RunConfig(Section):
     """The name that a run is submitted and resumed under, and what is local to it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] = "default"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")] = "default"
     scratch: str = "scratch"
     stages: tuple[Stage, ...] = get_args(Stage)
 
@@ -299,6 +299,15 @@ class Config(Section):
     search: SearchConfig = SearchConfig()
     export: ExportConfig = ExportConfig()
     service: ServiceConfig = ServiceConfig()
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        bad = [width for width in self.search.width if width % self.model.num_heads]
+        if bad:
+            raise ValueError(
+                f"search.width = {list(self.search.width)}: {bad[0]} must be divisible by model.num_heads = {self.model.num_heads}"
+            )
+        return self
 
     @property
     def export_name(self) -> str:

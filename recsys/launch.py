@@ -2,22 +2,24 @@
 
 import json
 import logging
+import os
 import time
 import uuid
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.runtime import connect
+from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
 from recsys.train.checkpoint import CheckpointStore, TrainingState
 from recsys.train.loop import train
@@ -47,10 +49,12 @@ def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.adopt(config)
     checkpoints = CheckpointStore(storage, config, dataset)
     begin = time.monotonic()
     if finished_state(checkpoints, config) is None:
         with connect(config):
+            _check_resources(config)
             _fit(config, storage, callbacks)
     state = finished_state(checkpoints, config)
     if state is None:
@@ -77,6 +81,20 @@ def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingStat
         return None
     checkpoints.check_compatible(newest)
     return newest.state if newest.state.is_finished(config) else None
+
+
+def _check_resources(config: Config) -> None:
+    """Refuse what a private Ray will never have; a cluster may still grow.
+
+    Raises:
+        UserError: there are not enough GPUs.
+    """
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.num_workers:
+        raise UserError(
+            f"training.num_workers = {config.training.num_workers} with training.use_gpu = true: this machine has {num_gpus} GPUs; "
+            "set training.use_gpu=false, or RAY_ADDRESS to a cluster with GPUs"
+        )
 
 
 def _fit(config: Config, storage: Storage, callbacks: Sequence[Any]) -> None:
@@ -111,9 +129,6 @@ def _fit(config: Config, storage: Storage, callbacks: Sequence[Any]) -> None:
         for failure in error.worker_failures.values():
             if isinstance(mistake := _cause(failure), UserError):
                 raise mistake from None
-        raise
-    except TrainingFailedError:
-        logger.exception("run %s failed", config.run.name)
         raise
     finally:
         storage.delete_tree(records)

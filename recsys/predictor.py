@@ -101,9 +101,9 @@ class Predictor:
             items[row, :size], events[row, :size] = history.items, history.events + 1
             timestamps[row, :size] = history.timestamps
         device = self.item_vectors.device
-        vectors = self.item_vectors[torch.from_numpy(items).to(device)]
+        vectors = self.item_vectors[torch.from_numpy(items).to(device)].to(self._user_encoder.norm_in.weight.dtype)
         states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gap_buckets(timestamps)).to(device))
-        return states[torch.arange(len(recent), device=device), lengths.to(device) - 1]
+        return states[torch.arange(len(recent), device=device), lengths.to(device) - 1].float()
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[History]) -> Tensor:
@@ -131,7 +131,8 @@ class Predictor:
         results = []
         for user, indices in zip(users, candidates, strict=True):
             items = self.item_vectors[torch.from_numpy(indices).to(users.device)]
-            raw = self._ranker(user.expand_as(items), items).float()
+            dtype = self._ranker.heads.weight.dtype
+            raw = self._ranker(user.expand_as(items).to(dtype), items.to(dtype)).float()
             scores = {"retrieval": (items @ user).float().cpu().numpy()}
             for column, task in enumerate(self.manifest.tasks):
                 value = (

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import os
 import secrets
 import shutil
@@ -26,6 +27,7 @@ RESULT_DESCRIPTOR = "RECSYS_RESULT_DESCRIPTOR"
 RESTART_ENVIRONMENT: dict[str, str] = {}
 """What the program tells itself when it is started anew."""
 
+PRIVATE = "RECSYS_PRIVATE_RAY"
 OWN_HEAD = "RECSYS_OWN_RAY_HEAD"
 OWN_FOLDER = "RECSYS_OWN_RAY_FOLDER"
 PR_SET_PDEATHSIG = 1
@@ -71,7 +73,7 @@ def connect(config: Config) -> Iterator[None]:
             shutil.rmtree(os.environ[OWN_FOLDER], ignore_errors=True)
 
 
-def start_head(folder: str, ends_with_parent: bool = False) -> Head:
+def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -> Head:
     """Start a head that listens on loopback only, under a token of its own, with all its files below `folder`.
 
     `ray.init` would listen on the machine's address, so this is `ray start`. With `ends_with_parent` the kernel ends the
@@ -81,6 +83,7 @@ def start_head(folder: str, ends_with_parent: bool = False) -> Head:
     address = f"127.0.0.1:{port}"
     environment = {
         ADDRESS: address,
+        PRIVATE: "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without this, Ray takes the machine's address for loopback
@@ -96,7 +99,7 @@ def start_head(folder: str, ends_with_parent: bool = False) -> Head:
         "metrics-export-port": free_port(),
         "ray-client-server-port": free_port(),
         "temp-dir": folder,
-        "num-cpus": logical_cpus(),
+        "num-cpus": num_cpus,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -132,16 +135,16 @@ def local_head(config: Config, outlives: bool) -> Iterator[None]:
         yield
         return
     record = private_folder(Path(config.run.scratch)) / HEAD_RECORD
-    head = _recorded_head(record)
-    if head is None:
-        head = start_head(ray_folder(config), ends_with_parent=not outlives)
+    found = _recorded_head(record)
+    head = found or start_head(ray_folder(config), logical_cpus(config), ends_with_parent=not outlives)
+    if found is None:
         record.touch(mode=0o600)
         record.write_text(json.dumps(asdict(head)), encoding="utf-8")
     os.environ |= head.environment
-    is_kept = False
+    is_kept = found is not None
     try:
         yield
-        is_kept = outlives
+        is_kept = is_kept or outlives
     finally:
         if not is_kept:
             stop_local_head(config)
@@ -169,9 +172,10 @@ def stop_head(process_id: int) -> None:
         os.killpg(process_id, signal.SIGKILL)
 
 
-def logical_cpus() -> int:
-    """Slots of a private head: a laptop shares its cores among workers, trials and replicas that mostly wait."""
-    return max(6, 2 * (os.cpu_count() or 1))
+def logical_cpus(config: Config) -> int:
+    """Slots of a private head: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
+    two_trials = 2 * (1 + math.ceil(config.training.num_workers * config.training.cpus_per_worker))
+    return max(two_trials, 2 * (os.cpu_count() or 1))
 
 
 def free_port() -> int:
@@ -190,7 +194,7 @@ def ray_folder(config: Config) -> str:
 
 def _start_anew_on_private_head(config: Config) -> NoReturn:
     folder = ray_folder(config)
-    head = start_head(folder, ends_with_parent=True)
+    head = start_head(folder, logical_cpus(config), ends_with_parent=True)
     own = {OWN_HEAD: str(head.process_id), OWN_FOLDER: folder}
     os.execve(sys.executable, sys.orig_argv, {**os.environ, **head.environment, **own, **RESTART_ENVIRONMENT})
 

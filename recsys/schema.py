@@ -74,6 +74,9 @@ CATALOGUE_SCHEMA = pa.schema(
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
 `numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
+RESERVED_NAMES = ("rating", "like", "retrieval", "item_id", "known")
+"""Names of scores and of fields beside them; an event kind of such a name gives a task with `_event` behind it."""
+
 FeatureKind = Literal["text", "categories", "numbers", "vectors"]
 
 
@@ -99,7 +102,7 @@ def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = ()) -> tupl
 
 def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
     """Derive the ranking tasks from what the data has: values give `rating` and `like`, each stronger event kind one."""
-    tasks = [Task(name=kind, kind="binary", event=kind) for kind in event_kinds[1:]]
+    tasks = [Task(name=f"{kind}_event" if kind in RESERVED_NAMES else kind, kind="binary", event=kind) for kind in event_kinds[1:]]
     if num_values:
         tasks += [Task("rating", "regression"), Task("like", "binary", threshold=like_threshold)]
     return tuple(tasks)

@@ -33,7 +33,7 @@ def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max
     values = np.concatenate([user["values"][: user["num_train"]] for user in users])
     fields: dict[str, Any] = {
         "inputs": (),
-        "data_config": {},
+        "data_config": {"max_history": max_history},
         "tie_rule": TIE_RULE,
         "num_users": num_users,
         "num_items": num_items,
@@ -89,7 +89,7 @@ def _make_item(index: int, train_count: int) -> dict[str, Any]:
         "item_id": f"item-{index}",
         "title": f"Story {index}",
         "text": f"Story {index}. A {GENRES[genre]} about the number {index}",
-        "categories": [genre + 1],
+        "categories": sorted({genre + 1, index % 3 + 1}) if index % 11 else [],
         "numbers": [index / 10 if index % 7 else float("nan")],
         "vector": [],
         "train_count": train_count,

@@ -23,7 +23,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
     for process in processes:
         process.start()
     try:
-        answers = dict(results.get(timeout=timeout_seconds)[:2] for _ in processes)
+        answers: dict[int, Any] = {}
+        while len(answers) < world_size and not any(isinstance(answer, RankError) for answer in answers.values()):
+            rank, answer = results.get(timeout=timeout_seconds)
+            answers[rank] = answer
     finally:
         for process in processes:
             process.join(timeout=5)

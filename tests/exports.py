@@ -37,7 +37,7 @@ def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
     predictor.remember(dataset.read_users())
     registry = Registry(storage, config.served_export)
     with TemporaryDirectory() as folder:
-        write_export(predictor, recommender.state_dict(), dataset, Path(folder))
+        write_export(predictor, recommender.state_dict(), dataset, Path(folder), num_golden=16)
         registry.publish(Path(folder), version, {"metrics": METRICS, "code_version": __version__})
     registry.promote(config.service.alias, version, "for a test")
     return predictor

@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,7 +20,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.launch import launch
 from recsys.runtime import connect
-from recsys.storage import Storage, private_folder
+from recsys.storage import Storage
 from recsys.train.checkpoint import CheckpointStore
 from tune.select import Trial, concurrent_trials, leaderboard, winner
 from tune.space import search_space, trial_config
@@ -36,12 +35,14 @@ def run(config: Config) -> dict[str, Any]:
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    kept = storage.uri("runs", config.run.name, f"search-{_identify(config, dataset)}.json")
+    config = dataset.adopt(config)
+    identity = _identify(config, dataset)
+    kept = storage.uri("runs", config.run.name, f"search-{identity}.json")
     if not storage.exists(kept):
         begin = time.monotonic()
         with connect(config):
-            samples = _run_trials(config)
-        trials = [_read_trial(config, storage, dataset, sample, status) for sample, status in samples]
+            samples = _run_trials(config, storage, identity)
+        trials = [_read_trial(trial_config(config, identity, sample), storage, dataset, sample, status) for sample, status in samples]
         result = _describe(config, trials) | {"seconds": round(time.monotonic() - begin, 2)}
         storage.create(kept, json.dumps(result).encode())
     return dict(json.loads(storage.read_bytes(kept)))
@@ -76,15 +77,17 @@ def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
     }
 
 
-def _run_trials(config: Config) -> list[tuple[dict[str, Any], str]]:
+def _run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[dict[str, Any], str]]:
     """Run the trials; return each one's sampled values and how it ended."""
     search, training = config.search, config.training
     resources = ray.cluster_resources()
     cpus = 1 + training.num_workers * training.cpus_per_worker  # a trial's own driver takes one
     gpus = training.num_workers * training.use_gpu
     limit = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), cpus, gpus, search.max_concurrent)
+    records = storage.uri("runs", config.run.name, "ray-search")
+    filesystem, path = storage.locate(records)
     tuner = Tuner(
-        _train_trial(config),
+        _train_trial(config, identity),
         param_space=search_space(search),
         tune_config=TuneConfig(
             metric=config.evaluation.metric,
@@ -100,22 +103,25 @@ def _run_trials(config: Config) -> list[tuple[dict[str, Any], str]]:
         ),
         run_config=RunConfig(
             name=f"{config.run.name}-search".replace("/", "."),
-            storage_path=str(private_folder(Path(config.run.scratch) / "search")),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
             verbose=1,
         ),
     )
-    results = tuner.fit()
-    return [(result.config or {}, _status(result, training.epochs)) for result in results]
+    try:
+        return [(result.config or {}, _status(result, training.epochs)) for result in tuner.fit()]
+    finally:
+        storage.delete_tree(records)
 
 
-def _train_trial(config: Config) -> Any:
+def _train_trial(config: Config, identity: str) -> Any:
     """Return the function that Tune runs as a trial: a driver that launches a whole training run."""
     base = config.model_dump_json()
 
     def train_trial(sample: dict[str, Any]) -> None:
         base_config = Config.model_validate_json(base)
-        result = launch(trial_config(base_config, sample), callbacks=[TuneReportCallback()])
+        result = launch(trial_config(base_config, identity, sample), callbacks=[TuneReportCallback()])
         ray.tune.report({"epoch": base_config.training.epochs, **result["validation"]})
 
     return train_trial
@@ -127,9 +133,8 @@ def _status(result: Any, epochs: int) -> str:
     return "finished" if (result.metrics or {}).get("epoch", 0) >= epochs else "stopped"
 
 
-def _read_trial(config: Config, storage: Storage, dataset: Dataset, sample: dict[str, Any], status: str) -> Trial:
+def _read_trial(trial: Config, storage: Storage, dataset: Dataset, sample: dict[str, Any], status: str) -> Trial:
     """Read what a trial reached from its checkpoints, which outlive the search."""
-    trial = trial_config(config, sample)
     checkpoints = CheckpointStore(storage, trial, dataset)
     newest = checkpoints.newest()
     state = newest.state if newest else None

@@ -20,10 +20,10 @@ def search_space(search: SearchConfig) -> dict[str, Domain]:
     }
 
 
-def trial_config(config: Config, sample: dict[str, Any]) -> Config:
-    """Return the config of a trial: the sample laid over the base, under a run name that the sample alone decides.
+def trial_config(config: Config, identity: str, sample: dict[str, Any]) -> Config:
+    """Return the config of a trial: the sample laid over the base, under a run name that the search and the sample decide.
 
     So a search that is submitted again finds its trials' runs, finished or half-way.
     """
-    key = hashlib.sha256(json.dumps(sample, sort_keys=True).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([identity, sample], sort_keys=True).encode()).hexdigest()[:8]
     return config.with_values({**sample, "run.name": f"{config.run.name}-trials/{key}"})

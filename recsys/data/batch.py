@@ -108,7 +108,7 @@ class Collator:
         first_target = torch.tensor(rows["first_target"].to_numpy())
         is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
         labels, label_mask = task_labels(self.manifest.tasks, self.manifest, events[:, 1:], values[:, 1:])
-        is_input = torch.cat([mask[:, 1:], torch.zeros(len(mask), 1, dtype=torch.bool)], 1)[:, :-1]
+        is_input = mask[:, 1:]  # an interaction with one after it
         history = torch.where(is_input, sequence[:, :-1], PADDING_ITEM).long()
         targets = torch.where(is_target, sequence[:, 1:], PADDING_ITEM).long()
         items, (history, targets, negatives) = self._index_items(history, targets, negatives)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
+from recsys.config import Config
 from recsys.errors import UserError
 from recsys.schema import Task
 from recsys.storage import Storage, join
@@ -93,6 +94,11 @@ class Dataset:
         if not storage.exists(join(uri, MANIFEST_NAME)):
             raise UserError(f"data.dataset = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
         return cls(storage, uri, DatasetManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME))))
+
+    def adopt(self, config: Config) -> Config:
+        """Return the config with the data section that this dataset was made by: its windows are what they are."""
+        made_by = {f"data.{key}": value for key, value in self.manifest.data_config.items()}
+        return config.with_values({**made_by, "data.dataset": self.uri})
 
     @cached_property
     def catalogue(self) -> pa.Table:

@@ -139,6 +139,8 @@ class NegativeSampler:
 
     def draw(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return catalogue indices (K,) drawn with replacement and the log probability of each."""
+        if self._num == 0:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
         generator = np.random.default_rng((self._seed, epoch, step, 1))
         indices = generator.choice(len(self._probability), size=self._num, p=self._probability)
         return torch.from_numpy(indices), torch.from_numpy(np.log(self._probability[indices])).float()

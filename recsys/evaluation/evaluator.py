@@ -12,6 +12,7 @@ from torch import Tensor
 from recsys.config import EvaluationConfig
 from recsys.data.batch import task_labels
 from recsys.data.manifest import Dataset
+from recsys.errors import UserError
 from recsys.evaluation.metrics import bootstrap_interval, coverage, ranking_metrics, task_metrics
 from recsys.predictor import History, Predictor, top_k
 from recsys.schema import RANK_TIE_RULE, TIE_RULE
@@ -48,7 +49,11 @@ class Ranked:
 
 
 def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
-    """Read the users that have a target in the split; a target that the user had seen before counts as none."""
+    """Read the users that have a target in the split; a target that the user had seen before counts as none.
+
+    Raises:
+        UserError: there is no such user.
+    """
     users = []
     for row in dataset.read_users().to_pylist():
         begin = row["num_train"] if split == "validation" else row["num_train"] + row["num_validation"]
@@ -61,6 +66,8 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
         targets = History(full.items[new], full.events[new], full.timestamps[new])
         history = History(full.items[:begin], full.events[:begin], full.timestamps[:begin])
         users.append(EvaluationUser(history, targets, np.asarray(row["values"], np.float32)[new], dict(row["attributes"] or [])))
+    if not users:
+        raise UserError(f"{dataset.uri}: no user has a {split} target; with data.split = leave_one_out users need 3 interactions")
     return users
 
 

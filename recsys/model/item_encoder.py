@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from recsys.config import ModelConfig
 from recsys.data.item_features import ItemFeatures
+from recsys.errors import UserError
 from recsys.model.text_encoder import TextEncoder
 
 
@@ -55,6 +56,8 @@ class ItemEncoder(nn.Module):
             self.sources["numbers"] = _projection(2 * catalogue.numbers.shape[1], width)
         if config.use_features and catalogue.vectors.shape[1]:
             self.sources["vector"] = _projection(catalogue.vectors.shape[1], width)
+        if not self.sources:
+            raise UserError("model: the catalogue has no text and no features, and model.use_ids = false; set model.use_ids=true")
         self.gate = nn.Linear(width * len(self.sources), len(self.sources))
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
@@ -94,11 +97,12 @@ class ItemEncoder(nn.Module):
                 present = present & (torch.rand_like(present, dtype=torch.float32) >= self.id_dropout)
             return present, source(items)
         if name == "text":
-            return self.has_text[items] & is_real, source(self._text(items))
+            return self.has_text[items] & is_real, source(self._text(items).to(self.gate.weight.dtype))
         if name == "categories":
             categories = self.categories[items]  # (D, K)
             count = (categories != 0).sum(1)
-            return count > 0, source(categories).sum(1) / count.clamp(min=1).unsqueeze(1)
+            summed = (source(categories) * (categories != 0).unsqueeze(-1)).sum(1)
+            return count > 0, summed / count.clamp(min=1).unsqueeze(1)
         features = self.numbers if name == "numbers" else self.vectors
         return is_real, source(features[items].to(self.gate.weight.dtype))
 

@@ -61,6 +61,7 @@ def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, de
 def build_recommender(config: Config, dataset: Dataset, device: torch.device) -> Recommender:
     """Build the recommender with weights that depend on the seed alone."""
     catalogue = ItemFeatures.read(dataset)
+    torch.manual_seed(config.training.seed)  # for LoRA's adapters
     text = read_item_text(config, dataset, catalogue, device)
-    torch.manual_seed(config.training.seed)
+    torch.manual_seed(config.training.seed)  # again: computing frozen vectors, which one rank does, may draw numbers
     return Recommender(config, dataset, catalogue, text)

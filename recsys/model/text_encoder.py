@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import logging
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +130,18 @@ def _minilm_folder() -> Path:
 
 def _vectors_key(folder: str, text: TextConfig) -> str:
     weights = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    identity: list[Any] = [text.pooling, text.max_tokens, *(sha256_of(path) for path in weights)]
-    return hashlib.sha256(repr(identity or folder).encode()).hexdigest()[:16]
+    identity = [text.pooling, text.max_tokens, *([sha256_of(path) for path in weights] or [folder])]
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
 def _fetch_folder(storage: Storage, uri: str, scratch: Path) -> Path:
-    """Copy a stored model folder to scratch; files that are there with the same size are kept."""
-    folder = private_folder(scratch / "backbones" / hashlib.sha256(uri.encode()).hexdigest()[:16])
-    for stored in storage.expand(uri):
+    """Copy the files of a stored model folder, not those of folders below it, to scratch; the same files are copied once."""
+    files = [stored for stored in storage.expand(uri) if stored.uri.rpartition("/")[0] == uri.rstrip("/")]
+    content = repr([(stored.uri, stored.num_bytes, stored.etag) for stored in files])
+    folder = private_folder(scratch / "backbones" / hashlib.sha256(content.encode()).hexdigest()[:16])
+    for stored in files:
         path = folder / Path(stored.uri).name
-        if not path.exists() or path.stat().st_size != stored.num_bytes:
+        if not path.exists():
             storage.download(stored.uri, path)
     return folder
 
@@ -149,7 +153,7 @@ def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
         return uri
     from transformers import BertConfig, BertModel
 
-    folder = private_folder(scratch / "backbones" / f"new-tiny-{dataset.manifest.fingerprint[:16]}")
+    folder = private_folder(scratch / "backbones" / f"new-{uuid.uuid4().hex[:8]}")
     tokenizer = _train_tokenizer(ItemFeatures.read(dataset).texts)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
@@ -160,6 +164,7 @@ def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
     model.save_pretrained(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mark it complete
         dataset.storage.create(join(uri, path.name), path.read_bytes())
+    shutil.rmtree(folder)
     return uri
 
 

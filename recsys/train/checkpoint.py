@@ -28,11 +28,20 @@ from recsys.storage import Storage, join, private_folder, sha256_of
 from recsys.train.engine import Engine, consolidate
 
 MANIFEST_NAME = "manifest.json"
-MAY_CHANGE = ("storage.", "run.", "checkpoint.", "evaluation.", "search.", "export.", "service.")
+MAY_CHANGE = ("storage.", "run.", "checkpoint.", "search.", "export.", "service.")
 MAY_CHANGE_KEYS = (
     "training.num_workers",
     "training.micro_batch_size",
     "data.dataset",
+    "data.source",
+    "data.folder",
+    "data.events",
+    "data.items",
+    "data.users",
+    "evaluation.checkpoint",
+    "evaluation.split",
+    "evaluation.cutoffs",
+    "evaluation.batch_size",
     "training.epochs",
     "training.max_steps",
     "training.early_stopping_patience",
@@ -129,13 +138,10 @@ class CheckpointStore:
     def save(self, engine: Engine, state: TrainingState) -> str:
         """Publish a checkpoint of this step; every rank must call this. Returns its URI."""
         uri, rank = self.uri(state.step), dist.get_rank()
-        if self._storage.exists(join(uri, MANIFEST_NAME)):
-            dist.barrier()  # no rank may publish while another still looks
+        attempt = _broadcast(self._begin_attempt(uri) if rank == 0 else "")
+        if not attempt:
             return uri
-        attempt = _broadcast(uuid.uuid4().hex[:12])
-        if rank == 0:
-            self._storage.delete_tree(uri)
-        folder = private_folder(self._scratch / attempt / f"rank-{rank}")
+        folder = private_folder(self._scratch / f"{attempt}-{rank}" / "state")
         engine.save(folder)
         save_file(_random_state(), folder / f"random-{rank}.safetensors")
         files: list[CheckpointFile] = []
@@ -143,7 +149,7 @@ class CheckpointStore:
             name = path.relative_to(folder).as_posix()
             self._storage.upload(path, join(uri, f"files-{attempt}", name))
             files.append(CheckpointFile(path=name, num_bytes=path.stat().st_size, sha256=sha256_of(path)))
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.parent, ignore_errors=True)
         gathered: list[list[CheckpointFile]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, files)
         if rank == 0:
@@ -152,6 +158,13 @@ class CheckpointStore:
             self._prune(state)
         dist.barrier()
         return uri
+
+    def _begin_attempt(self, uri: str) -> str:
+        """Remove what an attempt that died has left, and name a new one; empty where the checkpoint is published already."""
+        if self._storage.exists(join(uri, MANIFEST_NAME)):
+            return ""
+        self._storage.delete_tree(uri)
+        return uuid.uuid4().hex[:12]
 
     def load(self, engine: Engine, manifest: CheckpointManifest) -> TrainingState:
         """Load a checkpoint into the engine and the random generators; every rank must call this.

@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.data.batch import Batch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads this at import
-
-import deepspeed
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
 TAG = "state"
 
 
 class Engine:
-    """A model under ZeRO. Every method but `learning_rates` must be called by every rank."""
+    """A model under ZeRO. Every rank must call every method."""
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        deepspeed = _import_deepspeed(config.training.use_gpu)
         # The shared-memory kernel serves inference only, and compiling it takes half a minute at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         groups = parameter_groups(model, config)
@@ -61,11 +56,10 @@ class Engine:
         """Tell DeepSpeed that a micro batch ended; the step's last one updates the weights."""
         self._engine.step()
 
-    def set_learning_rate(self, factor: float) -> float:
-        """Set each parameter group's rate to its peak times `factor`, and return the factor."""
+    def set_learning_rate(self, factor: float) -> None:
+        """Set each parameter group's rate to its peak times `factor`."""
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        return factor
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the state below `folder`, which no other rank writes to."""
@@ -115,7 +109,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     if config.training.offload_optimizer:
-        adam: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas)
+        adam: torch.optim.Optimizer = _import_deepspeed(config.training.use_gpu).ops.adam.DeepSpeedCPUAdam(groups, betas=betas)
         return adam
     return torch.optim.AdamW(groups, betas=betas)
 
@@ -129,4 +123,15 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
     if not list((folder / TAG).glob("*_optim_states.pt")):
         weights: dict[str, Tensor] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in weights.items()}
+    _import_deepspeed(use_gpu=False)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
+
+
+def _import_deepspeed(use_gpu: bool) -> Any:
+    """Import DeepSpeed for the device that is asked for; by itself it takes a GPU wherever there is one."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    import deepspeed
+
+    return deepspeed

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from recsys.config import Config
 from recsys.data.batch import Batch
-from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.evaluation.evaluator import Ranked, rank_users, read_evaluation_users, summarise
@@ -44,8 +43,9 @@ class Trainer:
         self.config, self.dataset, self.reporter = config, dataset, reporter
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
-        self.engine = Engine(_build_in_turn(config, dataset, self.device), config, self.device)
-        self.features = ItemFeatures.read(dataset)
+        model = _build_in_turn(config, dataset, self.device)
+        self.features = model.catalogue
+        self.engine = Engine(model, config, self.device)
         self.reader = Reader(dataset, self.features, config, Share(self.rank, self.world_size, config.training.accumulation_steps))
         self.users = read_evaluation_users(dataset, "validation")
         self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.task_weight for task in dataset.manifest.tasks}
@@ -61,26 +61,31 @@ class Trainer:
     def run(self) -> TrainingState:
         """Go through the epochs that are left; validate, save and report after each."""
         config, state = self.config, self.state
+        steps_per_epoch = self.reader.plan(0).num_steps
         while not state.is_finished(config):
             waiting_since = time.monotonic()
             for batches in self.reader.steps(state.epoch, state.step_in_epoch):
                 loaded_at = time.monotonic()
-                learning_rate = config.optimizer.learning_rate * self.engine.set_learning_rate(self._rate_factor())
+                rate_factor = learning_rate_factor(config, state.step, self.total_steps)
+                self.engine.set_learning_rate(rate_factor)
                 losses = self._step(batches)
                 num_samples = self._count_step(time.monotonic() - waiting_since)
                 if self.progress:
-                    self.progress.step(state, losses, num_samples, loaded_at - waiting_since, learning_rate)
+                    self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
                 if state.step >= self.total_steps:
                     break
-                if state.step % config.checkpoint.every_steps == 0:
+                if is_saving_step(state, steps_per_epoch, config.checkpoint.every_steps):
                     self.checkpoints.save(self.engine, state)
                 waiting_since = time.monotonic()
-            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            if state.step_in_epoch == steps_per_epoch:
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
             state.record_validation(self._validate(), config.evaluation.metric)
             self.checkpoints.save(self.engine, state)
             if self.progress:
                 self.progress.validation(state, config.evaluation.metric)
             self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        if self.progress:
+            self.progress.close()
         return state
 
     def _step(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -127,9 +132,6 @@ class Trainer:
         self.engine.train()
         return summarise(Ranked.join(shares), self.config.evaluation, self.features.num_items)
 
-    def _rate_factor(self) -> float:
-        return learning_rate_factor(self.config, self.state.step, self.total_steps)
-
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device)
         dist.all_reduce(tensor)
@@ -143,6 +145,11 @@ class Trainer:
             raise NonFiniteLossError(
                 f"step {self.state.step}: loss {', '.join(bad)} is not finite; rank {self.rank} had samples {ids[:20]}"
             )
+
+
+def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int) -> bool:
+    """Tell whether the loop saves after this step; an epoch's last step is saved later, with its validation."""
+    return state.step % every_steps == 0 and state.step_in_epoch < steps_per_epoch
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:

@@ -47,8 +47,12 @@ class Progress:
         best = " (best)" if state.best_step == state.step else ""
         logger.info("epoch %d/%d | validation %s %.4f%s", state.epoch, self._epochs, metric, state.validation[metric], best)
         self._writer.flush()
-        for path in self._folder.iterdir():
+        for path in filter(Path.is_file, self._folder.iterdir()):
             self._storage.upload(path, f"{self._target}/{path.name}")
+
+    def close(self) -> None:
+        """End the TensorBoard file."""
+        self._writer.close()
 
     def _print(self, state: TrainingState, losses: dict[str, float], now: float) -> None:
         seconds = max(now - self._last_line, 1e-9)

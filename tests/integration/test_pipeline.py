@@ -24,7 +24,6 @@ pytestmark = pytest.mark.ray
 
 def clean_environment(home: Path) -> dict[str, str]:
     home.mkdir(exist_ok=True)
-    (home / "tmp").mkdir(exist_ok=True)
     hidden = ("RAY_", "RECSYS_")
     return {key: value for key, value in os.environ.items() if not key.startswith(hidden)} | {
         "HOME": str(home),

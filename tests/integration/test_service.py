@@ -111,7 +111,7 @@ def assert_one_line(response: httpx.Response, status: int) -> None:
 
 def test_the_verb_says_what_it_started(service: Service) -> None:
     url = f"http://127.0.0.1:{service.config.service.port}"
-    assert service.deployed == {"url": url, "version": "v1", "alias": "production", "export": "recommender", "replicas": 1}
+    assert service.deployed == {"url": url, "version": "v1", "alias": "production", "export": "default", "replicas": 1}
     model = service.client.get("/v1/model").json()
     assert (model["version"], model["metrics"], model["tasks"]) == ("v1", METRICS, ["purchase", "rating", "like"])
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,14 @@ def start(dataset: Dataset, folder: Path, log: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "jobs.train", *(f"--set={key}={value}" for key, value in settings.items())]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=(folder / log).open("w"), text=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    for child in psutil.Process().children(recursive=True):
+        if "jobs.train" in " ".join(child.cmdline()):
+            child.kill()
 
 
 def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", above_step: int) -> None:

@@ -39,7 +39,7 @@ def predictor(dataset: Dataset, recommender: Recommender) -> Predictor:
 
 @pytest.fixture
 def exported(predictor: Predictor, recommender: Recommender, dataset: Dataset, tmp_path: Path) -> Path:
-    write_export(predictor, recommender.state_dict(), dataset, tmp_path)
+    write_export(predictor, recommender.state_dict(), dataset, tmp_path, num_golden=8)
     return tmp_path
 
 

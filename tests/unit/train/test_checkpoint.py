@@ -6,7 +6,7 @@ import pytest
 
 from recsys.config import load_config
 from recsys.train.checkpoint import TrainingState, config_differences, superfluous_steps
-from recsys.train.loop import learning_rate_factor, planned_steps
+from recsys.train.loop import is_saving_step, learning_rate_factor, planned_steps
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,11 @@ def test_a_run_is_finished_by_epochs_steps_or_no_improvement() -> None:
     assert TrainingState(epoch=3).is_finished(config)
     assert TrainingState(step=100).is_finished(config)
     assert TrainingState(epochs_without_improvement=2).is_finished(config)
+
+
+def test_an_epochs_last_step_is_saved_with_its_validation_only() -> None:
+    saved = [step for step in range(1, 13) if is_saving_step(TrainingState(step=step, step_in_epoch=(step - 1) % 6 + 1), 6, every_steps=3)]
+    assert saved == [3, 9]
 
 
 def test_the_best_validation_is_remembered() -> None:

@@ -54,7 +54,8 @@ def test_a_sample_alone_decides_the_trials_run() -> None:
         "model.text.mode": "off",
     }
     assert sample.keys() == search_space(config.search).keys()
-    first, again = trial_config(config, sample), trial_config(config, dict(reversed(sample.items())))
-    other = trial_config(config, {**sample, "model.width": 64})
+    first, again = trial_config(config, "one", sample), trial_config(config, "one", dict(reversed(sample.items())))
+    other = trial_config(config, "one", {**sample, "model.width": 64})
     assert first.run.name == again.run.name != other.run.name
+    assert trial_config(config, "two", sample).run.name != first.run.name
     assert (first.model.width, first.optimizer.learning_rate) == (32, 0.002)
