@@ -94,10 +94,7 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _values(values: dict[str, Any]) -> str:
-    return " ".join(
-        f"{key.rpartition('.')[2] if key != 'model.text.mode' else 'text'}={value:.2g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in values.items()
-    )
+    return " ".join(f"{key.partition('.')[2]}={f'{value:.2g}' if isinstance(value, float) else value}" for key, value in values.items())
 
 
 def _number(value: float | None) -> str:

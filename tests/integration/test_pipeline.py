@@ -17,7 +17,7 @@ from tests.conftest import S3Server
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "tests/integration/pipeline.toml"
-WITHOUT_SERVICE = 'run.stages=["prepare_data","train","train_id_only","evaluate","export"]'
+WITHOUT_SERVICE = 'run.stages=["prepare_data","train","train_id_only","search","evaluate","export"]'
 
 pytestmark = pytest.mark.ray
 
@@ -134,6 +134,8 @@ def test_a_submitted_job_on_s3_gives_the_metrics_of_the_local_run(
     for stage in ("train", "train_id_only"):
         assert result[stage]["validation"] == expected[stage]["validation"]
     assert result["evaluate_id_only"]["metrics"] == expected["evaluate_id_only"]["metrics"]
+    assert result["search"]["num_trials"] == 2
+    assert result["search"]["winner"]["checkpoint"].startswith(storage.root)
     stored = {found.uri.removeprefix(storage.root).split("/")[1] for found in storage.list(storage.root)}
     assert stored == {"raw", "datasets", "runs", "exports"}
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []

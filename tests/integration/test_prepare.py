@@ -1,5 +1,6 @@
 """prepare_data on a real Ray: synthetic and real data end to end, one-line errors from tasks, equal results anywhere."""
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,12 @@ TINY = ["data.source=synthetic", "data.synthetic.num_users=600", "data.synthetic
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
-    yield
-    ray.shutdown()
+def _ray(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # without one Ray writes one to the home folder
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
+        yield
+        ray.shutdown()
 
 
 def prepared(root: Path, *overrides: str, config: Path | None = None) -> Dataset:
@@ -41,6 +44,15 @@ def test_synthetic_end_to_end_is_the_same_under_two_roots_and_skipped_when_made(
     before = {entry.uri: entry.etag for entry in first.storage.list(first.uri)}
     assert prepared(tmp_path / "one", *TINY).manifest == first.manifest
     assert {entry.uri: entry.etag for entry in first.storage.list(first.uri)} == before
+
+
+def test_s3_gives_what_a_folder_gives(tmp_path: Path, s3_storage: Storage) -> None:
+    local = prepared(tmp_path, *TINY)
+    made = load_config(None, [f"storage.root={s3_storage.root}", f"storage.endpoint={s3_storage.endpoint}", *TINY])
+    stored = prepare(made, Storage.from_config(made.storage))
+    assert stored.manifest.fingerprint == local.manifest.fingerprint
+    assert stored.catalogue.equals(local.catalogue)
+    assert stored.read_users(["items", "values"]).equals(local.read_users(["items", "values"]))
 
 
 def test_an_error_in_a_task_reaches_the_caller_as_one_line(tmp_path: Path) -> None:

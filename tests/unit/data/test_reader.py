@@ -35,6 +35,12 @@ def test_ranks_together_read_each_step_of_the_plan(dataset: Dataset, world_size:
         assert sorted(sample for share in shares for sample in share[step]) == sorted(plan.step_ids(step).tolist())
 
 
+def test_every_store_gives_the_same(dataset: Dataset, any_storage: Storage) -> None:
+    stored = make_dataset(any_storage, num_users=70)
+    assert stored.manifest.fingerprint == dataset.manifest.fingerprint
+    assert read(stored, config(), Share(0, 1, 6)) == read(dataset, config(), Share(0, 1, 6))
+
+
 def test_reading_goes_on_from_any_step(dataset: Dataset) -> None:
     whole = read(dataset, config(), Share(0, 1, 6))
     assert read(dataset, config(), Share(0, 1, 6), first_step=2) == whole[2:]
