@@ -3,10 +3,12 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2Model
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
@@ -14,6 +16,7 @@ from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
+from recsys.model.text_encoder import _train_tokenizer
 from recsys.storage import Storage
 from tests.datasets import make_dataset
 
@@ -131,6 +134,23 @@ def test_text_modes_train_what_they_say(config: Config, dataset: Dataset, batch:
         assert all("lora_" in name for name in trained)
     else:
         assert trained == all_of_backbone
+
+
+@pytest.mark.parametrize(("pooling", "mode"), [("last", "lora"), ("last", "full"), ("mean", "frozen")])
+def test_a_decoder_from_a_folder_is_a_backbone(
+    config: Config, dataset: Dataset, batch: Batch, tmp_path: Path, pooling: str, mode: str
+) -> None:
+    tokenizer = _train_tokenizer(ItemFeatures.read(dataset).texts)
+    tokenizer.save_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2Model(Qwen2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
+    values = {"model.text.mode": mode, "model.text.backbone": str(tmp_path), "model.text.pooling": pooling}
+    model = build_recommender(config.with_values(values), dataset, torch.device("cpu")).eval()
+    assert all(bool(loss.isfinite()) for loss in model(batch).values())
+    if mode != "frozen":
+        items = torch.tensor([1, 2])
+        together, alone = model.item_encoder._text(items), model.item_encoder._text(items[:1])
+        torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tiny_tokenizer_is_the_same_in_every_process() -> None:
