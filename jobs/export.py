@@ -34,7 +34,7 @@ def run(config: Config) -> dict[str, Any]:
         manifest = _publish(config, storage, registry, version)
     if registry.resolve(CANDIDATE) != version:
         registry.promote(CANDIDATE, version, "newest export")
-    alias, reason = _promote(config, registry, manifest)
+    alias, reason = promote(config, registry, manifest)
     logger.info("export: %s is %s (%s)", version, alias, reason)
     return {"version": version, "uri": registry.uri(version), "alias": alias, "reason": reason, "metrics": manifest.metadata["metrics"]}
 
@@ -66,24 +66,22 @@ def _publish(config: Config, storage: Storage, registry: Registry, version: str)
     return manifest
 
 
-def _promote(config: Config, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
+def promote(config: Config, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
     """Move the production alias if the rule says so; return the version's highest alias and why."""
     metric, metrics = config.evaluation.metric, manifest.metadata["metrics"]
     current = registry.current(PRODUCTION)
     if current and current.version == manifest.version:
         return PRODUCTION, "in production already"
     incumbent = registry.manifest(current.version) if current else None
-    is_wanted = config.export.promote == "always" or is_better(metrics, incumbent.metadata["metrics"] if incumbent else None, metric)
-    if config.export.promote == "never" or not is_wanted:
-        return (
-            CANDIDATE,
-            "export.promote = never" if config.export.promote == "never" else f"not better than {current and current.version} by {metric}",
-        )
+    if config.export.promote == "never":
+        return CANDIDATE, "export.promote = never"
+    if config.export.promote == "if_better" and not is_better(metrics, incumbent.metadata["metrics"] if incumbent else None, metric):
+        return CANDIDATE, f"not better than {current.version if current else 'nothing'} by validation {metric}"
     reason = "the first version"
     if incumbent:
         is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]
-        before = incumbent.metadata["metrics"].get(metric, math.nan)
-        reason = f"validation {metric} {metrics[metric]:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
+        before = incumbent.metadata["metrics"].get(metric) or math.nan
+        reason = f"validation {metric} {metrics.get(metric) or math.nan:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
     is_promoted = registry.promote(PRODUCTION, manifest.version, reason, seen=current.generation if current else 0)
     return (PRODUCTION, reason) if is_promoted else (CANDIDATE, "another version was promoted meanwhile; run the export again")
 

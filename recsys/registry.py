@@ -8,6 +8,7 @@ with one object per generation, each created once: the highest counts, and nothi
 import math
 import re
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -225,24 +226,28 @@ class Registry:
             raise UserError(f"{uri}: is damaged or of another release ({where}: {first['msg']}); use or publish another version") from error
 
 
-def is_better(candidate: dict[str, float], incumbent: dict[str, float] | None, metric: str) -> bool:
+def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, float | None] | None, metric: str) -> bool:
     """Tell whether a candidate's metric beats the incumbent's; equal does not, NaN never, and no incumbent is beaten by all else.
+
+    NaN comes back from a manifest as None, since JSON has no other word for it.
 
     Raises:
         UserError: one of them does not have the metric.
     """
     if metric not in candidate:
         raise UserError(f"evaluation.metric = '{metric}': is not among the candidate's metrics; {', '.join(candidate) or 'it has none'}")
-    value = candidate[metric]
+    given = candidate[metric]
+    value = math.nan if given is None else given
     if incumbent is None or math.isnan(value):
         return not math.isnan(value)
-    if incumbent.get(metric) is None:
+    if metric not in incumbent:
         raise UserError(
             f"evaluation.metric = '{metric}': the promoted version was published without it; export.promote = 'always' would work"
         )
-    if math.isnan(incumbent[metric]):
+    before = incumbent[metric]
+    if before is None or math.isnan(before):
         return True
-    return value < incumbent[metric] if metric.endswith(LOWER_IS_BETTER) else value > incumbent[metric]
+    return value < before if metric.endswith(LOWER_IS_BETTER) else value > before
 
 
 def previous_version(history: list[AliasEntry]) -> str | None:

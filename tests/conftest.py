@@ -1,7 +1,6 @@
 """Fixtures that several test folders share: real S3 servers on loopback, and storages on them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from recsys.runtime import free_port
 from recsys.storage import Storage
 
 ACCESS_KEY = "AKIDTESTTESTTEST"
@@ -55,12 +55,6 @@ def aws_environment() -> Iterator[None]:
         yield
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _wait_until_it_answers(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
@@ -94,7 +88,7 @@ def _run_server(name: str, arguments: list[str], port: int, folder: Path) -> Ite
 @pytest.fixture(scope="session")
 def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Run moto's server, which keeps objects in memory and honours `If-None-Match`."""
-    port = _free_port()
+    port = free_port()
     arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     yield from _run_server("moto", arguments, port, tmp_path_factory.mktemp("moto"))
 
@@ -102,7 +96,7 @@ def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def rclone_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Run rclone over a folder, which checks signatures and ignores `If-None-Match`."""
-    port = _free_port()
+    port = free_port()
     folder = tmp_path_factory.mktemp("rclone")
     (folder / "buckets").mkdir()
     rclone = Path(sys.executable).with_name("rclone")
