@@ -79,9 +79,9 @@ def promote(config: Config, registry: Registry, manifest: ExportManifest) -> tup
         return CANDIDATE, f"not better than {current.version if current else 'nothing'} by validation {metric}"
     reason = "the first version"
     if incumbent:
+        before, after = (found.get(metric) or math.nan for found in (incumbent.metadata["metrics"], metrics))
         is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]
-        before = incumbent.metadata["metrics"].get(metric) or math.nan
-        reason = f"validation {metric} {metrics.get(metric) or math.nan:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
+        reason = f"validation {metric} {after:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
     is_promoted = registry.promote(PRODUCTION, manifest.version, reason, seen=current.generation if current else 0)
     return (PRODUCTION, reason) if is_promoted else (CANDIDATE, "another version was promoted meanwhile; run the export again")
 
