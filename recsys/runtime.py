@@ -34,6 +34,7 @@ PR_SET_PDEATHSIG = 1
 LONGEST_FOLDER = 35
 """Ray's sockets lie about 60 characters below its folder, and a socket's path may have 107."""
 
+FREE_PORTS = range(20_000, 32_768)
 START_SECONDS = 60
 STOP_SECONDS = 20
 
@@ -179,11 +180,12 @@ def logical_cpus(config: Config) -> int:
 
 
 def free_port() -> int:
-    """Ask the kernel for a loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Find a loopback port that nobody listens on, outside the ranges that the kernel and Ray's workers take ports from."""
+    for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1}")
 
 
 def ray_folder(config: Config) -> str:

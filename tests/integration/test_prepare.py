@@ -52,7 +52,7 @@ def test_s3_gives_what_a_folder_gives(tmp_path: Path, s3_storage: Storage) -> No
     stored = prepare(made, Storage.from_config(made.storage))
     assert stored.manifest.fingerprint == local.manifest.fingerprint
     assert stored.catalogue.equals(local.catalogue)
-    assert stored.read_users(["items", "values"]).equals(local.read_users(["items", "values"]))
+    assert stored.read_users(["items", "events"]).equals(local.read_users(["items", "events"]))
 
 
 def test_an_error_in_a_task_reaches_the_caller_as_one_line(tmp_path: Path) -> None:

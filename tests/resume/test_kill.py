@@ -55,7 +55,7 @@ def _no_process_is_left() -> Iterator[None]:
             child.kill()
 
 
-def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", above_step: int) -> None:
+def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", log: Path, above_step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         manifests = [
@@ -64,7 +64,7 @@ def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", abo
         if any(int(uri.split("step-")[1][:8]) > above_step for uri in manifests):
             return
         time.sleep(0.1)
-    pytest.fail("the run published no checkpoint in time")
+    pytest.fail(f"no checkpoint in time; exit status {process.poll()}; {log.read_text()[-4000:]}")
 
 
 def finish(process: "subprocess.Popen[str]", log: Path) -> dict[str, object]:
@@ -79,7 +79,7 @@ def resumed_steps(log: Path) -> list[int]:
 
 def test_a_run_whose_worker_is_killed_ends_by_itself(dataset: Dataset, tmp_path: Path) -> None:
     process = start(dataset, tmp_path, "log")
-    wait_for_checkpoints(dataset, process, above_step=20)
+    wait_for_checkpoints(dataset, process, tmp_path / "log", above_step=20)
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_a_run_whose_worker_is_killed_ends_by_itself(dataset: Dataset, tmp_path:
 
 def test_a_killed_run_goes_on_when_it_is_submitted_again(dataset: Dataset, tmp_path: Path) -> None:
     process = start(dataset, tmp_path, "first")
-    wait_for_checkpoints(dataset, process, above_step=20)
+    wait_for_checkpoints(dataset, process, tmp_path / "first", above_step=20)
     process.kill()
     process.wait()
     again = start(dataset, tmp_path, "second")
