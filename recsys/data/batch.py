@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.data.manifest import DatasetManifest
-from recsys.schema import PADDING_ITEM, Task
+from recsys.schema import PADDING_ITEM
 
 NUM_GAP_BUCKETS = 32
 
@@ -55,24 +55,24 @@ def gap_buckets(timestamps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.floor(np.log2(1.0 + gaps)).clip(max=NUM_GAP_BUCKETS - 1).astype(np.int64)
 
 
-def pad_lists(column: pa.Array | pa.ChunkedArray, width: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def pad_lists(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Lay a list column out as a zero-padded rectangle, aligned left; return it with the mask of what is real."""
     lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     values = lists.flatten().to_numpy(zero_copy_only=False)
-    mask = np.arange(int(lengths.max(initial=0)) if width is None else width) < lengths[:, None]
+    mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
     rectangle = np.zeros(mask.shape, dtype=values.dtype)
     rectangle[mask] = values
     return rectangle, mask
 
 
-def task_labels(tasks: tuple[Task, ...], manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the label of each task and whether there is one, both (..., T) float32.
 
     `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
     """
     labels, masks = [], []
-    for task in tasks:
+    for task in manifest.tasks:
         if task.event is not None:
             labels.append((events >= manifest.event_kinds.index(task.event)).float())
             masks.append(torch.ones_like(values))
@@ -107,7 +107,7 @@ class Collator:
         timestamps = pad_lists(rows["timestamps"])[0] if self.manifest.has_time else np.zeros(mask.shape, dtype=np.int64)
         first_target = torch.tensor(rows["first_target"].to_numpy())
         is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
-        labels, label_mask = task_labels(self.manifest.tasks, self.manifest, events[:, 1:], values[:, 1:])
+        labels, label_mask = task_labels(self.manifest, events[:, 1:], values[:, 1:])
         is_input = mask[:, 1:]  # an interaction with one after it
         history = torch.where(is_input, sequence[:, :-1], PADDING_ITEM).long()
         targets = torch.where(is_target, sequence[:, 1:], PADDING_ITEM).long()

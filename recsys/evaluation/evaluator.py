@@ -118,7 +118,7 @@ def evaluate_tasks(predictor: Predictor, users: Sequence[EvaluationUser], batch_
         scored += predictor.score([user.history for user in batch], [user.targets.items for user in batch])
     events = torch.from_numpy(np.concatenate([user.targets.events for user in users]))
     values = torch.from_numpy(np.concatenate([user.values for user in users]))
-    labels, mask = (array.numpy() for array in task_labels(manifest.tasks, manifest, events, values))
+    labels, mask = (array.numpy() for array in task_labels(manifest, events, values))
     metrics = {}
     for column, task in enumerate(manifest.tasks):
         has_label = mask[:, column] > 0
