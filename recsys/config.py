@@ -55,6 +55,23 @@ class ItemFeaturesConfig(Section):
     categories: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    separator: str = "|"
+    statistics: bool = False
+
+
+class CleaningConfig(Section):
+    """Which events are dropped besides those that cannot be read; each rule counts what it drops.
+
+    A user with more than `max_events_per_minute` events in any minute of the clock is a bot and dropped whole. Times are seconds and
+    values are checked as they are; both ends of a range are allowed. Rules about time do not apply where the order is a position.
+    """
+
+    max_events_per_minute: Annotated[int, Field(ge=1)] | None = None
+    min_time: int = 0
+    max_time: int = 4_102_444_800  # 2100-01-01
+    min_value: float | None = None
+    max_value: float | None = None
+    reject_negative_ids: bool = False
 
 
 class SyntheticConfig(Section):
@@ -70,7 +87,10 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Input tables, how they are cleaned and split, and the dataset that training reads.
 
-    `folder` holds all tables under their usual names; `events`, `items` and `users` name them one by one.
+    `folder` holds all tables under their usual names; `events`, `items` and `users` name them one by one, as a file, a folder or a
+    pattern. `base` is a dataset that these events are appended to. `num_shards` follows from the input's size where it is not given.
+    `pseudonym_key_env` names the environment variable with the key that user ids are hashed with. A file that needs more than
+    `max_file_memory_bytes` to be read is refused.
     """
 
     source: Literal["files", "synthetic"] = "files"
@@ -79,8 +99,12 @@ class DataConfig(Section):
     items: str = ""
     users: str = ""
     dataset: str = ""
+    base: str = ""
     columns: ColumnsConfig = ColumnsConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    cleaning: CleaningConfig = CleaningConfig()
+    pseudonym_key_env: str = ""
     synthetic: SyntheticConfig = SyntheticConfig()
     event_kinds: tuple[str, ...] = ()
     like_threshold: float = 4.0
@@ -90,8 +114,11 @@ class DataConfig(Section):
     test_from: int | None = None
     max_history: Annotated[int, Field(ge=2, le=4096)] = 50
     window_stride: Annotated[int, Field(ge=1)] | None = None
+    session_gap_seconds: Annotated[int, Field(ge=1)] = 1800
     num_shards: Annotated[int, Field(ge=1, le=65536)] = 4
     row_group_rows: Annotated[int, Field(ge=1)] = 1024
+    num_streams: Annotated[int, Field(ge=1, le=5040)] = 48
+    max_file_memory_bytes: Annotated[int, Field(ge=64 << 20)] = 4 << 30
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:
@@ -164,7 +191,11 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How a run is spread over workers and how long it goes on."""
+    """How a run is spread over workers, how its samples are read, and how long it goes on.
+
+    Samples are shuffled within windows of `shuffle_row_groups` row groups of each of the dataset's streams; 0 keeps the shards' order.
+    At most `prefetch_bytes` are read ahead; what came from S3 is kept on disk up to `cache_bytes` per node.
+    """
 
     num_workers: Annotated[int, Field(ge=1)] = 2
     use_gpu: bool = False
@@ -177,7 +208,9 @@ class TrainingConfig(Section):
     epochs: Annotated[int, Field(ge=1)] = 20
     max_steps: Annotated[int, Field(ge=1)] | None = None
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
-    shuffle_row_groups: Annotated[int, Field(ge=1)] = 64
+    shuffle_row_groups: Annotated[int, Field(ge=0)] = 2
+    prefetch_bytes: Annotated[int, Field(ge=0)] = 64 << 20
+    cache_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     max_failures: Annotated[int, Field(ge=0)] = 3
     log_every_seconds: Annotated[float, Field(ge=0)] = 5.0
     seed: int = 0
@@ -386,6 +419,7 @@ def _with_absolute_paths(config: Config) -> Config:
         "data.events": config.data.events,
         "data.items": config.data.items,
         "data.users": config.data.users,
+        "data.base": config.data.base,
         "data.dataset": config.data.dataset,
         "evaluation.checkpoint": config.evaluation.checkpoint,
         "export.checkpoint": config.export.checkpoint,

@@ -19,7 +19,11 @@ MANIFEST_NAME = "manifest.json"
 
 
 class Shard(BaseModel):
-    """One Parquet file of a dataset; `path` is relative to the dataset's folder."""
+    """One Parquet file; `path` is relative to the folder of its dataset.
+
+    `dataset` names the sibling folder of the version that wrote it, empty for this one. `etag` is the store's own mark of the content
+    when it was written.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,6 +31,8 @@ class Shard(BaseModel):
     row_groups: tuple[int, ...]
     num_bytes: int
     sha256: str
+    etag: str = ""
+    dataset: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -35,12 +41,20 @@ class Shard(BaseModel):
 
 
 class DatasetManifest(BaseModel):
-    """Everything that a reader needs to know of a dataset without opening a shard."""
+    """Everything that a reader needs to know of a dataset without opening a shard.
+
+    A version above 1 was appended to the dataset named `base`, a sibling folder: its shards lists name the older versions' shards too,
+    oldest first. Of users, catalogue and statistics the last row of an index counts; `count_shards` hold the training interactions that
+    a later version adds to the catalogue's `train_count`. `noticed` counts what was kept but is odd; `number_moments` are mean and
+    standard deviation of each number column before it was standardised.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     fingerprint: str
+    version: int = 1
+    base: str = ""
     inputs: tuple[dict[str, Any], ...]
     data_config: dict[str, Any]
     tie_rule: str
@@ -49,6 +63,7 @@ class DatasetManifest(BaseModel):
     num_interactions: int
     num_targets: int
     rejected: dict[str, int]
+    noticed: dict[str, int] = {}
     items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -57,10 +72,14 @@ class DatasetManifest(BaseModel):
     has_time: bool
     category_vocabulary: tuple[str, ...]
     number_columns: tuple[str, ...]
+    number_moments: tuple[tuple[float, float], ...] = ()
     vector_size: int
     train_shards: tuple[Shard, ...]
     users_shards: tuple[Shard, ...]
     catalogue_shards: tuple[Shard, ...]
+    count_shards: tuple[Shard, ...] = ()
+    user_statistics_shards: tuple[Shard, ...] = ()
+    item_statistics_shards: tuple[Shard, ...] = ()
 
     @property
     def num_samples(self) -> int:

@@ -37,7 +37,7 @@ from recsys.schema import ITEM_ID, TIE_RULE, TIMESTAMP, FeatureKind, derive_task
 from recsys.storage import ObjectInfo, Storage, join
 
 logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_EVENT_KINDS = 127
 _CATALOGUE_SHARD_ROWS = 1_000_000
 Outcome = dict[str, Any]
