@@ -17,9 +17,10 @@ from pyarrow import fs
 
 from recsys.config import StorageConfig
 from recsys.errors import UserError
-from recsys.stores import S3_SCHEME, LocalStore, ObjectInfo, S3Store, explained, replacing
+from recsys.store_errors import explained
+from recsys.stores import S3_SCHEME, LocalStore, ObjectInfo, ReplacedError, S3Store, replacing
 
-__all__ = ["ObjectInfo", "Storage", "join", "private_folder", "sha256_of"]
+__all__ = ["ObjectInfo", "ReplacedError", "Storage", "join", "private_folder", "sha256_of"]
 
 Listing = list[ObjectInfo]
 """Objects sorted by URI."""
@@ -111,9 +112,7 @@ class Storage:
 
     def exists(self, uri: str) -> bool:
         """Tell whether there is an object at exactly this URI (a folder is none)."""
-        store, path = self._find(uri)
-        with explained("look up", uri):
-            return store.stat(path) is not None
+        return self.stat(uri) is not None
 
     def read_bytes(self, uri: str) -> bytes:
         """Read an object whole.
@@ -124,6 +123,32 @@ class Storage:
         store, path = self._find(uri)
         with explained("read", uri):
             return store.read(path)
+
+    def stat(self, uri: str) -> ObjectInfo | None:
+        """Describe the object at exactly this URI; None where there is none."""
+        store, path = self._find(uri)
+        with explained("look up", uri):
+            return store.stat(path)
+
+    def read_range(self, uri: str, start: int, num_bytes: int, etag: str = "") -> bytes:
+        """Read a part of an object; where `etag` is given, only of the object that carries it.
+
+        Raises:
+            ReplacedError: another object is there, or the object ends before the part does.
+            UserError: it is not there or cannot be read.
+        """
+        store, path = self._find(uri)
+        with explained("read", uri):
+            return store.read_range(path, start, num_bytes, etag)
+
+    def is_remote(self, uri: str) -> bool:
+        """Tell whether an object lies on S3."""
+        return _split(uri)[0]
+
+    @property
+    def num_retries(self) -> int:
+        """Requests of this process for objects' content that had to be repeated."""
+        return self._s3.num_retries
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write or overwrite an object; readers see the old content or the new, never half."""

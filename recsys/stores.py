@@ -1,9 +1,10 @@
-"""The two kinds of store behind `recsys.storage`, local folders and S3, and what their errors mean; only that module uses them."""
+"""The two kinds of store behind `recsys.storage`, local folders and S3; only that module uses them."""
 
-import errno
 import os
 import random
 import shutil
+import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import S3TransferRetriesExceededError
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, HTTPClientError, IncompleteReadError
 from pyarrow import fs
 
 from recsys.errors import UserError
@@ -28,11 +27,12 @@ S3_SCHEME = "s3://"
 TEMP_PREFIX = ".partial-"
 """Names of local files that a killed writer may leave behind; `scan` does not show them."""
 
-MAX_ATTEMPTS = 6
-"""Tries of one request, with jittered back-off: half a minute of 503s at most."""
+MAX_ATTEMPTS = 10
+"""Tries of one request, with jittered back-off: a minute of 503s at most."""
 
+LONGEST_PAUSE_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5
-READ_TIMEOUT_SECONDS = 20
+READ_TIMEOUT_SECONDS = 10
 
 Result = TypeVar("Result")
 
@@ -46,8 +46,18 @@ class ObjectInfo:
     etag: str
 
 
+class ReplacedError(Exception):
+    """An object is not the one that was asked for; `etag` is what is there instead, None where the answers differ."""
+
+    def __init__(self, etag: str | None) -> None:
+        super().__init__(f"is another object (ETag {etag or 'changing'})")
+        self.etag = etag
+
+
 class LocalStore:
     """Folders. What must be atomic is written under another name and then renamed or linked."""
+
+    num_retries = 0
 
     @cached_property
     def filesystem(self) -> fs.FileSystem:
@@ -58,10 +68,18 @@ class LocalStore:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return None if os.path.isdir(path) else ObjectInfo(path, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+        return None if stat.S_ISDIR(status.st_mode) else ObjectInfo(path, status.st_size, _local_etag(status))
 
     def read(self, path: str) -> bytes:
         return Path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, num_bytes: int, etag: str) -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            found = _local_etag(os.fstat(file.fileno()))
+            data = os.pread(file.fileno(), num_bytes, start)
+        if etag not in ("", found) or len(data) != num_bytes:
+            raise ReplacedError(found)
+        return data
 
     def write(self, path: str, data: bytes) -> None:
         with replacing(Path(path)) as temporary:
@@ -107,6 +125,8 @@ class S3Store:
         self._endpoint = endpoint
         self._region = region
         self._known_buckets: set[str] = set()
+        self._counting = threading.Lock()
+        self.num_retries = 0
 
     @cached_property
     def filesystem(self) -> fs.FileSystem:
@@ -123,8 +143,15 @@ class S3Store:
 
     @cached_property
     def _client(self) -> Any:
+        return self._make_client(MAX_ATTEMPTS)
+
+    @cached_property
+    def _reading_client(self) -> Any:
+        return self._make_client(1)
+
+    def _make_client(self, max_attempts: int) -> Any:
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": max_attempts},
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             read_timeout=READ_TIMEOUT_SECONDS,
             max_pool_connections=32,
@@ -156,12 +183,36 @@ class S3Store:
         return None if head is None else ObjectInfo(S3_SCHEME + path, head["ContentLength"], head["ETag"].strip('"'))
 
     def read(self, path: str) -> bytes:
+        return self._get(path, "", {})
+
+    def read_range(self, path: str, start: int, num_bytes: int, etag: str) -> bytes:
+        data = self._get(path, etag, {"Range": f"bytes={start}-{start + num_bytes - 1}"})
+        if len(data) != num_bytes:
+            raise ReplacedError(None)
+        return data
+
+    def _get(self, path: str, etag: str, request: dict[str, str]) -> bytes:
+        """Get an object or a part of it; what can pass is tried again after a random pause, a body that breaks off too.
+
+        Each answer's ETag is compared here: not every server honours `If-Match`.
+        """
         bucket, key = _split_key(path)
-        for _ in range(MAX_ATTEMPTS - 1):
-            answer = self._client.get_object(Bucket=bucket, Key=key)
-            with suppress(HTTPClientError, IncompleteReadError):  # boto3 repeats requests, but not those whose body breaks off
-                return bytes(answer["Body"].read())
-        return bytes(self._client.get_object(Bucket=bucket, Key=key)["Body"].read())
+        others: set[str] = set()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                answer = self._reading_client.get_object(Bucket=bucket, Key=key, **request)
+                found = answer.get("ETag", "").strip('"')
+                if etag in ("", found):
+                    return bytes(answer["Body"].read())
+                answer["Body"].close()
+                others.add(found)
+            except (ClientError, BotoCoreError) as error:
+                if attempt == MAX_ATTEMPTS or not _can_pass(error):
+                    raise
+            with self._counting:
+                self.num_retries += 1
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.05 * 2**attempt)))
+        raise ReplacedError(others.pop() if len(others) == 1 else None)
 
     def write(self, path: str, data: bytes) -> None:
         _repeat_if_damaged(lambda: self._client.upload_fileobj(BytesIO(data), *_split_key(path)))
@@ -273,6 +324,17 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
+def _local_etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _can_pass(error: ClientError | BotoCoreError) -> bool:
+    """Tell whether the same request may succeed a moment later."""
+    if isinstance(error, ClientError):
+        return _status(error) >= 500 or _status(error) in {408, 409, 429}
+    return isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)
+
+
 def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
@@ -286,52 +348,3 @@ def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
             if error.response["Error"]["Code"] not in {"InvalidPart", "PreconditionFailed", "BadDigest"}:
                 raise
     return transfer()
-
-
-_ADVICE = {
-    "create the bucket or correct its name": ("NoSuchBucket", "InvalidBucketName"),
-    "nothing is there; check the path": ("NoSuchKey", "404", "ENOENT"),
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role": ("NoCredentialsError", "PartialCredentialsError"),
-    "check the credentials and what they may do": (
-        *("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "EACCES", "EPERM"),
-        *("CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"),
-    ),
-    "check storage.endpoint and the network": (
-        *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
-        *("ProxyConnectionError", "HTTPClientError"),
-    ),
-    "check storage.region": ("301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"),
-    "free disk space": ("ENOSPC", "EDQUOT"),
-    "the store stayed out of order through all retries; start again later": (
-        *(
-            "500",
-            "502",
-            "503",
-            "504",
-            "InternalError",
-            "ServiceUnavailable",
-            "SlowDown",
-            "IncompleteReadError",
-            "ResponseStreamingError",
-            "PreconditionFailed",
-            "InvalidPart",
-        ),
-    ),
-}
-
-
-@contextmanager
-def explained(action: str, uri: str) -> Iterator[None]:
-    """Turn what a store can raise into one line: what was tried, where, the error's code, and what to do."""
-    try:
-        yield
-    except (ClientError, BotoCoreError, Boto3Error, S3TransferRetriesExceededError, OSError) as error:
-        cause = getattr(error, "last_exception", error)
-        code = type(cause).__name__
-        message = str(cause)
-        if isinstance(cause, ClientError):
-            code, message = (str(cause.response["Error"].get(key, "unknown")) for key in ("Code", "Message"))
-        elif isinstance(cause, OSError) and cause.errno is not None:
-            code, message = errno.errorcode.get(cause.errno, code), cause.strerror or message
-        advice = next((text for text, codes in _ADVICE.items() if code in codes), "look the code up in the store's log")
-        raise UserError(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error
