@@ -115,7 +115,7 @@ class DataConfig(Section):
     max_history: Annotated[int, Field(ge=2, le=4096)] = 50
     window_stride: Annotated[int, Field(ge=1)] | None = None
     session_gap_seconds: Annotated[int, Field(ge=1)] = 1800
-    num_shards: Annotated[int, Field(ge=1, le=65536)] = 4
+    num_shards: Annotated[int, Field(ge=1, le=65536)] | None = None
     row_group_rows: Annotated[int, Field(ge=1)] = 1024
     num_streams: Annotated[int, Field(ge=1, le=5040)] = 48
     max_file_memory_bytes: Annotated[int, Field(ge=64 << 20)] = 4 << 30

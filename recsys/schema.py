@@ -74,6 +74,9 @@ CATALOGUE_SCHEMA = pa.schema(
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
 `numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
+COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
+"""One row per item whose interactions in the training data an appended version changes; `count` is added, and may be negative."""
+
 RESERVED_NAMES = ("rating", "like", "retrieval", "item_id", "known")
 """Names of scores and of fields beside them; an event kind of such a name gives a task with `_event` behind it."""
 

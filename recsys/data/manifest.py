@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +17,7 @@ from recsys.schema import Task
 from recsys.storage import Storage, join
 
 MANIFEST_NAME = "manifest.json"
+USER_INDEX = "user_index"
 
 
 class Shard(BaseModel):
@@ -44,8 +46,9 @@ class DatasetManifest(BaseModel):
     """Everything that a reader needs to know of a dataset without opening a shard.
 
     A version above 1 was appended to the dataset named `base`, a sibling folder: its shards lists name the older versions' shards too,
-    oldest first. Of users, catalogue and statistics the last row of an index counts; `count_shards` hold the training interactions that
-    a later version adds to the catalogue's `train_count`. `noticed` counts what was kept but is odd; `number_moments` are mean and
+    oldest first, its totals count them all, and `inputs`, `rejected` and `noticed` tell of what was appended. Of users, catalogue and
+    statistics the last row of an index counts; `count_shards` hold the training interactions that a later version adds to the
+    catalogue's `train_count`. `noticed` counts what was kept but is odd; `number_moments` are mean and
     standard deviation of each number column before it was standardised.
     """
 
@@ -88,14 +91,21 @@ class DatasetManifest(BaseModel):
 
 
 def content_fingerprint(fields: dict[str, Any]) -> str:
-    """Hash what a dataset contains: every manifest field but the fingerprint, the inputs' addresses left out."""
-    content = {key: value for key, value in fields.items() if key not in ("fingerprint", "inputs")}
+    """Hash what a dataset contains: every manifest field but the fingerprint and all that follows from where something lies."""
+    content = {key: _without_place(value) for key, value in fields.items() if key not in ("fingerprint", "inputs", "base")}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _without_place(value: Any) -> Any:
+    """Leave out of a list of shards which folder holds each and the store's own mark of it; `sha256` tells the content."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict) and "sha256" in value[0]:
+        return [{key: entry for key, entry in shard.items() if key not in ("etag", "dataset")} for shard in value]
+    return value
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A manifest together with the folder that its shards are in."""
+    """A manifest together with the folder that its own shards are in; those of older versions are in sibling folders."""
 
     storage: Storage
     uri: str
@@ -112,23 +122,55 @@ class Dataset:
             raise UserError("data.dataset: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
         if not storage.exists(join(uri, MANIFEST_NAME)):
             raise UserError(f"data.dataset = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
-        return cls(storage, uri, DatasetManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME))))
+        return cls(storage, uri.rstrip("/"), DatasetManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME))))
+
+    @property
+    def name(self) -> str:
+        """The last part of the address, which later versions know this one by."""
+        return self.uri.rpartition("/")[2]
 
     def adopt(self, config: Config) -> Config:
         """Return the config with the data section that this dataset was made by: its windows are what they are."""
         made_by = {f"data.{key}": value for key, value in self.manifest.data_config.items()}
         return config.with_values({**made_by, "data.dataset": self.uri})
 
+    def address(self, shard: Shard) -> str:
+        """Tell where a shard lies, whichever version wrote it."""
+        return join(join(self.uri.rpartition("/")[0], shard.dataset) if shard.dataset else self.uri, shard.path)
+
     @cached_property
     def catalogue(self) -> pa.Table:
-        """The items, sorted by `item_index` (CATALOGUE_SCHEMA)."""
-        return pa.concat_tables([self.read_shard(shard) for shard in self.manifest.catalogue_shards]).combine_chunks()
+        """The items, sorted by `item_index` (CATALOGUE_SCHEMA), with the training interactions of all versions counted."""
+        rows = self.catalogue_rows
+        added = [self.read_shard(shard) for shard in self.manifest.count_shards]
+        if not added:
+            return rows
+        counts = rows["train_count"].to_numpy().copy()
+        for table in added:
+            np.add.at(counts, table["item_index"].to_numpy() - 1, table["count"].to_numpy())
+        return rows.set_column(rows.column_names.index("train_count"), "train_count", pa.array(counts, pa.int64()))
+
+    @cached_property
+    def catalogue_rows(self) -> pa.Table:
+        """The items as the last shard with a row of each has them, sorted by `item_index`; `train_count` is the first version's."""
+        rows = pa.concat_tables([self.read_shard(shard) for shard in self.manifest.catalogue_shards])
+        return (rows if self.manifest.version == 1 else last_rows(rows, "item_index")).combine_chunks()
 
     def read_users(self, columns: list[str] | None = None) -> pa.Table:
-        """Read all users, sorted by `user_index` (USERS_SCHEMA)."""
-        return pa.concat_tables([self.read_shard(shard, columns) for shard in self.manifest.users_shards]).combine_chunks()
+        """Read all users, sorted by `user_index` (USERS_SCHEMA), each as the newest version with a row of that user has it."""
+        if self.manifest.version == 1:
+            return pa.concat_tables([self.read_shard(shard, columns) for shard in self.manifest.users_shards]).combine_chunks()
+        with_index = columns if columns is None or USER_INDEX in columns else [USER_INDEX, *columns]
+        users = last_rows(pa.concat_tables([self.read_shard(shard, with_index) for shard in self.manifest.users_shards]), USER_INDEX)
+        return (users if columns is None else users.select(columns)).combine_chunks()
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
         """Read one shard whole, or some of its columns."""
-        filesystem, path = self.storage.locate(join(self.uri, shard.path))
-        return pq.read_table(path, filesystem=filesystem, columns=columns)
+        filesystem, path = self.storage.locate(self.address(shard))
+        return pq.read_table(path, filesystem=filesystem, columns=columns, partitioning=None)
+
+
+def last_rows(table: pa.Table, index: str) -> pa.Table:
+    """Keep the last row of each value of the column `index`, sorted by it."""
+    values, last = np.unique(table[index].to_numpy()[::-1], return_index=True)
+    return table.take(pa.array(table.num_rows - 1 - last)) if len(values) else table
