@@ -17,6 +17,7 @@ from botocore.config import Config
 
 from recsys.runtime import free_port
 from recsys.storage import Storage
+from tests.proxy import FaultProxy
 
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
@@ -112,6 +113,20 @@ def rclone_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactor
         f"{ACCESS_KEY},{SECRET_KEY}",
     ]
     yield from _run_server("rclone", [*arguments, str(folder / "buckets")], port, folder)
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def s3_proxy(request: pytest.FixtureRequest) -> Iterator[FaultProxy]:
+    """Run a proxy before each S3 server; nothing goes wrong before a test sets its faults."""
+    server: S3Server = request.getfixturevalue(f"{request.param}_server")
+    with FaultProxy(server.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty_storage(s3_proxy: FaultProxy) -> Storage:
+    """Give an empty storage behind the proxy."""
+    return S3Server("proxy", s3_proxy.endpoint).fresh_storage()
 
 
 def _storage_on(kind: str, request: pytest.FixtureRequest) -> Storage:

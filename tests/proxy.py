@@ -1,0 +1,315 @@
+"""A reverse proxy before a real S3 server whose answers go wrong at given rates, with counts of what went wrong; no S3 server of its own.
+
+It hands the client's Host header on as it came, so that a signature made for the proxy's address still holds behind it.
+"""
+
+import http.client
+import random
+import select
+import socket
+import struct
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, Self, get_args
+from urllib.parse import parse_qs, urlsplit
+
+Fault = Literal["error", "slow_down", "reset", "stall", "stall_in_body", "cut", "wrong_etag"]
+"""HTTP 500; HTTP 503 SlowDown; the request is carried out, but its connection reset (RST); no byte for `stall_seconds` before the
+headers, or after half of the body; half of the body, then the end; an ETag of other content on what GET and HEAD answer."""
+
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+BLOCK_BYTES = 1 << 16
+UPSTREAM_TIMEOUT_SECONDS = 60
+WRONG_ETAG = f'"{"0" * 32}"'
+
+_METHODS = ("do_GET", "do_HEAD", "do_PUT", "do_POST", "do_DELETE")
+_IN_BODY = ("stall_in_body", "cut")
+_REFUSALS = {"error": (500, "InternalError"), "slow_down": (503, "SlowDown")}
+_NEEDS_LENGTH = (411, "MissingContentLength")
+_BETWEEN_TWO_HOPS = frozenset({"connection", "keep-alive", "expect", "transfer-encoding"})
+_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong from now on. A rate is the share of requests that a fault strikes; where it does not apply, all goes well."""
+
+    rates: Mapping[Fault, float] = field(default_factory=dict)
+    stall_seconds: float = 30.0
+    bytes_per_second: float | None = None
+    shuffles_listings: bool = False
+    stray_names: tuple[str, ...] = ()
+
+    def draw(self, number: float) -> Fault | None:
+        """Tell which fault a number from 0 to 1 stands for."""
+        for fault, rate in self.rates.items():
+            if number < rate:
+                return fault
+            number -= rate
+        return None
+
+
+class FaultProxy:
+    """A proxy on loopback for the time of a `with`; set `faults` at any time.
+
+    Faults are drawn in the order in which requests arrive, from one seeded generator: with one connection a run can be repeated.
+    `counts` has the requests under "requests" and each fault that really struck under its name.
+    """
+
+    def __init__(self, upstream: str, seed: int = 0) -> None:
+        address = urlsplit(upstream)
+        self.upstream = (str(address.hostname), int(address.port or 80))
+        self.faults = Faults()
+        self.counts: Counter[str] = Counter()
+        self.is_closing = threading.Event()
+        self._generator = random.Random(seed)
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self, **dict.fromkeys(_METHODS, _Handler.answer)}))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    @property
+    def num_faults(self) -> int:
+        """Faults that struck so far, of all kinds."""
+        return sum(self.counts[fault] for fault in FAULTS)
+
+    def draw(self) -> Fault | None:
+        """Count a request and draw its fault."""
+        with self._lock:
+            self.counts["requests"] += 1
+            return self.faults.draw(self._generator.random())
+
+    def count(self, name: str) -> None:
+        """Count a fault that strikes."""
+        with self._lock:
+            self.counts[name] += 1
+
+    def shuffle(self, entries: list[ET.Element]) -> None:
+        """Shuffle in place."""
+        with self._lock:
+            self._generator.shuffle(entries)
+
+    def pace(self, num_bytes: int) -> None:
+        """Wait until this many bytes may pass under the limit that all connections share."""
+        speed = self.faults.bytes_per_second
+        if speed is None:
+            return
+        with self._lock:
+            begin = max(self._free_at, time.monotonic())
+            self._free_at = begin + num_bytes / speed
+            wait = self._free_at - time.monotonic()
+        self.is_closing.wait(wait)
+
+    def stall(self) -> None:
+        """Let no byte pass for a while."""
+        self.is_closing.wait(self.faults.stall_seconds)
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    block_on_close = False
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close without a FIN of its own before, which would take a reset's place."""
+        self.close_request(request)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One client connection, with a connection of its own to the server behind."""
+
+    proxy: FaultProxy
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self._upstream: http.client.HTTPConnection | None = None
+
+    def finish(self) -> None:
+        self._drop_upstream()
+        super().finish()
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (
+            OSError,
+            http.client.HTTPException,
+        ):  # a client that gave up, or a server that went away: the client sees a closed connection
+            self.close_connection = True
+            self._drop_upstream()
+
+    def log_message(self, format: str, *_: object) -> None:
+        """Say nothing: pytest shows what goes to stderr."""
+
+    def answer(self) -> None:
+        """Answer one request of any method."""
+        fault = self.proxy.draw()
+        if fault in _REFUSALS:
+            self._drain()
+            self.proxy.count(fault)
+            self._refuse(*_REFUSALS[fault])
+        elif "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            self._refuse(*_NEEDS_LENGTH)
+        else:
+            self._relay(self._ask(), fault)
+
+    def _body(self) -> Iterator[bytes]:
+        left = int(self.headers.get("Content-Length", 0))
+        while left:
+            block = self.rfile.read(min(left, BLOCK_BYTES))
+            if not block:
+                raise ConnectionResetError("the client left in the middle of a body")
+            left -= len(block)
+            yield block
+
+    def _drain(self) -> None:
+        for _ in self._body():
+            pass
+
+    def _refuse(self, status: int, code: str) -> None:
+        body = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>as a test wants it</Message></Error>'.encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _ask(self) -> http.client.HTTPResponse:
+        connection = self._connection()
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in _BETWEEN_TWO_HOPS:
+                connection.putheader(name, value)
+        connection.endheaders()
+        for block in self._body():
+            self.proxy.pace(len(block))
+            connection.send(block)
+        return connection.getresponse()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """Give the connection behind, anew where the server closed it meanwhile: it is readable then."""
+        if self._upstream is not None and (self._upstream.sock is None or select.select([self._upstream.sock], [], [], 0)[0]):
+            self._drop_upstream()
+        if self._upstream is None:
+            self._upstream = http.client.HTTPConnection(*self.proxy.upstream, timeout=UPSTREAM_TIMEOUT_SECONDS)
+            self._upstream.connect()
+            self._upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._upstream
+
+    def _drop_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
+
+    def _relay(self, answer: http.client.HTTPResponse, fault: Fault | None) -> None:
+        headers = {name: value for name, value in answer.getheaders() if name.lower() not in _BETWEEN_TWO_HOPS}
+        whole = self._whole_body(answer)
+        if whole is not None:
+            headers["Content-Length"] = str(len(whole))
+        if fault == "reset":
+            self.proxy.count(fault)
+            self._reset()
+            return
+        if fault == "stall":
+            self.proxy.count(fault)
+            self.proxy.stall()
+        self._send_headers(answer.status, headers, fault)
+        if self.command == "HEAD":
+            answer.read()
+        elif whole is not None:
+            self._send(whole)
+        else:
+            self._send_body(answer, int(headers["Content-Length"]), fault)
+
+    def _whole_body(self, answer: http.client.HTTPResponse) -> bytes | None:
+        """Read a listing, which may be changed, and a body of unknown length; leave what must be streamed."""
+        is_listing = self.command == "GET" and answer.status == 200 and "list-type" in parse_qs(urlsplit(self.path).query)
+        faults = self.proxy.faults
+        if is_listing and (faults.shuffles_listings or faults.stray_names):
+            return self._disorder(answer.read())
+        return None if self.command == "HEAD" or answer.getheader("Content-Length") else answer.read()
+
+    def _disorder(self, listing: bytes) -> bytes:
+        ET.register_namespace("", _NAMESPACE)
+        root = ET.fromstring(listing)
+        namespace = root.tag.partition("}")[0] + "}" if root.tag.startswith("{") else ""
+        entries = root.findall(f"{namespace}Contents")
+        prefix = root.findtext(f"{namespace}Prefix") or ""
+        for entry in entries:
+            root.remove(entry)
+        entries += [_stray_entry(namespace, prefix + name) for name in self.proxy.faults.stray_names]
+        if self.proxy.faults.shuffles_listings:
+            self.proxy.shuffle(entries)
+        root.extend(entries)
+        self.proxy.count("listing")
+        return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=True))
+
+    def _send_headers(self, status: int, headers: dict[str, str], fault: Fault | None) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            is_wrong = fault == "wrong_etag" and name.lower() == "etag" and self.command in {"GET", "HEAD"}
+            if is_wrong:
+                self.proxy.count("wrong_etag")
+            self.send_header(name, WRONG_ETAG if is_wrong else value)
+        self.end_headers()
+
+    def _send_body(self, answer: http.client.HTTPResponse, num_bytes: int, fault: Fault | None) -> None:
+        strikes_at = num_bytes // 2 if fault in _IN_BODY and num_bytes else None
+        if strikes_at is not None:
+            self._pipe(answer, strikes_at)
+            self.proxy.count(str(fault))
+            if fault == "cut":
+                self.close_connection = True
+                self._drop_upstream()
+                return
+            self.proxy.stall()
+        self._pipe(answer, num_bytes - (strikes_at or 0))
+
+    def _pipe(self, answer: http.client.HTTPResponse, num_bytes: int) -> None:
+        while num_bytes:
+            block = answer.read(min(num_bytes, BLOCK_BYTES))
+            if not block:
+                raise ConnectionResetError("the server left in the middle of a body")
+            num_bytes -= len(block)
+            self._send(block)
+        answer.read(0)
+
+    def _send(self, block: bytes) -> None:
+        self.proxy.pace(len(block))
+        self.wfile.write(block)
+
+    def _reset(self) -> None:
+        """Close with RST instead of FIN: what a crashed server or a full connection table does."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self._drop_upstream()
+
+
+def _stray_entry(namespace: str, key: str) -> ET.Element:
+    entry = ET.Element(f"{namespace}Contents")
+    fields: dict[str, Any] = {
+        "Key": key,
+        "LastModified": "2020-01-01T00:00:00.000Z",
+        "ETag": WRONG_ETAG,
+        "Size": 0 if key.endswith("/") else 9,
+    }
+    for name, value in fields.items():
+        ET.SubElement(entry, f"{namespace}{name}").text = str(value)
+    return entry
