@@ -1,6 +1,8 @@
 """The item table to a dataset's catalogue: natural order, text, category vocabulary, standardised numbers, vectors; no I/O."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.data.cleaning import cast_ids, cast_numbers
+from recsys.data.cleaning import cast_ids, cast_numbers, is_negative, valid_text
 from recsys.data.formats import INPUT_ORDER
 from recsys.errors import UserError
 from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, FeatureKind
@@ -17,18 +19,23 @@ MAX_TEXT_CHARACTERS = 2000
 """Longer text is cut; no backbone here reads that much of an item."""
 
 _DIGITS = re.compile(r"([0-9]+)")
-_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
-"""Control characters and lone surrogates, but for the controls that are whitespace."""
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+"""Control characters, but for those that are whitespace, lone surrogates, and what readers put for broken text."""
+_LARGEST_NUMBER = 1e100
+_ROUNDING = 1e-12
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The catalogue's table (CATALOGUE_SCHEMA) and what its indices and numbers stand for."""
+    """The catalogue's table (CATALOGUE_SCHEMA), what its indices and numbers stand for, and what was odd about its text."""
 
     table: pa.Table
     category_vocabulary: tuple[str, ...]
     number_columns: tuple[str, ...]
+    number_moments: tuple[tuple[float, float], ...]
     vector_size: int
+    noticed: Counter[str]
 
 
 def sort_ids(ids: list[str]) -> list[str]:
@@ -43,20 +50,32 @@ def _natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
     return key, text
 
 
-def clean_items(items: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+def clean_items(items: pa.Table, reject_negative_ids: bool = False) -> tuple[pa.Table, dict[str, int]]:
     """Make ids strings and keep the first row by input order of each; count what went."""
     items = items.set_column(0, ITEM_ID, cast_ids(items[ITEM_ID], ITEM_ID))
-    known = items.filter(items[ITEM_ID].is_valid())
+    named = items.filter(items[ITEM_ID].is_valid())
+    known = named.filter(pc.invert(is_negative(named[ITEM_ID]))) if reject_negative_ids else named
     firsts = known.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
     kept = known.filter(pc.is_in(known[INPUT_ORDER], value_set=firsts.combine_chunks()))
-    return kept, {"catalogue_null_id": items.num_rows - known.num_rows, "catalogue_duplicate": known.num_rows - kept.num_rows}
+    return kept, {
+        "catalogue_null_id": items.num_rows - named.num_rows,
+        "catalogue_negative_id": named.num_rows - known.num_rows,
+        "catalogue_duplicate": known.num_rows - kept.num_rows,
+    }
 
 
-def build_catalogue(ids: pa.Array, items: pa.Table | None, kinds: dict[str, FeatureKind], train_counts: npt.NDArray[np.int64]) -> Catalogue:
+def build_catalogue(
+    ids: pa.Array,
+    items: pa.Table | None,
+    kinds: dict[str, FeatureKind],
+    train_counts: npt.NDArray[np.int64],
+    measured: Mapping[str, Floats] | None = None,
+) -> Catalogue:
     """Lay the items' features out in the order of `ids`; an item without a row has none of them.
 
-    `title` is the first text column, `text` all of them joined by ". ", both normalised by `normalise_text`. A number's
-    mean and standard deviation are over the catalogue. A missing vector is zeros.
+    `title` is the first text column, `text` all of them joined by ". ", both normalised by `normalise_text`. `measured` are
+    numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
+    catalogue. A missing vector is zeros.
     """
     num_items = len(ids)
     known = items if items is not None else pa.table({ITEM_ID: pa.array([], pa.string())})
@@ -64,17 +83,19 @@ def build_catalogue(ids: pa.Array, items: pa.Table | None, kinds: dict[str, Feat
     columns: dict[FeatureKind, list[str]] = {"text": [], "categories": [], "numbers": [], "vectors": []}
     for name, kind in kinds.items():
         columns[kind].append(name)
-    texts = [_texts(rows[name]) for name in columns["text"]]
-    categories, vocabulary = _categories(rows, columns["categories"], num_items)
-    numbers = [_standardised(rows[name]) for name in columns["numbers"]]
+    texts, noticed = _texts([_strings(rows[name]) for name in columns["text"]], num_items)
+    categories, vocabulary, num_changed = _categories(rows, columns["categories"], num_items)
+    raw_numbers = {name: _numbers(rows[name]) for name in columns["numbers"]} | dict(measured or {})
+    moments = tuple(_moments(numbers) for numbers in raw_numbers.values())
+    numbers = [(column - mean) / deviation for column, (mean, deviation) in zip(raw_numbers.values(), moments, strict=True)]
     vectors = [_vectors(rows[name], name) for name in columns["vectors"]]
     vector_size = sum(block.shape[1] for block in vectors)
     table = pa.table(
         [
             pa.array(np.arange(1, num_items + 1), pa.int32()),
             ids,
-            pa.array(texts[0] if texts else [""] * num_items, pa.string()),
-            pa.array([_joined(parts) for parts in zip(*texts, strict=True)] if texts else [""] * num_items, pa.string()),
+            pa.array([parts[0] if parts else "" for parts in texts], pa.string()),
+            pa.array([_joined(parts) for parts in texts], pa.string()),
             categories,
             _fixed_lists(np.stack(numbers, axis=1) if numbers else np.zeros((num_items, 0))),
             _fixed_lists(np.concatenate(vectors, axis=1) if vectors else np.zeros((num_items, 0))),
@@ -82,52 +103,82 @@ def build_catalogue(ids: pa.Array, items: pa.Table | None, kinds: dict[str, Feat
         ],
         schema=CATALOGUE_SCHEMA,
     )
-    return Catalogue(table, vocabulary, tuple(columns["numbers"]), vector_size)
+    return Catalogue(table, vocabulary, tuple(raw_numbers), moments, vector_size, +(noticed + Counter(category_changed=num_changed)))
 
 
 def normalise_text(text: str) -> str:
     """Remove control characters and lone surrogates, fold whitespace, cut at MAX_TEXT_CHARACTERS."""
-    return " ".join(_UNPRINTABLE.sub("", text).split())[:MAX_TEXT_CHARACTERS].rstrip()
+    return _cut(_folded(text))
 
 
-def _joined(parts: tuple[str, ...]) -> str:
-    return ". ".join(part for part in parts if part)[:MAX_TEXT_CHARACTERS].rstrip()
+def _folded(text: str) -> str:
+    return " ".join(_UNPRINTABLE.sub("", text).split())
 
 
-def _texts(column: pa.ChunkedArray) -> list[str]:
+def _cut(text: str) -> str:
+    return text[:MAX_TEXT_CHARACTERS].rstrip()
+
+
+def _joined(parts: list[str]) -> str:
+    return _cut(". ".join(part for part in parts if part))
+
+
+def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], Counter[str]]:
+    """Normalise each item's texts, and count the items that lose characters or are cut, in one text or when joined."""
+    texts: list[list[str]] = []
+    noticed: Counter[str] = Counter()
+    for raw in zip(*columns, strict=True) if columns else [()] * num_items:
+        folded = [_folded(text) for text in raw]
+        noticed["text_unprintable"] += any(_UNPRINTABLE.search(text) for text in raw)
+        noticed["text_cut"] += len(". ".join(text for text in folded if text)) > MAX_TEXT_CHARACTERS
+        texts.append([_cut(text) for text in folded])
+    return texts, +noticed
+
+
+def _strings(column: pa.ChunkedArray) -> list[str]:
     if pa.types.is_list(column.type):
         column = pc.binary_join(column.cast(pa.list_(pa.string())), " ")
-    return [normalise_text(text or "") for text in column.cast(pa.string()).to_pylist()]
+    return [text or "" for text in valid_text(column.cast(pa.string())).to_pylist()]
 
 
-def _categories(rows: pa.Table, names: list[str], num_items: int) -> tuple[pa.Array, tuple[str, ...]]:
+def _categories(rows: pa.Table, names: list[str], num_items: int) -> tuple[pa.Array, tuple[str, ...], int]:
+    """Index the categories of each item; tell the vocabulary, and how many entries were changed to be one."""
     values: list[list[str]] = [[] for _ in range(num_items)]
     vocabulary: list[str] = []
+    num_changed = 0
     for name in names:
         column = rows[name]
         is_list = pa.types.is_list(column.type)
-        texts = column.cast(pa.list_(pa.string()) if is_list else pa.string()).to_pylist()
+        texts = valid_text(column.cast(pa.list_(pa.string()) if is_list else pa.string())).to_pylist()
         found: set[str] = set()
         for of_row, entry in zip(values, texts, strict=True):
             entries = (entry or []) if is_list else [entry]
-            of_item = sorted({f"{name}={text.strip()}" for text in entries if text and text.strip()}, key=_natural_key)
+            changed = {text: normalise_text(text) for text in entries if text}
+            num_changed += sum(len(text) > MAX_TEXT_CHARACTERS or bool(_UNPRINTABLE.search(text)) for text in changed)
+            of_item = sorted({f"{name}={text}" for text in changed.values() if text}, key=_natural_key)
             of_row.extend(of_item)
             found.update(of_item)
         vocabulary += sort_ids(list(found))
     index = {text: position for position, text in enumerate(vocabulary, start=1)}
-    return pa.array([[index[text] for text in row] for row in values], pa.list_(pa.int32())), tuple(vocabulary)
+    return pa.array([[index[text] for text in row] for row in values], pa.list_(pa.int32())), tuple(vocabulary), num_changed
 
 
-def _standardised(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
-    numbers: npt.NDArray[np.float64] = cast_numbers(column).to_numpy(zero_copy_only=False).astype(np.float64)
-    numbers[~np.isfinite(numbers)] = np.nan
+def _numbers(column: pa.ChunkedArray) -> Floats:
+    numbers: Floats = cast_numbers(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    numbers[~(np.abs(numbers) <= _LARGEST_NUMBER)] = np.nan
+    return numbers
+
+
+def _moments(numbers: Floats) -> tuple[float, float]:
+    """Mean and standard deviation of what is there; 0 and 1 where that cannot be told or divided by."""
     if np.isnan(numbers).all():
-        return numbers
-    deviation = np.nanstd(numbers)
-    return np.asarray((numbers - np.nanmean(numbers)) / (deviation if deviation > 0 else 1.0))
+        return 0.0, 1.0
+    mean, deviation = float(np.nanmean(numbers)), float(np.nanstd(numbers))
+    # A constant column's deviation is rounding, not zero.
+    return mean, deviation if deviation > _ROUNDING * abs(mean) else 1.0
 
 
-def _vectors(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
+def _vectors(column: pa.ChunkedArray, name: str) -> Floats:
     if pa.types.is_string(column.type):
         column = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
     try:
@@ -144,6 +195,6 @@ def _vectors(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     return np.asarray(np.nan_to_num(block, posinf=0.0, neginf=0.0))
 
 
-def _fixed_lists(block: npt.NDArray[np.float64]) -> pa.Array:
+def _fixed_lists(block: Floats) -> pa.Array:
     offsets = np.arange(block.shape[0] + 1, dtype=np.int32) * block.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(block.reshape(-1), pa.float32()))

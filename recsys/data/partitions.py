@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys.config import DataConfig
-from recsys.data.cleaning import cast_events, cast_ids, drop_duplicates
+from recsys.data.cleaning import apply_rules, cast_events, cast_ids, drop_bots, drop_duplicates, notice_ids, notice_order, valid_text
 from recsys.data.formats import INPUT_ORDER, FilePart
 from recsys.data.importers import find_event_columns, import_events, import_users
 from recsys.data.manifest import Shard
+from recsys.data.pseudonyms import pseudonymise
 from recsys.data.sequences import Integers, cut_windows, gather_ranges, split_counts
 from recsys.data.shuffle import read_partition, read_table, write_pieces, write_table
 from recsys.errors import UserError
@@ -38,6 +39,11 @@ class Job:
     data: DataConfig
     time_column: str
 
+    @property
+    def has_time(self) -> bool:
+        """Whether the order of events is their time; otherwise it is a position."""
+        return self.time_column == TIMESTAMP
+
     def staging(self, *parts: str) -> str:
         """Address something that goes when the dataset is finished."""
         return join(self.uri, "staging", *parts)
@@ -48,27 +54,35 @@ class Job:
 
 
 def stage_events(job: Job, task: int, part: FilePart) -> Outcome:
-    """Cast one part of the events and write it as pieces."""
+    """Cast and clean one part of the events and write it as pieces, user ids as pseudonyms where a key is named."""
     if job.time_column not in find_event_columns(job.storage, part.uri, job.data.columns):
         raise UserError(f"{part.uri}: has no column for {job.time_column}, which the first file of data.events has")
     rejected: Counter[str] = Counter()
+    noticed: Counter[str] = Counter()
     num_rows = 0
 
     def cleaned() -> Any:
         nonlocal num_rows
         for raw in import_events(job.storage, part, job.data.columns):
             events, faults = cast_events(raw)
+            events, broken = apply_rules(events, job.data.cleaning, job.has_time)
             num_rows += raw.num_rows
-            rejected.update(faults)
-            yield events
+            rejected.update(faults + broken)
+            noticed.update(notice_ids(events))
+            yield _with_pseudonyms(job, events)
 
     pieces = write_pieces(job.storage, job.staging("pieces"), task, cleaned(), USER_ID, job.data.num_shards)
-    return {"rows": num_rows, "pieces": pieces, "rejected": rejected}
+    return {"rows": num_rows, "pieces": pieces, "rejected": rejected, "noticed": noticed}
+
+
+def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
+    ids = pseudonymise(table[USER_ID], job.data.pseudonym_key_env)
+    return table.set_column(table.column_names.index(USER_ID), table.schema.field(USER_ID), ids)
 
 
 def stage_users(job: Job, task: int, part: FilePart) -> Outcome:
     """Turn one part of the users' table into ids with attributes and write it as pieces."""
-    tables = (_with_attributes(raw) for raw in import_users(job.storage, part, job.data.columns))
+    tables = (_with_pseudonyms(job, _with_attributes(raw)) for raw in import_users(job.storage, part, job.data.columns))
     pieces = write_pieces(job.storage, job.staging("user-pieces"), task, tables, USER_ID, job.data.num_shards)
     return {"rows": 0, "pieces": pieces}
 
@@ -83,13 +97,16 @@ def _with_attributes(raw: pa.Table) -> pa.Table:
 
 
 def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.binary_join(column.cast(pa.list_(pa.string())), " ") if pa.types.is_list(column.type) else column.cast(pa.string())
+    text = pc.binary_join(column.cast(pa.list_(pa.string())), " ") if pa.types.is_list(column.type) else column.cast(pa.string())
+    return valid_text(text)
 
 
 def merge_events(job: Job, pieces: list[str], partition: int) -> Outcome:
-    """Gather one partition of the events, drop duplicates, sort by the tie rule, stage it as generation 0."""
+    """Gather one partition of the events, drop duplicates and bots, sort by the tie rule, stage it as generation 0."""
     events, num_duplicates = drop_duplicates(read_partition(job.storage, pieces, partition, EVENTS_SCHEMA))
-    return _stage_generation(job, 0, partition, events, {"duplicate": num_duplicates})
+    events, num_of_bots = drop_bots(events, job.data.cleaning.max_events_per_minute if job.has_time else None)
+    outcome = _stage_generation(job, 0, partition, events, {"duplicate": num_duplicates, "bot": num_of_bots})
+    return {**outcome, "noticed": notice_order(events)}
 
 
 def core_round(job: Job, generation: int, partition: int) -> Outcome:

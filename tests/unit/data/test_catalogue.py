@@ -41,7 +41,15 @@ def test_the_first_row_of_an_item_counts() -> None:
     items = pa.table({"item_id": [3, 2, 3, None], "t": ["a", "b", "c", "d"], "input_order": [5, 6, 7, 8]})
     kept, rejected = clean_items(items)
     assert kept.to_pylist() == [{"item_id": "3", "t": "a", "input_order": 5}, {"item_id": "2", "t": "b", "input_order": 6}]
-    assert rejected == {"catalogue_null_id": 1, "catalogue_duplicate": 1}
+    assert rejected == {"catalogue_null_id": 1, "catalogue_negative_id": 0, "catalogue_duplicate": 1}
+
+
+def test_negative_ids_of_the_catalogue_go_only_where_the_config_says_so() -> None:
+    items = pa.table({"item_id": ["-3", "a-3"], "input_order": [0, 1]})
+    assert clean_items(items)[0]["item_id"].to_pylist() == ["-3", "a-3"]
+    kept, rejected = clean_items(items, reject_negative_ids=True)
+    assert kept["item_id"].to_pylist() == ["a-3"]
+    assert rejected["catalogue_negative_id"] == 1
 
 
 def test_the_catalogue_of_a_hand_made_table() -> None:
@@ -94,3 +102,39 @@ def test_vectors_must_be_numbers_of_one_length() -> None:
         items = pa.table({"item_id": ["1", "2"], "v": column, "input_order": [0, 1]})
         with pytest.raises(UserError, match=message):
             build_catalogue(pa.array(["1", "2"]), items, {"v": "vectors"}, np.array([1, 1]))
+
+
+def bytes_as_strings(*texts: bytes) -> pa.Array:
+    """Strings that Arrow holds although they are not UTF-8, as a careless writer leaves them in a Parquet file."""
+    raw = pa.array(texts, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+
+
+def test_odd_text_is_mended_and_counted_by_item() -> None:
+    items = pa.table(
+        {
+            "item_id": ["1", "2", "3", "4"],
+            "title": bytes_as_strings(b"a\xed\xa0\x80b", b"fine", b"bell\x07", b"x" * 1_000_000),
+            "about": ["x" * MAX_TEXT_CHARACTERS, "fine", "bell\x07", "short"],
+            "color": bytes_as_strings(b"re\xffd", b"blue", b"blue", b""),
+            "input_order": [0, 1, 2, 3],
+        }
+    )
+    kinds = {name: KINDS[name] for name in ("title", "about", "color")}
+    made = build_catalogue(pa.array(["1", "2", "3", "4"]), items, kinds, np.zeros(4, np.int64))
+    texts = made.table["text"].to_pylist()
+    assert made.table["title"].to_pylist() == ["ab", "fine", "bell", "x" * MAX_TEXT_CHARACTERS]
+    assert texts[1:3] == ["fine. fine", "bell. bell"]
+    assert [len(text) for text in texts] == [MAX_TEXT_CHARACTERS, 10, 10, MAX_TEXT_CHARACTERS]
+    assert made.category_vocabulary == ("color=blue", "color=red")
+    assert dict(made.noticed) == {"text_unprintable": 2, "text_cut": 2, "category_changed": 1}
+
+
+def test_numbers_keep_the_moments_that_they_were_standardised_by() -> None:
+    items = pa.table({"item_id": ["1", "2", "3"], "price": [1.0, 3.0, 1e200], "flat": [0.1, 0.1, 0.1], "input_order": [0, 1, 2]})
+    measured = {"statistics.log_count": np.array([0.0, np.nan, 4.0])}
+    made = build_catalogue(pa.array(["1", "2", "3"]), items, {"price": "numbers", "flat": "numbers"}, np.zeros(3, np.int64), measured)
+    assert made.number_columns == ("price", "flat", "statistics.log_count")
+    assert made.number_moments == ((2.0, 1.0), (pytest.approx(0.1), 1.0), (2.0, 2.0))
+    numbers = np.array(made.table["numbers"].to_pylist())
+    np.testing.assert_allclose(numbers, [[-1, 0, -1], [1, 0, np.nan], [np.nan, 0, 1]], atol=1e-12)

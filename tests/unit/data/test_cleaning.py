@@ -6,7 +6,8 @@ from datetime import UTC, date, datetime
 import pyarrow as pa
 import pytest
 
-from recsys.data.cleaning import cast_events, cast_numbers, drop_duplicates
+from recsys.config import CleaningConfig
+from recsys.data.cleaning import apply_rules, cast_events, cast_numbers, drop_bots, drop_duplicates, notice_ids, notice_order, valid_text
 from recsys.errors import UserError
 from recsys.schema import EVENTS_SCHEMA
 
@@ -117,3 +118,69 @@ def test_numbers_that_cannot_be_read_are_null() -> None:
         None,
     ]
     assert cast_numbers(pa.chunked_array([[[1], [2]]])).to_pylist() == [None, None]
+
+
+def test_each_rule_drops_what_it_names_and_bounds_are_inside() -> None:
+    rules = CleaningConfig(min_value=0.1, max_value=0.7, min_time=10, max_time=20, reject_negative_ids=True)
+    rows = [
+        ("a", "i", 10, "view", 0.1, 0),
+        ("a", "i", 20, "view", 0.7, 1),
+        ("a", "i", 15, "view", None, 2),
+        ("a", "i", 15, "view", 0.09, 3),
+        ("-1", "i", 99, "view", 0.8, 4),
+        ("a", "i", 9, "view", 0.5, 5),
+        ("a", "i", 21, "view", 0.5, 6),
+        ("-1", "i", 15, "view", 0.5, 7),
+        ("a", "-2", 15, "view", 0.5, 8),
+        ("a-1", "--2", 15, "view", 0.5, 9),
+    ]
+    kept, rejected = apply_rules(clean_events(rows), rules, has_time=True)
+    assert kept["input_order"].to_pylist() == [0, 1, 2, 9]
+    assert rejected == {"outlier_value": 2, "early_time": 1, "future_time": 1, "negative_id": 2}
+    kept, rejected = apply_rules(clean_events(rows), rules, has_time=False)
+    assert kept["input_order"].to_pylist() == [0, 1, 2, 5, 6, 9]
+    assert rejected == {"outlier_value": 2, "negative_id": 2}
+
+
+def test_only_one_end_of_a_range_may_be_given() -> None:
+    rows = clean_events([("a", "i", 1, "view", value, 0) for value in (-5.0, 0.0, 5.0)])
+    assert apply_rules(rows, CleaningConfig(min_value=0), has_time=True)[0]["value"].to_pylist() == [0.0, 5.0]
+    assert apply_rules(rows, CleaningConfig(max_value=0), has_time=True)[0]["value"].to_pylist() == [-5.0, 0.0]
+    kept, rejected = apply_rules(rows, CleaningConfig(), has_time=True)
+    assert (kept.num_rows, dict(rejected)) == (3, {})
+
+
+def test_a_bot_goes_whole_and_minutes_are_those_of_the_clock() -> None:
+    bot = [("bot", f"i{number}", 60 + 29 * number, "view", None, number) for number in range(3)]  # 60, 89 and 118: one minute
+    fast = [("fast", f"i{number}", time, "view", None, 10 + number) for number, time in enumerate((58, 59, 60, 61))]
+    early = [("early", f"i{number}", -1 - number, "view", None, 20 + number) for number in range(2)]
+    events = clean_events([*bot, ("bot", "i9", 9999, "view", None, 9), *fast, *early])
+    kept, num_dropped = drop_bots(events, 2)
+    assert num_dropped == 4
+    assert set(kept["user_id"].to_pylist()) == {"fast", "early"}
+    assert drop_bots(events, 1)[0].num_rows == 0
+    assert drop_bots(events, None) == (events, 0)
+
+
+def test_odd_ids_are_kept_and_counted_by_event() -> None:
+    ids = [("-7", "i"), ("-7", "-8"), ("a\x00", "i"), ("a", "i\ufffd"), ("-7.5", "\x85"), ("a-1", "i"), ("-", "i")]
+    events = clean_events([(user, item, 1, "view", None, number) for number, (user, item) in enumerate(ids)])
+    assert notice_ids(events) == {"negative_id": 3, "odd_id": 3}
+    assert notice_ids(events.slice(0, 0)) == {}
+
+
+def test_ties_and_the_order_of_the_input_are_noticed_within_a_user() -> None:
+    rows = [("a", "i1", 5, 3), ("a", "i2", 5, 4), ("a", "i3", 7, 1), ("b", "i1", 7, 0), ("b", "i2", 8, 2), ("b", "i3", 8, 9)]
+    events = clean_events([(user, item, time, "view", None, order) for user, item, time, order in rows])
+    assert notice_order(events) == {"out_of_order": 1, "equal_time": 2}
+    assert notice_order(events.slice(0, 0)) == {}
+
+
+def test_broken_text_becomes_replacement_characters() -> None:
+    raw = pa.array([b"a\xed\xa0\x80 ", None, b"fine"], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    column = pa.chunked_array([strings])
+    assert valid_text(column).to_pylist() == ["a\ufffd\ufffd\ufffd ", None, "fine"]
+    lists = pa.chunked_array([pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), strings)])
+    assert valid_text(lists).to_pylist() == [["a\ufffd\ufffd\ufffd ", None], ["fine"]]
+    assert cast_events(raw_events(user_id=strings))[0]["user_id"].to_pylist() == ["a\ufffd\ufffd\ufffd", "fine"]

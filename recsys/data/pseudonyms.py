@@ -1,0 +1,47 @@
+"""Keyed pseudonyms of user ids; the key comes from the environment of each process and goes nowhere from there."""
+
+import hashlib
+import hmac
+import os
+
+import pyarrow as pa
+
+from recsys.errors import UserError
+
+_MIN_KEY_BYTES = 16
+_PSEUDONYM_CHARACTERS = 32
+_IDENTITY_OF = b"recsys: which key user ids are hashed with"
+
+
+def key_identity(variable: str) -> str:
+    """Tell one key from another without telling the key; empty where no variable is named.
+
+    Raises:
+        UserError: the variable is not set, or its value is too short to be a key.
+    """
+    return hmac.new(_read_key(variable), _IDENTITY_OF, hashlib.sha256).hexdigest()[:16] if variable else ""
+
+
+def pseudonymise(ids: pa.ChunkedArray, variable: str) -> pa.ChunkedArray:
+    """Replace ids by the first 128 bits of their HMAC-SHA256, in hexadecimal; without a variable, return them as they are.
+
+    Raises:
+        UserError: as `key_identity`, since every worker reads the key from its own environment.
+    """
+    if not variable:
+        return ids
+    key = _read_key(variable)
+    encoded = ids.combine_chunks().dictionary_encode()
+    names = [hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:_PSEUDONYM_CHARACTERS] for text in encoded.dictionary.to_pylist()]
+    return pa.chunked_array([pa.array(names, pa.string()).take(encoded.indices)])
+
+
+def _read_key(variable: str) -> bytes:
+    key = os.environ.get(variable, "").encode("utf-8", "surrogateescape")
+    if len(key) < _MIN_KEY_BYTES:
+        state = f"has {len(key)} bytes" if key else "is not set"
+        raise UserError(
+            f"data.pseudonym_key_env = {variable}: the environment variable {state}, here or on a worker; "
+            f"it must hold a secret of at least {_MIN_KEY_BYTES} bytes, such as the output of: openssl rand -hex 32"
+        )
+    return key

@@ -1,0 +1,35 @@
+"""Every rule of cleaning in one place: why a row is dropped, and what is kept but odd; applying them is `cleaning.py` and others."""
+
+REJECTED = {
+    "null_user": "the user id is missing or blank",
+    "null_item": "the item id is missing or blank",
+    "null_time": "the time or position is missing",
+    "bad_time": "the time or position cannot be read, or is beyond all reason",
+    "null_event": "the event kind is missing or blank in a table that has kinds",
+    "bad_value": "the value is there and not a finite number",
+    "outlier_value": "the value is outside data.cleaning.min_value and max_value",
+    "early_time": "the time is before data.cleaning.min_time",
+    "future_time": "the time is after data.cleaning.max_time",
+    "negative_id": "the user or item id is a negative number, and data.cleaning.reject_negative_ids is true",
+    "duplicate": "an earlier row has the same user, item, time and kind",
+    "bot": "the user has more than data.cleaning.max_events_per_minute events in a minute of the clock; all of them go",
+    "k_core_item": "the item has fewer than data.k_core interactions",
+    "k_core_user": "the user has fewer than data.k_core interactions",
+    "catalogue_null_id": "a catalogue row without an item id",
+    "catalogue_negative_id": "a catalogue row whose id is a negative number, and data.cleaning.reject_negative_ids is true",
+    "catalogue_duplicate": "a catalogue row whose item has an earlier one",
+}
+"""What is dropped, in the order in which the rules apply; a row is counted under the first that it breaks. Rules about time
+hold where the order is a time, not where it is a position."""
+
+NOTICED = {
+    "negative_id": "events whose user or item id is a negative number, as hashes to signed numbers are; they are ids like any other",
+    "odd_id": "events whose user or item id holds control characters or broken text, which is shown as U+FFFD",
+    "out_of_order": "events that stand after a later one of the same user in the input; they are sorted",
+    "equal_time": "events at the same time as the one before them of the same user; the input's order decides",
+    "unknown_item": "items that events name and the catalogue does not list; they have no text and no features",
+    "text_cut": "items whose text is cut at 2000 characters",
+    "text_unprintable": "items whose text loses control characters or broken text, such as lone surrogates",
+    "category_changed": "category entries that lose control characters or broken text, or are cut at 2000 characters",
+}
+"""What is kept and counted."""
