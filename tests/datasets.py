@@ -45,6 +45,7 @@ def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max
         "value_mean": float(values.mean()),
         "value_std": float(values.std()),
         "has_time": True,
+        "num_streams": 12,
         "category_vocabulary": tuple(f"genre={genre}" for genre in GENRES),
         "number_columns": ("price",),
         "vector_size": 0,

@@ -2,15 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.data.manifest import DatasetManifest
+from recsys.data.rows import Rows
 from recsys.schema import PADDING_ITEM
 
 NUM_GAP_BUCKETS = 32
@@ -55,17 +54,6 @@ def gap_buckets(timestamps: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.floor(np.log2(1.0 + gaps)).clip(max=NUM_GAP_BUCKETS - 1).astype(np.int64)
 
 
-def pad_lists(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Lay a list column out as a zero-padded rectangle, aligned left; return it with the mask of what is real."""
-    lists = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
-    rectangle = np.zeros(mask.shape, dtype=values.dtype)
-    rectangle[mask] = values
-    return rectangle, mask
-
-
 def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the label of each task and whether there is one, both (..., T) float32.
 
@@ -90,22 +78,22 @@ def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tu
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows of the training shards (TRAIN_SCHEMA) into a `Batch`."""
+    """Turns rows of the training shards into a `Batch`."""
 
     manifest: DatasetManifest
     takes_whole_catalogue: bool
 
-    def __call__(self, rows: pa.Table, sample_ids: NDArray[np.int64], negatives: Tensor, negatives_log_q: Tensor) -> Batch:
-        """Build a micro batch; no rows give one row of padding, so that every rank runs every step."""
-        if rows.num_rows == 0:
-            rows = pa.Table.from_pylist(
-                [{"items": [0, 0], "events": [0, 0], "timestamps": [0, 0], "values": [0, 0], "first_target": 2}], rows.schema
-            )
-            sample_ids = np.array([-1], dtype=np.int64)
-        sequence, mask = (torch.from_numpy(array) for array in pad_lists(rows["items"]))
-        events, values = (torch.from_numpy(pad_lists(rows[name])[0]) for name in ("events", "values"))
-        timestamps = pad_lists(rows["timestamps"])[0] if self.manifest.has_time else np.zeros(mask.shape, dtype=np.int64)
-        first_target = torch.tensor(rows["first_target"].to_numpy())
+    def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor) -> Batch:
+        """Build a micro batch; no rows give one row of padding, so that every rank runs every step. A column not read is zeros."""
+        if len(rows) == 0:
+            rows = Rows(np.array([-1]), np.array([2], np.int32), np.array([0, 2]), {"items": np.zeros(2, np.int32)})
+        columns, is_real = rows.pad(rows.flat)
+        zeros = np.zeros(is_real.shape, np.int64)
+        mask = torch.from_numpy(is_real)
+        sequence = torch.from_numpy(columns["items"])
+        events, values = (torch.from_numpy(columns.get(name, zeros)) for name in ("events", "values"))
+        timestamps = columns.get("timestamps", zeros) if self.manifest.has_time else zeros
+        first_target = torch.tensor(rows.first_target)
         is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
         labels, label_mask = task_labels(self.manifest, events[:, 1:], values[:, 1:])
         is_input = mask[:, 1:]  # an interaction with one after it
@@ -113,7 +101,7 @@ class Collator:
         targets = torch.where(is_target, sequence[:, 1:], PADDING_ITEM).long()
         items, (history, targets, negatives) = self._index_items(history, targets, negatives)
         return Batch(
-            sample_ids=torch.from_numpy(sample_ids),
+            sample_ids=torch.tensor(rows.sample_ids),
             items=items,
             history=history,
             events=torch.where(is_input, events[:, :-1].long() + 1, 0),

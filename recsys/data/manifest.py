@@ -73,6 +73,7 @@ class DatasetManifest(BaseModel):
     value_mean: float
     value_std: float
     has_time: bool
+    num_streams: int
     category_vocabulary: tuple[str, ...]
     number_columns: tuple[str, ...]
     number_moments: tuple[tuple[float, float], ...] = ()

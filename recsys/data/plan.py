@@ -1,11 +1,16 @@
 """Who reads which samples at which step: a pure function of sizes, seed and epoch, without I/O.
 
-The order of an epoch depends on the row group sizes, the seed and the epoch alone, never on the number of ranks: row
-groups are permuted, and samples are shuffled within windows of `window` row groups. Step t holds samples t*G to
-(t+1)*G of that order, and chunk c of C of a step holds every C-th of them. The state of a run in its data is therefore
-(epoch, step), and a run may go on with another number of ranks.
+The row groups of a dataset are permuted and laid end to end; the line is cut into S streams whose lengths differ by
+one sample at most, and each stream is shuffled within windows of some row groups. Sample m of the epoch is the
+(m // S)-th of stream m % S; step t holds samples t*G to (t+1)*G, and rank r of N those with m % N == r. So
+
+- the order depends on the dataset, the seed and the epoch alone, and a step holds the same samples for any N;
+- where N divides S, a rank reads its own streams and of the row groups only theirs; for other N it reads all;
+- the position after step t is arithmetic: (epoch, t) is the whole state, and nothing that was passed is read again;
+- every sample occurs once: the last step is smaller, and no rank's share of a step differs from another's by over one.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,16 +21,42 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Window:
+    """What is shuffled together: spans of row groups, and the place in its stream at which they begin."""
+
+    stream: int
+    number: int
+    begin: int
+    groups: tuple[int, ...]
+    starts: tuple[int, ...]  # first row in each row group
+    stops: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Rows over all spans."""
+        return sum(self.stops) - sum(self.starts)
+
+
+@dataclass(frozen=True)
 class EpochPlan:
-    """The order of one epoch. Sample ids count rows over all row groups in the manifest's order."""
+    """The order of one epoch. Sample ids count rows over all row groups in the manifest's order.
+
+    `window` is the number of row groups that are shuffled together in a stream; 0 keeps the manifest's order, in one stream.
+    """
 
     row_groups: tuple[int, ...]
     global_batch_size: int
+    streams: int
     window: int
     seed: int
     epoch: int
 
     @property
+    def num_streams(self) -> int:
+        """Streams that the samples are dealt from."""
+        return self.streams if self.window else 1
+
+    @cached_property
     def num_samples(self) -> int:
         """Samples in the epoch; each occurs exactly once."""
         return sum(self.row_groups)
@@ -35,48 +66,88 @@ class EpochPlan:
         """Optimizer steps in the epoch; the last may hold fewer samples."""
         return -(-self.num_samples // self.global_batch_size)
 
-    def step_ids(self, step: int) -> Indices:
-        """Return the sample ids of one step, in order."""
-        begin = step * self.global_batch_size
-        end = min(begin + self.global_batch_size, self.num_samples)
-        first = int(np.searchsorted(self._window_ends, begin, side="right"))
-        last = int(np.searchsorted(self._window_ends, end, side="left"))
-        ids = np.concatenate([self._window_ids(window) for window in range(first, last + 1)])
-        offset = begin - (int(self._window_ends[first - 1]) if first else 0)
-        return ids[offset : offset + end - begin]
+    def numbers(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> Indices:
+        """Return the numbers, in the epoch's order, of a rank's samples in steps `first_step` to `last_step` (exclusive)."""
+        begin = first_step * self.global_batch_size
+        end = min(last_step * self.global_batch_size, self.num_samples)
+        return np.arange(begin + (rank - begin) % world_size, end, world_size, dtype=np.int64)
 
-    def chunk_ids(self, step: int, chunk: int, num_chunks: int) -> Indices:
-        """Return one of `num_chunks` interleaved parts of a step; a rank's micro batch is one chunk."""
-        return self.step_ids(step)[chunk::num_chunks]
+    def step_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Indices:
+        """Return the sample ids of one step, or of a rank's share of it, in order."""
+        numbers = self.numbers(step, step + 1, rank, world_size)
+        ids = np.empty(len(numbers), np.int64)
+        for stream in np.unique(numbers % self.num_streams).tolist():
+            is_here = numbers % self.num_streams == stream
+            places = numbers[is_here] // self.num_streams
+            windows = self.windows(stream)[self.window_at(stream, places[0]) : self.window_at(stream, places[-1]) + 1]
+            ids[is_here] = np.concatenate([self.window_ids(window) for window in windows])[places - windows[0].begin]
+        return ids
 
-    def locate(self, ids: Indices) -> tuple[Indices, Indices]:
-        """Return the row group of each sample id, and its row there."""
-        groups = np.searchsorted(self._group_ends, ids, side="right").astype(np.int64)
-        return groups, ids - self._group_begins[groups]
+    def windows(self, stream: int) -> tuple[Window, ...]:
+        """Cut a stream into the windows that are shuffled, in the order in which they are read."""
+        if stream not in self._cut:
+            windows = tuple(self._cut_stream(stream))
+            self._cut[stream] = windows, np.array([window.begin for window in windows])
+        return self._cut[stream][0]
+
+    def window_at(self, stream: int, place: int) -> int:
+        """Return the number of the window that holds a place of a stream; of a place past its end, how many windows there are."""
+        windows = self.windows(stream)
+        if not windows or place >= windows[-1].begin + windows[-1].num_samples:
+            return len(windows)
+        return int(np.searchsorted(self._cut[stream][1], place, side="right")) - 1
+
+    def window_ids(self, window: Window) -> Indices:
+        """Return the sample ids of a window, in the plan's order."""
+        return self.line_ids(window)[self.shuffle(window)]
+
+    def line_ids(self, window: Window) -> Indices:
+        """Return the sample ids of a window's spans, laid end to end."""
+        spans = zip(window.groups, window.starts, window.stops, strict=True)
+        return np.concatenate([np.arange(start, stop) + self._group_begins[group] for group, start, stop in spans])
+
+    def shuffle(self, window: Window) -> Indices:
+        """Return the order in which a window's rows, laid end to end, are taken."""
+        if not self.window:
+            return np.arange(window.num_samples)
+        return _permutation(window.num_samples, (self.seed, self.epoch, window.stream, window.number))
+
+    def _cut_stream(self, stream: int) -> Iterator[Window]:
+        length, longer = divmod(self.num_samples, self.num_streams)
+        begin = stream * length + min(stream, longer)
+        end = begin + length + (stream < longer)
+        order, ends = self._line
+        spans: list[tuple[int, int, int]] = []
+        here = slice(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end, side="left")) + 1)
+        for group, group_end in zip(order[here].tolist(), ends[here].tolist(), strict=True):
+            size = self.row_groups[group]
+            start, stop = max(begin - group_end + size, 0), min(end - group_end + size, size)
+            if stop > start:
+                spans.append((group, start, stop))
+        place, width = 0, max(1, self.window)
+        for number, index in enumerate(range(0, len(spans), width)):
+            groups, starts, stops = zip(*spans[index : index + width], strict=True)
+            window = Window(stream, number, place, groups, starts, stops)
+            place += window.num_samples
+            yield window
 
     @cached_property
-    def _group_ends(self) -> Indices:
-        return np.cumsum(self.row_groups, dtype=np.int64)
+    def _cut(self) -> dict[int, tuple[tuple[Window, ...], Indices]]:
+        return {}
 
     @cached_property
     def _group_begins(self) -> Indices:
-        return self._group_ends - np.asarray(self.row_groups, dtype=np.int64)
+        return np.cumsum(self.row_groups, dtype=np.int64) - np.asarray(self.row_groups, dtype=np.int64)
 
     @cached_property
-    def _group_order(self) -> Indices:
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.row_groups))
-
-    @cached_property
-    def _window_ends(self) -> Indices:
-        sizes = np.asarray(self.row_groups, dtype=np.int64)[self._group_order]
-        return np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), self.window)))
-
-    def _window_ids(self, window: int) -> Indices:
-        groups = self._group_order[window * self.window : (window + 1) * self.window]
-        return _shuffled_window(tuple((int(self._group_begins[g]), self.row_groups[g]) for g in groups), self.seed, self.epoch, window)
+    def _line(self) -> tuple[Indices, Indices]:
+        """The row groups in the order in which they are laid end to end, and where each ends on that line."""
+        order = np.arange(len(self.row_groups))
+        if self.window:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        return order, np.cumsum(np.asarray(self.row_groups, dtype=np.int64)[order])
 
 
-@lru_cache(maxsize=4)
-def _shuffled_window(spans: tuple[tuple[int, int], ...], seed: int, epoch: int, window: int) -> Indices:
-    ids = np.concatenate([np.arange(begin, begin + size, dtype=np.int64) for begin, size in spans])
-    return np.random.default_rng((seed, epoch, window + 1)).permutation(ids)
+@lru_cache(maxsize=64)
+def _permutation(size: int, seeds: tuple[int, ...]) -> Indices:
+    return np.random.default_rng(seeds).permutation(size)

@@ -121,6 +121,7 @@ def _run_passes(job: Job, inputs: dict[str, list[ObjectInfo]], identity: list[di
         value_mean=value_mean,
         value_std=value_std,
         has_time=job.time_column == TIMESTAMP,
+        num_streams=job.data.num_streams,
         category_vocabulary=catalogue.category_vocabulary,
         number_columns=catalogue.number_columns,
         vector_size=catalogue.vector_size,

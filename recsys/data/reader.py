@@ -1,25 +1,28 @@
 """Reads the samples that the plan names, ahead of training and in the plan's order; which ones is decided in `plan.py`."""
 
+import itertools
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from recsys.config import Config
 from recsys.data.batch import Batch, Collator
+from recsys.data.cache import DiskCache
 from recsys.data.item_features import ItemFeatures
-from recsys.data.manifest import Dataset
+from recsys.data.manifest import Dataset, DatasetManifest
+from recsys.data.negatives import NegativeSampler
 from recsys.data.plan import EpochPlan, Indices
-from recsys.schema import TRAIN_SCHEMA
-from recsys.storage import join
+from recsys.data.rows import Rows
+from recsys.data.shards import RowGroupSource
+from recsys.data.windows import WindowLoader
 
-PREFETCHED_STEPS = 2
+PREFETCHED_STEPS = 4
+_SPAN_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,63 +34,39 @@ class Share:
     accumulation_steps: int
 
 
-class RowGroups:
-    """Random access to training rows by row group; keeps the `capacity` row groups that were used last."""
-
-    def __init__(self, dataset: Dataset, capacity: int) -> None:
-        self._dataset = dataset
-        self._capacity = capacity
-        self._address = [(shard.path, group) for shard in dataset.manifest.train_shards for group in range(len(shard.row_groups))]
-        self._files: dict[str, pq.ParquetFile] = {}
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def take(self, groups: Indices, rows: Indices) -> pa.Table:
-        """Return the rows in the order asked for."""
-        distinct, inverse = np.unique(groups, return_inverse=True)
-        tables = [self._read(int(group)) for group in distinct]
-        begins = np.cumsum([0, *(table.num_rows for table in tables[:-1])])
-        return pa.concat_tables(tables).take(pa.array(begins[inverse] + rows)) if tables else TRAIN_SCHEMA.empty_table()
-
-    def _read(self, group: int) -> pa.Table:
-        if group not in self._tables:
-            path, index = self._address[group]
-            if path not in self._files:
-                filesystem, location = self._dataset.storage.locate(join(self._dataset.uri, path))
-                self._files[path] = pq.ParquetFile(location, filesystem=filesystem)
-            self._tables[group] = self._files[path].read_row_group(index)
-            if len(self._tables) > self._capacity:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(group)
-        return self._tables[group]
-
-
 class Reader:
-    """Gives each step's micro batches of one rank, read and collated on a thread of its own."""
+    """Gives each step's micro batches of one rank, read and collated on threads of their own.
+
+    The order and its promises are the plan's; a run goes on at any (epoch, step), with any number of ranks, without reading what was
+    passed. A shard that is not the manifest's stops it.
+    """
 
     def __init__(self, dataset: Dataset, catalogue: ItemFeatures, config: Config, share: Share) -> None:
         self._config = config
         self._share = share
-        manifest = dataset.manifest
-        self._row_group_sizes = tuple(size for shard in manifest.train_shards for size in shard.row_groups)
-        self._rows = RowGroups(dataset, capacity=2 * config.training.shuffle_row_groups)
-        self._collate = Collator(manifest, takes_whole_catalogue=config.model.loss.kind == "full")
+        self._num_streams = dataset.manifest.num_streams
+        self._row_group_sizes = tuple(size for shard in dataset.manifest.train_shards for size in shard.row_groups)
+        is_cached = dataset.storage.is_remote(dataset.uri) and config.training.cache_bytes > 0
+        cache = DiskCache(Path(config.run.scratch) / "cache", config.training.cache_bytes) if is_cached else None
+        self._source = RowGroupSource(dataset, wanted_columns(config, dataset.manifest), cache)
+        self._collate = Collator(dataset.manifest, takes_whole_catalogue=config.model.loss.kind == "full")
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch."""
         training = self._config.training
-        return EpochPlan(self._row_group_sizes, training.global_batch_size, training.shuffle_row_groups, training.seed, epoch)
+        window = training.shuffle_row_groups
+        return EpochPlan(self._row_group_sizes, training.global_batch_size, self._num_streams, window, training.seed, epoch)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro batches of each step from `first_step` to the epoch's end.
 
         An error on the reading thread is raised here, at the step that it belongs to.
         """
-        plan = self.plan(epoch)
         ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=PREFETCHED_STEPS)
         is_closed = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(plan, first_step, ready, is_closed), daemon=True)
+        thread = threading.Thread(target=self._fill, args=(epoch, first_step, ready, is_closed), daemon=True)
         thread.start()
         try:
             while (item := ready.get()) is not None:
@@ -102,45 +81,63 @@ class Reader:
                     ready.not_full.notify_all()
                 thread.join(timeout=0.05)
 
+    def rows(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
+        """Yield this rank's rows of each step, uncollated and on the calling thread, decoded ahead on others."""
+        plan, share = self.plan(epoch), self._share
+        first_number = plan.numbers(first_step, first_step + 1, share.rank, share.world_size)[:1]
+        touching = first_number + share.world_size * np.arange(plan.num_streams)
+        loader = WindowLoader(plan, self._source, touching, self._config.training.prefetch_bytes)
+        steps_at_once = max(1, _SPAN_ROWS * share.world_size // plan.global_batch_size)
+        try:
+            for begin in range(first_step, plan.num_steps, steps_at_once):
+                end = min(begin + steps_at_once, plan.num_steps)
+                numbers = plan.numbers(begin, end, share.rank, share.world_size)
+                rows, places = _gather(loader, numbers, plan.num_streams)
+                bounds = np.searchsorted(numbers, np.arange(begin, end + 1) * plan.global_batch_size)
+                for start, stop in itertools.pairwise(bounds.tolist()):
+                    yield rows.take(places[start:stop])
+        finally:
+            loader.close()
+
     def _fill(
-        self, plan: EpochPlan, first_step: int, ready: "queue.Queue[list[Batch] | BaseException | None]", is_closed: threading.Event
+        self, epoch: int, first_step: int, ready: "queue.Queue[list[Batch] | BaseException | None]", is_closed: threading.Event
     ) -> None:
         try:
-            for step in range(first_step, plan.num_steps):
+            for step, rows in enumerate(self.rows(epoch, first_step), start=first_step):
                 if is_closed.is_set():
                     return
-                ready.put(self._read_step(plan, step))
+                ready.put(self._collate_step(rows, *self._negatives.draw(epoch, step)))
             ready.put(None)
         except BaseException as error:
             ready.put(error)
 
-    def _read_step(self, plan: EpochPlan, step: int) -> list[Batch]:
-        share = self._share
-        num_chunks = share.world_size * share.accumulation_steps
-        negatives, log_q = self._negatives.draw(plan.epoch, step)
-        batches = []
-        for micro_batch in range(share.accumulation_steps):
-            ids = plan.chunk_ids(step, micro_batch * share.world_size + share.rank, num_chunks)
-            batch = self._collate(self._rows.take(*plan.locate(ids)), ids, negatives, log_q)
-            batches.append(batch.pin() if self._is_pinned else batch)
-        return batches
+    def _collate_step(self, rows: Rows, negatives: torch.Tensor, log_q: torch.Tensor) -> list[Batch]:
+        num_micro_batches = self._share.accumulation_steps
+        places = np.arange(len(rows))
+        parts = [rows.take(places[number::num_micro_batches]) for number in range(num_micro_batches)] if num_micro_batches > 1 else [rows]
+        batches = [self._collate(part, negatives, log_q) for part in parts]
+        return [batch.pin() for batch in batches] if self._is_pinned else batches
 
 
-class NegativeSampler:
-    """Draws each step's negatives, the same on every rank, from the catalogue's items that occur in training."""
+def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]:
+    """Name the columns of the training shards that a batch is made of; the others are not fetched."""
+    has_time = manifest.has_time and config.model.use_gaps
+    is_wanted = {
+        "items": True,
+        "events": len(manifest.event_kinds) > 1,
+        "timestamps": has_time,
+        "values": any(task.event is None for task in manifest.tasks),
+        "first_target": True,
+    }
+    return tuple(name for name, wanted in is_wanted.items() if wanted)
 
-    def __init__(self, catalogue: ItemFeatures, config: Config) -> None:
-        loss = config.model.loss
-        counts = catalogue.train_count.double()
-        weights = counts if loss.negatives == "popularity" else (counts > 0).double()
-        self._probability = (weights / weights.sum()).numpy()
-        self._num = loss.num_negatives if loss.kind == "sampled" else 0
-        self._seed = config.training.seed
 
-    def draw(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return catalogue indices (K,) drawn with replacement and the log probability of each."""
-        if self._num == 0:
-            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
-        generator = np.random.default_rng((self._seed, epoch, step, 1))
-        indices = generator.choice(len(self._probability), size=self._num, p=self._probability)
-        return torch.from_numpy(indices), torch.from_numpy(np.log(self._probability[indices])).float()
+def _gather(loader: WindowLoader, numbers: Indices, num_streams: int) -> tuple[Rows, Indices]:
+    """Get the rows of some samples, stream by stream, and the place of each sample among them."""
+    streams, first, inverse = np.unique(numbers % num_streams, return_index=True, return_inverse=True)
+    last = np.zeros(len(streams), np.int64)
+    last[inverse] = numbers // num_streams  # numbers ascend, so the last one of a stream stays
+    starts, stops = numbers[first] // num_streams, last + 1
+    parts = [part for span in zip(streams.tolist(), starts.tolist(), stops.tolist(), strict=True) for part in loader.take(*span)]
+    begins = np.concatenate([[0], np.cumsum(stops - starts)[:-1]])
+    return Rows.join(parts), begins[inverse] + numbers // num_streams - starts[inverse]

@@ -14,6 +14,7 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
+from recsys.data.rows import Rows
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model.text_encoder import _train_tokenizer
@@ -36,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def batch(dataset: Dataset) -> Batch:
     rows = dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8)
     empty = torch.zeros(0, dtype=torch.long)
-    return Collator(dataset.manifest, takes_whole_catalogue=True)(rows, np.arange(8), empty, torch.zeros(0))
+    return Collator(dataset.manifest, takes_whole_catalogue=True)(Rows.from_table(rows, np.arange(8)), empty, torch.zeros(0))
 
 
 def states(model: Recommender, batch: Batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from recsys.data.batch import Batch, Collator, gap_buckets
 from recsys.data.manifest import Dataset
+from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
 from recsys.storage import Storage
 from tests.datasets import make_dataset
@@ -37,7 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def collate(
     dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES
 ) -> Batch:
-    return Collator(dataset.manifest, takes_whole_catalogue)(rows, np.arange(rows.num_rows), *negatives)
+    return Collator(dataset.manifest, takes_whole_catalogue)(Rows.from_table(rows, np.arange(rows.num_rows)), *negatives)
 
 
 def test_whole_catalogue_batch(dataset: Dataset) -> None:

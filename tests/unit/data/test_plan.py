@@ -1,58 +1,114 @@
 """The plan: every sample once per epoch, the same samples per step for any number of ranks, a position in O(1)."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data.plan import EpochPlan
+from recsys.data.plan import EpochPlan, _permutation
+
+WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12)
 
 plans = st.builds(
     EpochPlan,
     row_groups=st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) > 0).map(tuple),
     global_batch_size=st.integers(1, 64),
-    window=st.integers(1, 8),
+    streams=st.sampled_from([1, 5, 12, 24, 48]),
+    window=st.integers(0, 5),
     seed=st.integers(0, 2**31),
     epoch=st.integers(0, 5),
 )
 
 
-@settings(max_examples=500, deadline=None)
+def all_ids(plan: EpochPlan) -> list[list[int]]:
+    return [plan.step_ids(step).tolist() for step in range(plan.num_steps)]
+
+
+def flat(plan: EpochPlan) -> list[int]:
+    return [sample for step in all_ids(plan) for sample in step]
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(plan=plans, world_size=st.sampled_from(WORLD_SIZES), data=st.data())
+def test_every_sample_once_and_every_step_the_same_for_any_number_of_ranks(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
+    steps = all_ids(plan)
+    assert sorted(sample for step in steps for sample in step) == list(range(plan.num_samples))
+    assert all(len(step) == plan.global_batch_size for step in steps[:-1])
+    step = data.draw(st.integers(0, plan.num_steps - 1))
+    fresh = replace(plan)  # knows nothing of the steps before
+    shares = [fresh.step_ids(step, rank, world_size).tolist() for rank in range(world_size)]
+    assert sorted(sample for share in shares for sample in share) == sorted(steps[step])
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [*WORLD_SIZES, 5, 7, 16, 24, 48])
+@pytest.mark.parametrize("global_batch_size", [1, 48, 120, 1000])
+def test_every_rank_at_every_step(world_size: int, global_batch_size: int) -> None:
+    plan = EpochPlan((97, 3, 0, 250, 1, 64, 64, 64, 31), global_batch_size, streams=48, window=2, seed=3, epoch=1)
+    for step, expected in enumerate(all_ids(plan)):
+        dealt = np.empty(len(expected), np.int64)
+        first = step * global_batch_size
+        for rank in range(world_size):
+            dealt[(rank - first) % world_size :: world_size] = plan.step_ids(step, rank, world_size)
+        assert dealt.tolist() == expected
+
+
+@settings(max_examples=300, deadline=None)
 @given(plan=plans)
-def test_every_sample_occurs_once_per_epoch(plan: EpochPlan) -> None:
-    ids = np.concatenate([plan.step_ids(step) for step in range(plan.num_steps)])
-    np.testing.assert_array_equal(np.sort(ids), np.arange(plan.num_samples))
+def test_streams_share_the_samples_to_the_row_and_windows_tile_them(plan: EpochPlan) -> None:
+    lengths = []
+    rows = []
+    for stream in range(plan.num_streams):
+        windows = plan.windows(stream)
+        assert [window.begin for window in windows] == np.cumsum([0, *(window.num_samples for window in windows)])[: len(windows)].tolist()
+        assert all(len(window.groups) <= max(1, plan.window) for window in windows)
+        lengths.append(sum(window.num_samples for window in windows))
+        rows += [sample for window in windows for sample in plan.window_ids(window).tolist()]
+    assert max(lengths) - min(lengths) <= 1
+    assert sorted(rows) == list(range(plan.num_samples))
 
 
-@settings(max_examples=200, deadline=None)
-@given(plan=plans, num_chunks=st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
-def test_the_chunks_of_a_step_are_its_samples_for_any_number_of_ranks(plan: EpochPlan, num_chunks: int) -> None:
-    for step in range(plan.num_steps):
-        chunks = [plan.chunk_ids(step, chunk, num_chunks) for chunk in range(num_chunks)]
-        np.testing.assert_array_equal(np.sort(np.concatenate(chunks)), np.sort(plan.step_ids(step)))
-        assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 8, 12, 24, 48])
+def test_a_rank_touches_its_own_row_groups_and_shares_only_those_that_a_cut_divides(world_size: int) -> None:
+    plan = EpochPlan((100,) * 960, 240, streams=48, window=4, seed=0, epoch=0)
+    readers: dict[int, set[int]] = {}
+    for stream in range(48):
+        for window in plan.windows(stream):
+            for group in window.groups:
+                readers.setdefault(group, set()).add(stream % world_size)
+    assert sum(len(ranks) > 1 for ranks in readers.values()) <= 47
+    assert len(readers) == 960
 
 
-@settings(max_examples=200, deadline=None)
-@given(plan=plans)
-def test_a_step_needs_no_step_before_it(plan: EpochPlan) -> None:
-    last = plan.num_steps - 1
-    fresh = EpochPlan(plan.row_groups, plan.global_batch_size, plan.window, plan.seed, plan.epoch)
-    in_order = [plan.step_ids(step) for step in range(plan.num_steps)]
-    np.testing.assert_array_equal(fresh.step_ids(last), in_order[last])
+def test_a_position_needs_as_many_windows_anywhere_as_at_the_start() -> None:
+    plan = EpochPlan((1000,) * 20_000, 480, streams=48, window=2, seed=0, epoch=0)
 
+    def shuffled_windows(step: int) -> int:
+        _permutation.cache_clear()
+        replace(plan).step_ids(step)
+        return _permutation.cache_info().misses
 
-@settings(max_examples=200, deadline=None)
-@given(plan=plans)
-def test_samples_are_found_in_their_row_groups(plan: EpochPlan) -> None:
-    ids = plan.step_ids(0)
-    groups, rows = plan.locate(ids)
-    begins = np.concatenate([[0], np.cumsum(plan.row_groups)])[:-1]
-    np.testing.assert_array_equal(begins[groups] + rows, ids)
-    assert (rows < np.asarray(plan.row_groups)[groups]).all()
+    assert [shuffled_windows(step) for step in (0, plan.num_steps // 2, plan.num_steps - 1)] == [48, 48, 48]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    base = EpochPlan((50, 50, 50), 16, 2, seed=1, epoch=0)
-    assert (base.step_ids(0) == EpochPlan((50, 50, 50), 16, 2, seed=1, epoch=0).step_ids(0)).all()
-    assert (base.step_ids(0) != EpochPlan((50, 50, 50), 16, 2, seed=2, epoch=0).step_ids(0)).any()
-    assert (base.step_ids(0) != EpochPlan((50, 50, 50), 16, 2, seed=1, epoch=1).step_ids(0)).any()
+    base = EpochPlan((50, 50, 50), 16, 12, 2, seed=1, epoch=0)
+    assert all_ids(base) == all_ids(replace(base))
+    assert flat(replace(base, global_batch_size=25)) == flat(base)
+    assert all_ids(replace(base, seed=2)) != all_ids(base)
+    assert all_ids(replace(base, epoch=1)) != all_ids(base)
+
+
+def test_without_a_window_the_order_is_that_of_the_shards() -> None:
+    plan = EpochPlan((7, 5, 9), 4, 12, 0, seed=1, epoch=3)
+    assert flat(plan) == list(range(21))
+
+
+def test_shuffling_takes_neighbours_apart() -> None:
+    plan = EpochPlan((1000,) * 48, 96, streams=48, window=1, seed=0, epoch=0)
+    groups = np.array(all_ids(plan)[0]) // 1000
+    assert len(set(groups.tolist())) == 48
+    rows = np.array(flat(plan)).reshape(-1, 48)[:, 0] % 1000
+    assert np.abs(np.diff(rows)).mean() > 200

@@ -6,7 +6,9 @@ import pytest
 from recsys.config import Config, load_config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.reader import NegativeSampler, Reader, Share
+from recsys.data.negatives import NegativeSampler
+from recsys.data.reader import Reader, Share
+from recsys.errors import UserError
 from recsys.storage import Storage
 from tests.datasets import make_dataset
 
@@ -59,7 +61,7 @@ def test_rows_are_those_that_the_ids_name(dataset: Dataset) -> None:
 def test_an_error_of_the_reading_thread_reaches_the_training_thread(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
     broken = make_dataset(Storage(str(tmp_path_factory.mktemp("store"))), num_users=70)
     broken.storage.delete(f"{broken.uri}/{broken.manifest.train_shards[1].path}")
-    with pytest.raises(OSError, match=r"1\.parquet"):
+    with pytest.raises(UserError, match=r"1\.parquet"):
         read(broken, config(), Share(0, 1, 6))
 
 

@@ -1,0 +1,178 @@
+"""Row groups of the training shards, fetched by ranges, verified and cached; which are read when, `windows.py` decides."""
+
+import io
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.cache import DiskCache
+from recsys.data.manifest import Dataset, Shard
+from recsys.errors import UserError
+from recsys.storage import ReplacedError, sha256_of
+
+logger = logging.getLogger(__name__)
+_FOOTER_BYTES = 64 << 10
+_JOINED_GAP_BYTES = 32 << 10
+_DECODE_ATTEMPTS = 3
+
+
+class RowGroupSource:
+    """Random access to the training rows by row group, numbered over all shards in the manifest's order; threads may share it.
+
+    Only the columns asked for are fetched. A shard must be the one that the manifest describes: its ETag is compared with every
+    answer, and where it differs (a dataset that was copied) the shard is hashed once. Pages carry checksums.
+    """
+
+    def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
+        self._files = [_ShardFile(dataset, shard, columns, cache) for shard in dataset.manifest.train_shards]
+        sizes = [len(shard.row_groups) for shard in dataset.manifest.train_shards]
+        self._file_of = np.repeat(np.arange(len(sizes)), sizes)
+        self._group_of = np.concatenate([np.arange(size) for size in sizes]) if sizes else np.zeros(0, np.int64)
+
+    def read(self, group: int) -> pa.Table:
+        """Read one row group.
+
+        Raises:
+            UserError: the shard is missing, replaced or damaged; the line names it.
+        """
+        return self._files[self._file_of[group]].read(int(self._group_of[group]))
+
+
+class _ShardFile:
+    """One shard; its footer is read when it is first used."""
+
+    def __init__(self, dataset: Dataset, shard: Shard, columns: Sequence[str], cache: DiskCache | None) -> None:
+        self._storage = dataset.storage
+        self._uri = dataset.address(shard)
+        self._shard = shard
+        self._columns = list(columns)
+        self._cache = cache
+        self._etag = shard.etag
+        self._opening = threading.Lock()
+        self._footer: pq.FileMetaData | None = None
+
+    def read(self, group: int) -> pa.Table:
+        for attempt in range(1, _DECODE_ATTEMPTS + 1):
+            ranges: list[tuple[int, int]] = []
+            try:
+                footer = self._open()
+                ranges = self._ranges(footer, group)
+                parts = {start: self._fetch(start, stop) for start, stop in ranges}
+                return _decode(_Parts(self._shard.num_bytes, parts, self._fetch), group, self._columns, footer)
+            except (pa.ArrowException, OSError) as error:
+                for start, stop in ranges:
+                    self._forget(start, stop)
+                if attempt == _DECODE_ATTEMPTS:
+                    reason = " ".join(str(error).split())[:200]
+                    raise UserError(f"{self._uri}: row group {group} cannot be decoded ({reason}); prepare the dataset again") from error
+                logger.warning("%s: row group %d is damaged (%s); reading it again", self._uri, group, error)
+        raise AssertionError("unreachable")
+
+    def _open(self) -> pq.FileMetaData:
+        with self._opening:
+            if self._footer is None:
+                start = max(0, self._shard.num_bytes - _FOOTER_BYTES)
+                tail = _Parts(self._shard.num_bytes, {start: self._fetch(start, self._shard.num_bytes)}, self._fetch)
+                footer = pq.read_metadata(tail)
+                found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
+                if found != self._shard.row_groups:
+                    raise self._replaced("its row groups are not the manifest's")
+                self._footer = footer
+            return self._footer
+
+    def _ranges(self, footer: pq.FileMetaData, group: int) -> list[tuple[int, int]]:
+        """Where the wanted columns of a row group lie; those that are near each other are fetched as one."""
+        spans = []
+        for index in range(footer.num_columns):
+            column = footer.row_group(group).column(index)
+            if column.path_in_schema.split(".")[0] in self._columns:
+                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+                spans.append((start, start + column.total_compressed_size))
+        joined: list[tuple[int, int]] = []
+        for start, stop in sorted(spans):
+            if joined and start - joined[-1][1] <= _JOINED_GAP_BYTES:
+                joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+            else:
+                joined.append((start, stop))
+        return joined
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        key = self._key(start, stop)
+        found = self._cache.get(key) if self._cache else None
+        if found is None:
+            found = self._fetch_from_store(start, stop)
+            if self._cache:
+                self._cache.put(key, found)
+        return found
+
+    def _fetch_from_store(self, start: int, stop: int) -> bytes:
+        try:
+            return self._storage.read_range(self._uri, start, stop - start, self._etag)
+        except ReplacedError as error:
+            if error.etag is None:
+                raise self._replaced("the ETag of its answers keeps changing, or they are cut") from error
+            self._verify()
+            self._etag = error.etag
+            return self._storage.read_range(self._uri, start, stop - start, self._etag)
+
+    def _verify(self) -> None:
+        """Hash the whole shard: one that was copied has another ETag and the same content."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "shard.parquet"
+            self._storage.download(self._uri, path)
+            if sha256_of(path) != self._shard.sha256:
+                raise self._replaced("its hash is not the manifest's")
+
+    def _replaced(self, reason: str) -> UserError:
+        return UserError(
+            f"{self._uri}: was replaced since the dataset was made ({reason}); prepare the dataset again, or restore the shard"
+        )
+
+    def _forget(self, start: int, stop: int) -> None:
+        if self._cache:
+            self._cache.drop(self._key(start, stop))
+
+    def _key(self, start: int, stop: int) -> str:
+        return f"{self._shard.sha256}-{start}-{stop}"
+
+
+def _decode(source: "_Parts", group: int, columns: list[str], footer: pq.FileMetaData) -> pa.Table:
+    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+    return file.read_row_group(group, columns=columns, use_threads=False)
+
+
+class _Parts(io.RawIOBase):
+    """A file of which some parts are at hand, by where they start; others are fetched when they are read."""
+
+    def __init__(self, size: int, parts: dict[int, bytes], fetch: Callable[[int, int], bytes]) -> None:
+        self._size = size
+        self._parts = parts
+        self._fetch = fetch
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        start, stop = self._place, self._size if size < 0 else min(self._place + size, self._size)
+        self._place = stop
+        for begin, part in self._parts.items():
+            if begin <= start and stop <= begin + len(part):
+                return part[start - begin : stop - begin]
+        return self._fetch(start, stop) if stop > start else b""
