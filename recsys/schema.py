@@ -77,6 +77,40 @@ CATALOGUE_SCHEMA = pa.schema(
 COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
 """One row per item whose interactions in the training data an appended version changes; `count` is added, and may be negative."""
 
+USER_STATISTICS_SCHEMA = pa.schema(
+    [
+        ("user_index", pa.int64()),
+        ("num_interactions", pa.int64()),
+        ("num_values", pa.int64()),
+        ("value_mean", pa.float64()),
+        ("value_variance", pa.float64()),
+        ("mean_gap_seconds", pa.float64()),
+        ("recency_seconds", pa.int64()),
+        ("num_sessions", pa.int64()),
+        ("mean_session_length", pa.float64()),
+        ("event_counts", pa.list_(pa.int64())),
+    ]
+)
+"""One row per user, from the training interactions alone; null where there is nothing to tell it from. Variances are those of
+the population. `recency_seconds` runs from the user's last training interaction to where training data ends; what needs a
+time is null where the order is a position. `event_counts` follow the manifest's `event_kinds`."""
+
+ITEM_STATISTICS_SCHEMA = pa.schema(
+    [
+        ("item_index", pa.int32()),
+        ("train_count", pa.int64()),
+        ("num_values", pa.int64()),
+        ("value_mean", pa.float64()),
+        ("value_variance", pa.float64()),
+        ("first_seen", pa.int64()),
+        ("last_seen", pa.int64()),
+        ("recency_seconds", pa.int64()),
+        ("period_counts", pa.list_(pa.int64())),
+    ]
+)
+"""One row per item of the catalogue, as USER_STATISTICS_SCHEMA has it for users. `period_counts` are the item's training
+interactions in equal periods from the first training interaction of all to the last; none without time."""
+
 RESERVED_NAMES = ("rating", "like", "retrieval", "item_id", "known")
 """Names of scores and of fields beside them; an event kind of such a name gives a task with `_event` behind it."""
 
