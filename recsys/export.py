@@ -3,21 +3,35 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recsys.data.catalogue_source import ITEM_INDEX, CatalogueSource
 from recsys.data.manifest import Dataset
 from recsys.predictor import Predictor
+from recsys.schema import CATALOGUE_SCHEMA
 
 
 def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Dataset, folder: Path, num_golden: int) -> None:
     """Write the files that `Predictor.from_export` reads; `predictor` must remember the dataset's users."""
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
-    pq.write_table(dataset.catalogue, folder / "catalogue.parquet")
+    _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
     pq.write_table(dataset.read_users(["user_id", "items", "events", "timestamps"]), folder / "users.parquet")
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     save_file({"item_vectors": predictor.item_vectors.contiguous()}, folder / "item_vectors.safetensors")
     golden = predictor.golden(num_golden)
     (folder / "golden.json").write_text(json.dumps(golden), encoding="utf-8")
+
+
+def _write_catalogue(dataset: Dataset, train_count: NDArray[np.int64], path: Path) -> None:
+    """Write the catalogue part by part, with the training interactions of all versions counted, (I + 1,)."""
+    column = CATALOGUE_SCHEMA.get_field_index("train_count")
+    with pq.ParquetWriter(path, CATALOGUE_SCHEMA) as writer:
+        for part in CatalogueSource.of_dataset(dataset).sorted_rows(CATALOGUE_SCHEMA.names[1:]):
+            counts = pa.array(train_count[part[ITEM_INDEX].to_numpy()], pa.int64())
+            writer.write_table(part.set_column(column, "train_count", counts).cast(CATALOGUE_SCHEMA))

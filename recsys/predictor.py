@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,17 @@ class Predictor:
         self.config = config
         self.manifest = manifest
         self.catalogue = catalogue
-        self.item_index = {item_id: index for index, item_id in enumerate(catalogue.item_ids) if index}
         self.event_index = {kind: index for index, kind in enumerate(manifest.event_kinds)}
         self._user_encoder = user_encoder
         self._ranker = ranker
         self.item_vectors = item_vectors
         self.popularity = popularity_scores(catalogue)
         self._users: dict[str, History] = {}
+
+    @cached_property
+    def item_index(self) -> dict[str, int]:
+        """Catalogue indices by item id; made when first asked for, since training and evaluation never ask."""
+        return {item_id: index for index, item_id in enumerate(self.catalogue.item_ids) if index}
 
     @torch.no_grad()
     def encode(self, histories: Sequence[History]) -> Tensor:
@@ -159,15 +164,15 @@ class Predictor:
         return self._users
 
     @classmethod
-    def from_export(cls, folder: Path) -> "Predictor":
-        """Load an export's folder, whose files the registry has verified.
+    def from_export(cls, folder: Path, scratch: Path | None = None) -> "Predictor":
+        """Load an export's folder, whose files the registry has verified; with `scratch` a node's processes share the catalogue.
 
         Raises:
             UserError: the loaded model does not give the golden scores that it was published with.
         """
         config = Config.model_validate_json((folder / "config.json").read_bytes())
         manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_bytes())
-        catalogue = ItemFeatures.from_table(pq.read_table(folder / "catalogue.parquet"), len(manifest.category_vocabulary))
+        catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
         user_encoder = UserEncoder(config.model, config.data.max_history, len(manifest.event_kinds), manifest.has_time)
         ranker = Ranker(config.model.width, len(manifest.tasks))
         weights = load_file(folder / "model.safetensors")

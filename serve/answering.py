@@ -42,6 +42,7 @@ class Answerer:
     def __init__(self, predictor: Predictor, info: ModelInfo) -> None:
         self.predictor = predictor
         self.info = info
+        self._item_index = predictor.item_index  # made here, so that the first request does not wait for it
         self.tasks = [task.name for task in predictor.manifest.tasks]
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
         if reserved:
@@ -57,7 +58,7 @@ class Answerer:
             UserError: the version is not there, damaged, or answers other than when it was published.
         """
         export = registry.manifest(version)
-        predictor = Predictor.from_export(registry.fetch(version, scratch))
+        predictor = Predictor.from_export(registry.fetch(version, scratch), scratch)
         return cls(predictor, _describe(predictor, export, alias))
 
     def check(self) -> None:
@@ -135,14 +136,14 @@ class Answerer:
             if kind is None:
                 known = ", ".join(self.predictor.manifest.event_kinds)
                 raise RequestError(422, f"history.{position}.event: is no event kind of this model; known: {known}")
-            rows.append((self.predictor.item_index.get(interaction.item_id, 0), kind, interaction.timestamp or 0))
+            rows.append((self._item_index.get(interaction.item_id, 0), kind, interaction.timestamp or 0))
         unknown = _distinct(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
         return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
 
     def _indices(self, item_ids: Sequence[str]) -> Indices:
         """Look up candidates; those that are not in the catalogue are left out."""
-        indices = (self.predictor.item_index.get(item_id) for item_id in item_ids)
+        indices = (self._item_index.get(item_id) for item_id in item_ids)
         return np.asarray([index for index in indices if index is not None], dtype=np.int64)
 
     def _recommended(self, ranking: Ranking, request: RecommendRequest, user: Found, fallback: str | None) -> Answer:
@@ -162,7 +163,7 @@ class Answerer:
         nothing = dict.fromkeys(("retrieval", *self.tasks))
         scores, unknown = [], []
         for item_id in request.candidates:
-            is_known = item_id in self.predictor.item_index
+            is_known = item_id in self._item_index
             if not is_known:
                 unknown.append(item_id)
             values = nothing | dict(zip(columns, next(rows), strict=True)) if is_known else nothing

@@ -13,11 +13,14 @@ from recsys.model.text_encoder import TextEncoder
 
 @dataclass(frozen=True)
 class ItemText:
-    """What the item encoder gets of the text: frozen vectors, or tokens and the backbone to train. Row 0 is padding."""
+    """What the item encoder gets of the text: frozen vectors, or tokens and the backbone to train. Row 0 is padding.
+
+    Shapes: I items, H the language model's width, T most tokens of one text.
+    """
 
     vectors: Tensor | None = None  # (I + 1, H)
-    tokens: Tensor | None = None  # (I + 1, T)
-    mask: Tensor | None = None  # (I + 1, T)
+    tokens: Tensor | None = None  # (I + 1, T) int32, right-padded
+    lengths: Tensor | None = None  # (I + 1,) int32, the tokens that are real
     encoder: TextEncoder | None = None
 
 
@@ -27,16 +30,20 @@ class ItemEncoder(nn.Module):
     Shapes: D items, W width, S sources. Each source gives a vector of the model's width; a gate that sees all of them
     weighs those that the item has. An item that training never saw has no id vector of its own, so its other sources
     carry it; `id_dropout` trains the model for that.
+
+    The catalogue's buffers may be views of files that all processes of a node share: they are gathered from as they are,
+    and only the rows gathered are cast or joined. A copy of a whole buffer here would be one per process.
     """
 
-    known: Tensor  # (I + 1,) whether training has the item
+    train_count: Tensor  # (I + 1,) 0 where training has not seen the item
     categories: Tensor  # (I + 1, K)
-    numbers: Tensor  # (I + 1, 2 N) values, then whether there is one
+    numbers: Tensor  # (I + 1, N)
+    has_number: Tensor  # (I + 1, N)
     vectors: Tensor  # (I + 1, V)
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
-    token_mask: Tensor  # (I + 1, T)
+    token_count: Tensor  # (I + 1,)
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
@@ -68,15 +75,15 @@ class ItemEncoder(nn.Module):
 
     def _keep(self, catalogue: ItemFeatures, text: ItemText) -> None:
         """Keep the catalogue's features as buffers that no checkpoint holds: the dataset has them."""
-        self.register_buffer("known", catalogue.train_count > 0, persistent=False)
+        self.register_buffer("train_count", catalogue.train_count, persistent=False)
         self.register_buffer("categories", catalogue.categories, persistent=False)
-        self.register_buffer("numbers", torch.cat([catalogue.numbers, catalogue.has_number.float()], 1), persistent=False)
+        self.register_buffer("numbers", catalogue.numbers, persistent=False)
+        self.register_buffer("has_number", catalogue.has_number, persistent=False)
         self.register_buffer("vectors", catalogue.vectors, persistent=False)
-        has_text = torch.tensor([bool(item_text) for item_text in catalogue.texts])
-        self.register_buffer("has_text", has_text, persistent=False)
+        self.register_buffer("has_text", catalogue.has_text, persistent=False)
         self.register_buffer("text_vectors", text.vectors, persistent=False)
         self.register_buffer("tokens", text.tokens, persistent=False)
-        self.register_buffer("token_mask", text.mask, persistent=False)
+        self.register_buffer("token_count", text.lengths, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:
         """Encode items (D,); return (D, W), zero for padding."""
@@ -92,24 +99,25 @@ class ItemEncoder(nn.Module):
         source = self.sources[name]
         is_real = items != 0
         if name == "id":
-            present = self.known[items]
+            present = self.train_count[items] > 0
             if self.training and self.id_dropout:
                 present = present & (torch.rand_like(present, dtype=torch.float32) >= self.id_dropout)
             return present, source(items)
         if name == "text":
             return self.has_text[items] & is_real, source(self._text(items).to(self.gate.weight.dtype))
         if name == "categories":
-            categories = self.categories[items]  # (D, K)
+            categories = self.categories[items].long()  # (D, K)
             count = (categories != 0).sum(1)
             summed = (source(categories) * (categories != 0).unsqueeze(-1)).sum(1)
             return count > 0, summed / count.clamp(min=1).unsqueeze(1)
-        features = self.numbers if name == "numbers" else self.vectors
-        return is_real, source(features[items].to(self.gate.weight.dtype))
+        features = torch.cat([self.numbers[items], self.has_number[items].float()], 1) if name == "numbers" else self.vectors[items]
+        return is_real, source(features.to(self.gate.weight.dtype))
 
     def _text(self, items: Tensor) -> Tensor:
         if self.text_encoder is None:
             return self.text_vectors[items]
-        return self.text_encoder(self.tokens[items], self.token_mask[items])
+        mask = torch.arange(self.tokens.shape[1], device=items.device) < self.token_count[items].unsqueeze(1)  # (D, T)
+        return self.text_encoder(self.tokens[items].long(), mask.long())
 
 
 def _projection(inputs: int, width: int) -> nn.Module:

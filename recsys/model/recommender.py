@@ -10,9 +10,10 @@ from recsys.data.batch import Batch
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.model import losses
+from recsys.model.catalogue_text import ALONE, Ranks, catalogue_tokens, frozen_vectors
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.ranker import Ranker
-from recsys.model.text_encoder import TextEncoder, frozen_vectors, load_backbone, locate_backbone, tokenize
+from recsys.model.text_encoder import TextEncoder, load_backbone, locate_backbone
 from recsys.model.user_encoder import UserEncoder
 
 RETRIEVAL = "retrieval"
@@ -46,22 +47,25 @@ class Recommender(nn.Module):
         return result
 
 
-def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device) -> ItemText:
-    """Read or compute what the item encoder needs of the text. In mode `frozen`, one rank at a time."""
+def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks = ALONE) -> ItemText:
+    """Read or compute what the item encoder needs of the text; all of `ranks` must call this."""
     text, scratch = config.model.text, Path(config.run.scratch)
-    if text.mode == "off" or not any(catalogue.texts):
+    if text.mode == "off" or not bool(catalogue.has_text.any()):
         return ItemText()
-    if text.mode == "frozen":
-        return ItemText(vectors=frozen_vectors(text, catalogue, dataset, scratch, device))
     folder = locate_backbone(text, dataset, scratch)
-    tokens, mask = tokenize(folder, catalogue.texts, text.max_tokens)
-    return ItemText(tokens=tokens, mask=mask, encoder=TextEncoder(load_backbone(folder, text), text.pooling))
+    if text.mode == "frozen":
+        return ItemText(vectors=frozen_vectors(folder, text, catalogue, dataset, scratch, device, ranks))
+    tokens, lengths = catalogue_tokens(folder, text, catalogue, dataset, scratch)
+    return ItemText(tokens=tokens, lengths=lengths, encoder=TextEncoder(load_backbone(folder, text), text.pooling))
 
 
-def build_recommender(config: Config, dataset: Dataset, device: torch.device) -> Recommender:
-    """Build the recommender with weights that depend on the seed alone."""
-    catalogue = ItemFeatures.read(dataset)
+def build_recommender(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks = ALONE) -> Recommender:
+    """Build the recommender with weights that depend on the seed alone; `ranks` share the work on the catalogue's text.
+
+    The catalogue is mapped from files below `run.scratch`, so that the processes of a node hold it once.
+    """
+    catalogue = ItemFeatures.read(dataset, Path(config.run.scratch))
     torch.manual_seed(config.training.seed)  # for LoRA's adapters
-    text = read_item_text(config, dataset, catalogue, device)
-    torch.manual_seed(config.training.seed)  # again: computing frozen vectors, which one rank does, may draw numbers
+    text = read_item_text(config, dataset, catalogue, device, ranks)
+    torch.manual_seed(config.training.seed)  # again: whoever computed frozen vectors may have drawn numbers
     return Recommender(config, dataset, catalogue, text)

