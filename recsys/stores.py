@@ -340,11 +340,14 @@ def _status(error: ClientError) -> int:
 
 
 def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
-    """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced."""
+    """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced.
+
+    NoSuchUpload is what a server says that had put the parts together already, when the answer was lost and the request repeated.
+    """
     for _ in range(MAX_ATTEMPTS - 1):
         try:
             return transfer()
         except ClientError as error:
-            if error.response["Error"]["Code"] not in {"InvalidPart", "PreconditionFailed", "BadDigest"}:
+            if error.response["Error"]["Code"] not in {"InvalidPart", "NoSuchUpload", "PreconditionFailed", "BadDigest"}:
                 raise
     return transfer()
