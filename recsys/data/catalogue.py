@@ -70,12 +70,14 @@ def build_catalogue(
     kinds: dict[str, FeatureKind],
     train_counts: npt.NDArray[np.int64],
     measured: Mapping[str, Floats] | None = None,
+    vocabulary: tuple[str, ...] = (),
+    moments: tuple[tuple[float, float], ...] | None = None,
 ) -> Catalogue:
     """Lay the items' features out in the order of `ids`; an item without a row has none of them.
 
     `title` is the first text column, `text` all of them joined by ". ", both normalised by `normalise_text`. `measured` are
     numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
-    catalogue. A missing vector is zeros.
+    catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros.
     """
     num_items = len(ids)
     known = items if items is not None else pa.table({ITEM_ID: pa.array([], pa.string())})
@@ -84,9 +86,9 @@ def build_catalogue(
     for name, kind in kinds.items():
         columns[kind].append(name)
     texts, noticed = _texts([_strings(rows[name]) for name in columns["text"]], num_items)
-    categories, vocabulary, num_changed = _categories(rows, columns["categories"], num_items)
+    categories, vocabulary, num_changed = _categories(rows, columns["categories"], num_items, vocabulary)
     raw_numbers = {name: _numbers(rows[name]) for name in columns["numbers"]} | dict(measured or {})
-    moments = tuple(_moments(numbers) for numbers in raw_numbers.values())
+    moments = moments if moments is not None else tuple(_moments(numbers) for numbers in raw_numbers.values())
     numbers = [(column - mean) / deviation for column, (mean, deviation) in zip(raw_numbers.values(), moments, strict=True)]
     vectors = [_vectors(rows[name], name) for name in columns["vectors"]]
     vector_size = sum(block.shape[1] for block in vectors)
@@ -141,10 +143,10 @@ def _strings(column: pa.ChunkedArray) -> list[str]:
     return [text or "" for text in valid_text(column.cast(pa.string())).to_pylist()]
 
 
-def _categories(rows: pa.Table, names: list[str], num_items: int) -> tuple[pa.Array, tuple[str, ...], int]:
+def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[str, ...]) -> tuple[pa.Array, tuple[str, ...], int]:
     """Index the categories of each item; tell the vocabulary, and how many entries were changed to be one."""
     values: list[list[str]] = [[] for _ in range(num_items)]
-    vocabulary: list[str] = []
+    vocabulary = list(known)
     num_changed = 0
     for name in names:
         column = rows[name]
@@ -158,7 +160,7 @@ def _categories(rows: pa.Table, names: list[str], num_items: int) -> tuple[pa.Ar
             of_item = sorted({f"{name}={text}" for text in changed.values() if text}, key=_natural_key)
             of_row.extend(of_item)
             found.update(of_item)
-        vocabulary += sort_ids(list(found))
+        vocabulary += sort_ids(list(found.difference(known)))
     index = {text: position for position, text in enumerate(vocabulary, start=1)}
     return pa.array([[index[text] for text in row] for row in values], pa.list_(pa.int32())), tuple(vocabulary), num_changed
 

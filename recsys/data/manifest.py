@@ -112,6 +112,9 @@ class Dataset:
     uri: str
     manifest: DatasetManifest
 
+    def __reduce__(self) -> tuple[type["Dataset"], tuple[Storage, str, DatasetManifest]]:
+        return type(self), (self.storage, self.uri, self.manifest)  # tables that were read stay behind
+
     @classmethod
     def open(cls, storage: Storage, uri: str) -> "Dataset":
         """Read a dataset's manifest.

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from recsys.config import DataConfig
 from recsys.data.cleaning import apply_rules, cast_events, cast_ids, drop_bots, drop_duplicates, notice_ids, notice_order, valid_text
 from recsys.data.formats import INPUT_ORDER, FilePart
-from recsys.data.importers import find_event_columns, import_events, import_users
+from recsys.data.importers import import_events, import_users
 from recsys.data.manifest import Shard
 from recsys.data.pseudonyms import pseudonymise
-from recsys.data.sequences import Integers, cut_windows, gather_ranges, split_counts
+from recsys.data.sequence_tables import Sequences
+from recsys.data.sequences import Integers, split_counts
 from recsys.data.shuffle import read_partition, read_table, write_pieces, write_table
-from recsys.errors import UserError
-from recsys.schema import EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, TRAIN_SCHEMA, USER_ID, USERS_SCHEMA, VALUE
+from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
 ITEM_INDEX_NAME = "item_index.parquet"
 _ATTRIBUTES = "attributes"
 _STAGED_USERS = pa.schema([USERS_SCHEMA.field(USER_ID), USERS_SCHEMA.field(_ATTRIBUTES), EVENTS_SCHEMA.field(INPUT_ORDER)])
-_SEQUENCES = ("items", "events", "timestamps", "values")
 Outcome = dict[str, Any]
 
 
@@ -44,6 +45,12 @@ class Job:
         """Whether the order of events is their time; otherwise it is a position."""
         return self.time_column == TIMESTAMP
 
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions the users are hashed into; chosen before the first task."""
+        assert self.data.num_shards is not None
+        return self.data.num_shards
+
     def staging(self, *parts: str) -> str:
         """Address something that goes when the dataset is finished."""
         return join(self.uri, "staging", *parts)
@@ -53,17 +60,15 @@ class Job:
         return self.staging(f"{table}-{generation:04d}", f"{partition:05d}.parquet")
 
 
-def stage_events(job: Job, task: int, part: FilePart) -> Outcome:
-    """Cast and clean one part of the events and write it as pieces, user ids as pseudonyms where a key is named."""
-    if job.time_column not in find_event_columns(job.storage, part.uri, job.data.columns):
-        raise UserError(f"{part.uri}: has no column for {job.time_column}, which the first file of data.events has")
+def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
+    """Cast and clean some parts of the events and write them as pieces, user ids as pseudonyms where a key is named."""
     rejected: Counter[str] = Counter()
     noticed: Counter[str] = Counter()
     num_rows = 0
 
-    def cleaned() -> Any:
+    def cleaned(part: FilePart) -> Iterator[pa.Table]:
         nonlocal num_rows
-        for raw in import_events(job.storage, part, job.data.columns):
+        for raw in import_events(job.storage, part, job.data, job.time_column):
             events, faults = cast_events(raw)
             events, broken = apply_rules(events, job.data.cleaning, job.has_time)
             num_rows += raw.num_rows
@@ -71,8 +76,9 @@ def stage_events(job: Job, task: int, part: FilePart) -> Outcome:
             noticed.update(notice_ids(events))
             yield _with_pseudonyms(job, events)
 
-    pieces = write_pieces(job.storage, job.staging("pieces"), task, cleaned(), USER_ID, job.data.num_shards)
-    return {"rows": num_rows, "pieces": pieces, "rejected": rejected, "noticed": noticed}
+    tables = (table for part in parts for table in cleaned(part))
+    write_pieces(job.storage, job.staging("pieces"), task, tables, USER_ID, job.num_partitions)
+    return {"rows": num_rows, "rejected": rejected, "noticed": noticed}
 
 
 def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
@@ -80,11 +86,19 @@ def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index(USER_ID), table.schema.field(USER_ID), ids)
 
 
-def stage_users(job: Job, task: int, part: FilePart) -> Outcome:
-    """Turn one part of the users' table into ids with attributes and write it as pieces."""
-    tables = (_with_pseudonyms(job, _with_attributes(raw)) for raw in import_users(job.storage, part, job.data.columns))
-    pieces = write_pieces(job.storage, job.staging("user-pieces"), task, tables, USER_ID, job.data.num_shards)
-    return {"rows": 0, "pieces": pieces}
+def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
+    """Turn some parts of the users' table into ids with attributes and write them as pieces."""
+    raws = (raw for part in parts for raw in import_users(job.storage, part, job.data.columns))
+    num_rows = 0
+
+    def staged() -> Iterator[pa.Table]:
+        nonlocal num_rows
+        for raw in raws:
+            num_rows += raw.num_rows
+            yield _with_pseudonyms(job, _with_attributes(raw))
+
+    write_pieces(job.storage, job.staging("user-pieces"), task, staged(), USER_ID, job.num_partitions)
+    return {"rows": num_rows}
 
 
 def _with_attributes(raw: pa.Table) -> pa.Table:
@@ -101,12 +115,17 @@ def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return valid_text(text)
 
 
-def merge_events(job: Job, pieces: list[str], partition: int) -> Outcome:
-    """Gather one partition of the events, drop duplicates and bots, sort by the tie rule, stage it as generation 0."""
-    events, num_duplicates = drop_duplicates(read_partition(job.storage, pieces, partition, EVENTS_SCHEMA))
+def merge_events(job: Job, partition: int) -> Outcome:
+    """Gather one partition of the events and stage it as generation 0."""
+    events, rejected = gather_events(job, partition)
+    return {**stage_generation(job, 0, partition, events, rejected), "noticed": notice_order(events)}
+
+
+def gather_events(job: Job, partition: int) -> tuple[pa.Table, dict[str, int]]:
+    """Read one partition of the pieces without duplicates and bots, sorted by the tie rule, and count what went."""
+    events, num_duplicates = drop_duplicates(read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA))
     events, num_of_bots = drop_bots(events, job.data.cleaning.max_events_per_minute if job.has_time else None)
-    outcome = _stage_generation(job, 0, partition, events, {"duplicate": num_duplicates, "bot": num_of_bots})
-    return {**outcome, "noticed": notice_order(events)}
+    return events, {"duplicate": num_duplicates, "bot": num_of_bots}
 
 
 def core_round(job: Job, generation: int, partition: int) -> Outcome:
@@ -118,10 +137,11 @@ def core_round(job: Job, generation: int, partition: int) -> Outcome:
     active = counts.filter(pc.greater_equal(counts[f"{ITEM_ID}_count"], job.data.k_core))[USER_ID].combine_chunks()
     after = of_items.filter(pc.is_in(of_items[USER_ID], value_set=active))
     rejected = {"k_core_item": before.num_rows - of_items.num_rows, "k_core_user": of_items.num_rows - after.num_rows}
-    return _stage_generation(job, generation, partition, after, rejected)
+    return stage_generation(job, generation, partition, after, rejected)
 
 
-def _stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejected: dict[str, int]) -> Outcome:
+def stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejected: dict[str, int]) -> Outcome:
+    """Stage one partition's events and how often each item occurs in them."""
     write_table(job.storage, job.staged("events", generation, partition), events)
     counts = events.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "count")]).rename_columns([ITEM_ID, "count"])
     write_table(job.storage, job.staged("items", generation, partition), counts)
@@ -141,39 +161,23 @@ class WriteTask:
     generation: int
     first_user: int
     event_kinds: tuple[str, ...]
-    user_pieces: tuple[str, ...]
 
 
 def write_shards(job: Job, task: WriteTask) -> Outcome:
     """Write one partition's users shard and train shard, and stage its training counts by item."""
     events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
-    ids = read_table(job.storage, job.staging(ITEM_INDEX_NAME))[ITEM_ID].combine_chunks()
-    offsets = _user_offsets(events[USER_ID])
-    columns = {
-        "items": pc.index_in(events[ITEM_ID], value_set=ids).to_numpy().astype(np.int32) + 1,
-        "events": pc.index_in(events[EVENT], value_set=pa.array(task.event_kinds)).to_numpy().astype(np.int8),
-        "timestamps": events[TIMESTAMP].to_numpy(),
-        "values": events[VALUE].to_numpy(),
-    }
-    num_train, num_validation = split_counts(columns["timestamps"], offsets, job.data)
+    offsets = user_offsets(events[USER_ID])
+    sequences = Sequences(index_events(job, events, task.event_kinds), offsets)
+    num_train, num_validation = split_counts(sequences.columns["timestamps"], offsets, job.data)
     user_indices = task.first_user + np.arange(len(num_train))
     user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
-    users = pa.table(
-        [
-            pa.array(user_indices, pa.int64()),
-            user_ids,
-            *(_lists(columns[name], offsets) for name in _SEQUENCES),
-            pa.array(num_train, pa.int32()),
-            pa.array(num_validation, pa.int32()),
-            _attributes(job, task, user_ids),
-        ],
-        schema=USERS_SCHEMA,
-    )
-    train = _train_table(columns, offsets, num_train, user_indices, job.data)
-    in_training, _ = gather_ranges(offsets[:-1], offsets[:-1] + num_train)
-    values = columns["values"][in_training].astype(np.float64)
+    attributes = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
+    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
+    train = sequences.train_table(user_indices, np.ones_like(num_train), num_train, job.data)
+    nothing = np.zeros_like(num_train)
+    values = sequences.within("values", nothing, num_train).astype(np.float64)
     values = values[np.isfinite(values)]
-    _stage_counts(job, task.partition, columns["items"][in_training])
+    stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
     return {
         "rows": events.num_rows,
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
@@ -181,6 +185,42 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
         "num_targets": int(np.maximum(num_train - 1, 0).sum()),
         "values": [len(values), float(values.sum()), float((values**2).sum())],
     }
+
+
+def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index_name: str = ITEM_INDEX_NAME) -> dict[str, NDArray[Any]]:
+    """Turn staged events into the columns of `Sequences`, by a staged item index; 0 is an item that it has not, -1 such a kind."""
+    ids = read_table(job.storage, job.staging(index_name))[ITEM_ID].combine_chunks()
+    return {
+        "items": pc.fill_null(pc.index_in(events[ITEM_ID], value_set=ids), -1).to_numpy().astype(np.int32) + 1,
+        "events": pc.fill_null(pc.index_in(events[EVENT], value_set=pa.array(event_kinds)), -1).to_numpy().astype(np.int8),
+        "timestamps": events[TIMESTAMP].to_numpy(),
+        "values": events[VALUE].to_numpy(),
+    }
+
+
+def user_offsets(user_ids: pa.ChunkedArray) -> Integers:
+    """Where each user begins in a column sorted by user, and where the last one ends."""
+    codes = user_ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    return np.concatenate([np.flatnonzero(np.diff(codes, prepend=-1)), [len(codes)]]).astype(np.int64)
+
+
+def staged_attributes(job: Job, partition: int, user_ids: pa.ChunkedArray | pa.Array, known: pa.Array) -> pa.ChunkedArray:
+    """Return the attributes that the users' table has of each user, and the `known` ones of a user whom it has not."""
+    staged = read_partition(job.storage, job.staging("user-pieces"), partition, _STAGED_USERS)
+    # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
+    rows = pc.index_in(user_ids, value_set=staged[USER_ID].combine_chunks())
+    chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(staged.num_rows, staged.num_rows + len(user_ids)), pa.int32()))
+    return pa.chunked_array([staged[_ATTRIBUTES].combine_chunks(), known]).take(chosen)
+
+
+def nobodys_attributes(num_users: int) -> pa.Array:
+    """Return empty attributes for each of some users."""
+    return pa.array([[]] * num_users, _STAGED_USERS.field(_ATTRIBUTES).type)
+
+
+def stage_counts(job: Job, partition: int, items: NDArray[np.int32], counts: Integers) -> None:
+    """Stage how many training interactions one partition has of each item."""
+    write_table(job.storage, job.staged("train-counts", 0, partition), pa.table([items, counts], schema=COUNTS_SCHEMA))
 
 
 def write_shard(job: Job, path: str, table: pa.Table) -> dict[str, Any] | None:
@@ -192,49 +232,8 @@ def write_shard(job: Job, path: str, table: pa.Table) -> dict[str, Any] | None:
         pq.write_table(table, local, row_group_size=job.data.row_group_rows)
         metadata = pq.read_metadata(local)
         row_groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
-        shard = Shard(path=path, row_groups=row_groups, num_bytes=local.stat().st_size, sha256=sha256_of(local))
+        num_bytes, sha256 = local.stat().st_size, sha256_of(local)
         job.storage.upload(local, join(job.uri, path))
+    stored = job.storage.stat(join(job.uri, path))
+    shard = Shard(path=path, row_groups=row_groups, num_bytes=num_bytes, sha256=sha256, etag=stored.etag if stored else "")
     return shard.model_dump(mode="json")
-
-
-def _train_table(
-    columns: dict[str, np.ndarray[Any, Any]], offsets: Integers, num_train: Integers, user_indices: Integers, data: DataConfig
-) -> pa.Table:
-    stride = data.window_stride or data.max_history
-    windows = [(user, window) for user, length in enumerate(num_train.tolist()) for window in cut_windows(length, data.max_history, stride)]
-    owners = np.array([user for user, _ in windows], np.int64)
-    starts = np.array([window.start for _, window in windows], np.int64) + offsets[owners]
-    stops = np.array([window.stop for _, window in windows], np.int64) + offsets[owners]
-    positions, bounds = gather_ranges(starts, stops)
-    return pa.table(
-        [
-            pa.array(user_indices[owners], pa.int64()),
-            *(_lists(columns[name][positions], bounds) for name in _SEQUENCES),
-            pa.array([window.first_target for _, window in windows], pa.int32()),
-        ],
-        schema=TRAIN_SCHEMA,
-    )
-
-
-def _user_offsets(user_ids: pa.ChunkedArray) -> Integers:
-    """Where each user begins in a column sorted by user, and where the last one ends."""
-    codes = user_ids.combine_chunks().dictionary_encode().indices.to_numpy()
-    return np.concatenate([np.flatnonzero(np.diff(codes, prepend=-1)), [len(codes)]]).astype(np.int64)
-
-
-def _lists(values: np.ndarray[Any, Any], offsets: Integers) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
-
-
-def _attributes(job: Job, task: WriteTask, user_ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    staged = read_partition(job.storage, task.user_pieces, task.partition, _STAGED_USERS)
-    nobody = pa.table([pa.nulls(1, pa.string()), pa.array([[]], staged[_ATTRIBUTES].type), pa.array([0], pa.int64())], schema=_STAGED_USERS)
-    known = pa.concat_tables([staged, nobody]).combine_chunks()
-    # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
-    rows = pc.fill_null(pc.index_in(user_ids, value_set=staged[USER_ID].combine_chunks()), known.num_rows - 1)
-    return known[_ATTRIBUTES].take(rows)
-
-
-def _stage_counts(job: Job, partition: int, items: np.ndarray[Any, Any]) -> None:
-    indices, counts = np.unique(items, return_counts=True)
-    write_table(job.storage, job.staged("train-counts", 0, partition), pa.table({"item_index": indices, "count": counts}))

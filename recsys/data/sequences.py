@@ -19,17 +19,18 @@ class Window:
     first_target: int
 
 
-def cut_windows(length: int, max_history: int, stride: int) -> list[Window]:
-    """Cut a training sequence into windows in which every interaction but the first is a target exactly once.
+def cut_windows(length: int, max_history: int, stride: int, first: int = 1) -> list[Window]:
+    """Cut a training sequence into windows in which every interaction from `first` on is a target exactly once.
 
     From the end backwards, a window holds at most `max_history + 1` interactions, its last `stride` or fewer being
-    targets. A stride below `max_history` gives the targets more history and costs more samples.
+    targets. A stride below `max_history` gives the targets more history and costs more samples. What comes before
+    `first`, which is at least 1, is context.
     """
     windows = []
     stop = length
-    while stop > 1:
+    while stop > first:
         start = max(0, stop - (max_history + 1))
-        first_target = max(1, stop - stride - start)
+        first_target = max(first, start + 1, stop - stride) - start
         windows.append(Window(start, stop, first_target))
         stop = start + first_target
     return windows
@@ -38,21 +39,27 @@ def cut_windows(length: int, max_history: int, stride: int) -> list[Window]:
 def split_counts(timestamps: Integers, offsets: Integers, data: DataConfig) -> tuple[Integers, Integers]:
     """Tell each user's number of training and of validation interactions; the rest are for testing.
 
-    User u's interactions are `timestamps[offsets[u]:offsets[u + 1]]`, ascending. leave_one_out: the last is the test
+    User u's interactions are `timestamps[offsets[u]:offsets[u + 1]]`. leave_one_out: the last is the test
     target and the one before it the validation target; a user with fewer than three is training data alone. time:
-    training is before `validation_from`, testing from `test_from` on.
+    training ends with the first interaction at or after `validation_from`, validation with the first at or after
+    `test_from`; what an appended version adds late is held out where it follows what is.
     """
     lengths = np.diff(offsets)
     if data.split == "leave_one_out":
         has_targets = lengths >= 3
         return np.where(has_targets, lengths - 2, lengths), has_targets.astype(np.int64)
-    num_train = _count_before(timestamps, offsets, data.validation_from)
-    return num_train, _count_before(timestamps, offsets, data.test_from) - num_train
+    num_train = _leading_before(timestamps, offsets, data.validation_from)
+    return num_train, _leading_before(timestamps, offsets, data.test_from) - num_train
 
 
-def _count_before(timestamps: Integers, offsets: Integers, moment: int | None) -> Integers:
-    running = np.concatenate([[0], np.cumsum(timestamps < moment)]) if moment is not None else np.zeros(len(timestamps) + 1)
-    return np.asarray(running[offsets[1:]] - running[offsets[:-1]], np.int64)
+def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None) -> Integers:
+    """Count each user's interactions before the first that is at or after the moment."""
+    lengths = np.diff(offsets)
+    if moment is None:
+        return np.zeros_like(lengths)
+    late = np.flatnonzero(timestamps >= moment)
+    firsts = np.append(late, len(timestamps))[np.searchsorted(late, offsets[:-1])]
+    return np.asarray(np.minimum(firsts - offsets[:-1], lengths), np.int64)
 
 
 def gather_ranges(starts: Integers, stops: Integers) -> tuple[Integers, Integers]:

@@ -1,6 +1,7 @@
 """What the synthetic users find: items with tastes, series, popularity and text; what they do with them is `synthetic.py`."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 _NUM_GROUPS = 3
+_YEAR_MOMENTS = 365
 _SECOND_TASTE_WEIGHT = 0.3
 _ERAS = ("", "Ancient", "Victorian", "Modern", "Northern", "Southern", "Hidden", "Golden", "Forgotten", "Electric")
 
@@ -87,13 +89,13 @@ THEMES = {
 
 @dataclass(frozen=True)
 class World:
-    """The items' hidden side; T tastes, I items. `item_tastes` is (I, T), `group_tastes` (groups, T), `phases` (T,)."""
+    """The items' hidden side; T tastes, I items. `item_tastes` is (I, T), `group_tastes` (groups, T), `seasons` (moments, T)."""
 
     item_ids: npt.NDArray[Any]
     item_tastes: Floats
     quality: Floats
     group_tastes: Floats
-    phases: Floats
+    seasons: Floats
     ordered: Integers
     running_weights: Floats
     series: Integers
@@ -112,6 +114,7 @@ class World:
         return self.series[first + (self.series_place[items] - first + reach) % length]
 
 
+@lru_cache(maxsize=1)
 def build_world(config: SyntheticConfig) -> World:
     """Derive the items' tastes, popularity and series from the config alone."""
     random = np.random.default_rng([config.seed, 0])
@@ -132,7 +135,7 @@ def build_world(config: SyntheticConfig) -> World:
         item_tastes=item_tastes,
         quality=random.normal(0, 1, num_items),
         group_tastes=random.dirichlet(np.full(num_tastes, 0.5), _NUM_GROUPS),
-        phases=random.random(num_tastes),
+        seasons=np.exp(0.8 * np.sin(2 * np.pi * (np.arange(_YEAR_MOMENTS)[:, None] / _YEAR_MOMENTS + random.random(num_tastes)))),
         ordered=items,
         running_weights=tastes + within,
         series=series,
@@ -147,28 +150,35 @@ def describe_items(config: SyntheticConfig) -> pa.Table:
     world = build_world(config)
     random = np.random.default_rng([config.seed, 2])
     num_tastes = world.item_tastes.shape[1]
+    luck = random.random((config.num_items, 8))
     titles, descriptions, categories = [], [], []
-    for tastes, main in zip(world.item_tastes, world.main_tastes, strict=True):
-        others = np.flatnonzero((tastes > 0) & (np.arange(num_tastes) != main))
-        second = int(others[0]) if len(others) else int(main)
-        adjectives, nouns = _words(int(main))
+    for tastes, main, lucky in zip(world.item_tastes, world.main_tastes.tolist(), luck.tolist(), strict=True):
+        second = next((taste for taste in np.flatnonzero(tastes).tolist() if taste != main), main)
+        adjectives, nouns = _words(main)
         side_adjectives, side_nouns = _words(second)
-        noun, other_noun = random.choice(nouns, 2, replace=False)
-        titles.append(f"The {random.choice(adjectives)} {noun} and the {random.choice(side_nouns)}")
-        side = f"{random.choice(side_adjectives)} {random.choice(side_nouns)}"
-        descriptions.append(f"A {random.choice(adjectives)} tale of {noun} and {other_noun}, with a {side}".capitalize())
-        shown = int(main) if random.random() < 0.75 else int(random.integers(num_tastes))
+        noun = _pick(nouns, lucky[0])
+        other_noun = _pick([word for word in nouns if word != noun], lucky[1])
+        titles.append(f"The {_pick(adjectives, lucky[2])} {noun} and the {_pick(side_nouns, lucky[3])}")
+        side = f"{_pick(side_adjectives, lucky[4])} {_pick(side_nouns, lucky[5])}"
+        descriptions.append(f"A {_pick(adjectives, lucky[6])} tale of {noun} and {other_noun}, with a {side}".capitalize())
+        shown = main if lucky[7] < 0.75 else int((lucky[7] - 0.75) * 4 * num_tastes)
         categories.append(sorted({taste_name(shown), taste_name(second)}))
     prices = np.round(np.exp(2.5 + 0.4 * world.quality + 0.3 * random.normal(size=len(titles))), 2)
     return pa.table({"item_id": world.item_ids, "title": titles, "description": descriptions, "category": categories, "price": prices})
 
 
+def _pick(words: list[str], luck: float) -> str:
+    return words[int(luck * len(words))]
+
+
+@lru_cache(maxsize=10_000)
 def taste_name(taste: int) -> str:
     """Name a taste by its theme; past the list of themes, by its theme in another era."""
     theme = list(THEMES)[taste % len(THEMES)]
     return " ".join(part for part in (_era(taste).lower(), theme) if part)
 
 
+@lru_cache(maxsize=10_000)
 def _words(taste: int) -> tuple[list[str], list[str]]:
     adjectives, nouns = THEMES[list(THEMES)[taste % len(THEMES)]]
     era = _era(taste)

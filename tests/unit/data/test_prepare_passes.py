@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import Config, load_config
+from recsys.data import passes, synthetic
 from recsys.data import prepare as prepare_module
-from recsys.data import synthetic
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.prepare import find_dataset, prepare
+from recsys.data.ray_tasks import Record
 from recsys.errors import UserError
 from recsys.storage import Storage, join, sha256_of
 
@@ -33,14 +34,14 @@ ITEMS = "item_id,title,kind\n10,Ten,a\n9,Nine,a\n100,Hundred,b\n10,Again,b\n7,Se
 USERS = "user_id,age,city\nann,30,Oslo\nzoe,20,Rome\nann,99,Bonn\n"
 
 
-def run_here(label: str, function: Callable[[Any], dict[str, Any]], tasks: list[Any]) -> list[dict[str, Any]]:
+def run_here(label: str, function: Callable[[Any], dict[str, Any]], tasks: list[Any], record: Record) -> list[dict[str, Any]]:
     """Stand in for Ray: each task twice, as after a lost worker, and its outcome through JSON."""
     return [json.loads(json.dumps([function(task), function(task)][1])) for task in tasks]
 
 
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "run_tasks", run_here)
+    monkeypatch.setattr(passes, "run_tasks", run_here)
     monkeypatch.setattr(synthetic, "run_tasks", run_here)
 
 

@@ -26,10 +26,18 @@ def test_rows_reach_their_partition_in_input_order(tmp_path: Path, monkeypatch: 
     storage = Storage(str(tmp_path))
     folder = storage.uri("pieces")
     tasks = [[rows(0, 20), rows(20, 20), rows(40, 5)], [], [rows(45, 10), rows(55, 0)]]
-    pieces = [piece for number, tables in enumerate(tasks) for piece in write_pieces(storage, folder, number, tables, "user_id", 5)]
-    assert write_pieces(storage, folder, 0, tasks[0], "user_id", 5) == pieces[:2]
-    assert len(storage.list(folder)) == len(pieces) == 3
+    numbers = [write_pieces(storage, folder, number, tables, "user_id", 5) for number, tables in enumerate(tasks)]
+    assert write_pieces(storage, folder, 0, tasks[0], "user_id", 5) == numbers[0] == 2
+    assert len(storage.list(folder)) == sum(numbers) == 3
     expected = rows(0, 55)
     partitions = partition_of(expected["user_id"], 5).to_numpy()
     for partition in range(5):
-        assert read_partition(storage, pieces, partition, SCHEMA).equals(expected.filter(pa.array(partitions == partition)))
+        assert read_partition(storage, folder, partition, SCHEMA).equals(expected.filter(pa.array(partitions == partition)))
+
+
+def test_a_partition_without_rows_in_a_piece_is_empty(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    write_pieces(storage, storage.uri("pieces"), 0, [rows(0, 1)], "user_id", 1000)
+    own = partition_of(rows(0, 1)["user_id"], 1000)[0].as_py()
+    assert [read_partition(storage, storage.uri("pieces"), number, SCHEMA).num_rows for number in (own - 1, own, own + 1)] == [0, 1, 0]
+    assert read_partition(storage, storage.uri("nothing"), 0, SCHEMA).equals(SCHEMA.empty_table())

@@ -6,17 +6,19 @@ import numpy as np
 import pyarrow.compute as pc
 
 from recsys.config import SyntheticConfig
-from recsys.data.synthetic import simulate_block
+from recsys.data.synthetic import block_users, simulate_block
 from recsys.data.synthetic_world import THEMES, build_world, describe_items, taste_name
 
 CONFIG = SyntheticConfig(num_users=700, num_items=120, mean_events=20, num_tastes=6)
 
 
 def test_a_block_is_the_same_each_time_and_another_for_another_seed() -> None:
-    users, events = simulate_block(CONFIG, 1)
+    config = CONFIG.model_copy(update={"num_users": block_users(CONFIG) + 200})
+    users, events = simulate_block(config, 1)
     assert users.num_rows == 200
-    assert simulate_block(CONFIG, 1)[1].equals(events)
-    assert not simulate_block(CONFIG.model_copy(update={"seed": 1}), 1)[1].equals(events)
+    assert simulate_block(config, 1)[1].equals(events)
+    assert not simulate_block(config.model_copy(update={"seed": 1}), 1)[1].equals(events)
+    assert not set(users["user_id"].to_pylist()) & set(simulate_block(config, 0)[0]["user_id"].to_pylist())
 
 
 def test_no_user_has_an_item_twice_and_the_mean_is_near() -> None:
