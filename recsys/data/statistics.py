@@ -64,7 +64,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Sequences:
+class Histories:
     """Users' interactions flat, as USERS_SCHEMA has them: user u's are `[offsets[u]:offsets[u + 1]]`, oldest first."""
 
     user_indices: Integers
@@ -77,7 +77,7 @@ class Sequences:
     num_validation: Integers
 
     @classmethod
-    def from_users(cls, users: pa.Table) -> "Sequences":
+    def from_users(cls, users: pa.Table) -> "Histories":
         """Lay out a table of USERS_SCHEMA; attributes and ids are not needed."""
         flat: dict[str, Any] = {name: users[name].combine_chunks().flatten() for name in ("items", "events", "timestamps", "values")}
         lengths = users["items"].combine_chunks().value_lengths().to_numpy()
@@ -98,26 +98,26 @@ class Sequences:
         return np.repeat(np.arange(len(self.num_train)), np.diff(self.offsets))
 
     @property
-    def training(self) -> "Sequences":
+    def training(self) -> "Histories":
         """The training interactions alone."""
         rows, offsets = gather_ranges(self.offsets[:-1], self.offsets[:-1] + self.num_train)
         columns = (self.items[rows], self.events[rows], self.timestamps[rows], self.values[rows])
-        return Sequences(self.user_indices, offsets, *columns, self.num_train, np.zeros_like(self.num_validation))
+        return Histories(self.user_indices, offsets, *columns, self.num_train, np.zeros_like(self.num_validation))
 
 
-def session_lengths(sequences: Sequences, gap_seconds: int) -> tuple[Integers, Integers]:
+def session_lengths(histories: Histories, gap_seconds: int) -> tuple[Integers, Integers]:
     """Cut each user's interactions where more than `gap_seconds` pass: (owner of each session, its interactions)."""
-    owners = sequences.owners
+    owners = histories.owners
     if not len(owners):
         return owners, owners
-    starts = (np.diff(owners, prepend=-1) != 0) | (np.diff(sequences.timestamps, prepend=sequences.timestamps[:1]) > gap_seconds)
+    starts = (np.diff(owners, prepend=-1) != 0) | (np.diff(histories.timestamps, prepend=histories.timestamps[:1]) > gap_seconds)
     positions = np.flatnonzero(starts)
     return owners[positions], np.diff(np.append(positions, len(owners)))
 
 
-def user_statistics(sequences: Sequences, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
+def user_statistics(histories: Histories, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
     """Measure users (USER_STATISTICS_SCHEMA); without a span there is no time. What is not training data is not looked at."""
-    training = sequences.training
+    training = histories.training
     num_users, owners, count = len(training.num_train), training.owners, training.num_train
     moments = Moments.of(training.values, owners, num_users)
     kinds = np.bincount(owners * num_kinds + training.events, minlength=num_users * num_kinds).reshape(num_users, num_kinds)
@@ -144,9 +144,9 @@ def user_statistics(sequences: Sequences, num_kinds: int, span: TrainSpan | None
     )
 
 
-def item_sums(sequences: Sequences, span: TrainSpan | None) -> pa.Table:
+def item_sums(histories: Histories, span: TrainSpan | None) -> pa.Table:
     """Sum one partition's training interactions by the items that occur, for `ItemTotals.add`."""
-    training = sequences.training
+    training = histories.training
     items, groups = np.unique(training.items, return_inverse=True)
     moments = Moments.of(training.values, groups, len(items))
     first, last = np.full(len(items), np.iinfo(np.int64).max), np.full(len(items), np.iinfo(np.int64).min)

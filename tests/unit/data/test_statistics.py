@@ -11,9 +11,9 @@ import pytest
 
 from recsys.data.statistics import (
     NUM_PERIODS,
+    Histories,
     ItemTotals,
     Moments,
-    Sequences,
     TrainSpan,
     item_numbers,
     item_statistics,
@@ -49,8 +49,8 @@ def make_users(num_users: int, seed: int, num_items: int = 30) -> Rows:
     return users
 
 
-def sequences_of(users: Rows) -> Sequences:
-    return Sequences.from_users(pa.Table.from_pylist(users, USERS_SCHEMA))
+def histories_of(users: Rows) -> Histories:
+    return Histories.from_users(pa.Table.from_pylist(users, USERS_SCHEMA))
 
 
 def span_of(users: Rows) -> TrainSpan:
@@ -74,7 +74,7 @@ def expected_sessions(times: list[int]) -> int:
 def test_user_statistics_equal_plain_loops() -> None:
     users = make_users(60, seed=1)
     span = span_of(users)
-    table = user_statistics(sequences_of(users), 3, span, GAP)
+    table = user_statistics(histories_of(users), 3, span, GAP)
     assert table.schema == USER_STATISTICS_SCHEMA
     assert any(user["num_train"] == 0 for user in users)
     for user, row in zip(users, table.to_pylist(), strict=True):
@@ -96,7 +96,7 @@ def test_item_statistics_equal_plain_loops_whatever_the_partitions_are() -> None
     span = span_of(users)
     totals = ItemTotals(30, has_time=True)
     for first, stop in ((0, 1), (1, 40), (40, 60)):
-        totals.add(item_sums(sequences_of(users[first:stop]), span))
+        totals.add(item_sums(histories_of(users[first:stop]), span))
     table = item_statistics(totals, span)
     assert table.schema == ITEM_STATISTICS_SCHEMA
     width = span.last - span.first + 1
@@ -124,17 +124,17 @@ def test_what_comes_after_training_changes_nothing() -> None:
     users = make_users(30, seed=3)
     span = span_of(users)
     cut = [{**user, **{name: user[name][: user["num_train"]] for name in ("items", "events", "timestamps", "values")}} for user in users]
-    assert user_statistics(sequences_of(users), 3, span, GAP).equals(user_statistics(sequences_of(cut), 3, span, GAP))
-    assert item_sums(sequences_of(users), span).equals(item_sums(sequences_of(cut), span))
+    assert user_statistics(histories_of(users), 3, span, GAP).equals(user_statistics(histories_of(cut), 3, span, GAP))
+    assert item_sums(histories_of(users), span).equals(item_sums(histories_of(cut), span))
 
 
 def test_positions_are_no_times() -> None:
     users = make_users(20, seed=4)
-    table = user_statistics(sequences_of(users), 3, None, GAP)
+    table = user_statistics(histories_of(users), 3, None, GAP)
     for name in ("mean_gap_seconds", "recency_seconds", "num_sessions", "mean_session_length"):
         assert table[name].null_count == table.num_rows
     totals = ItemTotals(30, has_time=False)
-    totals.add(item_sums(sequences_of(users), None))
+    totals.add(item_sums(histories_of(users), None))
     items = item_statistics(totals, None)
     assert items["first_seen"].null_count == items["recency_seconds"].null_count == 30
     assert items["period_counts"].to_pylist() == [[]] * 30
@@ -157,7 +157,7 @@ def test_sessions_end_where_more_than_the_gap_passes() -> None:
         {**make_users(1, 0)[0], **{name: [1] * 4 for name in ("items", "events", "values")}, "timestamps": times, "num_train": 4}
         for times in ([0, GAP, 2 * GAP + 1, 2 * GAP + 2], [5, 5, 5, 5])
     ]
-    owners, lengths = session_lengths(sequences_of(users), GAP)
+    owners, lengths = session_lengths(histories_of(users), GAP)
     assert owners.tolist() == [0, 0, 1]
     assert lengths.tolist() == [2, 2, 4]
 
@@ -172,7 +172,7 @@ def test_item_numbers_say_what_their_names_say() -> None:
         "values": [2.0, 4.0, None, None],
     }
     totals = ItemTotals(3, has_time=True)
-    totals.add(item_sums(sequences_of([{**user, "num_train": 4}]), span))
+    totals.add(item_sums(histories_of([{**user, "num_train": 4}]), span))
     numbers = item_numbers(item_statistics(totals, span))
     np.testing.assert_allclose(numbers["statistics.log_count"], np.log([4, 2, 1]))
     np.testing.assert_allclose(numbers["statistics.mean_value"], [3.0, np.nan, np.nan])
