@@ -1,0 +1,81 @@
+"""The pass over written shards that statistics and the report come from: a task per partition, and what joins them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.config import DataConfig
+from recsys.data.manifest import Shard
+from recsys.data.partitions import Job, write_shard
+from recsys.data.report.counts import Limits, count_partition
+from recsys.data.sequences import Integers
+from recsys.data.shuffle import read_table, write_table
+from recsys.data.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.storage import join
+
+_SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
+_SUMS = "item-sums"
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MeasureTask:
+    """One partition's part in measuring: its shards, and what all partitions have in common."""
+
+    partition: int
+    users: tuple[Shard, ...]
+    train: tuple[Shard, ...]
+    num_kinds: int
+    limits: Limits
+
+
+def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
+    """Tell when training interactions are; training data ends at the time split's cut, or with the last of them."""
+    if limits.train_times is None:
+        return None
+    first, last = limits.train_times
+    return TrainSpan(first, last, data.validation_from if data.split == "time" and data.validation_from is not None else last)
+
+
+def measure_partition(job: Job, task: MeasureTask) -> Outcome:
+    """Write one partition's user statistics, stage its sums by item, and count for the report."""
+    users = _read(job, task.users, _SEQUENCE_COLUMNS)
+    if users is None:
+        return {"rows": 0, "user_statistics": None, "counts": {}}
+    histories = Histories.from_users(users)
+    span = train_span(task.limits, job.data)
+    write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
+    statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
+    samples = _flat_samples(_read(job, task.train, ["user_index", "items", "events", "timestamps"]))
+    return {
+        "rows": len(histories.items),
+        "user_statistics": write_shard(job, f"statistics/users/{task.partition:05d}.parquet", statistics),
+        "counts": count_partition(histories, samples, task.num_kinds, task.limits, job.data.session_gap_seconds),
+    }
+
+
+def _read(job: Job, shards: Sequence[Shard], columns: list[str]) -> pa.Table | None:
+    tables = [read_table(job.storage, join(job.uri, shard.path), columns) for shard in shards]
+    return pa.concat_tables(tables) if tables else None
+
+
+def _flat_samples(train: pa.Table | None) -> pa.Table:
+    """Lay out the interactions of training samples one by one: user_index, item, time, event."""
+    if train is None:
+        nothing: Integers = np.zeros(0, np.int64)
+        return pa.table({"user_index": nothing, "item": nothing, "time": nothing, "event": nothing})
+    lists = {name: train[name].combine_chunks() for name in ("items", "timestamps", "events")}
+    users = np.repeat(train["user_index"].to_numpy(), lists["items"].value_lengths().to_numpy())
+    item, time, event = (lists[name].flatten().cast(pa.int64()) for name in ("items", "timestamps", "events"))
+    return pa.table({"user_index": users, "item": item, "time": time, "event": event})
+
+
+def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:
+    """Join the staged sums of the partitions that have any into the statistics of all items."""
+    totals = ItemTotals(num_items, has_time=span is not None)
+    for partition in partitions:
+        totals.add(read_table(job.storage, job.staged(_SUMS, 0, partition)))
+    return item_statistics(totals, span)

@@ -1,0 +1,1 @@
+"""The data report: counts per partition, checks, plots, and one page of HTML."""
