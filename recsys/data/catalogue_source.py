@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from recsys.data.manifest import Dataset, Shard, last_rows
 
-PART_ROWS = 65_536
+PART_ROWS = 16_384
 ITEM_INDEX = "item_index"
 
 ReadColumns = Callable[[Sequence[str]], Iterator[pa.Table]]
@@ -88,9 +89,13 @@ def _read_shards(dataset: Dataset, shards: Sequence[Shard], columns: Sequence[st
 
 
 def _read_file(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read some row groups after others: pyarrow would fetch all that it is asked for at once."""
     with file:
-        for batch in file.iter_batches(PART_ROWS, columns=list(columns)):
-            yield pa.Table.from_batches([batch])
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        part_of = (np.cumsum([0, *rows[:-1]]) // PART_ROWS).tolist() if rows else []
+        for _, groups in groupby(range(file.num_row_groups), key=part_of.__getitem__):
+            for batch in file.iter_batches(PART_ROWS, row_groups=list(groups), columns=list(columns)):
+                yield pa.Table.from_batches([batch])
 
 
 def _nothing(_: Sequence[str]) -> Iterator[pa.Table]:

@@ -125,6 +125,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     shutil.rmtree(new, ignore_errors=True)
     try:
         build(private_folder(new))
+        pa.default_memory_pool().release_unused()  # or this process would keep what it read, for as long as it lives
         for path in new.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
