@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -35,6 +36,13 @@ def join(base: str, *parts: str) -> str:
     for part in parts:
         _check_segments(part, part)
     return "/".join([base.rstrip("/"), *parts])
+
+
+def fixed_part(uri: str) -> str:
+    """Return the folder that a pattern starts from: the segments before the first with `*`, `?` or `[`. Without one, all of it."""
+    segments = uri.split("/")
+    first = next((index for index, segment in enumerate(segments) if any(sign in segment for sign in "*?[")), len(segments))
+    return "/".join(segments[:first]) or "/"
 
 
 def sha256_of(path: Path) -> str:
@@ -181,7 +189,7 @@ class Storage:
             return sorted(store.scan(path))
 
     def expand(self, uri: str) -> Listing:
-        """List one object, or all below a folder.
+        """List one object, all below a folder, or all that a pattern names: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
 
         Raises:
             UserError: there is nothing at `uri`.
@@ -189,10 +197,17 @@ class Storage:
         store, path = self._find(uri)
         with explained("look up", uri):
             single = store.stat(path)
-        found = [single] if single is not None else self.list(uri)
+        found = [single] if single is not None else self._match(uri)
         if not found:
             raise UserError(f"{uri}: there is no such file, and no folder with files in it; give an absolute path or s3://bucket/key")
         return found
+
+    def _match(self, uri: str) -> Listing:
+        root = fixed_part(uri)
+        if root == uri:
+            return self.list(uri)
+        pattern = uri.removeprefix(root).strip("/").split("/")
+        return [entry for entry in self.list(root) if _is_match(pattern, entry.uri.removeprefix(root).strip("/").split("/"))]
 
     def delete(self, uri: str) -> None:
         """Delete one object; none there is fine."""
@@ -222,6 +237,15 @@ def _split(uri: str) -> tuple[bool, str]:
     if "://" in uri or not os.path.isabs(uri):
         raise UserError(f"'{uri}': is neither an absolute path nor on S3; /data/events.parquet or s3://bucket/events.parquet would work")
     return False, uri
+
+
+def _is_match(pattern: list[str], path: list[str]) -> bool:
+    """Tell whether a path's segments fit a pattern's; what lies below a match is one."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_is_match(pattern[1:], path[start:]) for start in range(len(path)))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _is_match(pattern[1:], path[1:])
 
 
 def _check_segments(path: str, shown: str) -> None:

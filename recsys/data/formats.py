@@ -1,43 +1,44 @@
 """Input files to streams of Arrow tables, by suffix, with row numbers; what the columns mean is `importers.py`."""
 
-import csv
-import io
-import json
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 
+from recsys.data.layouts import path_columns
+from recsys.data.sandbox import reading
+from recsys.data.text_formats import BATCH_ROWS, read_text, read_text_header
 from recsys.errors import UserError
 from recsys.storage import ObjectInfo, Storage
 
-ATOMIC_SUFFIXES = {"events": ".inter", "items": ".item", "users": ".user"}
-COMMON_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 INPUT_ORDER = "input_order"
 
-_ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 _FILE_SHIFT = 40
-_BATCH_ROWS = 131_072
-_CSV_BLOCK_BYTES = 16 << 20
-_HEADER_BYTES = 1 << 20
-_HEADER_LINES = 1000
 _PART_BYTES = 256 << 20
+_GROUP_BYTES = 64 << 20
+_BATCH_BYTES = 64 << 20
+_FEWEST_BATCH_ROWS = 256
+_WHOLE_BYTES = 16 << 20
+_STREAM_BYTES = 4 << 20
+_MOST_EXPANSION = 200
+_LEAST_BOMB_BYTES = 256 << 20
+_LEAST_VALUE_BYTES = 8
+_MOST_STRING_BYTES = 16 << 20
+_MOST_ENTRIES = 1 << 20
+_MOST_DEPTH = 64
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """What one task reads: a file, or some consecutive row groups of a large Parquet file."""
+    """What is read at once: a file, or some consecutive row groups of a large Parquet file. `num_bytes` is the whole file's."""
 
     uri: str
     file_number: int
     row_groups: tuple[int, ...] | None = None
     first_row: int = 0
+    num_bytes: int = 0
 
 
 def plan_parts(storage: Storage, files: Sequence[ObjectInfo]) -> list[FilePart]:
@@ -45,32 +46,36 @@ def plan_parts(storage: Storage, files: Sequence[ObjectInfo]) -> list[FilePart]:
     parts: list[FilePart] = []
     for number, file in enumerate(files):
         if not _is_parquet(file.uri) or file.num_bytes <= _PART_BYTES:
-            parts.append(FilePart(file.uri, number))
+            parts.append(FilePart(file.uri, number, num_bytes=file.num_bytes))
         else:
-            parts += _split_parquet(storage, file.uri, number)
+            parts += _split_parquet(storage, file, number)
     return parts
 
 
+def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
+    """Put consecutive small parts together up to about 64 MiB, so that ten thousand small files are a few tasks."""
+    groups: list[list[FilePart]] = []
+    num_bytes = _GROUP_BYTES
+    for part in parts:
+        if num_bytes + part.num_bytes > _GROUP_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(part)
+        num_bytes += part.num_bytes
+    return [tuple(group) for group in groups]
+
+
 def read_header(storage: Storage, uri: str) -> dict[str, str]:
-    """Tell a file's columns, in order, each with its RecBole type (empty in the other formats).
+    """Tell a file's columns, in order, each with its RecBole type (empty in the other formats), then those that its path gives.
 
     JSONL has no header; there it is the keys of the first thousand lines.
 
     Raises:
         UserError: the file is empty or not what its suffix says.
     """
-    with _reading(uri):
-        if _is_parquet(uri):
-            with _open_parquet(storage, uri) as file:
-                return dict.fromkeys(file.schema_arrow.names, "")
-        if _is_jsonl(uri):
-            keys: dict[str, str] = {}
-            with _open_stream(storage, uri) as stream:
-                for row in _json_rows(uri, stream, _HEADER_LINES):
-                    keys.update(dict.fromkeys(row, ""))
-            return keys
-        names = _first_line(storage, uri)
-        return dict(_atomic_column(uri, name) for name in names) if _is_atomic(uri) else dict.fromkeys(names, "")
+    with reading(uri):
+        header = _file_header(storage, uri)
+    return header | {name: "" for name in path_columns(uri) if name not in header}
 
 
 def read_tables(storage: Storage, part: FilePart, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -78,113 +83,68 @@ def read_tables(storage: Storage, part: FilePart, columns: Sequence[str]) -> Ite
 
     Parquet keeps its types, but that several of one meaning (large, view, dictionary) become one. The other formats
     give strings, or lists of strings where a JSON value is a list: whoever casts them can then count the bad values.
-    Empty CSV fields are null.
+    Empty CSV fields are null. A column that the path gives is a string.
 
     Raises:
-        UserError: the file cannot be read; one line with the file and the reason.
+        UserError: the file cannot be read, or grows as only a compression bomb does; one line with the file and the reason.
     """
     next_row = part.first_row
-    with _reading(part.uri):
-        for table in _read_raw(storage, part, list(columns)):
+    num_bytes = 0
+    with reading(part.uri):
+        for raw in _read_raw(storage, part, list(columns)):
+            table = _plain_types(raw)
+            num_bytes += table.nbytes
+            _refuse_bomb(part, num_bytes)
             first = (part.file_number << _FILE_SHIFT) + next_row
             next_row += table.num_rows
-            yield _plain_types(table).append_column(INPUT_ORDER, pa.array(np.arange(first, first + table.num_rows)))
+            yield table.append_column(INPUT_ORDER, pa.array(np.arange(first, first + table.num_rows)))
+
+
+def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
+    if num_bytes > max(_LEAST_BOMB_BYTES, _MOST_EXPANSION * part.num_bytes):
+        raise UserError(
+            f"{part.uri}: its {part.num_bytes} bytes stand for {num_bytes >> 20} MiB and more, as those of a compression bomb; "
+            f"at most {_MOST_EXPANSION} times the size of a file is read; write it anew with its rows in more files if they are real"
+        )
 
 
 def _read_raw(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
-    if _is_parquet(part.uri):
-        with _open_parquet(storage, part.uri) as file:
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=part.row_groups, columns=columns, use_threads=False):
-                yield pa.Table.from_batches([batch]).select(columns)
-    elif _is_jsonl(part.uri):
-        with _open_stream(storage, part.uri) as stream:
-            yield from _read_jsonl(part.uri, stream, columns)
-    else:
-        yield from _read_delimited(storage, part.uri, columns)
+    """Read columns of the file, and repeat those that its path alone gives."""
+    of_path = path_columns(part.uri)
+    if of_path:
+        header = _file_header(storage, part.uri)
+        of_path = {name: value for name, value in of_path.items() if name in columns and name not in header}
+    of_file = [name for name in columns if name not in of_path]
+    for table in _read_parquet(storage, part, of_file) if _is_parquet(part.uri) else read_text(storage, part.uri, of_file):
+        given = [pa.repeat(pa.scalar(value, pa.string()), table.num_rows) for value in of_path.values()]
+        yield pa.table([*table.select(of_file).columns, *given], [*of_file, *of_path]).select(columns)
 
 
-def _read_delimited(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    names = _first_line(storage, uri)
-    if _is_atomic(uri):
-        full_names = {_atomic_column(uri, name)[0]: name for name in names}
-        names = [full_names[column] for column in columns]
-        parsing = arrow_csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, escape_char=False)
-    else:
-        names = columns
-        parsing = arrow_csv.ParseOptions(newlines_in_values=True)
-    converting = arrow_csv.ConvertOptions(
-        include_columns=names, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
-    )
-    reading = arrow_csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
-    with _open_stream(storage, uri) as stream, arrow_csv.open_csv(stream, reading, parsing, converting) as reader:
-        for batch in reader:
-            yield pa.Table.from_batches([batch]).rename_columns(columns)
+def _file_header(storage: Storage, uri: str) -> dict[str, str]:
+    if not _is_parquet(uri):
+        return read_text_header(storage, uri)
+    with _open_parquet(storage, uri) as file:
+        return dict.fromkeys(file.schema_arrow.names, "")
 
 
-def _read_jsonl(uri: str, stream: io.BufferedIOBase, columns: list[str]) -> Iterator[pa.Table]:
-    rows: list[dict[str, Any]] = []
-    for row in _json_rows(uri, stream):
-        rows.append(row)
-        if len(rows) == _BATCH_ROWS:
-            yield _json_table(rows, columns)
-            rows = []
-    if rows:
-        yield _json_table(rows, columns)
+def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
+    # A small file is fetched at once; of a large one, whose row groups may be as large, no more than a buffer per column.
+    with _open_parquet(storage, part.uri, is_fetched_whole=part.num_bytes <= _WHOLE_BYTES) as file:
+        _refuse_bomb(part, file.metadata.num_rows * len(columns) * _LEAST_VALUE_BYTES)
+        for batch in file.iter_batches(_batch_rows(file.metadata), row_groups=part.row_groups, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
 
 
-def _json_table(rows: list[dict[str, Any]], columns: list[str]) -> pa.Table:
-    return pa.table({column: _json_array([row.get(column) for row in rows]) for column in columns})
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Choose the rows of a batch so that it has at most some 64 MiB: a row may hold a megabyte of text."""
+    num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    row_bytes = max(1, num_bytes // max(1, metadata.num_rows))
+    return max(_FEWEST_BATCH_ROWS, min(BATCH_ROWS, _BATCH_BYTES // row_bytes))
 
 
-def _json_array(values: list[Any]) -> pa.Array:
-    if not any(isinstance(value, list) for value in values):
-        return pa.array([_json_text(value) for value in values], pa.string())
-    lists = [value if isinstance(value, list) or value is None else [value] for value in values]
-    texts = [None if entries is None else [_json_text(entry) for entry in entries] for entries in lists]
-    return pa.array(texts, pa.list_(pa.string()))
-
-
-def _json_text(value: Any) -> str | None:
-    """Write a JSON value as text; lone surrogates, which no file in UTF-8 can hold, are left out."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode("utf-8", "ignore").decode("utf-8")
-
-
-def _json_rows(uri: str, stream: io.BufferedIOBase, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, start=1):
-        if limit is not None and number > limit:
-            return
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{uri}: line {number} is not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{uri}: line {number} is not a JSON object such as {{"item_id": "7"}}')
-        yield row
-
-
-def _first_line(storage: Storage, uri: str) -> list[str]:
-    with _open_stream(storage, uri) as stream:
-        line = stream.readline(_HEADER_BYTES).decode("utf-8-sig").rstrip("\r\n")
-    if not line:
-        raise UserError(f"{uri}: is empty; its first line must name the columns")
-    return line.split("\t") if _is_atomic(uri) else next(csv.reader([line]))
-
-
-def _atomic_column(uri: str, full_name: str) -> tuple[str, str]:
-    name, separator, kind = full_name.rpartition(":")
-    if not separator or kind not in _ATOMIC_TYPES:
-        raise UserError(f"{uri}: header '{full_name[:80]}' must be name:type with a type of {', '.join(_ATOMIC_TYPES)}")
-    return name, kind
-
-
-def _split_parquet(storage: Storage, uri: str, number: int) -> Iterator[FilePart]:
-    with _reading(uri), _open_parquet(storage, uri) as file:
-        metadata = file.metadata
+def _split_parquet(storage: Storage, file: ObjectInfo, number: int) -> Iterator[FilePart]:
+    with reading(file.uri), _open_parquet(storage, file.uri) as parquet:
+        metadata = parquet.metadata
         groups: list[int] = []
         first_row = num_rows = num_bytes = 0
         for index in range(metadata.num_row_groups):
@@ -192,46 +152,26 @@ def _split_parquet(storage: Storage, uri: str, number: int) -> Iterator[FilePart
             num_rows += metadata.row_group(index).num_rows
             num_bytes += metadata.row_group(index).total_byte_size
             if num_bytes >= _PART_BYTES or index == metadata.num_row_groups - 1:
-                yield FilePart(uri, number, tuple(groups), first_row)
+                yield FilePart(file.uri, number, tuple(groups), first_row, file.num_bytes)
                 first_row += num_rows
                 groups, num_rows, num_bytes = [], 0, 0
 
 
-def _open_parquet(storage: Storage, uri: str) -> pq.ParquetFile:
+def _open_parquet(storage: Storage, uri: str, is_fetched_whole: bool = False) -> pq.ParquetFile:
     filesystem, path = storage.locate(uri)
-    return pq.ParquetFile(path, filesystem=filesystem)
-
-
-@contextmanager
-def _open_stream(storage: Storage, uri: str) -> Iterator[io.BufferedReader]:
-    filesystem, path = storage.locate(uri)
-    compression = "gzip" if uri.lower().endswith(".gz") else None
-    with filesystem.open_input_stream(path, compression=compression) as stream:
-        yield io.BufferedReader(stream, 1 << 20)
-
-
-@contextmanager
-def _reading(uri: str) -> Iterator[None]:
-    """Say in one line which file is broken and how, whatever the decoder raised."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, KeyError, zlib.error) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{uri}: cannot be read ({reason})") from error
+    return pq.ParquetFile(
+        path,
+        filesystem=filesystem,
+        pre_buffer=is_fetched_whole,
+        buffer_size=0 if is_fetched_whole else _STREAM_BYTES,
+        thrift_string_size_limit=_MOST_STRING_BYTES,
+        thrift_container_size_limit=_MOST_ENTRIES,
+        schema_depth_limit=_MOST_DEPTH,
+    )
 
 
 def _is_parquet(uri: str) -> bool:
     return uri.lower().endswith(".parquet")
-
-
-def _is_jsonl(uri: str) -> bool:
-    return uri.lower().endswith((".jsonl", ".jsonl.gz"))
-
-
-def _is_atomic(uri: str) -> bool:
-    return uri.lower().endswith(tuple(ATOMIC_SUFFIXES.values()))
 
 
 def _plain_types(table: pa.Table) -> pa.Table:

@@ -1,59 +1,20 @@
-"""Input tables under the house's column names: which files and columns are read; casting and counting is `cleaning.py`."""
+"""Input tables under the house's column names: which columns are read; casting and counting is `cleaning.py`."""
 
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config import ColumnsConfig, ItemFeaturesConfig
-from recsys.data.formats import ATOMIC_SUFFIXES, COMMON_SUFFIXES, INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
+from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
+from recsys.data.formats import INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
+from recsys.data.layouts import catalogue_kinds, find_column, is_amazon_review, time_divisor
 from recsys.errors import UserError
 from recsys.schema import EVENT, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
 from recsys.storage import ObjectInfo, Storage
 
-
-def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
-    """List the files of an input table, sorted by name; `role` is events, items or users.
-
-    In a folder, names that start with `_` or `.` are passed over, and so is what has no suffix of a table.
-
-    Raises:
-        UserError: nothing is there, no file has a known suffix, or a file is empty.
-    """
-    suffixes = (ATOMIC_SUFFIXES[role], *COMMON_SUFFIXES)
-    files = [file for file in storage.expand(uri) if _is_visible(file.uri, uri) and file.uri.lower().endswith(suffixes)]
-    if not files:
-        raise UserError(f"data.{role} = {uri}: no file has one of the suffixes {' '.join(suffixes)}")
-    for file in files:
-        if file.num_bytes == 0:
-            raise UserError(f"{file.uri}: is empty (0 bytes)")
-    return files
-
-
-def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]:
-    """List a table's files in a folder that holds them all, known by RecBole's suffix or a name that starts with the role.
-
-    Raises:
-        UserError: there are no events. Items and users may be absent.
-    """
-    if not folder:
-        return []
-    files = [file for file in storage.expand(folder) if file.num_bytes and _is_visible(file.uri, folder) and _has_role(file.uri, role)]
-    if role == "events" and not files:
-        raise UserError(
-            f"data.folder = {folder}: has no file *{ATOMIC_SUFFIXES[role]} and none like events.parquet; name the tables with data.events"
-        )
-    return files
-
-
-def _has_role(uri: str, role: str) -> bool:
-    name = uri.rpartition("/")[2].lower()
-    return name.endswith(ATOMIC_SUFFIXES[role]) or (name.startswith(role) and name.endswith(COMMON_SUFFIXES))
-
-
-def _is_visible(uri: str, root: str) -> bool:
-    names = uri.removeprefix(root).split("/")
-    return not any(name.startswith(("_", ".")) for name in names if name)
+_MISSING_NUMBERS = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")
+_WHOLE_NUMBER = r"^[+-]?\d{1,18}$"
+_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
 def find_event_columns(storage: Storage, uri: str, columns: ColumnsConfig) -> dict[str, str]:
@@ -65,12 +26,15 @@ def find_event_columns(storage: Storage, uri: str, columns: ColumnsConfig) -> di
     Raises:
         UserError: a required column is missing; the line names the columns that exist.
     """
-    names = list(read_header(storage, uri))
-    found = {USER_ID: columns.user_id, ITEM_ID: columns.item_id}
-    time_column = TIMESTAMP if columns.timestamp in names else POSITION
-    found[time_column] = getattr(columns, time_column)
+    return _match_event_columns(uri, list(read_header(storage, uri)), columns)
+
+
+def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> dict[str, str]:
+    found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
+    time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
+    found[time_column] = find_column(time_column, columns, names)
     for optional in (EVENT, VALUE):
-        name = getattr(columns, optional)
+        name = find_column(optional, columns, names)
         if name in names or name != optional:
             found[optional] = name
     for house_name, name in found.items():
@@ -80,20 +44,32 @@ def find_event_columns(storage: Storage, uri: str, columns: ColumnsConfig) -> di
     return found
 
 
-def import_events(storage: Storage, part: FilePart, columns: ColumnsConfig) -> Iterator[pa.Table]:
-    """Read the event columns of one part under the house's names, uncast, batch by batch."""
-    found = find_event_columns(storage, part.uri, columns)
+def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Iterator[pa.Table]:
+    """Read the event columns of one part under the house's names, batch by batch, uncast but that times are in seconds.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column; `time_column`, the first file's, is one that it must have.
+    """
+    names = list(read_header(storage, part.uri))
+    found = _match_event_columns(part.uri, names, data.columns)
+    if time_column not in found:
+        raise UserError(f"{part.uri}: has no column for {time_column}, which the first file of data.events has")
+    divisor = time_divisor(data.time_unit, names)
     for table in read_tables(storage, part, list(dict.fromkeys(found.values()))):
-        yield pa.table([*(table[name] for name in found.values()), table[INPUT_ORDER]], [*found, INPUT_ORDER])
+        events = pa.table([*(table[name] for name in found.values()), table[INPUT_ORDER]], [*found, INPUT_ORDER])
+        if divisor > 1 and TIMESTAMP in found:
+            events = events.set_column(events.column_names.index(TIMESTAMP), TIMESTAMP, _in_seconds(events[TIMESTAMP], divisor))
+        yield events
 
 
 def import_users(storage: Storage, part: FilePart, columns: ColumnsConfig) -> Iterator[pa.Table]:
     """Read the users of one part: `user_id` and every other column, uncast."""
     names = list(read_header(storage, part.uri))
-    if columns.user_id not in names:
-        raise _missing(part.uri, f"'{columns.user_id}'", USER_ID, names)
+    id_name = find_column(USER_ID, columns, names)
+    if id_name not in names:
+        raise _missing(part.uri, f"'{id_name}'", USER_ID, names)
     for table in read_tables(storage, part, names):
-        yield table.rename_columns([USER_ID if name == columns.user_id else name for name in table.column_names])
+        yield table.rename_columns([USER_ID if name == id_name else name for name in table.column_names])
 
 
 def import_items(
@@ -101,23 +77,27 @@ def import_items(
 ) -> tuple[pa.Table, dict[str, FeatureKind]]:
     """Read the whole catalogue: `item_id` and the feature columns, with each one's kind.
 
-    The kinds are the configured ones or, where none is configured, told by type. A RecBole token_seq column is a list
-    where it is a category and the raw string where it is text.
+    The kinds are the configured ones, those of a known layout or, where there are none, told by type. Text of a category is
+    a list, split at the separator of the config, or at blanks where RecBole declares a token_seq.
 
     Raises:
         UserError: a column is missing or changes its type from file to file, or there is no row.
     """
     header = read_header(storage, files[0].uri)
-    configured = _configured_kinds(features)
-    for name in (columns.item_id, *configured):
+    id_name = find_column(ITEM_ID, columns, header)
+    known = catalogue_kinds(features, header)
+    if is_amazon_review(header) and not known:
+        raise UserError(f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz beside it")
+    for name in (id_name, *known):
         if name not in header:
-            raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == columns.item_id else configured[name], list(header))
-    wanted = [columns.item_id, *(configured or (name for name in header if name != columns.item_id))]
+            raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(header))
+    wanted = [id_name, *(known or (name for name in header if name != id_name))]
     table = _read_whole(storage, files, wanted).rename_columns([ITEM_ID, *wanted[1:], INPUT_ORDER])
     lists = [name for name, declared in header.items() if declared in ("token_seq", "float_seq") and name in wanted]
     numbers = {name for name, declared in header.items() if declared in ("float", "float_seq")}
-    kinds = configured or _infer_kinds(table, lists, numbers, is_typed=any(header.values()))
-    return _split_lists(table, [name for name in lists if kinds[name] != "text"]), kinds
+    kinds = known or _infer_kinds(table, lists, numbers, is_typed=any(header.values()))
+    table = _split_lists(table, [name for name in lists if kinds[name] != "text"])
+    return _split_categories(table, [name for name in kinds if kinds[name] == "categories" and not header[name]], features.separator), kinds
 
 
 def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]) -> pa.Table:
@@ -131,18 +111,47 @@ def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]
     if not any(table.num_rows for table in tables):
         raise UserError(f"{files[0].uri}: has no rows")
     try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables(_with_equal_lists(tables), promote_options="permissive")
     except pa.ArrowException as error:
         raise UserError(f"{files[0].uri}: a column changes its type from one file or batch to the next ({error})") from error
 
 
-def _configured_kinds(features: ItemFeaturesConfig) -> dict[str, FeatureKind]:
-    kinds: dict[str, FeatureKind] = {}
-    kinds |= dict.fromkeys(features.text, "text")
-    kinds |= dict.fromkeys(features.categories, "categories")
-    kinds |= dict.fromkeys(features.numbers, "numbers")
-    kinds |= dict.fromkeys(features.vectors, "vectors")
-    return kinds
+def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
+    """Make text a list of one where another batch has lists of text: a JSON column may have both."""
+    text_lists = pa.list_(pa.string())
+    names = {field.name for table in tables for field in table.schema if field.type == text_lists}
+    return [
+        pa.table([_as_lists(table[name]) if name in names else table[name] for name in table.column_names], table.column_names)
+        for table in tables
+    ]
+
+
+def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_string(column.type):
+        return column
+    texts = column.combine_chunks()
+    starts = pc.if_else(texts.is_valid(), pa.array(range(len(texts)), pa.int32()), None)
+    ends = pa.array([len(texts)], pa.int32())
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.concat_arrays([starts, ends]), texts)])
+
+
+def _in_seconds(column: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
+    """Divide numbers, and text that is one, rounding down; what has a unit of its own, such as an Arrow timestamp, stays."""
+    if pa.types.is_integer(column.type):
+        rest = pc.subtract(column, pc.multiply(pc.divide(column, divisor), divisor))
+        return pc.divide(pc.subtract(column, pc.if_else(pc.less(rest, 0), pc.add(rest, divisor), rest)), divisor)
+    if pa.types.is_floating(column.type):
+        return pc.floor(pc.divide(column.cast(pa.float64()), float(divisor)))
+    if not pa.types.is_string(column.type):
+        return column
+    text = pc.utf8_trim_whitespace(column)
+    is_whole = pc.match_substring_regex(text, _WHOLE_NUMBER)
+    is_number = pc.and_not(pc.match_substring_regex(text, _NUMBER), is_whole)
+    null = pa.scalar(None, pa.string())
+    # Text without a sign first: Arrow's cast knows no plus.
+    whole = pc.if_else(is_whole, pc.utf8_ltrim(text, characters="+"), null).cast(pa.int64())
+    other = pc.if_else(is_number, pc.utf8_ltrim(text, characters="+"), null).cast(pa.float64())
+    return pc.coalesce(_in_seconds(whole, divisor).cast(pa.string()), _in_seconds(other, divisor).cast(pa.string()), column)
 
 
 def _infer_kinds(table: pa.Table, lists: list[str], numbers: set[str], is_typed: bool) -> dict[str, FeatureKind]:
@@ -159,7 +168,10 @@ def _infer_kinds(table: pa.Table, lists: list[str], numbers: set[str], is_typed:
 
 
 def _is_numeric(column: pa.ChunkedArray) -> bool:
-    values = pc.drop_null(column)
+    """Tell whether all texts read as numbers, but for the words with which tables say that there is none."""
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
+    is_missing = pc.fill_null(pc.is_in(texts, value_set=pa.array(_MISSING_NUMBERS)), True)
+    values = texts.filter(pc.invert(is_missing)).drop_null()
     try:
         values.cast(pa.float64())
     except pa.ArrowInvalid:
@@ -179,5 +191,13 @@ def _split_lists(table: pa.Table, names: list[str]) -> pa.Table:
     return table
 
 
+def _split_categories(table: pa.Table, names: list[str], separator: str) -> pa.Table:
+    for name in names:
+        if separator and pa.types.is_string(table[name].type):
+            table = table.set_column(table.column_names.index(name), name, pc.split_pattern(table[name], separator))
+    return table
+
+
 def _missing(uri: str, wanted: str, meaning: str, names: list[str]) -> UserError:
-    return UserError(f"{uri}: has no column {wanted} ({meaning}); its columns are {', '.join(names)}; data.columns.* maps other names")
+    shown = ", ".join(name[:80] for name in names[:50]) + (", ..." if len(names) > 50 else "")
+    return UserError(f"{uri}: has no column {wanted} ({meaning}); its columns are {shown}; data.columns.* maps other names")

@@ -105,6 +105,7 @@ class _Child:
         """Return the child's answer, or None where it had ended before it began: idle, worn, or killed by somebody else."""
         if self._process.poll() is not None:
             return None
+        log_start = os.fstat(self._log.fileno()).st_size
         requests, replies = self._process.stdin, self._process.stdout
         assert requests is not None
         assert replies is not None
@@ -121,8 +122,8 @@ class _Child:
             return None
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not uri:
-            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_line()}")
-        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_line()}"))
+            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_words(log_start)}")
+        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_words(log_start)}"))
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -133,10 +134,10 @@ class _Child:
                 with suppress(BrokenPipeError):
                     stream.close()
 
-    def _last_line(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing, as when memory runs out")
+    def _last_words(self, log_start: int) -> str:
+        """Return the first line that the child wrote to its stderr in the call that it died of; what follows it are details."""
+        words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
+        return next((line.strip()[:200] for line in words if line.strip()), "it said nothing, as when memory runs out")
 
 
 def serve() -> None:
@@ -154,6 +155,8 @@ def serve() -> None:
             return
         limit_bytes, function, arguments = pickle.loads(request)
         start_bytes = start_bytes or _data_bytes()
+        if _is_worn(start_bytes, limit_bytes):  # by an earlier call with a higher limit
+            return
         resource.setrlimit(resource.RLIMIT_DATA, (start_bytes + limit_bytes, resource.RLIM_INFINITY))
         _send(replies, _answer(function, arguments))
         if _is_worn(start_bytes, limit_bytes):

@@ -23,6 +23,7 @@ _ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 _BATCH_BYTES = 64 << 20
 _HEADER_BYTES = 1 << 20
 _HEADER_LINES = 1000
+_HEADER_LINES_BYTES = 8 << 20
 _SEPARATOR = "::"
 
 
@@ -32,7 +33,7 @@ def read_text_header(storage: Storage, uri: str) -> dict[str, str]:
         return dict.fromkeys(movielens_columns(uri), "")
     if is_jsonl(uri):
         with _open_stream(storage, uri) as stream:
-            rows = _json_rows(uri, islice(_lines(uri, stream), _HEADER_LINES))
+            rows = _json_rows(uri, _first_lines(uri, stream))
             return dict.fromkeys((name for row in rows for name in row), "")
     names = _first_line(storage, uri)
     return dict(_atomic_column(uri, name) for name in names) if _is_atomic(uri) else dict.fromkeys(names, "")
@@ -151,6 +152,15 @@ def _lines(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
         if len(line) > MAX_LINE_BYTES:
             raise UserError(f"{uri}: line {number} is longer than {MAX_LINE_BYTES} bytes; split it into records of one line each")
         yield line
+
+
+def _first_lines(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
+    num_bytes = 0
+    for line in islice(_lines(uri, stream), _HEADER_LINES):
+        yield line
+        num_bytes += len(line)
+        if num_bytes > _HEADER_LINES_BYTES:
+            return
 
 
 def _first_line(storage: Storage, uri: str) -> list[str]:

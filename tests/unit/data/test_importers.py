@@ -9,11 +9,12 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import ColumnsConfig, ItemFeaturesConfig
-from recsys.data import formats
+from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
+from recsys.data import formats, text_formats
 from recsys.data.cleaning import cast_events
 from recsys.data.formats import plan_parts
-from recsys.data.importers import find_event_columns, find_files, import_events, import_items, import_users
+from recsys.data.importers import find_event_columns, import_events, import_items, import_users
+from recsys.data.input_files import find_files
 from recsys.errors import UserError
 from recsys.storage import Storage
 
@@ -48,9 +49,12 @@ def write_events(folder: Path, name: str, rows: list[dict]) -> Path:
 
 def read_events(folder: Path, uri: Path, columns: ColumnsConfig | None = None) -> list[dict]:
     storage = Storage(str(folder))
-    columns = columns or ColumnsConfig()
-    parts = plan_parts(storage, find_files(storage, "events", str(uri)))
-    return [row for part in parts for raw in import_events(storage, part, columns) for row in cast_events(raw)[0].to_pylist()]
+    data = DataConfig(columns=columns or ColumnsConfig())
+    files = find_files(storage, "events", str(uri))
+    found = find_event_columns(storage, files[0].uri, data.columns)
+    time_column = "timestamp" if "timestamp" in found else "position"
+    raws = [raw for part in plan_parts(storage, files) for raw in import_events(storage, part, data, time_column)]
+    return [row for raw in raws for row in cast_events(raw)[0].to_pylist()]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.csv.gz", "a.jsonl", "a.jsonl.gz", "a.inter"])
@@ -77,7 +81,8 @@ def test_large_parquet_files_are_cut_by_row_group_and_keep_their_row_numbers(tmp
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_row_numbers_go_on_from_batch_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(formats, "_BATCH_ROWS", 2)
+    for module in (formats, text_formats):
+        monkeypatch.setattr(module, "BATCH_ROWS", 2)
     assert [row["input_order"] for row in read_events(tmp_path, write_events(tmp_path, name, ROWS))] == [0, 1, 2]
 
 

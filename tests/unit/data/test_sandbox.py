@@ -97,11 +97,16 @@ def test_a_child_that_kept_memory_is_replaced() -> None:
     assert run_limited(LIMIT, child_id) != first
 
 
+def test_a_lower_limit_than_the_last_one_is_kept() -> None:
+    run_limited(16 * LIMIT, take_memory, LIMIT, False, True)
+    assert run_limited(LIMIT, take_memory, LIMIT * 3 // 4, False, False)
+
+
 @pytest.mark.parametrize(
     ("signal_number", "last_words", "reason"),
     [
         (signal.SIGSEGV, "", "SIGSEGV: it said nothing"),
-        (signal.SIGABRT, "terminate called\n  what():  std::bad_alloc\n", r"SIGABRT: what\(\):  std::bad_alloc"),
+        (signal.SIGABRT, "terminate called after 'std::bad_alloc'\n  what(): it\n", "SIGABRT: terminate called after 'std::bad_alloc'"),
         (signal.SIGKILL, "", "SIGKILL"),
     ],
 )
