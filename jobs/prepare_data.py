@@ -1,4 +1,4 @@
-"""The verb `python -m jobs.prepare_data`: events, items and users to a dataset; the work is `recsys.data.prepare`."""
+"""The verb `python -m jobs.prepare_data`: events, items and users to a dataset or its next version; the work is `recsys.data.prepare`."""
 
 import time
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from typing import Any
 from recsys import runtime
 from recsys.command import run_verb
 from recsys.config import Config
+from recsys.data.manifest import Dataset
 from recsys.data.prepare import find_dataset, prepare
 from recsys.storage import Storage
 
@@ -15,20 +16,29 @@ def prepare_data(config: Config) -> dict[str, Any]:
     """Make the dataset, or find it made, and describe it."""
     started = time.monotonic()
     storage = Storage.from_config(config.storage)
-    dataset = find_dataset(config, storage)
-    is_skipped = dataset is not None
-    if dataset is None:
-        with runtime.connect(config):
-            dataset = prepare(config, storage)
+    found = find_dataset(config, storage)
+    if found is not None:
+        return describe(found, is_skipped=True, seconds=time.monotonic() - started)
+    with runtime.connect(config):
+        dataset = prepare(config, storage)
+    return describe(dataset, is_skipped=False, seconds=time.monotonic() - started)
+
+
+def describe(dataset: Dataset, is_skipped: bool, seconds: float) -> dict[str, Any]:
+    """Tell what the dataset holds and how it was made; `rows_per_second` counts the interactions of this version, null where skipped."""
     manifest = dataset.manifest
+    num_before = Dataset.open(dataset.storage, dataset.sibling(manifest.base)).manifest.num_interactions if manifest.base else 0
     return {
         "dataset": dataset.uri,
+        "version": manifest.version,
+        "base": manifest.base,
         "fingerprint": manifest.fingerprint,
         "num_users": manifest.num_users,
         "num_items": manifest.num_items,
         "num_interactions": manifest.num_interactions,
         "num_rejected": sum(manifest.rejected.values()),
         "rejected": manifest.rejected,
+        "noticed": manifest.noticed,
         "items_without_catalogue_entry": manifest.items_without_catalogue_entry,
         "num_samples": manifest.num_samples,
         "num_shards": len(manifest.train_shards),
@@ -36,7 +46,8 @@ def prepare_data(config: Config) -> dict[str, Any]:
         "tasks": [asdict(task) for task in manifest.tasks],
         "tie_rule": manifest.tie_rule,
         "skipped": is_skipped,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(seconds, 3),
+        "rows_per_second": None if is_skipped else round((manifest.num_interactions - num_before) / seconds, 1),
     }
 
 

@@ -46,7 +46,7 @@ def merge_day(job: Job, base: Dataset, partition: int) -> Outcome:
     events, rejected = gather_events(job, partition)
     known = _known_users(base, partition, events[USER_ID])
     columns = index_events(job, events, base.manifest.event_kinds, KNOWN_INDEX_NAME)
-    owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy()
+    owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy().astype(np.int64)
     is_known = _agree(owners, columns, known)
     is_late = (owners >= 0) & ~is_known & (columns["timestamps"] < _newest(known)[owners])
     fresh = events.filter(pa.array(~is_known)).combine_chunks()

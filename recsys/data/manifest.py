@@ -140,7 +140,11 @@ class Dataset:
 
     def address(self, shard: Shard) -> str:
         """Tell where a shard lies, whichever version wrote it."""
-        return join(join(self.uri.rpartition("/")[0], shard.dataset) if shard.dataset else self.uri, shard.path)
+        return join(self.sibling(shard.dataset) if shard.dataset else self.uri, shard.path)
+
+    def sibling(self, name: str) -> str:
+        """Tell where the dataset of another version lies."""
+        return join(self.uri.rpartition("/")[0], name)
 
     @cached_property
     def catalogue(self) -> pa.Table:

@@ -1,7 +1,5 @@
 """The passes of prepare_data one after another in this process, without Ray: exact tables of a small hand-made input."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import Config, load_config
-from recsys.data import passes, synthetic
 from recsys.data import prepare as prepare_module
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.prepare import find_dataset, prepare
-from recsys.data.ray_tasks import Record
+from recsys.data.report.page import REPORT_NAME
 from recsys.errors import UserError
 from recsys.storage import Storage, join, sha256_of
+from tests.without_ray import patch_run_tasks
 
 EVENTS = """user_id,item_id,timestamp,event,value
 ann,10,100,view,
@@ -34,15 +32,9 @@ ITEMS = "item_id,title,kind\n10,Ten,a\n9,Nine,a\n100,Hundred,b\n10,Again,b\n7,Se
 USERS = "user_id,age,city\nann,30,Oslo\nzoe,20,Rome\nann,99,Bonn\n"
 
 
-def run_here(label: str, function: Callable[[Any], dict[str, Any]], tasks: list[Any], record: Record) -> list[dict[str, Any]]:
-    """Stand in for Ray: each task twice, as after a lost worker, and its outcome through JSON."""
-    return [json.loads(json.dumps([function(task), function(task)][1])) for task in tasks]
-
-
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "run_tasks", run_here)
-    monkeypatch.setattr(synthetic, "run_tasks", run_here)
+    patch_run_tasks(monkeypatch)
 
 
 def config_of(folder: Path, *overrides: str, events: str = EVENTS, store: str = "store") -> tuple[Config, Storage]:
@@ -92,12 +84,13 @@ def test_shards_are_what_the_manifest_says_and_nothing_else_is_left(tmp_path: Pa
     dataset = prepare(*config_of(tmp_path, "data.row_group_rows=1", "data.num_shards=1"))
     manifest = dataset.manifest
     shards = [*manifest.train_shards, *manifest.users_shards, *manifest.catalogue_shards]
+    shards += [*manifest.user_statistics_shards, *manifest.item_statistics_shards]
     for shard in shards:
         path = Path(join(dataset.uri, shard.path))
         assert (path.stat().st_size, sha256_of(path)) == (shard.num_bytes, shard.sha256)
         assert shard.row_groups == (1,) * pq.read_metadata(path).num_rows
     left = {entry.uri for entry in dataset.storage.list(dataset.uri)}
-    assert left == {join(dataset.uri, MANIFEST_NAME), *(join(dataset.uri, shard.path) for shard in shards)}
+    assert left == {join(dataset.uri, MANIFEST_NAME), join(dataset.uri, REPORT_NAME), *(join(dataset.uri, shard.path) for shard in shards)}
 
 
 def test_equal_input_gives_an_equal_fingerprint_wherever_it_lies(tmp_path: Path) -> None:
