@@ -207,6 +207,8 @@ class S3Store:
                 answer["Body"].close()
                 others.add(found)
             except (ClientError, BotoCoreError) as error:
+                if isinstance(error, ClientError) and _status(error) == 416:  # what is there ends before the range begins
+                    raise ReplacedError(None) from error
                 if attempt == MAX_ATTEMPTS or not _can_pass(error):
                     raise
             with self._counting:

@@ -1,6 +1,5 @@
 """Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -56,8 +55,8 @@ def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max
         "users_shards": (_write(storage, uri, "users/0.parquet", users, USERS_SCHEMA),),
         "catalogue_shards": (_write(storage, uri, "catalogue/0.parquet", catalogue, CATALOGUE_SCHEMA),),
     }
-    fingerprint = content_fingerprint({**fields, "tasks": [asdict(task) for task in fields["tasks"]]})
-    manifest = DatasetManifest(fingerprint=fingerprint, **fields)
+    unnamed = DatasetManifest(fingerprint="", **fields)
+    manifest = unnamed.model_copy(update={"fingerprint": content_fingerprint(unnamed.model_dump(mode="json"))})
     storage.write_bytes(join(uri, MANIFEST_NAME), manifest.model_dump_json().encode())
     return Dataset.open(storage, uri)
 
@@ -107,4 +106,6 @@ def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], sc
         metadata = pq.read_metadata(local)
         storage.upload(local, join(uri, path))
         groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-        return Shard(path=path, row_groups=groups, num_bytes=local.stat().st_size, sha256=sha256_of(local))
+        stored = storage.stat(join(uri, path))
+        assert stored is not None
+        return Shard(path=path, row_groups=groups, num_bytes=local.stat().st_size, sha256=sha256_of(local), etag=stored.etag)

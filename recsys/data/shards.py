@@ -26,7 +26,8 @@ class RowGroupSource:
     """Random access to the training rows by row group, numbered over all shards in the manifest's order; threads may share it.
 
     Only the columns asked for are fetched. A shard must be the one that the manifest describes: its ETag is compared with every
-    answer, and where it differs (a dataset that was copied) the shard is hashed once. Pages carry checksums.
+    answer, and where it differs (a dataset that was copied) the shard is hashed once. What came over a network
+    or from the cache is checked by the pages' checksums.
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
@@ -50,6 +51,7 @@ class _ShardFile:
     def __init__(self, dataset: Dataset, shard: Shard, columns: Sequence[str], cache: DiskCache | None) -> None:
         self._storage = dataset.storage
         self._uri = dataset.address(shard)
+        self._is_remote = dataset.storage.is_remote(self._uri)
         self._shard = shard
         self._columns = list(columns)
         self._cache = cache
@@ -59,20 +61,35 @@ class _ShardFile:
 
     def read(self, group: int) -> pa.Table:
         for attempt in range(1, _DECODE_ATTEMPTS + 1):
-            ranges: list[tuple[int, int]] = []
             try:
-                footer = self._open()
-                ranges = self._ranges(footer, group)
-                parts = {start: self._fetch(start, stop) for start, stop in ranges}
-                return _decode(_Parts(self._shard.num_bytes, parts, self._fetch), group, self._columns, footer)
+                return self._read_remote(group) if self._is_remote else self._read_local(group)
             except (pa.ArrowException, OSError) as error:
-                for start, stop in ranges:
-                    self._forget(start, stop)
+                reason = " ".join(str(error).split())[:200]
                 if attempt == _DECODE_ATTEMPTS:
-                    reason = " ".join(str(error).split())[:200]
                     raise UserError(f"{self._uri}: row group {group} cannot be decoded ({reason}); prepare the dataset again") from error
-                logger.warning("%s: row group %d is damaged (%s); reading it again", self._uri, group, error)
+                logger.warning("%s: row group %d is damaged (%s); reading it again", self._uri, group, reason)
         raise AssertionError("unreachable")
+
+    def _read_local(self, group: int) -> pa.Table:
+        """Read straight from the file, which is opened each time: there may be more shards than a process may have open."""
+        footer = self._open()
+        found = self._storage.stat(self._uri)
+        if found is not None and found.etag != self._etag:
+            self._verify()
+            self._etag = found.etag
+        _, path = self._storage.locate(self._uri)
+        return pq.ParquetFile(path, metadata=footer).read_row_group(group, columns=self._columns, use_threads=False)
+
+    def _read_remote(self, group: int) -> pa.Table:
+        footer = self._open()
+        ranges = self._ranges(footer, group)
+        source = _Parts(self._shard.num_bytes, {start: self._fetch(start, stop) for start, stop in ranges}, self._fetch)
+        try:
+            file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+            return file.read_row_group(group, columns=self._columns, use_threads=False)
+        except (pa.ArrowException, OSError):
+            self._forget(ranges)
+            raise
 
     def _open(self) -> pq.FileMetaData:
         with self._opening:
@@ -112,14 +129,19 @@ class _ShardFile:
         return found
 
     def _fetch_from_store(self, start: int, stop: int) -> bytes:
-        try:
-            return self._storage.read_range(self._uri, start, stop - start, self._etag)
-        except ReplacedError as error:
-            if error.etag is None:
-                raise self._replaced("the ETag of its answers keeps changing, or they are cut") from error
+        for _ in range(2):
+            try:
+                if self._etag:
+                    return self._storage.read_range(self._uri, start, stop - start, self._etag)
+                stored = self._storage.stat(self._uri)
+                found = stored.etag if stored else None
+            except ReplacedError as error:
+                found = error.etag
+            if found is None:
+                raise self._replaced("it is gone or cut, or the ETag of its answers keeps changing")
             self._verify()
-            self._etag = error.etag
-            return self._storage.read_range(self._uri, start, stop - start, self._etag)
+            self._etag = found
+        raise self._replaced("it changes while it is read")
 
     def _verify(self) -> None:
         """Hash the whole shard: one that was copied has another ETag and the same content."""
@@ -134,17 +156,13 @@ class _ShardFile:
             f"{self._uri}: was replaced since the dataset was made ({reason}); prepare the dataset again, or restore the shard"
         )
 
-    def _forget(self, start: int, stop: int) -> None:
-        if self._cache:
-            self._cache.drop(self._key(start, stop))
+    def _forget(self, ranges: list[tuple[int, int]]) -> None:
+        for start, stop in ranges:
+            if self._cache:
+                self._cache.drop(self._key(start, stop))
 
     def _key(self, start: int, stop: int) -> str:
         return f"{self._shard.sha256}-{start}-{stop}"
-
-
-def _decode(source: "_Parts", group: int, columns: list[str], footer: pq.FileMetaData) -> pa.Table:
-    file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
-    return file.read_row_group(group, columns=columns, use_threads=False)
 
 
 class _Parts(io.RawIOBase):
