@@ -45,6 +45,7 @@ from recsys.data.passes import (
     train_counts,
     write_shards_of,
 )
+from recsys.data.pseudonyms import refuse_other_key
 from recsys.data.shuffle import write_table
 from recsys.errors import UserError
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
@@ -68,6 +69,7 @@ def append(config: Config, storage: Storage) -> Dataset:
     """
     base = _open_base(config, storage)
     config = _adopt(config, base)
+    refuse_other_key(config.data.pseudonym_key_env, base.manifest.inputs)
     inputs = find_inputs(config.data, storage)
     expected = TIMESTAMP if base.manifest.has_time else POSITION
     if inputs.time_column != expected:
@@ -87,7 +89,7 @@ def append(config: Config, storage: Storage) -> Dataset:
     tasks = [AppendTask(partition, first) for partition, first in enumerate(first_users[:-1].tolist())]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items, kinds)
-    noticed += sum_counts(shards, "noticed") + catalogue.noticed
+    noticed += sum_counts(shards, "noticed") + catalogue.noticed + Counter(unknown_item=num_without_entry)
     return publish(
         job,
         _extend(

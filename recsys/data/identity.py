@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from recsys.config import Config, DataConfig
 from recsys.data.input_files import event_columns, find_files, find_in_folder
+from recsys.data.pseudonyms import PSEUDONYM_KEY, key_identity
 from recsys.data.sandbox import run_limited
 from recsys.data.synthetic import GENERATOR_VERSION
 from recsys.errors import UserError
@@ -60,14 +61,17 @@ def _find_tables(data: DataConfig, storage: Storage) -> dict[str, list[ObjectInf
 
 
 def identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]:
-    """Describe the input as it is before any work; the generator's is its config."""
+    """Describe the input as it is before any work; the generator's is its config. Which key makes pseudonyms is part of it.
+
+    Raises:
+        UserError: a table is missing, or the key that the config names.
+    """
+    identity = key_identity(data.pseudonym_key_env)
+    keys = [{"role": PSEUDONYM_KEY, "identity": identity}] if identity else []
     if data.source == "synthetic":
-        return [{"role": "synthetic", "version": GENERATOR_VERSION, **data.synthetic.model_dump(mode="json")}]
-    return [
-        {"role": role, "uri": file.uri, "num_bytes": file.num_bytes, "etag": file.etag}
-        for role, files in _find_tables(data, storage).items()
-        for file in files
-    ]
+        return [{"role": "synthetic", "version": GENERATOR_VERSION, **data.synthetic.model_dump(mode="json")}, *keys]
+    files = [(role, file) for role, found in _find_tables(data, storage).items() for file in found]
+    return [*({"role": role, "uri": file.uri, "num_bytes": file.num_bytes, "etag": file.etag} for role, file in files), *keys]
 
 
 def content_config(data: DataConfig) -> dict[str, Any]:

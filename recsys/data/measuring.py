@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from recsys.config import DataConfig
-from recsys.data.manifest import Shard
+from recsys.data.manifest import DatasetManifest, Shard
 from recsys.data.partitions import Job, write_shard
-from recsys.data.report.counts import Limits, count_partition
+from recsys.data.passes import run_pass, write_shards_of
+from recsys.data.report.counts import Limits, count_partition, merge_counts
+from recsys.data.report.page import REPORT_NAME, Findings, make_report
 from recsys.data.sequences import Integers
 from recsys.data.shuffle import read_table, write_table
 from recsys.data.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
@@ -30,6 +33,46 @@ class MeasureTask:
     train: tuple[Shard, ...]
     num_kinds: int
     limits: Limits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the pass gives: shards of statistics, the statistics of all items, and what the report needs besides."""
+
+    user_shards: list[Outcome]
+    item_shards: list[Outcome]
+    items: pa.Table
+    counts: dict[str, Integers]
+    limits: Limits
+
+
+def measure(job: Job, written: Sequence[Outcome], num_kinds: int, num_items: int) -> Measured:
+    """Measure the shards that each partition has written; call it with Ray initialised."""
+    limits = Limits.merge([Limits(**outcome["limits"]) for outcome in written])
+    tasks = [
+        MeasureTask(number, _shards(outcome["users"]), _shards(outcome["train"]), num_kinds, limits)
+        for number, outcome in enumerate(written)
+    ]
+    measured = run_pass(job, "statistics", partial(measure_partition, job), tasks)
+    occupied = [number for number, outcome in enumerate(measured) if outcome["rows"]]
+    items = join_item_statistics(job, occupied, num_items, train_span(limits, job.data))
+    return Measured(
+        [measured[number]["user_statistics"] for number in occupied],
+        write_shards_of(job, "statistics/items", items),
+        items,
+        merge_counts([outcome["counts"] for outcome in measured]),
+        limits,
+    )
+
+
+def _shards(written: Outcome | None) -> tuple[Shard, ...]:
+    return (Shard.model_validate(written),) if written else ()
+
+
+def write_report(job: Job, manifest: DatasetManifest, measured: Measured) -> None:
+    """Write the report beside the place of the manifest, which comes after it."""
+    page = make_report(Findings(manifest, measured.counts, measured.limits, measured.items))
+    job.storage.write_bytes(join(job.uri, REPORT_NAME), page.encode())
 
 
 def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:

@@ -3,7 +3,7 @@
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from recsys.data.formats import INPUT_ORDER, FilePart
 from recsys.data.importers import import_events, import_users
 from recsys.data.manifest import Shard
 from recsys.data.pseudonyms import pseudonymise
+from recsys.data.report.counts import Limits
+from recsys.data.sandbox import reading
 from recsys.data.sequence_tables import Sequences
 from recsys.data.sequences import Integers, split_counts
 from recsys.data.shuffle import read_partition, read_table, write_pieces, write_table
+from recsys.data.statistics import Histories, Moments
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
@@ -69,7 +72,8 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
     def cleaned(part: FilePart) -> Iterator[pa.Table]:
         nonlocal num_rows
         for raw in import_events(job.storage, part, job.data, job.time_column):
-            events, faults = cast_events(raw)
+            with reading(part.uri):
+                events, faults = cast_events(raw)
             events, broken = apply_rules(events, job.data.cleaning, job.has_time)
             num_rows += raw.num_rows
             rejected.update(faults + broken)
@@ -88,16 +92,18 @@ def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
 
 def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
     """Turn some parts of the users' table into ids with attributes and write them as pieces."""
-    raws = (raw for part in parts for raw in import_users(job.storage, part, job.data.columns))
     num_rows = 0
 
-    def staged() -> Iterator[pa.Table]:
+    def staged(part: FilePart) -> Iterator[pa.Table]:
         nonlocal num_rows
-        for raw in raws:
+        for raw in import_users(job.storage, part, job.data.columns):
+            with reading(part.uri):
+                users = _with_attributes(raw)
             num_rows += raw.num_rows
-            yield _with_pseudonyms(job, _with_attributes(raw))
+            yield _with_pseudonyms(job, users)
 
-    write_pieces(job.storage, job.staging("user-pieces"), task, staged(), USER_ID, job.num_partitions)
+    tables = (table for part in parts for table in staged(part))
+    write_pieces(job.storage, job.staging("user-pieces"), task, tables, USER_ID, job.num_partitions)
     return {"rows": num_rows}
 
 
@@ -176,14 +182,15 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     train = sequences.train_table(user_indices, np.ones_like(num_train), num_train, job.data)
     nothing = np.zeros_like(num_train)
     values = sequences.within("values", nothing, num_train).astype(np.float64)
-    values = values[np.isfinite(values)]
+    moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
     stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
     return {
         "rows": events.num_rows,
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "num_targets": int(np.maximum(num_train - 1, 0).sum()),
-        "values": [len(values), float(values.sum()), float((values**2).sum())],
+        "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
+        "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
     }
 
 

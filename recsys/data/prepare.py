@@ -13,6 +13,7 @@ from recsys.data.append import append, appended_uri
 from recsys.data.catalogue import build_catalogue
 from recsys.data.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest
+from recsys.data.measuring import measure, write_report
 from recsys.data.partitions import Job, WriteTask, core_round, merge_events, write_shards
 from recsys.data.passes import (
     clear_staging,
@@ -31,6 +32,7 @@ from recsys.data.passes import (
 )
 from recsys.data.ray_tasks import Outcome
 from recsys.data.shuffle import write_table
+from recsys.data.statistics import item_numbers, join_moments
 from recsys.data.synthetic import generate
 from recsys.errors import UserError
 from recsys.schema import TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
@@ -93,11 +95,13 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
     ids, num_without_entry = number_items(job, events.generation, items)
     stage_inputs(job, "users", inputs.users)
     shards = _write_all(job, events, event_kinds)
-    catalogue = build_catalogue(ids, items, kinds, train_counts(job, len(ids)))
-    num_values, value_mean, value_std = _moments(shards)
+    num_values, value_mean, value_std = join_moments([outcome["values"] for outcome in shards])
     if not any(outcome["train"] for outcome in shards):
         raise UserError(f"data.events = {job.data.events}: no user has two training interactions, so there is nothing to train on")
-    return sign(
+    measured = measure(job, shards, len(event_kinds), len(ids))
+    numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
+    catalogue = build_catalogue(ids, items, kinds, train_counts(job, len(ids)), numbers)
+    manifest = sign(
         inputs=identify_inputs(config.data, job.storage),
         data_config={**content_config(job.data), "item_features": _resolve_features(job, kinds)},
         tie_rule=TIE_RULE,
@@ -106,7 +110,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         num_interactions=sum(outcome["rows"] for outcome in events.partitions),
         num_targets=sum(outcome["num_targets"] for outcome in shards),
         rejected=present(events.rejected + Counter(item_rejects)),
-        noticed=present(events.noticed + catalogue.noticed),
+        noticed=present(events.noticed + catalogue.noticed + Counter(unknown_item=num_without_entry)),
         items_without_catalogue_entry=num_without_entry,
         event_kinds=event_kinds,
         tasks=derive_tasks(event_kinds, num_values, job.data.like_threshold),
@@ -121,7 +125,11 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
         users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
         catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
+        user_statistics_shards=measured.user_shards,
+        item_statistics_shards=measured.item_shards,
     )
+    write_report(job, manifest, measured)
+    return manifest
 
 
 def _merge(job: Job, inputs: Inputs) -> _Events:
@@ -167,12 +175,3 @@ def _resolve_features(job: Job, kinds: dict[str, FeatureKind]) -> dict[str, obje
     """Name the features with the kinds that they were found to have, which an appended version must keep."""
     features = job.data.item_features.model_dump(mode="json")
     return features | {kind: [name for name, own in kinds.items() if own == kind] for kind in ("text", "categories", "numbers", "vectors")}
-
-
-def _moments(shards: list[Outcome]) -> tuple[int, float, float]:
-    """Number, mean and standard deviation of the training values; 0 and 1 where there are none to tell."""
-    number, total, squares = (sum(outcome["values"][index] for outcome in shards) for index in range(3))
-    if not number:
-        return 0, 0.0, 1.0
-    mean = total / number
-    return int(number), mean, max(squares / number - mean**2, 0.0) ** 0.5 or 1.0

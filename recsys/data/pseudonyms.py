@@ -3,10 +3,15 @@
 import hashlib
 import hmac
 import os
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pyarrow as pa
 
 from recsys.errors import UserError
+
+PSEUDONYM_KEY = "pseudonym_key"
+"""The role of the entry among a manifest's inputs that says which key was used."""
 
 _MIN_KEY_BYTES = 16
 _PSEUDONYM_CHARACTERS = 32
@@ -20,6 +25,17 @@ def key_identity(variable: str) -> str:
         UserError: the variable is not set, or its value is too short to be a key.
     """
     return hmac.new(_read_key(variable), _IDENTITY_OF, hashlib.sha256).hexdigest()[:16] if variable else ""
+
+
+def refuse_other_key(variable: str, inputs: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse to append under another key than the base's, by which every user would be a new one.
+
+    Raises:
+        UserError: the key is not the one that `inputs` of the base name.
+    """
+    known = [entry["identity"] for entry in inputs if entry.get("role") == PSEUDONYM_KEY]
+    if variable and known != [key_identity(variable)]:
+        raise UserError(f"data.pseudonym_key_env = {variable}: holds another key than the base dataset was made with; set that one")
 
 
 def pseudonymise(ids: pa.ChunkedArray, variable: str) -> pa.ChunkedArray:

@@ -1,5 +1,6 @@
 """Features of users and items from training interactions alone, as pure functions; reading and writing them is `measuring.py`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,14 @@ class Moments:
     def variance(self) -> Floats:
         """Variance of the population; 0 where there is no value."""
         return self.deviations / np.maximum(self.count, 1)
+
+
+def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
+    """Join `[number, mean, sum of squared deviations]` of parts into number, mean and standard deviation; 0 and 1 without values."""
+    total = Moments(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
+    for number, mean, deviations in parts:
+        total = total.merge(Moments(np.array([int(number)]), np.array([mean]), np.array([deviations])))
+    return int(total.count[0]), float(total.mean[0]), float(total.variance[0]) ** 0.5 or 1.0
 
 
 @dataclass(frozen=True)
