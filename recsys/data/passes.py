@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pyarrow import fs
 
 from recsys.data import input_files
 from recsys.data.catalogue import clean_items, sort_ids
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, content_fingerprint
 from recsys.data.partitions import ITEM_INDEX_NAME, Job, stage_events, stage_users, write_shard
 from recsys.data.ray_tasks import Outcome, Record, run_tasks
+from recsys.data.sandbox import run_limited
 from recsys.data.shuffle import read_table, write_table
 from recsys.errors import UserError
 from recsys.schema import ITEM_ID, FeatureKind
 from recsys.storage import ObjectInfo, Storage, join
+from recsys.stores import TEMP_PREFIX
 
 logger = logging.getLogger(__name__)
 _CATALOGUE_SHARD_ROWS = 1_000_000
@@ -32,7 +35,8 @@ def stage_inputs(job: Job, label: str, files: Sequence[ObjectInfo]) -> list[Outc
     """Write the pieces of one table, `events` or `users`."""
     function = stage_events if label == "events" else stage_users
     tasks = list(enumerate(input_files.plan_tasks(job.storage, files, job.data))) if files else []
-    return run_pass(job, label, lambda task: function(job, *task), tasks)
+    # The child with the memory limit reads and writes: what is in the files never enters this process or a worker.
+    return run_pass(job, label, lambda task: run_limited(job.data.max_file_memory_bytes, function, job, *task), tasks)
 
 
 def read_items(job: Job, files: list[ObjectInfo]) -> tuple[pa.Table | None, dict[str, FeatureKind], dict[str, int]]:
@@ -107,7 +111,7 @@ def sign(**fields: Any) -> DatasetManifest:
 def publish(job: Job, manifest: DatasetManifest) -> Dataset:
     """Write the manifest, once and last, and remove what only the work needed."""
     job.storage.create(join(job.uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
-    clear_staging(job.storage, job.uri)
+    clear_leftovers(job.storage, job.uri)
     logger.info(
         "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
         manifest.num_users,
@@ -121,9 +125,13 @@ def publish(job: Job, manifest: DatasetManifest) -> Dataset:
     return Dataset.open(job.storage, job.uri)
 
 
-def clear_staging(storage: Storage, uri: str) -> None:
-    """Remove a published dataset's staging folder, which is there where a run was killed after it had published."""
+def clear_leftovers(storage: Storage, uri: str) -> None:
+    """Remove what only the work on a published dataset needed, and the halves of files that killed writers left in its folder."""
     storage.delete_tree(join(uri, "staging"))
+    filesystem, path = storage.locate(uri)
+    for found in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if found.base_name.startswith(TEMP_PREFIX):
+            filesystem.delete_file(found.path)
 
 
 def refuse_empty(job: Job, outcomes: Sequence[Outcome], rejected: Counter[str]) -> None:

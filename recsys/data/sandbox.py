@@ -44,7 +44,8 @@ _announcements: list[Callable[[str], None]] = []
 def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function of a module in a child process that may take `limit_bytes` of memory, and return its result through JSON.
 
-    The arguments are pickled. The child is a fresh interpreter, used again by later calls of this process and gone with it.
+    The arguments are pickled. The child is a fresh interpreter with this process's environment, used again by later
+    calls and gone with this process.
 
     Raises:
         UserError: the function raised one, needed more memory, or the child died of what it read; one line with the file.
@@ -52,6 +53,8 @@ def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any)
     request = pickle.dumps((limit_bytes, function, arguments))
     with _lock:
         while True:
+            if _children and _children[0].environment != os.environ:
+                _children.pop().close()
             if not _children:
                 _children.append(_Child())
             try:
@@ -91,13 +94,14 @@ class _Child:
     """The parent's end: sends a call, reads what the child says while it works, and explains its death."""
 
     def __init__(self) -> None:
+        self.environment = dict(os.environ)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it stays open as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from recsys.data.sandbox import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **_QUIET_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**self.environment, **_QUIET_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         atexit.register(self.close)
 
@@ -148,6 +152,12 @@ def serve() -> None:
     threading.Thread(target=_end_with_reader, args=(replies.fileno(),), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _announcements.append(lambda uri: _send(replies, json.dumps({"reading": uri}).encode()))
+    _answer_calls(replies)
+    # No tidy end of the interpreter: a decoder's threads may still read ahead in a file that was refused.
+    os._exit(0)
+
+
+def _answer_calls(replies: BinaryIO) -> None:
     start_bytes = 0
     while select.select([0], [], [], _IDLE_SECONDS)[0]:
         request = _receive(sys.stdin.buffer)

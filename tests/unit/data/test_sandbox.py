@@ -122,6 +122,12 @@ def test_a_death_that_no_file_brought_about_is_no_refusal() -> None:
         run_limited(LIMIT, die_before_reading)
 
 
+def test_the_child_knows_the_environment_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("one", "two"):
+        monkeypatch.setenv("RECSYS_TEST_OF_SANDBOX", value)
+        assert run_limited(LIMIT, os.getenv, "RECSYS_TEST_OF_SANDBOX") == value
+
+
 def test_an_idle_child_that_was_killed_is_replaced() -> None:
     before = run_limited(LIMIT, child_id)
     os.kill(before, signal.SIGTERM)
