@@ -34,6 +34,9 @@ PR_SET_PDEATHSIG = 1
 LONGEST_FOLDER = 35
 """Ray's sockets lie about 60 characters below its folder, and a socket's path may have 107."""
 
+OBJECT_STORE_BYTES = 512 << 20
+"""Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
+
 FREE_PORTS = range(20_000, 32_768)
 START_SECONDS = 60
 STOP_SECONDS = 20
@@ -101,6 +104,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "ray-client-server-port": free_port(),
         "temp-dir": folder,
         "num-cpus": num_cpus,
+        "object-store-memory": OBJECT_STORE_BYTES,
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]

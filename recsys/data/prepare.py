@@ -16,7 +16,7 @@ from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest
 from recsys.data.measuring import measure, write_report
 from recsys.data.partitions import Job, WriteTask, core_round, merge_events, write_shards
 from recsys.data.passes import (
-    clear_staging,
+    clear_leftovers,
     count_items,
     number_items,
     present,
@@ -47,7 +47,7 @@ def find_dataset(config: Config, storage: Storage) -> Dataset | None:
     uri = appended_uri(config, storage) if config.data.base else dataset_uri(config, storage)
     if not storage.exists(join(uri, MANIFEST_NAME)):
         return None
-    clear_staging(storage, uri)
+    clear_leftovers(storage, uri)
     return Dataset.open(storage, uri)
 
 

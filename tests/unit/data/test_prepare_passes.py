@@ -115,6 +115,32 @@ def test_a_second_run_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.manifest == made.manifest
 
 
+def test_the_next_call_removes_what_a_run_left_that_was_killed_after_it_had_published(tmp_path: Path) -> None:
+    config, storage = config_of(tmp_path)
+    made = prepare(config, storage)
+    before = {entry.uri for entry in storage.list(made.uri)}
+    for left in ("staging/pieces/000000-000000.parquet", "users/.partial-1-00000.parquet"):
+        (Path(made.uri) / left).parent.mkdir(parents=True, exist_ok=True)
+        (Path(made.uri) / left).write_bytes(b"half")
+    assert find_dataset(config, storage) is not None
+    assert {str(path) for path in Path(made.uri).rglob("*") if path.is_file()} == before
+
+
+def test_the_number_of_partitions_is_chosen_and_recorded(tmp_path: Path) -> None:
+    config, storage = config_of(tmp_path)
+    chosen = prepare(config.with_values({"data.num_shards": None}), storage)
+    assert chosen.manifest.data_config["num_shards"] == 4
+    assert prepare(config.with_values({"data.num_shards": 4}), storage).manifest.fingerprint == chosen.manifest.fingerprint
+
+
+def test_shards_carry_the_etag_of_the_store_and_the_features_their_kinds(tmp_path: Path) -> None:
+    dataset = prepare(*config_of(tmp_path))
+    etags = {entry.uri: entry.etag for entry in dataset.storage.list(dataset.uri)}
+    assert all(shard.etag == etags[dataset.address(shard)] for shard in dataset.manifest.users_shards)
+    assert dataset.manifest.data_config["item_features"]["text"] == ["title"]
+    assert dataset.manifest.data_config["item_features"]["categories"] == ["kind"]
+
+
 def test_k_core_goes_on_until_nothing_changes(tmp_path: Path) -> None:
     pairs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"), ("c", "y"), ("c", "z"), ("d", "z"), ("e", "w")]
     events = "user_id,item_id,position\n" + "".join(f"{user},{item},{number}\n" for number, (user, item) in enumerate(pairs))

@@ -17,20 +17,23 @@ def test_windows_of_a_short_and_a_long_sequence() -> None:
     assert cut_windows(6, 5, 5) == [Window(0, 6, 1)]
     assert cut_windows(8, 5, 5) == [Window(2, 8, 1), Window(0, 3, 1)]
     assert cut_windows(8, 5, 2) == [Window(2, 8, 4), Window(0, 6, 4), Window(0, 4, 2), Window(0, 2, 1)]
+    assert cut_windows(8, 5, 5, first=7) == [Window(2, 8, 5)]
+    assert cut_windows(8, 5, 2, first=5) == [Window(2, 8, 4), Window(0, 6, 5)]
+    assert cut_windows(8, 5, 5, first=8) == []
 
 
 @given(length=st.integers(0, 300), max_history=st.integers(2, 40), data=st.data())
-def test_every_interaction_but_the_first_is_a_target_exactly_once(length: int, max_history: int, data: st.DataObject) -> None:
-    stride = data.draw(st.integers(1, max_history))
+def test_every_interaction_from_the_first_target_on_is_one_exactly_once(length: int, max_history: int, data: st.DataObject) -> None:
+    stride, first = data.draw(st.integers(1, max_history)), data.draw(st.integers(1, length + 2))
     targets = []
-    for window in cut_windows(length, max_history, stride):
+    for window in cut_windows(length, max_history, stride, first):
         assert 0 <= window.start < window.stop <= length
         assert window.stop - window.start <= max_history + 1
         assert 1 <= window.first_target < window.stop - window.start
         of_window = range(window.start + window.first_target, window.stop)
         assert len(of_window) <= stride
         targets += of_window
-    assert sorted(targets) == list(range(1, length))
+    assert sorted(targets) == list(range(first, length))
 
 
 def test_leave_one_out_takes_two_of_users_with_three_or_more() -> None:
@@ -45,6 +48,13 @@ def test_time_splits_at_the_two_moments() -> None:
     timestamps, offsets = np.array([1, 9, 10, 19, 20, 21, 25, 9]), np.array([0, 5, 7, 8])
     num_train, num_validation = split_counts(timestamps, offsets, data)
     assert num_train.tolist() == [2, 0, 1]
+    assert num_validation.tolist() == [2, 0, 0]
+
+
+def test_what_is_late_behind_a_held_out_interaction_is_held_out_too() -> None:
+    data = DataConfig(split="time", validation_from=10, test_from=20)
+    num_train, num_validation = split_counts(np.array([1, 12, 3, 25, 15, 4, 5]), np.array([0, 5, 5, 7]), data)
+    assert num_train.tolist() == [1, 0, 2]
     assert num_validation.tolist() == [2, 0, 0]
 
 
