@@ -37,13 +37,17 @@ _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong from now on. A rate is the share of requests that a fault strikes; where it does not apply, all goes well."""
+    """What goes wrong from now on. A rate is the share of requests that a fault strikes; where it does not apply, all goes well.
+
+    Stray names are in listings whose prefix ends with `stray_prefix`.
+    """
 
     rates: Mapping[Fault, float] = field(default_factory=dict)
     stall_seconds: float = 30.0
     bytes_per_second: float | None = None
     shuffles_listings: bool = False
     stray_names: tuple[str, ...] = ()
+    stray_prefix: str = ""
 
     def draw(self, number: float) -> Fault | None:
         """Tell which fault a number from 0 to 1 stands for."""
@@ -243,10 +247,10 @@ class _Handler(BaseHTTPRequestHandler):
         is_listing = self.command == "GET" and answer.status == 200 and "list-type" in parse_qs(urlsplit(self.path).query)
         faults = self.proxy.faults
         if is_listing and (faults.shuffles_listings or faults.stray_names):
-            return self._disorder(answer.read())
+            return self._disorder(answer.read(), faults)
         return None if self.command == "HEAD" or answer.getheader("Content-Length") else answer.read()
 
-    def _disorder(self, listing: bytes) -> bytes:
+    def _disorder(self, listing: bytes, faults: Faults) -> bytes:
         ET.register_namespace("", _NAMESPACE)
         root = ET.fromstring(listing)
         namespace = root.tag.partition("}")[0] + "}" if root.tag.startswith("{") else ""
@@ -254,8 +258,9 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = root.findtext(f"{namespace}Prefix") or ""
         for entry in entries:
             root.remove(entry)
-        entries += [_stray_entry(namespace, prefix + name) for name in self.proxy.faults.stray_names]
-        if self.proxy.faults.shuffles_listings:
+        if prefix.endswith(faults.stray_prefix):
+            entries += [_stray_entry(namespace, prefix + name) for name in faults.stray_names]
+        if faults.shuffles_listings:
             self.proxy.shuffle(entries)
         root.extend(entries)
         self.proxy.count("listing")
