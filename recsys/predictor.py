@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from recsys.config import Config
-from recsys.data.batch import gap_buckets
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import DatasetManifest
+from recsys.data.rows import gap_buckets
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
@@ -105,9 +105,10 @@ class Predictor:
             size = len(history.items)
             items[row, :size], events[row, :size] = history.items, history.events + 1
             timestamps[row, :size] = history.timestamps
+        gaps = gap_buckets(np.diff(timestamps, axis=1, prepend=timestamps[:, :1])).astype(np.int64)
         device = self.item_vectors.device
         vectors = self.item_vectors[torch.from_numpy(items).to(device)].to(self._user_encoder.norm_in.weight.dtype)
-        states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gap_buckets(timestamps)).to(device))
+        states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gaps).to(device))
         return states[torch.arange(len(recent), device=device), lengths.to(device) - 1].float()
 
     @torch.no_grad()

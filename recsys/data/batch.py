@@ -5,14 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.data.manifest import DatasetManifest
-from recsys.data.rows import Rows
+from recsys.data.rows import Rows, record_type
 from recsys.schema import PADDING_ITEM
-
-NUM_GAP_BUCKETS = 32
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,6 @@ class Batch:
         return counts.to(torch.float64)
 
 
-def gap_buckets(timestamps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bucket the seconds since the interaction before: floor(log2(1 + gap)), the first of a row has no gap. (B, L)."""
-    gaps = np.diff(timestamps, axis=1, prepend=timestamps[:, :1]).clip(min=0)
-    return np.floor(np.log2(1.0 + gaps)).clip(max=NUM_GAP_BUCKETS - 1).astype(np.int64)
-
-
 def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the label of each task and whether there is one, both (..., T) float32.
 
@@ -86,13 +77,12 @@ class Collator:
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor) -> Batch:
         """Build a micro batch; no rows give one row of padding, so that every rank runs every step. A column not read is zeros."""
         if len(rows) == 0:
-            rows = Rows(np.array([-1]), np.array([2], np.int32), np.array([0, 2]), {"items": np.zeros(2, np.int32)})
-        columns, is_real = rows.pad(rows.flat)
-        zeros = np.zeros(is_real.shape, np.int64)
-        mask = torch.from_numpy(is_real)
-        sequence = torch.from_numpy(columns["items"])
-        events, values = (torch.from_numpy(columns.get(name, zeros)) for name in ("events", "values"))
-        timestamps = columns.get("timestamps", zeros) if self.manifest.has_time else zeros
+            rows = Rows(np.array([-1]), np.array([2], np.int32), np.array([0, 2]), np.zeros(2, record_type(["items"])))
+        records, is_real = rows.pad()
+        columns = {name: torch.from_numpy(records[name]) for name in records.dtype.names or ()}
+        mask, sequence = torch.from_numpy(is_real), columns["items"]
+        zeros = torch.zeros(mask.shape, dtype=torch.long)
+        events, values, gaps = (columns.get(name, zeros) for name in ("events", "values", "gaps"))
         first_target = torch.tensor(rows.first_target)
         is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
         labels, label_mask = task_labels(self.manifest, events[:, 1:], values[:, 1:])
@@ -105,7 +95,7 @@ class Collator:
             items=items,
             history=history,
             events=torch.where(is_input, events[:, :-1].long() + 1, 0),
-            gaps=torch.from_numpy(gap_buckets(timestamps[:, :-1])) * is_input,
+            gaps=torch.where(is_input, gaps[:, :-1], 0).long(),
             targets=targets,
             labels=labels,
             label_mask=label_mask * is_target[..., None],

@@ -36,6 +36,11 @@ class Window:
         """Rows over all spans."""
         return sum(self.stops) - sum(self.starts)
 
+    @property
+    def end(self) -> int:
+        """The place in its stream behind its last one."""
+        return self.begin + self.num_samples
+
 
 @dataclass(frozen=True)
 class EpochPlan:
@@ -93,7 +98,7 @@ class EpochPlan:
     def window_at(self, stream: int, place: int) -> int:
         """Return the number of the window that holds a place of a stream; of a place past its end, how many windows there are."""
         windows = self.windows(stream)
-        if not windows or place >= windows[-1].begin + windows[-1].num_samples:
+        if not windows or place >= windows[-1].end:
             return len(windows)
         return int(np.searchsorted(self._cut[stream][1], place, side="right")) - 1
 
@@ -128,7 +133,7 @@ class EpochPlan:
         for number, index in enumerate(range(0, len(spans), width)):
             groups, starts, stops = zip(*spans[index : index + width], strict=True)
             window = Window(stream, number, place, groups, starts, stops)
-            place += window.num_samples
+            place = window.end
             yield window
 
     @cached_property

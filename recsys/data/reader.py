@@ -87,15 +87,15 @@ class Reader:
         first_number = plan.numbers(first_step, first_step + 1, share.rank, share.world_size)[:1]
         touching = first_number + share.world_size * np.arange(plan.num_streams)
         loader = WindowLoader(plan, self._source, touching, self._config.training.prefetch_bytes)
-        steps_at_once = max(1, _SPAN_ROWS * share.world_size // plan.global_batch_size)
+        end = first_step
         try:
-            for begin in range(first_step, plan.num_steps, steps_at_once):
-                end = min(begin + steps_at_once, plan.num_steps)
+            while (begin := end) < plan.num_steps:
+                end = _span_end(plan, begin, share.world_size)
                 numbers = plan.numbers(begin, end, share.rank, share.world_size)
-                rows, places = _gather(loader, numbers, plan.num_streams)
+                rows = _gather(loader, numbers, plan.num_streams)
                 bounds = np.searchsorted(numbers, np.arange(begin, end + 1) * plan.global_batch_size)
                 for start, stop in itertools.pairwise(bounds.tolist()):
-                    yield rows.take(places[start:stop])
+                    yield rows.slice(start, stop)
         finally:
             loader.close()
 
@@ -114,7 +114,7 @@ class Reader:
     def _collate_step(self, rows: Rows, negatives: torch.Tensor, log_q: torch.Tensor) -> list[Batch]:
         num_micro_batches = self._share.accumulation_steps
         places = np.arange(len(rows))
-        parts = [rows.take(places[number::num_micro_batches]) for number in range(num_micro_batches)] if num_micro_batches > 1 else [rows]
+        parts = [rows.take(places[number::num_micro_batches]) for number in range(num_micro_batches)]
         batches = [self._collate(part, negatives, log_q) for part in parts]
         return [batch.pin() for batch in batches] if self._is_pinned else batches
 
@@ -132,12 +132,24 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
     return tuple(name for name, wanted in is_wanted.items() if wanted)
 
 
-def _gather(loader: WindowLoader, numbers: Indices, num_streams: int) -> tuple[Rows, Indices]:
-    """Get the rows of some samples, stream by stream, and the place of each sample among them."""
+def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
+    """Tell up to which step the rows are gathered at once: as many as make the work per step small.
+
+    In the shards' order it is to the end of a window, so that rows which follow each other on the disk are handed on as they are.
+    """
+    num_steps = max(1, _SPAN_ROWS * world_size // plan.global_batch_size)
+    if plan.num_streams == 1:
+        window = plan.windows(0)[plan.window_at(0, step * plan.global_batch_size)]
+        num_steps = max(1, window.end // plan.global_batch_size - step)
+    return min(step + num_steps, plan.num_steps)
+
+
+def _gather(loader: WindowLoader, numbers: Indices, num_streams: int) -> Rows:
+    """Get the rows of some samples, whose numbers in the epoch's order ascend, in that order."""
     streams, first, inverse = np.unique(numbers % num_streams, return_index=True, return_inverse=True)
-    last = np.zeros(len(streams), np.int64)
-    last[inverse] = numbers // num_streams  # numbers ascend, so the last one of a stream stays
-    starts, stops = numbers[first] // num_streams, last + 1
-    parts = [part for span in zip(streams.tolist(), starts.tolist(), stops.tolist(), strict=True) for part in loader.take(*span)]
-    begins = np.concatenate([[0], np.cumsum(stops - starts)[:-1]])
-    return Rows.join(parts), begins[inverse] + numbers // num_streams - starts[inverse]
+    starts, ends = numbers[first] // num_streams, np.zeros(len(streams), np.int64)
+    ends[inverse] = numbers // num_streams + 1  # of those of one stream the last stays
+    spans = zip(streams.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    rows = Rows.join([part for span in spans for part in loader.take(*span)])
+    begins = np.concatenate([[0], np.cumsum(ends - starts)[:-1]])
+    return rows.take((begins - starts)[inverse] + numbers // num_streams)

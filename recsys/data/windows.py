@@ -56,37 +56,33 @@ class WindowLoader:
         self._plan = plan
         self._groups = CutRowGroups(source, plan)
         self._prefetch_bytes = prefetch_bytes
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="reader")
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="reader")
         self._next = self._in_order_of_need(numbers)
         self._ahead: deque[tuple[Window, Future[Rows]]] = deque()
         self._loaded: defaultdict[int, deque[tuple[Window, Rows]]] = defaultdict(deque)
         self._bytes_per_sample = _FIRST_BYTES_PER_SAMPLE
 
-    def take(self, stream: int, start: int, stop: int) -> list[Rows]:
-        """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
-        parts = []
-        while start < stop:
-            window, rows = self._at(stream, start)
-            end = min(stop, window.begin + window.num_samples)
-            parts.append(rows.slice(start - window.begin, end - window.begin))
-            start = end
-        return parts
+    def take(self, stream: int, start: int, stop: int) -> Iterator[Rows]:
+        """Give the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
+        self._load_until(stream, start, stop)
+        for window, rows in self._loaded[stream]:
+            yield rows.slice(max(start - window.begin, 0), max(stop - window.begin, 0))
 
     def close(self) -> None:
         """Let the threads end; what is being loaded is not waited for."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _at(self, stream: int, place: int) -> tuple[Window, Rows]:
+    def _load_until(self, stream: int, start: int, stop: int) -> None:
+        """Wait until a stream is there up to a place, and drop its windows that are passed."""
         mine = self._loaded[stream]
-        while mine and place >= mine[0][0].begin + mine[0][0].num_samples:
+        while mine and mine[0][0].end <= start:
             mine.popleft()
-        while not mine:
+        while not mine or mine[-1][0].end < stop:
             self._submit_ahead()
             window, loading = self._ahead.popleft()
             rows = loading.result()
             self._bytes_per_sample = rows.num_bytes / max(1, len(rows))
             self._loaded[window.stream].append((window, rows))
-        return mine[0]
 
     def _submit_ahead(self) -> None:
         """Start loading until the limit, one window at least."""
@@ -94,7 +90,7 @@ class WindowLoader:
             window = next(self._next, None)
             if window is None:
                 return
-            self._ahead.append((window, self._pool.submit(self._load, window)))
+            self._ahead.append((window, self._threads.submit(self._load, window)))
 
     def _bytes_ahead(self) -> float:
         return sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample
@@ -103,7 +99,7 @@ class WindowLoader:
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         table = pa.concat_tables([self._groups.read(*span) for span in spans])
         rows = Rows.from_table(table, self._plan.line_ids(window))
-        return rows.take(self._plan.shuffle(window)) if self._plan.window else rows
+        return rows.take(self._plan.shuffle(window))
 
     def _in_order_of_need(self, numbers: Indices) -> Iterator[Window]:
         """Give the windows from the first place of each stream on, by the number of the sample that needs them first."""

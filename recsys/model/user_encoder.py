@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config import ModelConfig
-from recsys.data.batch import NUM_GAP_BUCKETS
+from recsys.data.rows import NUM_GAP_BUCKETS
 
 
 class UserEncoder(nn.Module):

@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.data.batch import Batch, Collator, gap_buckets
+from recsys.data.batch import Batch, Collator
 from recsys.data.manifest import Dataset
-from recsys.data.rows import Rows
+from recsys.data.rows import Rows, gap_buckets
 from recsys.schema import TRAIN_SCHEMA
 from recsys.storage import Storage
 from tests.datasets import make_dataset
@@ -89,4 +89,4 @@ def test_counts_are_of_targets_and_labels(dataset: Dataset) -> None:
 
 
 def test_gaps_are_logarithmic_and_never_negative() -> None:
-    assert gap_buckets(np.array([[0, 0, 1, 4, 2, 2**40]])).tolist() == [[0, 0, 1, 2, 0, 31]]
+    assert gap_buckets(np.array([0, 1, 3, 4, -2, 2**40])).tolist() == [0, 1, 2, 2, 0, 31]
