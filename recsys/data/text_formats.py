@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -25,6 +26,7 @@ _HEADER_BYTES = 1 << 20
 _HEADER_LINES = 1000
 _HEADER_LINES_BYTES = 8 << 20
 _SEPARATOR = "::"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text_header(storage: Storage, uri: str) -> dict[str, str]:
@@ -112,11 +114,11 @@ def _json_array(values: list[Any]) -> pa.Array:
 
 
 def _json_text(value: Any) -> str | None:
-    """Write a JSON value as text; lone surrogates, which no file in UTF-8 can hold, are left out."""
+    """Write a JSON value as text; lone surrogates, which no file in UTF-8 can hold, become U+FFFD, which is noticed later."""
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode("utf-8", "ignore").decode("utf-8")
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _json_rows(uri: str, lines: Iterator[bytes] | list[bytes], first: int = 1) -> Iterator[dict[str, Any]]:

@@ -204,7 +204,7 @@ def test_csv_numbers_are_told_by_their_values_and_jsonl_lists_are_kept(tmp_path:
     table, _ = items_of(tmp_path, "a.jsonl", ItemFeaturesConfig())
     assert table["tags"].to_pylist() == [["a", "1"], ["b"]]
     assert table["deep"].to_pylist() == ['{"x": 1}', None]
-    assert table["name"].to_pylist() == ["bad  one", None]
+    assert table["name"].to_pylist() == ["bad \ufffd one", None]
 
 
 def test_parquet_types_tell_the_kinds(tmp_path: Path) -> None:
