@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recsys.config import TextConfig
@@ -166,7 +167,8 @@ def _make_tiny_backbone(uri: str, text: TextConfig, dataset: Dataset, scratch: P
         model = BertModel(
             BertConfig(vocab_size=len(tokenizer), max_position_embeddings=text.max_tokens, **TINY_SHAPE), add_pooling_layer=False
         )
-    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # not the model's own save_pretrained, which writes nothing on any rank but the first
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mark it complete
         dataset.storage.create(join(uri, path.name), path.read_bytes())
     shutil.rmtree(folder)
