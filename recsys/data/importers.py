@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.data.formats import INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
 from recsys.data.layouts import catalogue_kinds, find_column, is_amazon_review, time_divisor
+from recsys.data.sandbox import reading
 from recsys.errors import UserError
 from recsys.schema import EVENT, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
 from recsys.storage import ObjectInfo, Storage
@@ -58,7 +59,9 @@ def import_events(storage: Storage, part: FilePart, data: DataConfig, time_colum
     for table in read_tables(storage, part, list(dict.fromkeys(found.values()))):
         events = pa.table([*(table[name] for name in found.values()), table[INPUT_ORDER]], [*found, INPUT_ORDER])
         if divisor > 1 and TIMESTAMP in found:
-            events = events.set_column(events.column_names.index(TIMESTAMP), TIMESTAMP, _in_seconds(events[TIMESTAMP], divisor))
+            with reading(part.uri):
+                seconds = _in_seconds(events[TIMESTAMP], divisor)
+            events = events.set_column(events.column_names.index(TIMESTAMP), TIMESTAMP, seconds)
         yield events
 
 
@@ -138,8 +141,10 @@ def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _in_seconds(column: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
     """Divide numbers, and text that is one, rounding down; what has a unit of its own, such as an Arrow timestamp, stays."""
     if pa.types.is_integer(column.type):
-        rest = pc.subtract(column, pc.multiply(pc.divide(column, divisor), divisor))
-        return pc.divide(pc.subtract(column, pc.if_else(pc.less(rest, 0), pc.add(rest, divisor), rest)), divisor)
+        kind = pa.uint64() if column.type == pa.uint64() else pa.int64()
+        numbers, parts = column.cast(kind), pa.scalar(divisor, kind)
+        seconds = pc.divide(numbers, parts)  # towards zero
+        return pc.if_else(pc.less(numbers, pc.multiply(seconds, parts)), pc.subtract(seconds, pa.scalar(1, kind)), seconds)
     if pa.types.is_floating(column.type):
         return pc.floor(pc.divide(column.cast(pa.float64()), float(divisor)))
     if not pa.types.is_string(column.type):

@@ -25,7 +25,7 @@ _BATCH_BYTES = 64 << 20
 _HEADER_BYTES = 1 << 20
 _HEADER_LINES = 1000
 _HEADER_LINES_BYTES = 8 << 20
-_SEPARATOR = "::"
+_UNIT_SEPARATOR = "\x1f"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -65,33 +65,47 @@ def _read_delimited(storage: Storage, uri: str, columns: list[str]) -> Iterator[
     else:
         names = columns
         parsing = arrow_csv.ParseOptions(newlines_in_values=True)
-    converting = arrow_csv.ConvertOptions(
-        include_columns=names, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
-    )
     reading = arrow_csv.ReadOptions(use_threads=False, block_size=MAX_LINE_BYTES)
-    with _open_stream(storage, uri) as stream, arrow_csv.open_csv(stream, reading, parsing, converting) as reader:
+    with _open_stream(storage, uri) as stream, arrow_csv.open_csv(stream, reading, parsing, _as_text(names)) as reader:
         for batch in reader:
             yield pa.Table.from_batches([batch]).rename_columns(columns)
 
 
+def _as_text(names: list[str]) -> arrow_csv.ConvertOptions:
+    types = dict.fromkeys(names, pa.string())
+    return arrow_csv.ConvertOptions(include_columns=names, column_types=types, strings_can_be_null=True, null_values=[""])
+
+
 def _read_movielens(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    names = movielens_columns(uri)
-    positions = [names.index(column) for column in columns]
+    """Read `::`-separated lines: Arrow knows separators of one byte alone, so each becomes one that no text has."""
+    names = list(movielens_columns(uri))
+    parsing = arrow_csv.ParseOptions(delimiter=_UNIT_SEPARATOR, quote_char=False, double_quote=False, escape_char=False)
     with _open_stream(storage, uri) as stream:
         for first, lines in _batches(uri, stream):
-            rows = [_decoded(line).split(_SEPARATOR) for line in lines]
-            for number, row in enumerate(rows, start=first):
-                if len(row) != len(names):
-                    raise UserError(f"{uri}: line {number} has {len(row)} fields; {_SEPARATOR.join(names)} has {len(names)}")
-            yield _text_table(columns, [[row[position] or None for row in rows] for position in positions])
+            for number, line in enumerate(lines, start=first):
+                if line.count(b"::") != len(names) - 1:
+                    raise UserError(f"{uri}: line {number} has {line.count(b'::') + 1} fields; {'::'.join(names)} has {len(names)}")
+            content = _in_utf8(lines).replace(b"::", _UNIT_SEPARATOR.encode())
+            reading = arrow_csv.ReadOptions(use_threads=False, column_names=names, block_size=len(content) + 1)
+            yield arrow_csv.read_csv(io.BytesIO(content), reading, parsing, _as_text(columns))
 
 
-def _decoded(line: bytes) -> str:
-    """Read a line of MovieLens, which is in Latin-1 in the older editions and in UTF-8 in the newer."""
+def _in_utf8(lines: list[bytes]) -> bytes:
+    """Join lines of MovieLens, which are in Latin-1 in the older editions and in UTF-8 in the newer."""
+    content = b"".join(lines)
     try:
-        return line.rstrip(b"\r\n").decode()
+        content.decode()
     except UnicodeDecodeError:
-        return line.rstrip(b"\r\n").decode("latin-1")
+        return b"".join(_line_in_utf8(line) for line in lines)
+    return content
+
+
+def _line_in_utf8(line: bytes) -> bytes:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1").encode()
+    return line
 
 
 def _read_jsonl(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
@@ -99,10 +113,6 @@ def _read_jsonl(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.T
         for first, lines in _batches(uri, stream):
             rows = [[row.get(column) for column in columns] for row in _json_rows(uri, lines, first)]
             yield pa.table([_json_array([row[index] for row in rows]) for index in range(len(columns))], columns)
-
-
-def _text_table(columns: list[str], values: list[list[str | None]]) -> pa.Table:
-    return pa.table([pa.array(of_column, pa.string()) for of_column in values], columns)
 
 
 def _json_array(values: list[Any]) -> pa.Array:
