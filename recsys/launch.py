@@ -66,6 +66,7 @@ def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         "samples_seen": state.samples_seen,
         "seconds": round(time.monotonic() - begin, 2),
         "samples_per_second": round(state.samples_seen / max(state.train_seconds, 1e-9), 1),
+        "data_wait": round(state.data_wait_seconds / max(state.train_seconds, 1e-9), 4),
         "validation": {config.evaluation.metric: state.best_metric},
     }
 

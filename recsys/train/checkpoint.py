@@ -63,6 +63,7 @@ class TrainingState(BaseModel):
     step_in_epoch: int = 0
     samples_seen: int = 0
     train_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
     epochs_without_improvement: int = 0

@@ -70,7 +70,7 @@ class Trainer:
                 rate_factor = learning_rate_factor(config, state.step, self.total_steps)
                 self.engine.set_learning_rate(rate_factor)
                 losses = self._step(batches)
-                num_samples = self._count_step(time.monotonic() - waiting_since)
+                num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
                 if self.progress:
                     self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
                 if state.step >= self.total_steps:
@@ -109,13 +109,14 @@ class Trainer:
         self.reporter.step(self.state.step, result, batches)
         return result
 
-    def _count_step(self, seconds: float) -> int:
+    def _count_step(self, seconds: float, wait_seconds: float) -> int:
         state, plan = self.state, self.reader.plan(self.state.epoch)
         num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
         state.step += 1
         state.step_in_epoch += 1
         state.samples_seen += num_samples
         state.train_seconds += seconds
+        state.data_wait_seconds += wait_seconds
         return num_samples
 
     def _validate(self) -> dict[str, float]:
