@@ -129,6 +129,8 @@ def test_tokens_are_made_once_and_equal_those_of_the_tokenizer(dataset: Dataset,
     assert tokens.shape == (41, 16)
     torch.testing.assert_close(lengths.long(), mask.sum(1))
     torch.testing.assert_close(tokens[:, : whole.shape[1]].long(), whole)
+    assert whole.shape[1] < 16
+    assert bool((tokens[:, whole.shape[1] :] == load_tokenizer(folder).pad_token_id).all())
     monkeypatch.setattr(catalogue_text, "load_tokenizer", lambda *_: pytest.fail("tokenized again"))
     again, _ = catalogue_tokens(folder, TEXT, features, dataset, scratch)
     torch.testing.assert_close(again, tokens)
