@@ -9,7 +9,8 @@ from recsys.command import run_verb
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import find_dataset, prepare
-from recsys.storage import Storage
+from recsys.data.report.page import REPORT_NAME
+from recsys.storage import Storage, join
 
 
 def prepare_data(config: Config) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def describe(dataset: Dataset, is_skipped: bool, seconds: float) -> dict[str, An
     num_before = Dataset.open(dataset.storage, dataset.sibling(manifest.base)).manifest.num_interactions if manifest.base else 0
     return {
         "dataset": dataset.uri,
+        "report": join(dataset.uri, REPORT_NAME),
         "version": manifest.version,
         "base": manifest.base,
         "fingerprint": manifest.fingerprint,

@@ -17,6 +17,7 @@ run that trains on an older version goes on there. Versions form a tree: any ver
   interactions were trained on and who then gets a third has the second held out after all: these are counted as "trained_then_held_out".
 - The users shards of the day have the whole rows of its active users alone, with new attributes where the day's users table has them.
   The catalogue shards have new and changed items alone. `rejected` and `noticed` count the day.
+- Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
 """
 
 from collections import Counter
@@ -31,6 +32,7 @@ from recsys.data.append_catalogue import changed_items
 from recsys.data.append_tasks import KNOWN_INDEX_NAME, AppendTask, append_shards, merge_day
 from recsys.data.identity import content_config, dataset_uri, find_inputs, identify_inputs
 from recsys.data.manifest import Dataset, DatasetManifest, Shard
+from recsys.data.measuring import measure_version, write_report
 from recsys.data.partitions import Job
 from recsys.data.passes import (
     number_items,
@@ -90,26 +92,28 @@ def append(config: Config, storage: Storage) -> Dataset:
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items, kinds)
     noticed += sum_counts(shards, "noticed") + catalogue.noticed + Counter(unknown_item=num_without_entry)
-    return publish(
-        job,
-        _extend(
-            base,
-            inputs=identify_inputs(config.data, storage),
-            data_config={**base.manifest.data_config, **content_config(config.data)},
-            num_users=int(first_users[-1]),
-            num_items=len(ids),
-            num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged),
-            num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
-            rejected=present(rejected + Counter(item_rejects)),
-            noticed=present(noticed),
-            items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + num_without_entry,
-            category_vocabulary=catalogue.category_vocabulary,
-            train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
-            users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
-            catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
-            count_shards=write_shards_of(job, "counts", _added_counts(job, len(ids))),
-        ),
+    measured = measure_version(job, base, shards, len(ids))
+    manifest = _extend(
+        base,
+        inputs=identify_inputs(config.data, storage),
+        data_config={**base.manifest.data_config, **content_config(config.data)},
+        num_users=int(first_users[-1]),
+        num_items=len(ids),
+        num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged),
+        num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
+        rejected=present(rejected + Counter(item_rejects)),
+        noticed=present(noticed),
+        items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + num_without_entry,
+        category_vocabulary=catalogue.category_vocabulary,
+        train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
+        users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
+        catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
+        count_shards=write_shards_of(job, "counts", _added_counts(job, len(ids))),
+        user_statistics_shards=measured.user_shards,
+        item_statistics_shards=measured.item_shards,
     )
+    write_report(job, manifest, measured)
+    return publish(job, manifest)
 
 
 def _extend(base: Dataset, **changed: Any) -> DatasetManifest:

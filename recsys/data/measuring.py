@@ -1,7 +1,7 @@
-"""The pass over written shards that statistics and the report come from: a task per partition, and what joins them."""
+"""The passes over written shards that statistics and the report come from: a task per partition, and what joins them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.config import DataConfig
-from recsys.data.manifest import DatasetManifest, Shard
+from recsys.data.manifest import Dataset, DatasetManifest, last_rows
 from recsys.data.partitions import Job, write_shard
 from recsys.data.passes import run_pass, write_shards_of
 from recsys.data.report.counts import Limits, count_partition, merge_counts
@@ -26,11 +26,11 @@ Outcome = dict[str, Any]
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """One partition's part in measuring: its shards, and what all partitions have in common."""
+    """One partition's part in measuring: its shards' addresses, oldest version first, and what all partitions have in common."""
 
     partition: int
-    users: tuple[Shard, ...]
-    train: tuple[Shard, ...]
+    users: tuple[str, ...]
+    train: tuple[str, ...]
     num_kinds: int
     limits: Limits
 
@@ -49,10 +49,43 @@ class Measured:
 def measure(job: Job, written: Sequence[Outcome], num_kinds: int, num_items: int) -> Measured:
     """Measure the shards that each partition has written; call it with Ray initialised."""
     limits = Limits.merge([Limits(**outcome["limits"]) for outcome in written])
-    tasks = [
-        MeasureTask(number, _shards(outcome["users"]), _shards(outcome["train"]), num_kinds, limits)
-        for number, outcome in enumerate(written)
-    ]
+    users, train = ([_written(job, outcome, name) for outcome in written] for name in ("users", "train"))
+    return _measure(job, users, train, limits, num_kinds, num_items)
+
+
+def measure_version(job: Job, base: Dataset, written: Sequence[Outcome], num_items: int) -> Measured:
+    """Measure an appended version whole: the shards that each partition has written, and those of the versions before."""
+    users, train = (
+        [_inherited(base, name, number) + _written(job, outcome, name) for number, outcome in enumerate(written)]
+        for name in ("users", "train")
+    )
+    found = run_pass(job, "limits", partial(_find_limits, job), users)
+    limits = Limits.merge([Limits(**outcome["limits"]) for outcome in found])
+    return _measure(job, users, train, limits, len(base.manifest.event_kinds), num_items)
+
+
+def _written(job: Job, outcome: Outcome, name: str) -> tuple[str, ...]:
+    return (join(job.uri, outcome[name]["path"]),) if outcome[name] else ()
+
+
+def _inherited(base: Dataset, name: str, partition: int) -> tuple[str, ...]:
+    """Find one partition's shards of the older versions; every version names its shards by partition."""
+    shards = base.manifest.users_shards if name == "users" else base.manifest.train_shards
+    path = f"{name}/{partition:05d}.parquet"
+    return tuple(join(base.sibling(shard.dataset or base.name), shard.path) for shard in shards if shard.path == path)
+
+
+def _find_limits(job: Job, users: tuple[str, ...]) -> Outcome:
+    table = _read(job, users, _SEQUENCE_COLUMNS)
+    histories = Histories.from_users(last_rows(table, "user_index")) if table is not None else None
+    limits = Limits.of(histories, job.has_time) if histories is not None else Limits(None, None, None)
+    return {"rows": 0 if histories is None else len(histories.items), "limits": asdict(limits)}
+
+
+def _measure(
+    job: Job, users: Sequence[tuple[str, ...]], train: Sequence[tuple[str, ...]], limits: Limits, num_kinds: int, num_items: int
+) -> Measured:
+    tasks = [MeasureTask(number, *shards, num_kinds, limits) for number, shards in enumerate(zip(users, train, strict=True))]
     measured = run_pass(job, "statistics", partial(measure_partition, job), tasks)
     occupied = [number for number, outcome in enumerate(measured) if outcome["rows"]]
     items = join_item_statistics(job, occupied, num_items, train_span(limits, job.data))
@@ -63,10 +96,6 @@ def measure(job: Job, written: Sequence[Outcome], num_kinds: int, num_items: int
         merge_counts([outcome["counts"] for outcome in measured]),
         limits,
     )
-
-
-def _shards(written: Outcome | None) -> tuple[Shard, ...]:
-    return (Shard.model_validate(written),) if written else ()
 
 
 def write_report(job: Job, manifest: DatasetManifest, measured: Measured) -> None:
@@ -88,7 +117,7 @@ def measure_partition(job: Job, task: MeasureTask) -> Outcome:
     users = _read(job, task.users, _SEQUENCE_COLUMNS)
     if users is None:
         return {"rows": 0, "user_statistics": None, "counts": {}}
-    histories = Histories.from_users(users)
+    histories = Histories.from_users(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
     write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
@@ -100,8 +129,8 @@ def measure_partition(job: Job, task: MeasureTask) -> Outcome:
     }
 
 
-def _read(job: Job, shards: Sequence[Shard], columns: list[str]) -> pa.Table | None:
-    tables = [read_table(job.storage, join(job.uri, shard.path), columns) for shard in shards]
+def _read(job: Job, shards: Sequence[str], columns: list[str]) -> pa.Table | None:
+    tables = [read_table(job.storage, uri, columns) for uri in shards]
     return pa.concat_tables(tables) if tables else None
 
 

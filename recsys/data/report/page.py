@@ -216,8 +216,9 @@ def _median_item(train_counts: Integers) -> int:
 
 
 def _cleaning(manifest: DatasetManifest) -> list[str]:
-    dropped = "Rows that are not in the dataset, each under the first rule that it breaks."
-    kept = "Nothing was dropped for these; a number that surprises is worth a look at the source."
+    of = " Of the events that this version appended." if manifest.base else ""
+    dropped = f"Rows that are not in the dataset, each under the first rule that it breaks.{of}"
+    kept = "Nothing was dropped for these; a number that surprises is worth a look at the source." + of
     return [
         _bars("rejected", "Rejected rows by reason", dropped, manifest.rejected, "rows", "No row was rejected."),
         _bars("noticed", "Kept, but odd", kept, manifest.noticed, "cases", "Nothing odd was found."),
