@@ -133,7 +133,7 @@ def _added_counts(job: Job, num_items: int) -> pa.Table:
 
 
 def _open_base(config: Config, storage: Storage) -> Dataset:
-    base = Dataset.open(storage, config.data.base)
+    base = Dataset.open(storage, config.data.base, "data.base")
     folder = storage.uri("datasets")
     if base.uri.rpartition("/")[0] != folder:
         raise UserError(f"data.base = {base.uri}: versions lie beside one another; it must be a dataset in {folder}")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from recsys.config import Config, DataConfig
 from recsys.data.input_files import event_columns, find_files, find_in_folder
+from recsys.data.manifest import FORMAT_VERSION
 from recsys.data.pseudonyms import PSEUDONYM_KEY, key_identity
 from recsys.data.sandbox import run_limited
 from recsys.data.synthetic import GENERATOR_VERSION
@@ -17,7 +18,6 @@ from recsys.errors import UserError
 from recsys.schema import POSITION, TIMESTAMP
 from recsys.storage import ObjectInfo, Storage
 
-FORMAT_VERSION = 2
 ROLES = ("events", "items", "users")
 _PLACES = {"dataset", "base", "folder", *ROLES}
 _PARTITION_EVENTS = 350_000

@@ -4,12 +4,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recsys.config import Config
 from recsys.errors import UserError
@@ -17,6 +17,9 @@ from recsys.schema import Task
 from recsys.storage import Storage, join
 
 MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION: Final = 3
+"""Goes up whenever the same input and config would give another dataset."""
+
 USER_INDEX = "user_index"
 
 
@@ -54,7 +57,7 @@ class DatasetManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = FORMAT_VERSION
     fingerprint: str
     version: int = 1
     base: str = ""
@@ -116,17 +119,27 @@ class Dataset:
         return type(self), (self.storage, self.uri, self.manifest)  # tables that were read stay behind
 
     @classmethod
-    def open(cls, storage: Storage, uri: str) -> "Dataset":
-        """Read a dataset's manifest.
+    def open(cls, storage: Storage, uri: str, key: str = "data.dataset") -> "Dataset":
+        """Read a dataset's manifest; `key` is the config's for its address.
 
         Raises:
-            UserError: there is no dataset at `uri`.
+            UserError: there is no dataset at `uri`, or it is of another format.
         """
         if not uri:
-            raise UserError("data.dataset: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
+            raise UserError(f"{key}: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
         if not storage.exists(join(uri, MANIFEST_NAME)):
-            raise UserError(f"data.dataset = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
-        return cls(storage, uri.rstrip("/"), DatasetManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME))))
+            raise UserError(f"{key} = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
+        text = storage.read_bytes(join(uri, MANIFEST_NAME))
+        try:
+            manifest = DatasetManifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise UserError(
+                f"{join(uri, MANIFEST_NAME)}: is no manifest of format {FORMAT_VERSION} ({where}: {first['msg']}); "
+                "run python -m jobs.prepare_data again"
+            ) from None
+        return cls(storage, uri.rstrip("/"), manifest)
 
     @property
     def name(self) -> str:

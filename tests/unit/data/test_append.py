@@ -170,7 +170,7 @@ def test_under_a_time_split_what_comes_late_behind_held_out_interactions_is_held
         (["data.cleaning.min_value=2"], SECOND, r"data\.cleaning\.min_value = 2\.0: the base dataset was made with None"),
         ([], [("ann", "i1", 90, "purchase", "")], "event kind 'purchase', which the base dataset has not; it has view, click"),
         ([], FIRST, "no interaction is left; rejected: {'known': 6}"),
-        (["data.base=/nowhere"], SECOND, "data.dataset = /nowhere: has no manifest.json"),
+        (["data.base=/nowhere"], SECOND, "data.base = /nowhere: has no manifest.json"),
     ],
 )
 def test_what_a_base_does_not_allow_is_refused_in_one_line(tmp_path: Path, overrides: list[str], events: list[Event], message: str) -> None:
