@@ -45,9 +45,9 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, caplog
             progress.add(1000)
             progress.add(500)
         shown = ""
-        while "2/2" not in shown:  # it arrives when the kernel gets to it
+        while "1,500 rows" not in shown:  # it arrives when the kernel gets to it
             shown += os.read(reader, 10_000).decode()
     os.close(reader)
     assert "shards: 100%" in shown
-    assert "1,500 rows" in shown
+    assert "2/2" in shown
     assert not caplog.messages
