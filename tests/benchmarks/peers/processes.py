@@ -1,0 +1,156 @@
+"""Starting peers as processes, talking to them, killing them, and counting what their ledgers say."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+OWN_ENVIRONMENT = ("huggingface", "mosaicml")
+"""Peers that live in an environment of their own: their requirements do not agree with the project's pins."""
+
+START_SECONDS = 120
+STEP_SECONDS = 0.002
+EVERY_STEPS = 20
+
+
+def make_environment(folder: Path) -> Path:
+    """Make the peers' virtual environment, if it is not there; return its interpreter."""
+    python = folder / "venv" / "bin" / "python"
+    if not (folder / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        for arguments in (["torch==2.13.0"], ["--requirement", str(REQUIREMENTS)]):
+            subprocess.run([*pip, *arguments], check=True, stdout=sys.stderr)
+        (folder / "installed").touch()
+    return python
+
+
+def run_module(python: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a module of this folder; what it says on stderr goes to nowhere but a failure's message."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(
+        [str(python), "-m", f"tests.benchmarks.peers.{module}", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if not os.environ.get("RECSYS_BENCH_DEBUG") else None,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Read lines until the next answer."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ANSWER "):
+            return dict(json.loads(line.removeprefix("ANSWER ")))
+    raise RuntimeError(f"{process.args} ended with {process.wait()}; RECSYS_BENCH_DEBUG=1 shows what it said")
+
+
+@contextmanager
+def serving(python: Path, peer: str, options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Keep a peer running that reads when `ask` asks."""
+    process = run_module(python, "serving", peer, json.dumps({**options, "task": "serve"}))
+    try:
+        answer_of(process)
+        yield process
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def ask(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
+    """Let a peer read once."""
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    return answer_of(process)
+
+
+def run_task(python: Path, peer: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Run one task of a peer in a process of its own."""
+    process = run_module(python, "serving", peer, json.dumps(options))
+    try:
+        return answer_of(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_and_count(python: Path, peer: str, options: dict[str, Any], folder: Path, num_steps: int, num_kills: int) -> dict[str, int]:
+    """Let a peer read an epoch in which it is killed at random moments, and count rows against the epoch."""
+    ledger = folder / f"{peer}.ledger"
+    settings = {
+        "task": "ledger",
+        "ledger": str(ledger),
+        "position": str(folder / f"{peer}.position"),
+        "num_steps": num_steps,
+        "every_steps": EVERY_STEPS,
+        "step_seconds": STEP_SECONDS,
+    }
+    moments = sorted(random.Random(0).sample(range(EVERY_STEPS, num_steps - 1), num_kills))
+    for moment in [*moments, None]:
+        process = run_module(python, "serving", peer, json.dumps({**options, **settings}))
+        _wait_until(process, ledger, moment)
+        process.kill()
+        process.wait()
+    return count_ledger(ledger.read_text(), options["num_rows"])
+
+
+def _wait_until(process: subprocess.Popen[str], ledger: Path, step: int | None) -> None:
+    """Wait until a process has taken a step, or has ended."""
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None:
+        last = _last_line(ledger)
+        if step is not None and last and last[0].isdigit() and int(last.split()[0]) >= step:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{process.args} did not come to step {step}")
+        time.sleep(0.001)
+    if step is not None or _last_line(ledger) != "end":
+        raise RuntimeError(f"{process.args} ended with {process.returncode}; RECSYS_BENCH_DEBUG=1 shows what it said")
+
+
+def _last_line(ledger: Path) -> str:
+    if not ledger.exists():
+        return ""
+    with ledger.open("rb") as file:
+        file.seek(max(0, ledger.stat().st_size - 4096))
+        lines = file.read().decode().split("\n")
+    return lines[-2] if len(lines) > 1 else ""
+
+
+def count_ledger(text: str, num_rows: int) -> dict[str, int]:
+    """Count rows that were lost and repeated in one epoch, and steps done twice.
+
+    Steps behind the position at which a process went on are rolled back: the training's own checkpoint is from there.
+    """
+    kept: dict[int, list[str]] = {}
+    num_redone = 0
+    for line in text.split("\n")[:-1]:
+        word, *rest = line.split()
+        if word == "resume":
+            rolled_back = [step for step in kept if step >= int(rest[0])]
+            num_redone += len(rolled_back)
+            for step in rolled_back:
+                del kept[step]
+        elif word != "end":
+            kept[int(word)] = rest
+    seen = Counter(row for rows in kept.values() for row in rows)
+    return {"lost": num_rows - len(seen), "repeated": seen.total() - len(seen), "steps_redone": num_redone}
