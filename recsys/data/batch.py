@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recsys.data.manifest import DatasetManifest
-from recsys.data.rows import Rows, record_type
+from recsys.data.rows import Rows, gap_buckets
 from recsys.schema import PADDING_ITEM
 
 
@@ -77,12 +77,13 @@ class Collator:
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor) -> Batch:
         """Build a micro batch; no rows give one row of padding, so that every rank runs every step. A column not read is zeros."""
         if len(rows) == 0:
-            rows = Rows(np.array([-1]), np.array([2], np.int32), np.array([0, 2]), np.zeros(2, record_type(["items"])))
-        records, is_real = rows.pad()
-        columns = {name: torch.from_numpy(records[name]) for name in records.dtype.names or ()}
-        mask, sequence = torch.from_numpy(is_real), columns["items"]
-        zeros = torch.zeros(mask.shape, dtype=torch.long)
-        events, values, gaps = (columns.get(name, zeros) for name in ("events", "values", "gaps"))
+            rows = Rows(np.array([-1]), np.array([2], np.int32), np.array([0]), np.array([2]), {"items": np.zeros(2, np.int32)})
+        columns, is_real = rows.pad()
+        zeros = np.zeros(is_real.shape, np.int64)
+        mask, sequence = torch.from_numpy(is_real), torch.from_numpy(columns["items"])
+        events, values = (torch.from_numpy(columns.get(name, zeros)) for name in ("events", "values"))
+        timestamps = columns.get("timestamps", zeros)
+        gaps = torch.from_numpy(gap_buckets(np.diff(timestamps, axis=1, prepend=timestamps[:, :1])))
         first_target = torch.tensor(rows.first_target)
         is_target = mask[:, 1:] & (torch.arange(1, mask.shape[1]) >= first_target[:, None])  # (B, L)
         labels, label_mask = task_labels(self.manifest, events[:, 1:], values[:, 1:])

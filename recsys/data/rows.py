@@ -1,6 +1,6 @@
 """Rows of the training shards as flat arrays: sequences of unlike length end to end; no files and no tensors here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +10,21 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 NUM_GAP_BUCKETS = 32
-_FIELD_TYPES = {"items": np.int32, "values": np.float32, "events": np.int8, "gaps": np.int8}
-_SOURCES = {"items": "items", "values": "values", "events": "events", "gaps": "timestamps"}
+SEQUENCES = ("items", "events", "timestamps", "values")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """R samples. Row r's interactions are `interactions[offsets[r]:offsets[r + 1]]`, oldest first.
+    """R samples. Row r's interactions are `flat[name][starts[r]:starts[r] + lengths[r]]` of each sequence column that was read.
 
-    An interaction is a record of the columns that were read: `items` (catalogue index), `values` (NaN: none), `events` (kind, from 0),
-    `gaps` (bucket of the time since the interaction before). Records, since one gather then moves all of them.
+    Oldest first. Rows may lie anywhere in the flat arrays, so that choosing and reordering them moves no interaction.
     """
 
     sample_ids: Integers  # (R,)
     first_target: NDArray[np.int32]  # (R,)
-    offsets: NDArray[np.integer[Any]]  # (R + 1,)
-    interactions: NDArray[np.void]
+    starts: NDArray[np.integer[Any]]  # (R,)
+    lengths: NDArray[np.integer[Any]]  # (R,)
+    flat: Mapping[str, NDArray[Any]]
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -33,85 +32,68 @@ class Rows:
     @property
     def num_bytes(self) -> int:
         """Memory of the interactions."""
-        return int(self.offsets[-1] - self.offsets[0]) * self.interactions.itemsize
-
-    @property
-    def plain(self) -> NDArray[np.void]:
-        """The interactions without their fields, so that NumPy moves them whole."""
-        return self.interactions.view(f"V{self.interactions.itemsize}")
+        return int(self.lengths.sum()) * sum(column.itemsize for column in self.flat.values())
 
     @classmethod
     def from_table(cls, table: pa.Table, sample_ids: Integers) -> "Rows":
-        """Copy a table of `first_target` and some of the sequence columns (TRAIN_SCHEMA), which has rows and no nulls."""
+        """View a table of `first_target` and some of the sequence columns (TRAIN_SCHEMA), which has rows and no nulls."""
         table = table.combine_chunks()
-        lists = {name: table[source].chunk(0) for name, source in _SOURCES.items() if source in table.column_names}
+        lists = {name: table[name].chunk(0) for name in SEQUENCES if name in table.column_names}
         offsets = lists["items"].offsets.to_numpy()
-        interactions = np.empty(offsets[-1] - offsets[0], record_type(lists))
-        offsets = offsets - offsets[0]
-        for name, column in lists.items():
-            values = column.flatten().to_numpy(zero_copy_only=False)
-            interactions[name] = gap_buckets(_gaps(values, offsets)) if name == "gaps" else values
-        return cls(sample_ids, table["first_target"].to_numpy(), offsets, interactions)
+        flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
+        return cls(sample_ids, table["first_target"].to_numpy(), offsets[:-1] - offsets[0], np.diff(offsets), flat)
 
     @classmethod
     def join(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Put parts with the same columns end to end."""
+        """Put parts with the same columns end to end; the rows of each must lie so already."""
         if len(parts) == 1:
             return parts[0]
-        spans = [(int(part.offsets[0]), int(part.offsets[-1])) for part in parts]
-        shifts = np.cumsum([0, *(stop - start for start, stop in spans)])
-        offsets = [part.offsets[:-1] + (shift - start) for part, (start, _), shift in zip(parts, spans, shifts, strict=False)]
+        spans = [(int(part.starts[0]), int(part.starts[-1] + part.lengths[-1])) for part in parts]
+        shifts = np.cumsum([0, *(stop - start for start, stop in spans[:-1])])
+        starts = [part.starts + (shift - start) for part, (start, _), shift in zip(parts, spans, shifts, strict=True)]
+        pieces = {name: [part.flat[name][slice(*span)] for part, span in zip(parts, spans, strict=True)] for name in parts[0].flat}
         return cls(
             np.concatenate([part.sample_ids for part in parts]),
             np.concatenate([part.first_target for part in parts]),
-            np.concatenate([*offsets, shifts[-1:]]),
-            np.concatenate([part.plain[start:stop] for part, (start, stop) in zip(parts, spans, strict=True)]).view(
-                parts[0].interactions.dtype
-            ),
+            np.concatenate(starts),
+            np.concatenate([part.lengths for part in parts]),
+            {name: np.concatenate(columns) for name, columns in pieces.items()},
         )
 
     def slice(self, start: int, stop: int) -> "Rows":
         """View the rows from `start` to `stop`."""
-        return Rows(self.sample_ids[start:stop], self.first_target[start:stop], self.offsets[start : stop + 1], self.interactions)
+        here = slice(start, stop)
+        return Rows(self.sample_ids[here], self.first_target[here], self.starts[here], self.lengths[here], self.flat)
 
     def take(self, rows: Integers) -> "Rows":
-        """Return the rows asked for, in that order: a view where they follow each other, else a copy."""
-        if len(rows) and (np.diff(rows) == 1).all():
-            return self.slice(rows[0], rows[-1] + 1)
-        begins = self.offsets[rows].astype(np.int64)
-        lengths = self.offsets[rows + 1] - begins
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        places = np.arange(offsets[-1])
-        places += np.repeat(begins - offsets[:-1], lengths)
-        taken = self.plain.take(places, mode="clip")  # nothing is clipped: it spares a pass of checking
-        return Rows(self.sample_ids[rows], self.first_target[rows], offsets, taken.view(self.interactions.dtype))
+        """View the rows asked for, in that order."""
+        return Rows(self.sample_ids[rows], self.first_target[rows], self.starts[rows], self.lengths[rows], self.flat)
 
-    def pad(self) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
-        """Lay the interactions out as a zero-padded rectangle (R, L) of records, aligned left, with the mask of what is real."""
-        lengths = np.diff(self.offsets)
-        columns = np.arange(lengths.max(initial=0))
-        mask = columns < lengths[:, None]
-        rectangle = np.zeros(mask.shape, self.interactions.dtype)
-        rectangle[mask] = self.interactions[self.offsets[0] : self.offsets[-1]]
-        return rectangle, mask
+    def compact(self) -> "Rows":
+        """Copy the interactions, so that the rows lie end to end in their order."""
+        places, starts = self._places()
+        flat = {name: column.take(places, mode="clip") for name, column in self.flat.items()}  # clip spares a pass of checking
+        return Rows(self.sample_ids, self.first_target, starts, self.lengths, flat)
 
+    def pad(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+        """Lay the sequence columns out as zero-padded rectangles (R, L), aligned left, with the mask of what is real."""
+        mask = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
+        places, _ = self._places()
+        rectangles = {name: np.zeros(mask.shape, column.dtype) for name, column in self.flat.items()}
+        for name, rectangle in rectangles.items():
+            rectangle[mask] = self.flat[name].take(places, mode="clip")
+        return rectangles, mask
 
-def record_type(names: Sequence[str] | dict[str, Any]) -> np.dtype[np.void]:
-    """Return the type of an interaction; its size is a power of two, which NumPy gathers fastest."""
-    fields = {name: np.dtype(kind) for name, kind in _FIELD_TYPES.items() if name in names}
-    offsets = np.cumsum([0, *(kind.itemsize for kind in fields.values())]).tolist()
-    size = 1 << (offsets.pop() - 1).bit_length()
-    return np.dtype({"names": list(fields), "formats": list(fields.values()), "offsets": offsets, "itemsize": size})
+    def _places(self) -> tuple[Integers, Integers]:
+        """Where all interactions lie, row after row, and where each row begins among them."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        starts = ends - self.lengths
+        places = np.arange(ends[-1] if len(ends) else 0)
+        places += np.repeat(self.starts - starts, self.lengths)
+        return places, starts
 
 
 def gap_buckets(gaps: NDArray[np.int64]) -> NDArray[np.int8]:
     """Bucket seconds between interactions: floor(log2(1 + gap)), capped; a step back counts as no time."""
     _, exponents = np.frexp(np.maximum(gaps, 0) + 1.0)
     return np.minimum(exponents - 1, NUM_GAP_BUCKETS - 1).astype(np.int8)
-
-
-def _gaps(timestamps: NDArray[np.int64], offsets: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    gaps = np.diff(timestamps, prepend=0)
-    gaps[offsets[:-1]] = 0
-    return gaps

@@ -99,7 +99,7 @@ class WindowLoader:
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         table = pa.concat_tables([self._groups.read(*span) for span in spans])
         rows = Rows.from_table(table, self._plan.line_ids(window))
-        return rows.take(self._plan.shuffle(window))
+        return rows.take(self._plan.shuffle(window)).compact() if self._plan.window else rows
 
     def _in_order_of_need(self, numbers: Indices) -> Iterator[Window]:
         """Give the windows from the first place of each stream on, by the number of the sample that needs them first."""
