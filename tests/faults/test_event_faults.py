@@ -93,7 +93,7 @@ def test_times_out_of_order_are_sorted_and_those_out_of_range_go(tmp_path: Path)
 
 
 def test_positions_have_no_range_and_no_minutes(tmp_path: Path) -> None:
-    events = [(user, item, place - 5000, value) for user, item, place, value in PLAIN]
+    events = [(user, item, time // 100 - 5000, value) for user, item, time, value in PLAIN]
     rules = ["data.cleaning.min_time=0", "data.cleaning.max_time=10", "data.cleaning.max_events_per_minute=1"]
     dataset = prepared(tmp_path, events, *rules, order="position")
     assert dataset.manifest.num_interactions == len(PLAIN)

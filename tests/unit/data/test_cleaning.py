@@ -121,18 +121,18 @@ def test_numbers_that_cannot_be_read_are_null() -> None:
 
 
 def test_each_rule_drops_what_it_names_and_bounds_are_inside() -> None:
-    rules = CleaningConfig(min_value=0.1, max_value=0.7, min_time=10, max_time=20, reject_negative_ids=True)
+    rules = CleaningConfig(min_value=0.7, max_value=0.8, min_time=10, max_time=20, reject_negative_ids=True)
     rows = [
-        ("a", "i", 10, "view", 0.1, 0),
-        ("a", "i", 20, "view", 0.7, 1),
+        ("a", "i", 10, "view", 0.7, 0),
+        ("a", "i", 20, "view", 0.8, 1),
         ("a", "i", 15, "view", None, 2),
-        ("a", "i", 15, "view", 0.09, 3),
-        ("-1", "i", 99, "view", 0.8, 4),
-        ("a", "i", 9, "view", 0.5, 5),
-        ("a", "i", 21, "view", 0.5, 6),
-        ("-1", "i", 15, "view", 0.5, 7),
-        ("a", "-2", 15, "view", 0.5, 8),
-        ("a-1", "--2", 15, "view", 0.5, 9),
+        ("a", "i", 15, "view", 0.69, 3),
+        ("-1", "i", 99, "view", 0.81, 4),
+        ("a", "i", 9, "view", 0.75, 5),
+        ("a", "i", 21, "view", 0.75, 6),
+        ("-1", "i", 15, "view", 0.75, 7),
+        ("a", "-2", 15, "view", 0.75, 8),
+        ("a-1", "--2", 15, "view", 0.75, 9),
     ]
     kept, rejected = apply_rules(clean_events(rows), rules, has_time=True)
     assert kept["input_order"].to_pylist() == [0, 1, 2, 9]
