@@ -26,7 +26,7 @@ hold where the order is a time, not where it is a position."""
 NOTICED = {
     "negative_id": "events whose user or item id is a negative number, as hashes to signed numbers are; they are ids like any other",
     "odd_id": "events whose user or item id holds control characters or broken text, which is shown as U+FFFD",
-    "out_of_order": "events that stand after a later one of the same user in the input; they are sorted",
+    "out_of_order": "events that stand right after a later one of the same user in the input; they are sorted",
     "equal_time": "events at the same time as the one before them of the same user; the input's order decides",
     "late": "appended events that are older than what was known of their user; they are put in their place",
     "trained_then_held_out": "interactions that an older version trained on and an appended one holds out",

@@ -85,7 +85,7 @@ def _figure(name: str, title: str, caption: str, draw: "Callable[[Axes], None] |
 
 
 def _bars(name: str, title: str, caption: str, bars: dict[str, int], unit: str, nothing: str = "") -> str:
-    draw = partial(plots.draw_bars, bars=bars, unit=unit) if bars else nothing
+    draw = partial(plots.draw_bars, bars=bars, unit=unit, has_shares=unit != "cases") if bars else nothing
     return _figure(name, title, caption, draw, plots.bars_height(bars))
 
 

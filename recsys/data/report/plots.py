@@ -142,8 +142,8 @@ def bars_height(bars: dict[str, int]) -> float:
     return 0.75 + 0.4 * min(len(bars), MOST_BARS)
 
 
-def draw_bars(axes: "Axes", bars: dict[str, int], unit: str) -> None:
-    """One horizontal bar per name, with its number; the smallest are joined where there are many."""
+def draw_bars(axes: "Axes", bars: dict[str, int], unit: str, has_shares: bool = True) -> None:
+    """One horizontal bar per name, with its number and its share of all; the smallest are joined where there are many."""
     shown = dict(bars)
     if len(shown) > MOST_BARS:
         largest = sorted(shown, key=lambda name: -shown[name])[: MOST_BARS - 1]
@@ -154,7 +154,8 @@ def draw_bars(axes: "Axes", bars: dict[str, int], unit: str) -> None:
     axes.set_yticks(places, [readable(name) for name in shown], color=INK)
     total = max(1, sum(shown.values()))
     for place, number in zip(places, shown.values(), strict=True):
-        axes.annotate(f"{number:,} ({number / total:.1%})", (number, place), (4, 0), textcoords="offset points", va="center", color=MUTED)
+        label = f"{number:,} ({number / total:.1%})" if has_shares else f"{number:,}"
+        axes.annotate(label, (number, place), (4, 0), textcoords="offset points", va="center", color=MUTED)
     axes.set_xlim(0, max(1, *shown.values()) * 1.5)
     axes.set_ylim(-0.7, len(shown) - 0.3)
     axes.set_xticks([])
