@@ -60,22 +60,24 @@ class MosaicML:
         if position is not None:
             self._loader.load_state_dict(position)
         for made in self._loader:
-            yield as_step(made, form)
+            yield as_step(made["ids"].tolist() if form == "ids" else made, form)
 
     def position(self) -> Any:
         return self._loader.state_dict()
 
 
 class _Collating:
+    """The loader counts a batch by the length of its first entry, so that must be one value per row."""
+
     def __init__(self, form: Form) -> None:
         self._form: Form = form
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Any:
         if self._form == "ids":
-            return [int(sample[ROW_ID]) for sample in samples]
-        arrays = {name: np.concatenate([sample[name] for sample in samples]) for name in SEQUENCES}
+            return {"ids": np.array([sample[ROW_ID] for sample in samples])}
+        arrays = {"first_target": np.array([sample["first_target"] for sample in samples])}
+        arrays |= {name: np.concatenate([sample[name] for sample in samples]) for name in SEQUENCES}
         arrays["offsets"] = np.concatenate([[0], np.cumsum([len(sample["items"]) for sample in samples])])
-        arrays["first_target"] = np.array([sample["first_target"] for sample in samples])
         return padded_tensors(arrays) if self._form == "tensors" else arrays
 
 

@@ -55,7 +55,7 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     for line in process.stdout:
         if line.startswith("ANSWER "):
             return dict(json.loads(line.removeprefix("ANSWER ")))
-    raise RuntimeError(f"{process.args} ended with {process.wait()}; RECSYS_BENCH_DEBUG=1 shows what it said")
+    raise RuntimeError(f"{process.args!r} ended with {process.wait()}; RECSYS_BENCH_DEBUG=1 shows what it said")
 
 
 @contextmanager
@@ -121,10 +121,10 @@ def _wait_until(process: subprocess.Popen[str], ledger: Path, step: int | None) 
         if step is not None and last and last[0].isdigit() and int(last.split()[0]) >= step:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{process.args} did not come to step {step}")
+            raise TimeoutError(f"{process.args!r} did not come to step {step}")
         time.sleep(0.001)
     if step is not None or _last_line(ledger) != "end":
-        raise RuntimeError(f"{process.args} ended with {process.returncode}; RECSYS_BENCH_DEBUG=1 shows what it said")
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}; RECSYS_BENCH_DEBUG=1 shows what it said")
 
 
 def _last_line(ledger: Path) -> str:
