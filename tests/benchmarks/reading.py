@@ -59,7 +59,7 @@ QUICK = Plan(
     row_group_rows=1024,
     settings=(("local", 2, (SHUFFLED, ORDERED)), ("s3", 2, (SHUFFLED,))),
     num_rounds=1,
-    limit_seconds=0.5,
+    limit_seconds=1.0,
     fractions=(0.5,),
     num_kills=1,
 )

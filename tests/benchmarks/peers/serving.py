@@ -96,7 +96,7 @@ def keep_ledger(module: Any, options: dict[str, Any]) -> None:
     """Read one epoch as a training run would: a line per step, the position every some steps; go on where the last process was killed."""
     peer: Peer = module.open_peer(options)
     note = Path(options["position"])
-    noted = json.loads(note.read_text()) if note.exists() else {"num_steps": 0, "position": None}
+    noted: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"num_steps": 0, "position": None}
     ledger = os.open(options["ledger"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(ledger, f"resume {noted['num_steps']}\n".encode())
     numbers = range(noted["num_steps"], options["num_steps"])
