@@ -102,7 +102,7 @@ def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], sc
 
     with TemporaryDirectory() as folder:
         local = Path(folder) / "shard.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema), local, row_group_size=16)
+        pq.write_table(pa.Table.from_pylist(rows, schema), local, row_group_size=16, write_page_checksum=True)
         metadata = pq.read_metadata(local)
         storage.upload(local, join(uri, path))
         groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))

@@ -13,8 +13,8 @@ run that trains on an older version goes on there. Versions form a tree: any ver
   are counted as "late". An event that agrees with a known one in user, item, time and kind is a duplicate.
 - The split rule is applied to the whole sequence. Of it, only the day's interactions that fall into its training part become targets,
   with up to `data.max_history` older ones before them as context. What was held out before and now has newer interactions behind it is
-  context and never a target, so that over all versions an interaction is a target at most once. Under leave_one_out a user whose two
-  interactions were trained on and who then gets a third has the second held out after all: these are counted as "trained_then_held_out".
+  context and never a target, so that over all versions an interaction is a target at most once. What was trained on stays training
+  data: under leave_one_out a user whose two interactions were trained on and who then gets a third has that one for testing alone.
 - The users shards of the day have the whole rows of its active users alone, with new attributes where the day's users table has them.
   The catalogue shards have new and changed items alone. `rejected` and `noticed` count the day.
 - Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recsys.config import Config, DataConfig
+from recsys.config import Config
 from recsys.data.append_catalogue import changed_items
 from recsys.data.append_tasks import KNOWN_INDEX_NAME, AppendTask, append_shards, merge_day
 from recsys.data.identity import content_config, dataset_uri, find_inputs, identify_inputs
@@ -49,6 +49,7 @@ from recsys.data.passes import (
 )
 from recsys.data.pseudonyms import refuse_other_key
 from recsys.data.shuffle import write_table
+from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
 from recsys.storage import Storage
@@ -91,7 +92,7 @@ def append(config: Config, storage: Storage) -> Dataset:
     tasks = [AppendTask(partition, first) for partition, first in enumerate(first_users[:-1].tolist())]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items, kinds)
-    noticed += sum_counts(shards, "noticed") + catalogue.noticed + Counter(unknown_item=num_without_entry)
+    noticed += catalogue.noticed + Counter(unknown_item=num_without_entry)
     measured = measure_version(job, base, shards, len(ids))
     manifest = _extend(
         base,

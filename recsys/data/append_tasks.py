@@ -68,8 +68,10 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     rows_of_day = pc.index_in(user_ids, value_set=day_ids.combine_chunks()).to_numpy()
     day = Sequences(index_events(job, events, base.manifest.event_kinds), day_offsets)
     sequences, num_known = _join(known, day, rows_of_day)
-    num_train, num_validation = split_counts(sequences.columns["timestamps"], sequences.offsets, job.data)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(int(is_new.sum()), np.int64)])
+    by_rule, num_validation = split_counts(sequences.columns["timestamps"], sequences.offsets, job.data)
+    num_train = np.maximum(by_rule, num_trained)  # what was trained on is not held out any more
+    num_validation = by_rule + num_validation - num_train
     first_targets = np.maximum(num_known, 1)
     attributes = pa.concat_arrays([known["attributes"].combine_chunks(), nobodys_attributes(int(is_new.sum()))])
     users = sequences.users_table(
@@ -82,7 +84,6 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
-        "noticed": {"trained_then_held_out": int(np.maximum(num_trained - np.maximum(num_train, 1), 0).sum())},
     }
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config import CleaningConfig
 from recsys.data.formats import INPUT_ORDER
+from recsys.data_config import CleaningConfig
 from recsys.errors import UserError
 from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from recsys.config import Config, DataConfig
+from recsys.config import Config
 from recsys.data.input_files import event_columns, find_files, find_in_folder
 from recsys.data.manifest import FORMAT_VERSION
 from recsys.data.pseudonyms import PSEUDONYM_KEY, key_identity
 from recsys.data.sandbox import run_limited
 from recsys.data.synthetic import GENERATOR_VERSION
+from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.schema import POSITION, TIMESTAMP
 from recsys.storage import ObjectInfo, Storage

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.data.formats import INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
 from recsys.data.layouts import catalogue_kinds, find_column, is_amazon_review, time_divisor
 from recsys.data.sandbox import reading
+from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.schema import EVENT, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
 from recsys.storage import ObjectInfo, Storage

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.data.formats import FilePart, group_parts, plan_parts
 from recsys.data.importers import find_event_columns, import_items
 from recsys.data.layouts import ATOMIC_SUFFIXES, COMMON_SUFFIXES, choose_by_name, is_table
 from recsys.data.sandbox import run_limited
+from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.schema import FeatureKind
 from recsys.storage import ObjectInfo, Storage, fixed_part

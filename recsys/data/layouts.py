@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote
 
-from recsys.config import ColumnsConfig, ItemFeaturesConfig
+from recsys.data_config import ColumnsConfig, ItemFeaturesConfig
 from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID, VALUE, FeatureKind
 
 ATOMIC_SUFFIXES = {"events": ".inter", "items": ".item", "users": ".user"}

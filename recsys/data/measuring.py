@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recsys.config import DataConfig
 from recsys.data.manifest import Dataset, DatasetManifest, last_rows
 from recsys.data.partitions import Job, write_shard
 from recsys.data.passes import run_pass, write_shards_of
@@ -17,6 +16,7 @@ from recsys.data.report.page import REPORT_NAME, Findings, make_report
 from recsys.data.sequences import Integers
 from recsys.data.shuffle import read_table, write_table
 from recsys.data.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.data_config import DataConfig
 from recsys.storage import join
 
 _SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.config import DataConfig
 from recsys.data.cleaning import apply_rules, cast_events, cast_ids, drop_bots, drop_duplicates, notice_ids, notice_order, valid_text
 from recsys.data.formats import INPUT_ORDER, FilePart
 from recsys.data.importers import import_events, import_users
@@ -25,6 +24,7 @@ from recsys.data.sequence_tables import Sequences
 from recsys.data.sequences import Integers, split_counts
 from recsys.data.shuffle import read_partition, read_table, write_pieces, write_table
 from recsys.data.statistics import Histories, Moments
+from recsys.data_config import DataConfig
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
@@ -236,7 +236,7 @@ def write_shard(job: Job, path: str, table: pa.Table) -> dict[str, Any] | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.parquet"
-        pq.write_table(table, local, row_group_size=job.data.row_group_rows)
+        pq.write_table(table, local, row_group_size=job.data.row_group_rows, write_page_checksum=True)
         metadata = pq.read_metadata(local)
         row_groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
         num_bytes, sha256 = local.stat().st_size, sha256_of(local)

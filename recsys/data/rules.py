@@ -29,7 +29,6 @@ NOTICED = {
     "out_of_order": "events that stand right after a later one of the same user in the input; they are sorted",
     "equal_time": "events at the same time as the one before them of the same user; the input's order decides",
     "late": "appended events that are older than what was known of their user; they are put in their place",
-    "trained_then_held_out": "interactions that an older version trained on and an appended one holds out",
     "unknown_item": "items that events name and the catalogue does not list; they have no text and no features",
     "text_cut": "items whose text is cut at 2000 characters",
     "text_unprintable": "items whose text loses control characters or broken text, such as lone surrogates",

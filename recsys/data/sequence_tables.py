@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from recsys.config import DataConfig
 from recsys.data.sequences import Integers, cut_windows, gather_ranges
+from recsys.data_config import DataConfig
 from recsys.schema import TRAIN_SCHEMA, USERS_SCHEMA
 
 COLUMNS = ("items", "events", "timestamps", "values")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from recsys.config import DataConfig
+from recsys.data_config import DataConfig
 
 Integers = npt.NDArray[np.int64]
 

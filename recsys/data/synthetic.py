@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from recsys.config import DataConfig, SyntheticConfig
 from recsys.data.ray_tasks import Record, run_tasks
 from recsys.data.shuffle import write_table
 from recsys.data.synthetic_world import World, build_world, describe_items
+from recsys.data_config import DataConfig, SyntheticConfig
 from recsys.storage import Storage, join
 
 logger = logging.getLogger(__name__)

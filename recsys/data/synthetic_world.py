@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recsys.config import SyntheticConfig
+from recsys.data_config import SyntheticConfig
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

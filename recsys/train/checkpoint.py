@@ -34,6 +34,7 @@ MAY_CHANGE_KEYS = (
     "training.micro_batch_size",
     "data.dataset",
     "data.source",
+    "data.base",
     "data.folder",
     "data.events",
     "data.items",

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import DataConfig
 from recsys.data.formats import FilePart
 from recsys.data.importers import import_events
 from recsys.data.input_files import event_columns, find_files, plan_tasks, read_items
 from recsys.data.partitions import Job, stage_events
 from recsys.data.sandbox import run_limited
+from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
 

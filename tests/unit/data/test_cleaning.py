@@ -6,8 +6,8 @@ from datetime import UTC, date, datetime
 import pyarrow as pa
 import pytest
 
-from recsys.config import CleaningConfig
 from recsys.data.cleaning import apply_rules, cast_events, cast_numbers, drop_bots, drop_duplicates, notice_ids, notice_order, valid_text
+from recsys.data_config import CleaningConfig
 from recsys.errors import UserError
 from recsys.schema import EVENTS_SCHEMA
 

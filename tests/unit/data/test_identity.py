@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import DataConfig
 from recsys.data.identity import choose_num_shards
+from recsys.data_config import DataConfig
 from recsys.storage import ObjectInfo, Storage
 
 

@@ -9,12 +9,12 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.data import formats, text_formats
 from recsys.data.cleaning import cast_events
 from recsys.data.formats import plan_parts
 from recsys.data.importers import find_event_columns, import_events, import_items, import_users
 from recsys.data.input_files import find_files
+from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from recsys.config import DataConfig
 from recsys.data.formats import FilePart, group_parts
 from recsys.data.input_files import event_columns, find_files, find_in_folder, plan_tasks, read_items
+from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
 

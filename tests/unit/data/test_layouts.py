@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.data.cleaning import cast_events
 from recsys.data.formats import plan_parts
 from recsys.data.importers import find_event_columns, import_events, import_items, import_users
 from recsys.data.input_files import find_files, find_in_folder
 from recsys.data.layouts import path_columns
+from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.storage import ObjectInfo, Storage
 

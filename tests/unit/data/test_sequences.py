@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.config import DataConfig
 from recsys.data.sequences import Window, cut_windows, gather_ranges, split_counts
+from recsys.data_config import DataConfig
 
 
 def test_windows_of_a_short_and_a_long_sequence() -> None:

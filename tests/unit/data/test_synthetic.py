@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pyarrow.compute as pc
 
-from recsys.config import SyntheticConfig
 from recsys.data.synthetic import block_users, simulate_block
 from recsys.data.synthetic_world import THEMES, build_world, describe_items, taste_name
+from recsys.data_config import SyntheticConfig
 
 CONFIG = SyntheticConfig(num_users=700, num_items=120, mean_events=20, num_tastes=6)
 
