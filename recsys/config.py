@@ -109,7 +109,7 @@ class TrainingConfig(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
     shuffle_row_groups: Annotated[int, Field(ge=0)] = 2
-    prefetch_bytes: Annotated[int, Field(ge=0)] = 64 << 20
+    prefetch_bytes: Annotated[int, Field(ge=0)] = 16 << 20
     cache_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     max_failures: Annotated[int, Field(ge=0)] = 3
     log_every_seconds: Annotated[float, Field(ge=0)] = 5.0

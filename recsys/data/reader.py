@@ -1,6 +1,8 @@
 """Reads the samples that the plan names, ahead of training and in the plan's order; which ones is decided in `plan.py`."""
 
 import itertools
+import math
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ from recsys.data.shards import RowGroupSource
 from recsys.data.windows import WindowLoader
 
 PREFETCHED_STEPS = 4
-_SPAN_ROWS = 4096
+_SPAN_ROWS = 8192
+_FETCHING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class Reader:
         self._share = share
         self._num_streams = dataset.manifest.num_streams
         self._row_group_sizes = tuple(size for shard in dataset.manifest.train_shards for size in shard.row_groups)
-        is_cached = dataset.storage.is_remote(dataset.uri) and config.training.cache_bytes > 0
+        is_remote = dataset.storage.is_remote(dataset.uri)
+        is_cached = is_remote and config.training.cache_bytes > 0
         cache = DiskCache(Path(config.run.scratch) / "cache", config.training.cache_bytes) if is_cached else None
+        self._num_threads = _FETCHING_THREADS if is_remote else min(_FETCHING_THREADS, _num_cores())
         self._source = RowGroupSource(dataset, wanted_columns(config, dataset.manifest), cache)
         self._collate = Collator(dataset.manifest, takes_whole_catalogue=config.model.loss.kind == "full")
         self._negatives = NegativeSampler(catalogue, config)
@@ -86,13 +91,13 @@ class Reader:
         plan, share = self.plan(epoch), self._share
         first_number = plan.numbers(first_step, first_step + 1, share.rank, share.world_size)[:1]
         touching = first_number + share.world_size * np.arange(plan.num_streams)
-        loader = WindowLoader(plan, self._source, touching, self._config.training.prefetch_bytes)
+        loader = WindowLoader(plan, self._source, touching, self._config.training.prefetch_bytes, self._num_threads)
         end = first_step
         try:
             while (begin := end) < plan.num_steps:
                 end = _span_end(plan, begin, share.world_size)
                 numbers = plan.numbers(begin, end, share.rank, share.world_size)
-                rows = _gather(loader, numbers, plan.num_streams)
+                rows = _gather(loader, numbers, plan.num_streams, share.world_size)
                 bounds = np.searchsorted(numbers, np.arange(begin, end + 1) * plan.global_batch_size)
                 for start, stop in itertools.pairwise(bounds.tolist()):
                     yield rows.slice(start, stop)
@@ -132,6 +137,11 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
     return tuple(name for name, wanted in is_wanted.items() if wanted)
 
 
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
     """Tell up to which step the rows are gathered at once: as many as make the work per step small.
 
@@ -144,12 +154,16 @@ def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
     return min(step + num_steps, plan.num_steps)
 
 
-def _gather(loader: WindowLoader, numbers: Indices, num_streams: int) -> Rows:
-    """Get the rows of some samples, whose numbers in the epoch's order ascend, in that order."""
-    streams, first, inverse = np.unique(numbers % num_streams, return_index=True, return_inverse=True)
-    starts, ends = numbers[first] // num_streams, np.zeros(len(streams), np.int64)
-    ends[inverse] = numbers // num_streams + 1  # of those of one stream the last stays
-    spans = zip(streams.tolist(), starts.tolist(), ends.tolist(), strict=True)
-    rows = Rows.join([part for span in spans for part in loader.take(*span)])
-    begins = np.concatenate([[0], np.cumsum(ends - starts)[:-1]])
-    return rows.take((begins - starts)[inverse] + numbers // num_streams)
+def _gather(loader: WindowLoader, numbers: Indices, num_streams: int, world_size: int) -> Rows:
+    """Get the rows of some consecutive samples of a rank, in order.
+
+    Its numbers rise by the number of ranks, so they go round the rank's streams in one period, each time as far on in every stream.
+    """
+    common = math.gcd(num_streams, world_size)
+    period, stride = num_streams // common, world_size // common
+    rounds, turns = np.divmod(np.arange(len(numbers)), period)
+    first = numbers[:period]
+    extents = (np.bincount(turns) - 1) * stride + 1
+    spans = zip((first % num_streams).tolist(), (first // num_streams).tolist(), extents.tolist(), strict=True)
+    rows = Rows.join([part for stream, start, extent in spans for part in loader.take(stream, start, start + extent)])
+    return rows.take((np.cumsum(extents) - extents)[turns] + rounds * stride)

@@ -78,7 +78,7 @@ class _ShardFile:
             self._verify()
             self._etag = found.etag
         _, path = self._storage.locate(self._uri)
-        file = pq.ParquetFile(path, metadata=footer, memory_map=True, pre_buffer=False)
+        file = pq.ParquetFile(path, metadata=footer, pre_buffer=False)
         return file.read_row_group(group, columns=self._columns, use_threads=False)
 
     def _read_remote(self, group: int) -> pa.Table:

@@ -12,7 +12,6 @@ from recsys.data.plan import EpochPlan, Indices, Window
 from recsys.data.rows import Rows
 from recsys.data.shards import RowGroupSource
 
-NUM_THREADS = 4
 _FIRST_BYTES_PER_SAMPLE = 1024.0
 
 
@@ -52,11 +51,11 @@ class WindowLoader:
     `prefetch_bytes` of windows are loaded, or being loaded, beyond those that a step already needs.
     """
 
-    def __init__(self, plan: EpochPlan, source: RowGroupSource, numbers: Indices, prefetch_bytes: int) -> None:
+    def __init__(self, plan: EpochPlan, source: RowGroupSource, numbers: Indices, prefetch_bytes: int, num_threads: int) -> None:
         self._plan = plan
         self._groups = CutRowGroups(source, plan)
         self._prefetch_bytes = prefetch_bytes
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="reader")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._next = self._in_order_of_need(numbers)
         self._ahead: deque[tuple[Window, Future[Rows]]] = deque()
         self._loaded: defaultdict[int, deque[tuple[Window, Rows]]] = defaultdict(deque)
