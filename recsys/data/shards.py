@@ -26,8 +26,8 @@ class RowGroupSource:
     """Random access to the training rows by row group, numbered over all shards in the manifest's order; threads may share it.
 
     Only the columns asked for are fetched. A shard must be the one that the manifest describes: its ETag is compared with every
-    answer, and where it differs (a dataset that was copied) the shard is hashed once. What came over a network
-    or from the cache is checked by the pages' checksums.
+    answer, and where it differs (a dataset that was copied) the shard is hashed once. What came over a network or from the cache is
+    checked by the pages' checksums.
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
@@ -96,8 +96,8 @@ class _ShardFile:
         with self._opening:
             if self._footer is None:
                 start = max(0, self._shard.num_bytes - _FOOTER_BYTES)
-                tail = _Parts(self._shard.num_bytes, {start: self._fetch(start, self._shard.num_bytes)}, self._fetch)
-                footer = pq.read_metadata(tail)
+                tail = self._fetch_from_store(start, self._shard.num_bytes)  # not from the cache: a footer has no checksum
+                footer = pq.read_metadata(_Parts(self._shard.num_bytes, {start: tail}, self._fetch_from_store))
                 found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
                 if found != self._shard.row_groups:
                     raise self._replaced("its row groups are not the manifest's")
