@@ -9,7 +9,7 @@ from recsys.command import run_verb
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import find_dataset, prepare
-from recsys.data.report.page import REPORT_NAME
+from recsys.data.preparing.report.page import REPORT_NAME
 from recsys.storage import Storage, join
 
 

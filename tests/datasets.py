@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
-from recsys.data.sequences import cut_windows
+from recsys.data.preparing.sequences import cut_windows
 from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
 from recsys.storage import Storage, join, sha256_of
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from recsys.data import passes, synthetic
-from recsys.data.ray_tasks import Record
+from recsys.data.preparing import passes, synthetic
+from recsys.data.preparing.ray_tasks import Record
 
 
 def run_here(label: str, function: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], record: Record) -> list[dict[str, Any]]:

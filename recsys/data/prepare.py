@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from recsys.config import Config
-from recsys.data.append import append, appended_uri
-from recsys.data.catalogue import build_catalogue
-from recsys.data.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest
-from recsys.data.measuring import measure, write_report
-from recsys.data.partitions import Job, WriteTask, core_round, merge_events, write_shards
-from recsys.data.passes import (
+from recsys.data.preparing.append import append, appended_uri
+from recsys.data.preparing.catalogue import build_catalogue
+from recsys.data.preparing.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
+from recsys.data.preparing.measuring import measure, write_report
+from recsys.data.preparing.partitions import Job, WriteTask, core_round, merge_events, write_shards
+from recsys.data.preparing.passes import (
     clear_leftovers,
     count_items,
     number_items,
@@ -30,10 +30,10 @@ from recsys.data.passes import (
     train_counts,
     write_shards_of,
 )
-from recsys.data.ray_tasks import Outcome
-from recsys.data.shuffle import write_table
-from recsys.data.statistics import item_numbers, join_moments
-from recsys.data.synthetic import generate
+from recsys.data.preparing.ray_tasks import Outcome
+from recsys.data.preparing.shuffle import write_table
+from recsys.data.preparing.statistics import item_numbers, join_moments
+from recsys.data.preparing.synthetic import generate
 from recsys.errors import UserError
 from recsys.schema import TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
 from recsys.storage import Storage, join

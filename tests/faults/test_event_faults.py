@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import load_config
-from recsys.data.catalogue import MAX_TEXT_CHARACTERS
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import find_dataset, prepare
-from recsys.data.report.page import REPORT_NAME
-from recsys.data.rules import NOTICED, REJECTED
+from recsys.data.preparing.catalogue import MAX_TEXT_CHARACTERS
+from recsys.data.preparing.report.page import REPORT_NAME
+from recsys.data.preparing.rules import NOTICED, REJECTED
 from recsys.errors import UserError
 from recsys.storage import Storage, join
 from tests.without_ray import patch_run_tasks, run_once

@@ -4,6 +4,8 @@ import gzip
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.formats import FilePart
-from recsys.data.importers import import_events
-from recsys.data.input_files import event_columns, find_files, plan_tasks, read_items
-from recsys.data.partitions import Job, stage_events
-from recsys.data.sandbox import run_limited
+from recsys.data.inputs.formats import FilePart
+from recsys.data.inputs.importers import import_events
+from recsys.data.inputs.input_files import event_columns, find_files, plan_tasks, read_items
+from recsys.data.inputs.sandbox import run_limited
+from recsys.data.preparing.partitions import Job, stage_events
 from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
 
+ROOT = Path(__file__).parents[2]
 MEBI = 1 << 20
 LIMIT = 512 * MEBI
 
@@ -318,3 +321,19 @@ def test_a_thousand_mutated_parquet_files_are_read_or_refused_in_one_line(folder
         assert child["peak"] < child["data"] + LIMIT
     assert 300 < num_refused < 1000
     assert num_children < 250
+
+
+@pytest.mark.ray
+def test_the_verb_refuses_a_bomb_in_one_line(folder: Path, tmp_path: Path) -> None:
+    """The header is good, so that the bomb goes off in a task on a worker."""
+    write(folder / "a.parquet", events_table())
+    dictionary_bomb(folder / "b.parquet", keeps_type=False)
+    values = {"storage.root": tmp_path / "store", "run.scratch": tmp_path / "scratch", "data.events": folder, "data.num_shards": 2}
+    options = [option for key, value in values.items() for option in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "jobs.prepare_data", *options, "--set", f"data.max_file_memory_bytes={LIMIT}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"{folder / 'b.parquet'}: " in done.stderr.strip().splitlines()[-1]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recsys.config import load_config
-from recsys.data.input_files import find_files
+from recsys.data.inputs.input_files import find_files
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import prepare
 from recsys.storage import Storage

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from recsys.data.ray_tasks import Record, run_tasks
+from recsys.data.preparing.ray_tasks import Record, run_tasks
 from recsys.errors import UserError
 from recsys.storage import Storage, sha256_of
 

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import prepare
-from recsys.data.report.page import REPORT_NAME
+from recsys.data.preparing.report.page import REPORT_NAME
 from recsys.storage import Storage
 from tests.without_ray import patch_run_tasks, run_once
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.manifest import MANIFEST_NAME, Dataset, Shard, content_fingerprint, last_rows
-from recsys.data.shuffle import write_table
+from recsys.data.preparing.shuffle import write_table
 from recsys.errors import UserError
 from recsys.schema import CATALOGUE_SCHEMA, COUNTS_SCHEMA, USERS_SCHEMA
 from recsys.storage import Storage, join

@@ -1,0 +1,193 @@
+"""Input files to streams of Arrow tables, by suffix, with row numbers; what the columns mean is `importers.py`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recsys.data.inputs.layouts import path_columns
+from recsys.data.inputs.sandbox import reading
+from recsys.data.inputs.text_formats import BATCH_ROWS, read_text, read_text_header
+from recsys.errors import UserError
+from recsys.storage import ObjectInfo, Storage
+
+INPUT_ORDER = "input_order"
+
+_FILE_SHIFT = 40
+_PART_BYTES = 256 << 20
+_GROUP_BYTES = 64 << 20
+_BATCH_BYTES = 64 << 20
+_FEWEST_BATCH_ROWS = 256
+_WHOLE_BYTES = 16 << 20
+_STREAM_BYTES = 4 << 20
+_MOST_EXPANSION = 200
+_LEAST_BOMB_BYTES = 256 << 20
+_LEAST_VALUE_BYTES = 8
+_MOST_STRING_BYTES = 16 << 20
+_MOST_ENTRIES = 1 << 20
+_MOST_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """What is read at once: a file, or some consecutive row groups of a large Parquet file. `num_bytes` is the whole file's."""
+
+    uri: str
+    file_number: int
+    row_groups: tuple[int, ...] | None = None
+    first_row: int = 0
+    num_bytes: int = 0
+
+
+def plan_parts(storage: Storage, files: Sequence[ObjectInfo]) -> list[FilePart]:
+    """Cut the files into parts of at most about 256 MiB where their format allows it, which is Parquet alone."""
+    parts: list[FilePart] = []
+    for number, file in enumerate(files):
+        if not _is_parquet(file.uri) or file.num_bytes <= _PART_BYTES:
+            parts.append(FilePart(file.uri, number, num_bytes=file.num_bytes))
+        else:
+            parts += _split_parquet(storage, file, number)
+    return parts
+
+
+def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
+    """Put consecutive small parts together up to about 64 MiB, so that ten thousand small files are a few tasks."""
+    groups: list[list[FilePart]] = []
+    num_bytes = _GROUP_BYTES
+    for part in parts:
+        if num_bytes + part.num_bytes > _GROUP_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(part)
+        num_bytes += part.num_bytes
+    return [tuple(group) for group in groups]
+
+
+def read_header(storage: Storage, uri: str) -> dict[str, str]:
+    """Tell a file's columns, in order, each with its RecBole type (empty in the other formats), then those that its path gives.
+
+    JSONL has no header; there it is the keys of the first thousand lines.
+
+    Raises:
+        UserError: the file is empty or not what its suffix says.
+    """
+    with reading(uri):
+        header = _file_header(storage, uri)
+    return header | {name: "" for name in path_columns(uri) if name not in header}
+
+
+def read_tables(storage: Storage, part: FilePart, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read some columns of a part, batch by batch, with `input_order` (file number << 40 | row in the file) added.
+
+    Parquet keeps its types, but that several of one meaning (large, view, dictionary) become one. The other formats
+    give strings, or lists of strings where a JSON value is a list: whoever casts them can then count the bad values.
+    Empty CSV fields are null. A column that the path gives is a string.
+
+    Raises:
+        UserError: the file cannot be read, or grows as only a compression bomb does; one line with the file and the reason.
+    """
+    next_row = part.first_row
+    num_bytes = 0
+    with reading(part.uri):
+        for raw in _read_raw(storage, part, list(columns)):
+            table = _plain_types(raw)
+            num_bytes += table.nbytes
+            _refuse_bomb(part, num_bytes)
+            first = (part.file_number << _FILE_SHIFT) + next_row
+            next_row += table.num_rows
+            yield table.append_column(INPUT_ORDER, pa.array(np.arange(first, first + table.num_rows)))
+
+
+def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
+    if num_bytes > max(_LEAST_BOMB_BYTES, _MOST_EXPANSION * part.num_bytes):
+        raise UserError(
+            f"{part.uri}: its {part.num_bytes} bytes stand for {num_bytes >> 20} MiB and more, as those of a compression bomb; "
+            f"at most {_MOST_EXPANSION} times the size of a file is read; write it anew with its rows in more files if they are real"
+        )
+
+
+def _read_raw(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
+    """Read columns of the file, and repeat those that its path alone gives."""
+    of_path = path_columns(part.uri)
+    if of_path:
+        header = _file_header(storage, part.uri)
+        of_path = {name: value for name, value in of_path.items() if name in columns and name not in header}
+    of_file = [name for name in columns if name not in of_path]
+    for table in _read_parquet(storage, part, of_file) if _is_parquet(part.uri) else read_text(storage, part.uri, of_file):
+        given = [pa.repeat(pa.scalar(value, pa.string()), table.num_rows) for value in of_path.values()]
+        yield pa.table([*table.select(of_file).columns, *given], [*of_file, *of_path]).select(columns)
+
+
+def _file_header(storage: Storage, uri: str) -> dict[str, str]:
+    if not _is_parquet(uri):
+        return read_text_header(storage, uri)
+    with _open_parquet(storage, uri) as file:
+        return dict.fromkeys(file.schema_arrow.names, "")
+
+
+def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
+    # A small file is fetched at once; of a large one, whose row groups may be as large, no more than a buffer per column.
+    with _open_parquet(storage, part.uri, is_fetched_whole=part.num_bytes <= _WHOLE_BYTES) as file:
+        _refuse_bomb(part, file.metadata.num_rows * len(columns) * _LEAST_VALUE_BYTES)
+        for batch in file.iter_batches(_batch_rows(file.metadata), row_groups=part.row_groups, columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Choose the rows of a batch so that it has at most some 64 MiB: a row may hold a megabyte of text."""
+    num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    row_bytes = max(1, num_bytes // max(1, metadata.num_rows))
+    return max(_FEWEST_BATCH_ROWS, min(BATCH_ROWS, _BATCH_BYTES // row_bytes))
+
+
+def _split_parquet(storage: Storage, file: ObjectInfo, number: int) -> Iterator[FilePart]:
+    with reading(file.uri), _open_parquet(storage, file.uri) as parquet:
+        metadata = parquet.metadata
+        groups: list[int] = []
+        first_row = num_rows = num_bytes = 0
+        for index in range(metadata.num_row_groups):
+            groups.append(index)
+            num_rows += metadata.row_group(index).num_rows
+            num_bytes += metadata.row_group(index).total_byte_size
+            if num_bytes >= _PART_BYTES or index == metadata.num_row_groups - 1:
+                yield FilePart(file.uri, number, tuple(groups), first_row, file.num_bytes)
+                first_row += num_rows
+                groups, num_rows, num_bytes = [], 0, 0
+
+
+def _open_parquet(storage: Storage, uri: str, is_fetched_whole: bool = False) -> pq.ParquetFile:
+    filesystem, path = storage.locate(uri)
+    return pq.ParquetFile(
+        path,
+        filesystem=filesystem,
+        pre_buffer=is_fetched_whole,
+        buffer_size=0 if is_fetched_whole else _STREAM_BYTES,
+        thrift_string_size_limit=_MOST_STRING_BYTES,
+        thrift_container_size_limit=_MOST_ENTRIES,
+        schema_depth_limit=_MOST_DEPTH,
+    )
+
+
+def _is_parquet(uri: str) -> bool:
+    return uri.lower().endswith(".parquet")
+
+
+def _plain_types(table: pa.Table) -> pa.Table:
+    """Bring the several Arrow types of one meaning (large, view, dictionary, boolean) to one."""
+    for index, field in enumerate(table.schema):
+        plain = _plain_type(field.type)
+        if plain != field.type:
+            table = table.set_column(index, field.name, table[field.name].cast(plain))
+    return table
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain_type(kind.value_type))
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_boolean(kind):
+        return pa.string()
+    return pa.float64() if pa.types.is_decimal(kind) else kind

@@ -1,0 +1,175 @@
+"""A day's events to a new version of a dataset: the rules, what is refused, and the order of the passes.
+
+A version is a dataset of its own whose manifest lists the older versions' shards before its own; nothing of those is touched, and a
+run that trains on an older version goes on there. Versions form a tree: any version may be appended to, any number of times.
+
+- How a dataset is made stays what it was: partitions, split, windows and cleaning are the base's, and a key that asks for something
+  else is refused by name. Input column names and units may differ, since a day's files may. `data.k_core` is not applied to a day:
+  users and items that it would drop may yet become active.
+- Users and items keep their indices; new users are numbered after them, new items too, in natural order. Event kinds, tasks, moments of
+  values and numbers, and the category vocabulary are the base's, the latter extended at its end, so that old shards and old
+  checkpoints mean what they meant. A new kind of event is refused.
+- A user's history goes on with the day's events in their own time order, also with those that are older than what is known, which
+  are counted as "late". An event that agrees with a known one in user, item, time and kind is a duplicate.
+- The split rule is applied to the whole sequence. Of it, only the day's interactions that fall into its training part become targets,
+  with up to `data.max_history` older ones before them as context. What was held out before and now has newer interactions behind it is
+  context and never a target, so that over all versions an interaction is a target at most once. What was trained on stays training
+  data: under leave_one_out a user whose two interactions were trained on and who then gets a third has that one for testing alone.
+- The users shards of the day have the whole rows of its active users alone, with new attributes where the day's users table has them.
+  The catalogue shards have new and changed items alone. `rejected` and `noticed` count the day.
+- Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
+"""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset, DatasetManifest, Shard
+from recsys.data.preparing.append_catalogue import changed_items
+from recsys.data.preparing.append_tasks import KNOWN_INDEX_NAME, AppendTask, append_shards, merge_day
+from recsys.data.preparing.identity import content_config, dataset_uri, find_inputs, identify_inputs
+from recsys.data.preparing.measuring import measure_version, write_report
+from recsys.data.preparing.partitions import Job
+from recsys.data.preparing.passes import (
+    number_items,
+    present,
+    publish,
+    read_items,
+    refuse_empty,
+    run_pass,
+    sign,
+    stage_inputs,
+    sum_counts,
+    train_counts,
+    write_shards_of,
+)
+from recsys.data.preparing.pseudonyms import refuse_other_key
+from recsys.data.preparing.shuffle import write_table
+from recsys.data_config import DataConfig
+from recsys.errors import UserError
+from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
+from recsys.storage import Storage
+
+_OF_THE_INPUT = ("source", "synthetic", "columns", "time_unit", "max_file_memory_bytes")
+"""Keys about how a day's files look and are read, which may differ from version to version."""
+
+
+def appended_uri(config: Config, storage: Storage) -> str:
+    """Derive the address of the version that `config.data` appends to `data.base`."""
+    base = _open_base(config, storage)
+    return dataset_uri(_adopt(config, base), storage, base.manifest.fingerprint)
+
+
+def append(config: Config, storage: Storage) -> Dataset:
+    """Make the version that has the events of `config.data` after those of `data.base`; call it with Ray initialised.
+
+    Raises:
+        UserError: an input is missing or unreadable, or the base does not allow what is asked for.
+    """
+    base = _open_base(config, storage)
+    config = _adopt(config, base)
+    refuse_other_key(config.data.pseudonym_key_env, base.manifest.inputs)
+    inputs = find_inputs(config.data, storage)
+    expected = TIMESTAMP if base.manifest.has_time else POSITION
+    if inputs.time_column != expected:
+        raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset does by {expected}")
+    job = Job(storage, dataset_uri(config, storage, base.manifest.fingerprint), config.data, inputs.time_column)
+    items, kinds, item_rejects = read_items(job, inputs.items)
+    known_ids = base.catalogue_rows[ITEM_ID].to_pylist()
+    write_table(job.storage, job.staging(KNOWN_INDEX_NAME), pa.table({ITEM_ID: pa.array(known_ids, pa.string())}))
+    staged = stage_inputs(job, "events", inputs.events)
+    merged = run_pass(job, "partitions", partial(merge_day, job, base), range(job.num_partitions))
+    rejected, noticed = (sum_counts((*staged, *merged), key) for key in ("rejected", "noticed"))
+    refuse_empty(job, merged, rejected)
+    _refuse_new_kinds(job, base, merged)
+    ids, num_without_entry = number_items(job, 0, items, known_ids)
+    stage_inputs(job, "users", inputs.users)
+    first_users = base.manifest.num_users + np.cumsum([0, *(outcome["num_users"] for outcome in merged)])
+    tasks = [AppendTask(partition, first) for partition, first in enumerate(first_users[:-1].tolist())]
+    shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
+    catalogue = changed_items(base, ids, items, kinds)
+    noticed += catalogue.noticed + Counter(unknown_item=num_without_entry)
+    measured = measure_version(job, base, shards, len(ids))
+    manifest = _extend(
+        base,
+        inputs=identify_inputs(config.data, storage),
+        data_config={**base.manifest.data_config, **content_config(config.data)},
+        num_users=int(first_users[-1]),
+        num_items=len(ids),
+        num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged),
+        num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
+        rejected=present(rejected + Counter(item_rejects)),
+        noticed=present(noticed),
+        items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + num_without_entry,
+        category_vocabulary=catalogue.category_vocabulary,
+        train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
+        users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
+        catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
+        count_shards=write_shards_of(job, "counts", _added_counts(job, len(ids))),
+        user_statistics_shards=measured.user_shards,
+        item_statistics_shards=measured.item_shards,
+    )
+    write_report(job, manifest, measured)
+    return publish(job, manifest)
+
+
+def _extend(base: Dataset, **changed: Any) -> DatasetManifest:
+    """Build the manifest of the version after `base`: its fields with some changed, its lists of shards with more behind."""
+    fields = base.manifest.model_dump(exclude={"fingerprint"}) | {"version": base.manifest.version + 1, "base": base.name}
+    for name, value in fields.items():
+        if name.endswith("_shards"):
+            inherited = [{**shard, "dataset": shard["dataset"] or base.name} for shard in value]
+            changed[name] = [Shard.model_validate(shard) for shard in (*inherited, *changed.get(name, ()))]
+    return sign(**fields | changed)
+
+
+def _added_counts(job: Job, num_items: int) -> pa.Table:
+    counts = train_counts(job, num_items)
+    found = np.flatnonzero(counts)
+    return pa.table([pa.array(found + 1, pa.int32()), pa.array(counts[found], pa.int64())], schema=COUNTS_SCHEMA)
+
+
+def _open_base(config: Config, storage: Storage) -> Dataset:
+    base = Dataset.open(storage, config.data.base, "data.base")
+    folder = storage.uri("datasets")
+    if base.uri.rpartition("/")[0] != folder:
+        raise UserError(f"data.base = {base.uri}: versions lie beside one another; it must be a dataset in {folder}")
+    return base
+
+
+def _adopt(config: Config, base: Dataset) -> Config:
+    """Take over how the base was made.
+
+    Raises:
+        UserError: a key is given that says otherwise.
+    """
+    own, default = (data.model_dump(mode="json") for data in (config.data, DataConfig()))
+    adopted = {key: value for key, value in base.manifest.data_config.items() if key not in _OF_THE_INPUT}
+    for key, value in adopted.items():
+        _refuse_difference(f"data.{key}", own[key], value, default[key])
+    if own["columns"] == default["columns"]:
+        adopted["columns"] = base.manifest.data_config.get("columns", own["columns"])
+    return config.with_values({f"data.{key}": value for key, value in adopted.items()})
+
+
+def _refuse_difference(key: str, own: Any, of_base: Any, default: Any) -> None:
+    """Refuse a value that is neither the base's nor the default, which is what a key has that nobody gave."""
+    if isinstance(own, dict) and isinstance(of_base, dict):
+        for name in own:
+            _refuse_difference(f"{key}.{name}", own[name], of_base.get(name, default[name]), default[name])
+    elif own not in (of_base, default):
+        raise UserError(f"{key} = {own}: the base dataset was made with {of_base}, and a version keeps that; leave the key out")
+
+
+def _refuse_new_kinds(job: Job, base: Dataset, merged: list[dict[str, Any]]) -> None:
+    known = base.manifest.event_kinds
+    new = sorted({kind for outcome in merged for kind in outcome["event_kinds"]}.difference(known))
+    if new:
+        raise UserError(
+            f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset has not; "
+            f"it has {', '.join(known)}; prepare a new dataset from all events"
+        )

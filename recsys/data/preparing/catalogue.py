@@ -1,0 +1,202 @@
+"""The item table to a dataset's catalogue: natural order, text, category vocabulary, standardised numbers, vectors; no I/O."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.data.inputs.formats import INPUT_ORDER
+from recsys.data.preparing.cleaning import cast_ids, cast_numbers, is_negative, valid_text
+from recsys.errors import UserError
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, FeatureKind
+
+MAX_TEXT_CHARACTERS = 2000
+"""Longer text is cut; no backbone here reads that much of an item."""
+
+_DIGITS = re.compile(r"([0-9]+)")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+"""Control characters, but for those that are whitespace, lone surrogates, and what readers put for broken text."""
+_LARGEST_NUMBER = 1e100
+_ROUNDING = 1e-12
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The catalogue's table (CATALOGUE_SCHEMA), what its indices and numbers stand for, and what was odd about its text."""
+
+    table: pa.Table
+    category_vocabulary: tuple[str, ...]
+    number_columns: tuple[str, ...]
+    number_moments: tuple[tuple[float, float], ...]
+    vector_size: int
+    noticed: Counter[str]
+
+
+def sort_ids(ids: list[str]) -> list[str]:
+    """Sort ids as a person would: runs of digits by their number, so that "10" comes after "9"."""
+    return sorted(ids, key=_natural_key)
+
+
+def _natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
+    # A run of digits is compared as (length, text) without leading zeros: int() refuses very long ones.
+    parts = _DIGITS.split(text)
+    key = [(0, len(part.lstrip("0")), part.lstrip("0")) if index % 2 else (1, 0, part) for index, part in enumerate(parts) if part]
+    return key, text
+
+
+def clean_items(items: pa.Table, reject_negative_ids: bool = False) -> tuple[pa.Table, dict[str, int]]:
+    """Make ids strings and keep the first row by input order of each; count what went."""
+    items = items.set_column(0, ITEM_ID, cast_ids(items[ITEM_ID], ITEM_ID))
+    named = items.filter(items[ITEM_ID].is_valid())
+    known = named.filter(pc.invert(is_negative(named[ITEM_ID]))) if reject_negative_ids else named
+    firsts = known.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
+    kept = known.filter(pc.is_in(known[INPUT_ORDER], value_set=firsts.combine_chunks()))
+    return kept, {
+        "catalogue_null_id": items.num_rows - named.num_rows,
+        "catalogue_negative_id": named.num_rows - known.num_rows,
+        "catalogue_duplicate": known.num_rows - kept.num_rows,
+    }
+
+
+def build_catalogue(
+    ids: pa.Array,
+    items: pa.Table | None,
+    kinds: dict[str, FeatureKind],
+    train_counts: npt.NDArray[np.int64],
+    measured: Mapping[str, Floats] | None = None,
+    vocabulary: tuple[str, ...] = (),
+    moments: tuple[tuple[float, float], ...] | None = None,
+) -> Catalogue:
+    """Lay the items' features out in the order of `ids`; an item without a row has none of them.
+
+    `title` is the first text column, `text` all of them joined by ". ", both normalised by `normalise_text`. `measured` are
+    numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
+    catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros.
+    """
+    num_items = len(ids)
+    known = items if items is not None else pa.table({ITEM_ID: pa.array([], pa.string())})
+    rows = known.take(pc.index_in(ids, value_set=known[ITEM_ID].combine_chunks()))
+    columns: dict[FeatureKind, list[str]] = {"text": [], "categories": [], "numbers": [], "vectors": []}
+    for name, kind in kinds.items():
+        columns[kind].append(name)
+    texts, noticed = _texts([_strings(rows[name]) for name in columns["text"]], num_items)
+    categories, vocabulary, num_changed = _categories(rows, columns["categories"], num_items, vocabulary)
+    raw_numbers = {name: _numbers(rows[name]) for name in columns["numbers"]} | dict(measured or {})
+    moments = moments if moments is not None else tuple(_moments(numbers) for numbers in raw_numbers.values())
+    numbers = [(column - mean) / deviation for column, (mean, deviation) in zip(raw_numbers.values(), moments, strict=True)]
+    vectors = [_vectors(rows[name], name) for name in columns["vectors"]]
+    vector_size = sum(block.shape[1] for block in vectors)
+    table = pa.table(
+        [
+            pa.array(np.arange(1, num_items + 1), pa.int32()),
+            ids,
+            pa.array([parts[0] if parts else "" for parts in texts], pa.string()),
+            pa.array([_joined(parts) for parts in texts], pa.string()),
+            categories,
+            _fixed_lists(np.stack(numbers, axis=1) if numbers else np.zeros((num_items, 0))),
+            _fixed_lists(np.concatenate(vectors, axis=1) if vectors else np.zeros((num_items, 0))),
+            pa.array(train_counts, pa.int64()),
+        ],
+        schema=CATALOGUE_SCHEMA,
+    )
+    return Catalogue(table, vocabulary, tuple(raw_numbers), moments, vector_size, +(noticed + Counter(category_changed=num_changed)))
+
+
+def normalise_text(text: str) -> str:
+    """Remove control characters and lone surrogates, fold whitespace, cut at MAX_TEXT_CHARACTERS."""
+    return _cut(_folded(text))
+
+
+def _folded(text: str) -> str:
+    return " ".join(_UNPRINTABLE.sub("", text).split())
+
+
+def _cut(text: str) -> str:
+    return text[:MAX_TEXT_CHARACTERS].rstrip()
+
+
+def _joined(parts: list[str]) -> str:
+    return _cut(". ".join(part for part in parts if part))
+
+
+def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], Counter[str]]:
+    """Normalise each item's texts, and count the items that lose characters or are cut, in one text or when joined."""
+    texts: list[list[str]] = []
+    noticed: Counter[str] = Counter()
+    for raw in zip(*columns, strict=True) if columns else [()] * num_items:
+        folded = [_folded(text) for text in raw]
+        noticed["text_unprintable"] += any(_UNPRINTABLE.search(text) for text in raw)
+        noticed["text_cut"] += len(". ".join(text for text in folded if text)) > MAX_TEXT_CHARACTERS
+        texts.append([_cut(text) for text in folded])
+    return texts, +noticed
+
+
+def _strings(column: pa.ChunkedArray) -> list[str]:
+    if pa.types.is_list(column.type):
+        column = pc.binary_join(column.cast(pa.list_(pa.string())), " ")
+    return [text or "" for text in valid_text(column.cast(pa.string())).to_pylist()]
+
+
+def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[str, ...]) -> tuple[pa.Array, tuple[str, ...], int]:
+    """Index the categories of each item; tell the vocabulary, and how many entries were changed to be one."""
+    values: list[list[str]] = [[] for _ in range(num_items)]
+    vocabulary = list(known)
+    num_changed = 0
+    for name in names:
+        column = rows[name]
+        is_list = pa.types.is_list(column.type)
+        texts = valid_text(column.cast(pa.list_(pa.string()) if is_list else pa.string())).to_pylist()
+        found: set[str] = set()
+        for of_row, entry in zip(values, texts, strict=True):
+            entries = (entry or []) if is_list else [entry]
+            changed = {text: normalise_text(text) for text in entries if text}
+            num_changed += sum(len(text) > MAX_TEXT_CHARACTERS or bool(_UNPRINTABLE.search(text)) for text in changed)
+            of_item = sorted({f"{name}={text}" for text in changed.values() if text}, key=_natural_key)
+            of_row.extend(of_item)
+            found.update(of_item)
+        vocabulary += sort_ids(list(found.difference(known)))
+    index = {text: position for position, text in enumerate(vocabulary, start=1)}
+    return pa.array([[index[text] for text in row] for row in values], pa.list_(pa.int32())), tuple(vocabulary), num_changed
+
+
+def _numbers(column: pa.ChunkedArray) -> Floats:
+    numbers: Floats = cast_numbers(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    numbers[~(np.abs(numbers) <= _LARGEST_NUMBER)] = np.nan
+    return numbers
+
+
+def _moments(numbers: Floats) -> tuple[float, float]:
+    """Mean and standard deviation of what is there; 0 and 1 where that cannot be told or divided by."""
+    if np.isnan(numbers).all():
+        return 0.0, 1.0
+    mean, deviation = float(np.nanmean(numbers)), float(np.nanstd(numbers))
+    # A constant column's deviation is rounding, not zero.
+    return mean, deviation if deviation > _ROUNDING * abs(mean) else 1.0
+
+
+def _vectors(column: pa.ChunkedArray, name: str) -> Floats:
+    if pa.types.is_string(column.type):
+        column = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
+    try:
+        lists = column.cast(pa.list_(pa.float64())).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"data.item_features.vectors: column '{name}' is not lists of numbers ({error})") from error
+    sizes = pc.unique(pc.list_value_length(lists).drop_null()).to_pylist()
+    if len(sizes) != 1:
+        raise UserError(f"data.item_features.vectors: column '{name}' must have one length in all rows; it has {sorted(sizes)[:5]}")
+    block = np.zeros((len(lists), sizes[0]))
+    block[lists.is_valid().to_numpy(zero_copy_only=False)] = (
+        pc.fill_null(lists.flatten(), 0.0).to_numpy(zero_copy_only=False).reshape(-1, sizes[0])
+    )
+    return np.asarray(np.nan_to_num(block, posinf=0.0, neginf=0.0))
+
+
+def _fixed_lists(block: Floats) -> pa.Array:
+    offsets = np.arange(block.shape[0] + 1, dtype=np.int32) * block.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(block.reshape(-1), pa.float32()))

@@ -1,0 +1,255 @@
+"""The task bodies of prepare_data, each a function of its job and number alone; what runs when is `prepare.py`."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recsys.data.inputs.formats import INPUT_ORDER, FilePart
+from recsys.data.inputs.importers import import_events, import_users
+from recsys.data.inputs.sandbox import reading
+from recsys.data.manifest import Shard
+from recsys.data.preparing.cleaning import (
+    apply_rules,
+    cast_events,
+    cast_ids,
+    drop_bots,
+    drop_duplicates,
+    notice_ids,
+    notice_order,
+    valid_text,
+)
+from recsys.data.preparing.pseudonyms import pseudonymise
+from recsys.data.preparing.report.counts import Limits
+from recsys.data.preparing.sequence_tables import Sequences
+from recsys.data.preparing.sequences import Integers, split_counts
+from recsys.data.preparing.shuffle import read_partition, read_table, write_pieces, write_table
+from recsys.data.preparing.statistics import Histories, Moments
+from recsys.data_config import DataConfig
+from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
+from recsys.storage import Storage, join, sha256_of
+
+ITEM_INDEX_NAME = "item_index.parquet"
+_ATTRIBUTES = "attributes"
+_STAGED_USERS = pa.schema([USERS_SCHEMA.field(USER_ID), USERS_SCHEMA.field(_ATTRIBUTES), EVENTS_SCHEMA.field(INPUT_ORDER)])
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of one preparation knows."""
+
+    storage: Storage
+    uri: str
+    data: DataConfig
+    time_column: str
+
+    @property
+    def has_time(self) -> bool:
+        """Whether the order of events is their time; otherwise it is a position."""
+        return self.time_column == TIMESTAMP
+
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions the users are hashed into; chosen before the first task."""
+        assert self.data.num_shards is not None
+        return self.data.num_shards
+
+    def staging(self, *parts: str) -> str:
+        """Address something that goes when the dataset is finished."""
+        return join(self.uri, "staging", *parts)
+
+    def staged(self, table: str, generation: int, partition: int) -> str:
+        """Address one partition of a staged table; each k-core round is a generation."""
+        return self.staging(f"{table}-{generation:04d}", f"{partition:05d}.parquet")
+
+
+def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
+    """Cast and clean some parts of the events and write them as pieces, user ids as pseudonyms where a key is named."""
+    rejected: Counter[str] = Counter()
+    noticed: Counter[str] = Counter()
+    num_rows = 0
+
+    def cleaned(part: FilePart) -> Iterator[pa.Table]:
+        nonlocal num_rows
+        for raw in import_events(job.storage, part, job.data, job.time_column):
+            with reading(part.uri):
+                events, faults = cast_events(raw)
+            events, broken = apply_rules(events, job.data.cleaning, job.has_time)
+            num_rows += raw.num_rows
+            rejected.update(faults + broken)
+            noticed.update(notice_ids(events))
+            yield _with_pseudonyms(job, events)
+
+    tables = (table for part in parts for table in cleaned(part))
+    write_pieces(job.storage, job.staging("pieces"), task, tables, USER_ID, job.num_partitions)
+    return {"rows": num_rows, "rejected": rejected, "noticed": noticed}
+
+
+def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
+    ids = pseudonymise(table[USER_ID], job.data.pseudonym_key_env)
+    return table.set_column(table.column_names.index(USER_ID), table.schema.field(USER_ID), ids)
+
+
+def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
+    """Turn some parts of the users' table into ids with attributes and write them as pieces."""
+    num_rows = 0
+
+    def staged(part: FilePart) -> Iterator[pa.Table]:
+        nonlocal num_rows
+        for raw in import_users(job.storage, part, job.data.columns):
+            with reading(part.uri):
+                users = _with_attributes(raw)
+            num_rows += raw.num_rows
+            yield _with_pseudonyms(job, users)
+
+    tables = (table for part in parts for table in staged(part))
+    write_pieces(job.storage, job.staging("user-pieces"), task, tables, USER_ID, job.num_partitions)
+    return {"rows": num_rows}
+
+
+def _with_attributes(raw: pa.Table) -> pa.Table:
+    names = [name for name in raw.column_names if name not in (USER_ID, INPUT_ORDER)]
+    rows = zip(*(_as_text(raw[name]).to_pylist() for name in names), strict=True) if names else [()] * raw.num_rows
+    pairs = [[(name, value) for name, value in zip(names, row, strict=True) if value] for row in rows]
+    attributes = pa.array(pairs, _STAGED_USERS.field(_ATTRIBUTES).type)
+    table = pa.table([cast_ids(raw[USER_ID], USER_ID), attributes, raw[INPUT_ORDER]], schema=_STAGED_USERS)
+    return table.filter(table[USER_ID].is_valid())
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    text = pc.binary_join(column.cast(pa.list_(pa.string())), " ") if pa.types.is_list(column.type) else column.cast(pa.string())
+    return valid_text(text)
+
+
+def merge_events(job: Job, partition: int) -> Outcome:
+    """Gather one partition of the events and stage it as generation 0."""
+    events, rejected = gather_events(job, partition)
+    return {**stage_generation(job, 0, partition, events, rejected), "noticed": notice_order(events)}
+
+
+def gather_events(job: Job, partition: int) -> tuple[pa.Table, dict[str, int]]:
+    """Read one partition of the pieces without duplicates and bots, sorted by the tie rule, and count what went."""
+    events, num_duplicates = drop_duplicates(read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA))
+    events, num_of_bots = drop_bots(events, job.data.cleaning.max_events_per_minute if job.has_time else None)
+    return events, {"duplicate": num_duplicates, "bot": num_of_bots}
+
+
+def core_round(job: Job, generation: int, partition: int) -> Outcome:
+    """Drop the items that did not survive, then the users left with fewer than k_core interactions."""
+    before = read_table(job.storage, job.staged("events", generation - 1, partition))
+    survivors = read_table(job.storage, job.staged("survivors", generation, 0))[ITEM_ID].combine_chunks()
+    of_items = before.filter(pc.is_in(before[ITEM_ID], value_set=survivors))
+    counts = of_items.group_by(USER_ID, use_threads=False).aggregate([(ITEM_ID, "count")])
+    active = counts.filter(pc.greater_equal(counts[f"{ITEM_ID}_count"], job.data.k_core))[USER_ID].combine_chunks()
+    after = of_items.filter(pc.is_in(of_items[USER_ID], value_set=active))
+    rejected = {"k_core_item": before.num_rows - of_items.num_rows, "k_core_user": of_items.num_rows - after.num_rows}
+    return stage_generation(job, generation, partition, after, rejected)
+
+
+def stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejected: dict[str, int]) -> Outcome:
+    """Stage one partition's events and how often each item occurs in them."""
+    write_table(job.storage, job.staged("events", generation, partition), events)
+    counts = events.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "count")]).rename_columns([ITEM_ID, "count"])
+    write_table(job.storage, job.staged("items", generation, partition), counts)
+    return {
+        "rows": events.num_rows,
+        "num_users": pc.count_distinct(events[USER_ID]).as_py(),
+        "event_kinds": sorted(pc.unique(events[EVENT]).to_pylist()),
+        "rejected": rejected,
+    }
+
+
+@dataclass(frozen=True)
+class WriteTask:
+    """One partition's part in writing the shards."""
+
+    partition: int
+    generation: int
+    first_user: int
+    event_kinds: tuple[str, ...]
+
+
+def write_shards(job: Job, task: WriteTask) -> Outcome:
+    """Write one partition's users shard and train shard, and stage its training counts by item."""
+    events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
+    offsets = user_offsets(events[USER_ID])
+    sequences = Sequences(index_events(job, events, task.event_kinds), offsets)
+    num_train, num_validation = split_counts(sequences.columns["timestamps"], offsets, job.data)
+    user_indices = task.first_user + np.arange(len(num_train))
+    user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
+    attributes = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
+    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
+    train = sequences.train_table(user_indices, np.ones_like(num_train), num_train, job.data)
+    nothing = np.zeros_like(num_train)
+    values = sequences.within("values", nothing, num_train).astype(np.float64)
+    moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
+    stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
+    return {
+        "rows": events.num_rows,
+        "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
+        "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
+        "num_targets": int(np.maximum(num_train - 1, 0).sum()),
+        "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
+        "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
+    }
+
+
+def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index_name: str = ITEM_INDEX_NAME) -> dict[str, NDArray[Any]]:
+    """Turn staged events into the columns of `Sequences`, by a staged item index; 0 is an item that it has not, -1 such a kind."""
+    ids = read_table(job.storage, job.staging(index_name))[ITEM_ID].combine_chunks()
+    return {
+        "items": pc.fill_null(pc.index_in(events[ITEM_ID], value_set=ids), -1).to_numpy().astype(np.int32) + 1,
+        "events": pc.fill_null(pc.index_in(events[EVENT], value_set=pa.array(event_kinds)), -1).to_numpy().astype(np.int8),
+        "timestamps": events[TIMESTAMP].to_numpy(),
+        "values": events[VALUE].to_numpy(),
+    }
+
+
+def user_offsets(user_ids: pa.ChunkedArray) -> Integers:
+    """Where each user begins in a column sorted by user, and where the last one ends."""
+    codes = user_ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    return np.concatenate([np.flatnonzero(np.diff(codes, prepend=-1)), [len(codes)]]).astype(np.int64)
+
+
+def staged_attributes(job: Job, partition: int, user_ids: pa.ChunkedArray | pa.Array, known: pa.Array) -> pa.ChunkedArray:
+    """Return the attributes that the users' table has of each user, and the `known` ones of a user whom it has not."""
+    staged = read_partition(job.storage, job.staging("user-pieces"), partition, _STAGED_USERS)
+    # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
+    rows = pc.index_in(user_ids, value_set=staged[USER_ID].combine_chunks())
+    chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(staged.num_rows, staged.num_rows + len(user_ids)), pa.int32()))
+    return pa.chunked_array([staged[_ATTRIBUTES].combine_chunks(), known]).take(chosen)
+
+
+def nobodys_attributes(num_users: int) -> pa.Array:
+    """Return empty attributes for each of some users."""
+    return pa.array([[]] * num_users, _STAGED_USERS.field(_ATTRIBUTES).type)
+
+
+def stage_counts(job: Job, partition: int, items: NDArray[np.int32], counts: Integers) -> None:
+    """Stage how many training interactions one partition has of each item."""
+    write_table(job.storage, job.staged("train-counts", 0, partition), pa.table([items, counts], schema=COUNTS_SCHEMA))
+
+
+def write_shard(job: Job, path: str, table: pa.Table) -> dict[str, Any] | None:
+    """Write a table as a shard and describe it as `Shard` does; a table without rows gives none."""
+    if table.num_rows == 0:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "shard.parquet"
+        pq.write_table(table, local, row_group_size=job.data.row_group_rows, write_page_checksum=True)
+        metadata = pq.read_metadata(local)
+        row_groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+        num_bytes, sha256 = local.stat().st_size, sha256_of(local)
+        job.storage.upload(local, join(job.uri, path))
+    stored = job.storage.stat(join(job.uri, path))
+    shard = Shard(path=path, row_groups=row_groups, num_bytes=num_bytes, sha256=sha256, etag=stored.etag if stored else "")
+    return shard.model_dump(mode="json")

@@ -1,0 +1,145 @@
+"""What preparing a dataset and appending to one share: running passes of tasks, numbering items, publishing."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from recsys.data.inputs import input_files
+from recsys.data.inputs.sandbox import run_limited
+from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, content_fingerprint
+from recsys.data.preparing.catalogue import clean_items, sort_ids
+from recsys.data.preparing.partitions import ITEM_INDEX_NAME, Job, stage_events, stage_users, write_shard
+from recsys.data.preparing.ray_tasks import Outcome, Record, run_tasks
+from recsys.data.preparing.shuffle import read_table, write_table
+from recsys.errors import UserError
+from recsys.schema import ITEM_ID, FeatureKind
+from recsys.storage import ObjectInfo, Storage, join
+from recsys.stores import TEMP_PREFIX
+
+logger = logging.getLogger(__name__)
+_CATALOGUE_SHARD_ROWS = 1_000_000
+
+
+def run_pass(job: Job, label: str, function: Callable[[Any], Outcome], tasks: Sequence[Any]) -> list[Outcome]:
+    """Run one pass; what an earlier run of the same job has finished is not done again."""
+    return run_tasks(label, function, tasks, Record(job.storage, job.staging("outcomes", label.replace(" ", "-"))))
+
+
+def stage_inputs(job: Job, label: str, files: Sequence[ObjectInfo]) -> list[Outcome]:
+    """Write the pieces of one table, `events` or `users`."""
+    function = stage_events if label == "events" else stage_users
+    tasks = list(enumerate(input_files.plan_tasks(job.storage, files, job.data))) if files else []
+    # The child with the memory limit reads and writes: what is in the files never enters this process or a worker.
+    return run_pass(job, label, lambda task: run_limited(job.data.max_file_memory_bytes, function, job, *task), tasks)
+
+
+def read_items(job: Job, files: list[ObjectInfo]) -> tuple[pa.Table | None, dict[str, FeatureKind], dict[str, int]]:
+    """Read the whole item table, which fits in memory: its rows, its features' kinds, and what was rejected."""
+    if not files:
+        return None, {}, {}
+    table, kinds = input_files.read_items(job.storage, files, job.data)
+    items, rejected = clean_items(table, job.data.cleaning.reject_negative_ids)
+    logger.info("items: %d rows; features: %s", items.num_rows, ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none")
+    return items, kinds, rejected
+
+
+def count_items(job: Job, generation: int) -> pa.Table:
+    """Add up how often each item occurs (columns `item_id`, `count_sum`), partition by partition."""
+    total = _sum_items([])
+    for partition in range(job.num_partitions):
+        total = _sum_items([total.rename_columns([ITEM_ID, "count"]), read_table(job.storage, job.staged("items", generation, partition))])
+    return total
+
+
+def _sum_items(tables: list[pa.Table]) -> pa.Table:
+    nothing = pa.table({ITEM_ID: pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+    return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
+
+
+def number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str] = ()) -> tuple[pa.Array, int]:
+    """Number the items: the `known` first, then those of the catalogue and of events alone in natural order.
+
+    Under k_core only those that events have left are numbered. Tells also how many the events have and `items` lacks.
+    """
+    seen = set(count_items(job, generation)[ITEM_ID].to_pylist())
+    listed = set(items[ITEM_ID].to_pylist()) if items is not None else set()
+    new = (seen if job.data.k_core else seen | listed).difference(known)
+    ids = pa.array([*known, *sort_ids(list(new))], pa.string())
+    write_table(job.storage, job.staging(ITEM_INDEX_NAME), pa.table({ITEM_ID: ids}))
+    return ids, len((seen - listed).difference(known)) if items is not None else 0
+
+
+def train_counts(job: Job, num_items: int) -> NDArray[np.int64]:
+    """Add up the training interactions of each item that the partitions staged."""
+    counts = np.zeros(num_items, np.int64)
+    for partition in range(job.num_partitions):
+        staged = read_table(job.storage, job.staged("train-counts", 0, partition))
+        counts[staged["item_index"].to_numpy() - 1] += staged["count"].to_numpy()
+    return counts
+
+
+def write_shards_of(job: Job, folder: str, table: pa.Table) -> list[Outcome]:
+    """Write a table that the driver holds as shards of at most a million rows."""
+    shards = []
+    for number, first in enumerate(range(0, table.num_rows, _CATALOGUE_SHARD_ROWS)):
+        shards.append(write_shard(job, f"{folder}/{number:05d}.parquet", table.slice(first, _CATALOGUE_SHARD_ROWS)))
+    return [shard for shard in shards if shard]
+
+
+def sum_counts(outcomes: Iterable[Outcome], key: str) -> Counter[str]:
+    """Add up the counters that outcomes have under a key."""
+    return sum((Counter(outcome.get(key, {})) for outcome in outcomes), Counter())
+
+
+def present(counts: Counter[str]) -> dict[str, int]:
+    """Keep what occurred, sorted by name."""
+    return {name: count for name, count in sorted(counts.items()) if count}
+
+
+def sign(**fields: Any) -> DatasetManifest:
+    """Build a manifest and its fingerprint."""
+    unsigned = DatasetManifest(fingerprint="", **fields)
+    return unsigned.model_copy(update={"fingerprint": content_fingerprint(unsigned.model_dump(mode="json"))})
+
+
+def publish(job: Job, manifest: DatasetManifest) -> Dataset:
+    """Write the manifest, once and last, and remove what only the work needed."""
+    job.storage.create(join(job.uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
+    clear_leftovers(job.storage, job.uri)
+    logger.info(
+        "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
+        manifest.num_users,
+        manifest.num_items,
+        manifest.num_interactions,
+        manifest.rejected or "none",
+        manifest.noticed or "none",
+        manifest.items_without_catalogue_entry,
+        manifest.tie_rule,
+    )
+    return Dataset.open(job.storage, job.uri)
+
+
+def clear_leftovers(storage: Storage, uri: str) -> None:
+    """Remove what only the work on a published dataset needed, and the halves of files that killed writers left in its folder."""
+    storage.delete_tree(join(uri, "staging"))
+    filesystem, path = storage.locate(uri)
+    for found in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if found.base_name.startswith(TEMP_PREFIX):
+            filesystem.delete_file(found.path)
+
+
+def refuse_empty(job: Job, outcomes: Sequence[Outcome], rejected: Counter[str]) -> None:
+    """Stop where the passes have left no interaction.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not any(outcome["rows"] for outcome in outcomes):
+        found = dict(rejected) or "none, there are no rows"
+        raise UserError(f"data.events = {job.data.events}: no interaction is left; rejected: {found}")
