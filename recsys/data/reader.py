@@ -89,16 +89,16 @@ class Reader:
     def rows(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
         """Yield this rank's rows of each step, uncollated and on the calling thread, decoded ahead on others."""
         plan, share = self.plan(epoch), self._share
-        first_number = plan.numbers(first_step, first_step + 1, share.rank, share.world_size)[:1]
-        touching = first_number + share.world_size * np.arange(plan.num_streams)
+        begin = first_step * plan.global_batch_size
+        touching = begin + (share.rank - begin) % share.world_size + share.world_size * np.arange(plan.num_streams)
         loader = WindowLoader(plan, self._source, touching, self._config.training.prefetch_bytes, self._num_threads)
-        end = first_step
+        last = first_step
         try:
-            while (begin := end) < plan.num_steps:
-                end = _span_end(plan, begin, share.world_size)
-                numbers = plan.numbers(begin, end, share.rank, share.world_size)
+            while (first := last) < plan.num_steps:
+                last = _span_end(plan, first, share.world_size)
+                numbers = plan.numbers(first, last, share.rank, share.world_size)
                 rows = _gather(loader, numbers, plan.num_streams, share.world_size)
-                bounds = np.searchsorted(numbers, np.arange(begin, end + 1) * plan.global_batch_size)
+                bounds = np.searchsorted(numbers, np.arange(first, last + 1) * plan.global_batch_size)
                 for start, stop in itertools.pairwise(bounds.tolist()):
                     yield rows.slice(start, stop)
         finally:

@@ -45,7 +45,10 @@ class Rows:
 
     @classmethod
     def join(cls, parts: Sequence["Rows"]) -> "Rows":
-        """Put parts with the same columns end to end; the rows of each must lie so already."""
+        """Put parts with the same columns end to end; the rows of each must lie so already. No parts give no rows, of no columns."""
+        if not parts:
+            nothing = np.zeros(0, np.int64)
+            return cls(nothing, nothing.astype(np.int32), nothing, nothing, {})
         if len(parts) == 1:
             return parts[0]
         spans = [(int(part.starts[0]), int(part.starts[-1] + part.lengths[-1])) for part in parts]

@@ -65,7 +65,8 @@ class WindowLoader:
         """Give the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
         self._load_until(stream, start, stop)
         for window, rows in self._loaded[stream]:
-            yield rows.slice(max(start - window.begin, 0), max(stop - window.begin, 0))
+            if window.begin < stop and window.end > start:
+                yield rows.slice(max(start - window.begin, 0), stop - window.begin)
 
     def close(self) -> None:
         """Let the threads end; what is being loaded is not waited for."""

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config import Config, load_config
+from recsys.data import reader as reader_module
 from recsys.data.cache import DiskCache
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset, Shard
@@ -84,6 +85,11 @@ def dataset(moto_server: S3Server, tmp_path: Path) -> Dataset:
     )
     manifest = small.manifest.model_copy(update={"train_shards": (shard,), "num_streams": 12})
     return Dataset(small.storage, small.uri, manifest)
+
+
+@pytest.fixture(scope="module")
+def local_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(Storage(str(tmp_path_factory.mktemp("store"))), num_users=300, max_history=4)
 
 
 def settings(scratch: Path, **values: object) -> Config:
@@ -171,3 +177,24 @@ def test_nothing_is_read_ahead_beyond_the_limit(dataset: Dataset, groups_read: l
     next(rows)
     rows.close()
     assert without_limit < len(groups_read) <= NUM_GROUPS
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 7, 9, 11, 13, 14, 16])
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_any_number_of_ranks_reads_the_plan_also_where_it_does_not_divide_the_streams(
+    local_dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world_size: int, window: int
+) -> None:
+    monkeypatch.setattr(reader_module, "_SPAN_ROWS", 3)
+    content = [row for shard in local_dataset.manifest.train_shards for row in local_dataset.read_shard(shard)["items"].to_pylist()]
+    features = ItemFeatures.read(local_dataset)
+    for share in (1, 3):
+        sizes = {"training__micro_batch_size": 1, "training__global_batch_size": share * world_size}
+        config = settings(tmp_path, training__shuffle_row_groups=window, **sizes)
+        for rank in range(world_size):
+            reader = Reader(local_dataset, features, config, Share(rank, world_size, share))
+            plan = reader.plan(0)
+            first_step = 3 * rank
+            for step, rows in enumerate(reader.rows(0, first_step), start=first_step):
+                assert rows.sample_ids.tolist() == plan.step_ids(step, rank, world_size).tolist()
+                spans = zip(rows.starts, rows.starts + rows.lengths, strict=True)
+                assert [rows.flat["items"][slice(*span)].tolist() for span in spans] == [content[sample] for sample in rows.sample_ids]
