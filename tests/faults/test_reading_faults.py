@@ -184,7 +184,7 @@ def write_other_rows(dataset: Dataset, number: int, folder: Path) -> None:
     dataset.storage.download(dataset.address(shard), original)
     rows = pq.read_table(original)
     mirrored = rows.set_column(1, rows.schema.field(1), replace_items(rows["items"]))
-    pq.write_table(mirrored, folder / "other.parquet", row_group_size=16)
+    pq.write_table(mirrored, folder / "other.parquet", row_group_size=16, write_page_checksum=True)
     other = (folder / "other.parquet").read_bytes()
     assert pq.read_metadata(folder / "other.parquet").schema.equals(pq.read_metadata(original).schema)
     assert len(other) == shard.num_bytes
