@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,20 @@ class S3Server:
         )
         client.create_bucket(Bucket=bucket)
         return Storage(f"s3://{bucket}/store", self.endpoint)
+
+
+@contextmanager
+def local_ray(folder: Path) -> Iterator[None]:
+    """Run a Ray in the test's process; all of a process have one token, since Ray keeps the first that it reads."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # without one Ray writes one to the home folder
+        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(folder))
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")

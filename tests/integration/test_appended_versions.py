@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import prepare
 from recsys.storage import Storage
+from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -33,11 +33,8 @@ RUN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # without one Ray writes one to the home folder
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
+    with local_ray(tmp_path_factory.mktemp("ray")):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

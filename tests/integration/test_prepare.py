@@ -1,17 +1,16 @@
 """prepare_data on a real Ray: synthetic and real data end to end, one-line errors from tasks, equal results anywhere."""
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import prepare
 from recsys.errors import UserError
 from recsys.storage import Storage
+from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -22,11 +21,8 @@ TINY = ["data.source=synthetic", "data.synthetic.num_users=600", "data.synthetic
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # without one Ray writes one to the home folder
-        ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
+    with local_ray(tmp_path_factory.mktemp("ray")):
         yield
-        ray.shutdown()
 
 
 def prepared(root: Path, *overrides: str, config: Path | None = None) -> Dataset:

@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from recsys.data.preparing.ray_tasks import Record, run_tasks
 from recsys.errors import UserError
 from recsys.storage import Storage, sha256_of
+from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -89,11 +89,9 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(seed: int, tmp_path: Pat
 
 
 @pytest.fixture
-def _ray(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # without one Ray writes one to the home folder
-    ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(tmp_path_factory.mktemp("ray")))
-    yield
-    ray.shutdown()
+def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with local_ray(tmp_path_factory.mktemp("ray")):
+        yield
 
 
 @pytest.mark.usefixtures("_ray")
