@@ -20,7 +20,10 @@ from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.errors import UserError
 from recsys.storage import Storage
+from recsys.train.loop import train
+from recsys.train.reporter import LocalReporter
 from tests.datasets import make_dataset
+from tests.distributed import run_distributed
 from tests.proxy import FAULTS, Fault, FaultProxy, Faults
 
 NUM_USERS = 800
@@ -163,6 +166,33 @@ def test_a_slow_store_is_read_to_the_end(
     begin = time.monotonic()
     assert_equal(make_reader(dataset, settings).steps(0), make_reader(clean, settings).steps(0))
     assert num_bytes / 4e6 < time.monotonic() - begin < num_bytes / 1e6 + LIMIT_SECONDS
+
+
+def waited_seconds(settings: Config) -> float:
+    """Train one epoch; return what the run says that its steps waited for data."""
+    dataset = Dataset.open(Storage.from_config(settings.storage), settings.data.dataset)
+    return train(dataset.adopt(settings), dataset, LocalReporter()).data_wait_seconds
+
+
+def test_a_slow_store_shows_in_the_time_that_a_run_waits_for_data(
+    hasty: None, faulty_storage: Storage, s3_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    dataset = make_dataset(faulty_storage, num_users=3000)
+    num_bytes = sum(shard.num_bytes for shard in dataset.manifest.train_shards)
+    settings = config(
+        tmp_path,
+        storage__root=faulty_storage.root,
+        storage__endpoint=faulty_storage.endpoint,
+        data__dataset=dataset.uri,
+        model__width=8,
+        model__text__mode="off",
+        training__epochs=1,
+        training__zero_stage=0,
+    )
+    quick = run_distributed(waited_seconds, 1, settings.with_values({"run.name": "quick"}))[0]
+    s3_proxy.faults = Faults(bytes_per_second=1_000_000)
+    slow = run_distributed(waited_seconds, 1, settings.with_values({"run.name": "slow"}))[0]
+    assert slow > quick + 0.3 * num_bytes / 1e6
 
 
 def test_a_reader_that_is_left_while_the_store_stalls_ends_soon(
