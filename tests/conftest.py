@@ -8,11 +8,12 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 from botocore.config import Config
 
@@ -39,6 +40,14 @@ class S3Server:
         )
         client.create_bucket(Bucket=bucket)
         return Storage(f"s3://{bucket}/store", self.endpoint)
+
+
+def kill_descendants(verb: str) -> None:
+    """Kill what this process has started, at any depth, to run a verb."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if verb in " ".join(child.cmdline()):
+                child.kill()
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def test_batches_are_those_of_an_undisturbed_run(
         assert_equal(faulty.steps(epoch), clean.steps(epoch))
         if s3_proxy.num_faults >= 2:
             break
-    assert stored.storage.num_retries == s3_proxy.num_faults >= 2
+    assert stored.storage.num_retries >= s3_proxy.num_faults >= 2  # a busy machine may run into a time limit more often
 
 
 def test_all_faults_at_once(hasty: None, stored: Dataset, undisturbed: Dataset, s3_proxy: FaultProxy, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_stalls_of_half_a_minute_are_borne_with_the_timeouts_that_are_shipped(
     s3_proxy.faults = Faults({"stall": 0.05, "stall_in_body": 0.05}, stall_seconds=30)
     begin = time.monotonic()
     assert_equal(make_reader(stored, settings).steps(0), make_reader(undisturbed, settings).steps(0))
-    assert stored.storage.num_retries == s3_proxy.num_faults > 0
+    assert stored.storage.num_retries >= s3_proxy.num_faults > 0
     patience = stores.READ_TIMEOUT_SECONDS + stores.LONGEST_PAUSE_SECONDS
     assert time.monotonic() - begin < 30 + s3_proxy.num_faults * patience
 

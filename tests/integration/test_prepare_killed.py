@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from recsys.data.preparing.ray_tasks import Record, run_tasks
 from recsys.errors import UserError
 from recsys.storage import Storage, sha256_of
-from tests.conftest import local_ray
+from tests.conftest import kill_descendants, local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -58,9 +57,7 @@ def files_of(folder: Path) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
     yield
-    for child in psutil.Process().children(recursive=True):
-        if "jobs.prepare_data" in " ".join(child.cmdline()):
-            child.kill()
+    kill_descendants("jobs.prepare_data")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     return folder, finish(start(folder, "log"), folder / "log")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_preparation_goes_on_and_ends_the_same(seed: int, tmp_path: Path, uninterrupted: tuple[Path, dict[str, Any]]) -> None:
     reference, expected = uninterrupted
     chance = random.Random(seed)

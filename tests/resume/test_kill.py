@@ -14,6 +14,7 @@ import pytest
 
 from recsys.data.manifest import Dataset
 from recsys.storage import Storage
+from tests.conftest import kill_descendants
 from tests.datasets import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -50,9 +51,7 @@ def start(dataset: Dataset, folder: Path, log: str) -> "subprocess.Popen[str]":
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
     yield
-    for child in psutil.Process().children(recursive=True):
-        if "jobs.train" in " ".join(child.cmdline()):
-            child.kill()
+    kill_descendants("jobs.train")
 
 
 def wait_for_checkpoints(dataset: Dataset, process: "subprocess.Popen[str]", log: Path, above_step: int) -> None:
