@@ -41,3 +41,4 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks.run
+	$(BIN)/python -m tests.benchmarks.reading

@@ -1,4 +1,4 @@
-"""`make bench`: the training loop and the reader beside their limits, each pair measured in turn in one run."""
+"""`make bench`, first part: the training loop beside a bare one, measured in turn in one run; the reader is `reading.py`'s."""
 
 import json
 import statistics
@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch
-from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.reader import Reader, Share
 from recsys.model.recommender import build_recommender
 from recsys.storage import Storage
 from recsys.train.loop import Trainer
@@ -44,7 +41,7 @@ def main() -> None:
             "training.micro_batch_size": 128,
         }
         config = load_config().with_values(values)
-        results = {"step": run_distributed(measure_steps, 1, config)[0], "read": measure_reading(config, dataset)}
+        results = {"step": run_distributed(measure_steps, 1, config)[0]}
     for name, result in results.items():
         print(f"{name:<6}" + "  ".join(f"{key} {value:.4g}" for key, value in result.items()), file=sys.stderr)
     print(json.dumps(results))
@@ -77,21 +74,6 @@ def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: B
     sum(weights[name] * loss / counts[name] for name, loss in losses.items()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-
-
-def measure_reading(config: Config, dataset: Dataset) -> dict[str, float]:
-    """Time an epoch through plan, shuffled row groups and collating, and a raw scan of the same files and columns."""
-    features = ItemFeatures.read(dataset)
-
-    def ours() -> None:
-        reader = Reader(dataset, features, config, Share(0, 1, 1))
-        assert sum(len(batch.sample_ids) for batches in reader.steps(0) for batch in batches) == dataset.manifest.num_samples
-
-    def bare() -> None:
-        for shard in dataset.manifest.train_shards:
-            pq.read_table(f"{dataset.uri}/{shard.path}", use_threads=False)
-
-    return in_turn(ours, bare, dataset.manifest.num_samples)
 
 
 def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int) -> dict[str, Any]:
