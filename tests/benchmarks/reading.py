@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +187,16 @@ def main() -> None:
     parser.add_argument(
         "--peers", type=Path, help="folder for the environment of datasets and mosaicml-streaming; without it they are left out"
     )
+    parser.add_argument("--rows", type=int, help="another size of the dataset: what a start costs weighs less in a larger one")
     parser.add_argument("--only", nargs="*", default=list(PEERS), choices=PEERS, help="peers to measure; the limit always is")
     arguments = parser.parse_args()
     wanted = {LIMIT, *arguments.only}
     peers = [peer for peer in PEERS if peer in wanted and (arguments.peers or peer not in OWN_ENVIRONMENT)]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        bench = Bench(QUICK if arguments.quick else FULL, peers, arguments.peers, Path(folder), stack)
+        plan = QUICK if arguments.quick else FULL
+        plan = replace(plan, num_rows=arguments.rows or plan.num_rows)
+        bench = Bench(plan, peers, arguments.peers, Path(folder), stack)
         results: dict[str, Any] = {"speed": bench.measure_speed()}
         show("rows per second, and times the time of the limit (median, least, greatest)", results["speed"])
         results["first_step"] = bench.measure_first_step()
