@@ -17,12 +17,13 @@ class NegativeSampler:
         counts = catalogue.train_count.double()
         weights = (counts if loss.negatives == "popularity" else (counts > 0).double()).numpy()
         self._log_probability = np.log(weights / weights.sum(), where=weights > 0, out=np.full(len(weights), -np.inf))
-        self._cumulative = weights.cumsum() / weights.sum()
+        cumulative = weights.cumsum() / weights.sum()
+        self._cumulative = cumulative / cumulative[-1]
 
     def draw(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return catalogue indices (K,) drawn with replacement and the log probability of each."""
         if self._num == 0:
             return torch.zeros(0, dtype=torch.long), torch.zeros(0)
         uniform = np.random.default_rng((self._seed, epoch, step, 1)).random(self._num)
-        indices = np.searchsorted(self._cumulative / self._cumulative[-1], uniform, side="right")
+        indices = np.searchsorted(self._cumulative, uniform, side="right")
         return torch.from_numpy(indices), torch.from_numpy(self._log_probability[indices]).float()
