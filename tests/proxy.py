@@ -35,6 +35,17 @@ _BETWEEN_TWO_HOPS = frozenset({"connection", "keep-alive", "expect", "transfer-e
 _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 
 
+CODES: dict[Fault, str] = {
+    "error": "InternalError",
+    "slow_down": "SlowDown",
+    "reset": "ConnectionClosedError",
+    "stall": "ReadTimeoutError",
+    "stall_in_body": "ReadTimeoutError",
+    "cut": "ResponseStreamingError",
+}
+"""What a client says of a fault that stays."""
+
+
 @dataclass(frozen=True)
 class Faults:
     """What goes wrong from now on. A rate is the share of requests that a fault strikes; where it does not apply, all goes well.

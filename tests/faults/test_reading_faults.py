@@ -24,7 +24,7 @@ from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
-from tests.proxy import FAULTS, Fault, FaultProxy, Faults
+from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 
 NUM_USERS = 800
 LIMIT_SECONDS = 15.0
@@ -122,16 +122,6 @@ def test_a_store_that_stays_out_of_order_stops_the_reader_in_one_line(
     assert "\n" not in str(error.value)
     assert any(stored.address(shard) in str(error.value) for shard in stored.manifest.train_shards)
     assert CODES[fault] in str(error.value)
-
-
-CODES: dict[Fault, str] = {
-    "error": "InternalError",
-    "slow_down": "SlowDown",
-    "reset": "ConnectionClosedError",
-    "stall": "ReadTimeoutError",
-    "stall_in_body": "ReadTimeoutError",
-    "cut": "ResponseStreamingError",
-}
 
 
 def test_a_wrong_etag_that_stays_costs_one_look_at_the_content(

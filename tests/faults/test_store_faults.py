@@ -10,7 +10,7 @@ from botocore.retries.standard import ExponentialBackoff
 from recsys import stores
 from recsys.errors import UserError
 from recsys.storage import ReplacedError, Storage
-from tests.proxy import FAULTS, Fault, FaultProxy, Faults
+from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 
 RATES = (0.01, 0.1, 0.3)
 MAX_CALLS = 1500
@@ -125,16 +125,6 @@ def test_a_store_that_stays_out_of_order_ends_in_one_line(
         assert CODES[fault] in str(error.value)
     assert time.monotonic() - begin < LIMIT_SECONDS
     assert s3_proxy.num_faults == stores.MAX_ATTEMPTS
-
-
-CODES: dict[Fault, str] = {
-    "error": "InternalError",
-    "slow_down": "SlowDown",
-    "reset": "ConnectionClosedError",
-    "stall": "ReadTimeoutError",
-    "stall_in_body": "ReadTimeoutError",
-    "cut": "ResponseStreamingError",
-}
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "reset", "stall"])
