@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +18,7 @@ from botocore.config import Config
 from recsys.runtime import free_port
 from recsys.storage import Storage
 from tests.proxy import FaultProxy
+from tests.servers import answers
 
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
@@ -83,13 +82,9 @@ def aws_environment() -> Iterator[None]:
 def _wait_until_it_answers(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
+        if answers(endpoint):
             return
-        except urllib.error.HTTPError:
-            return  # refusing an unsigned request is an answer
-        except OSError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     pytest.fail(f"{process.args} does not answer (exit code {process.poll()}): {log.read_text()[-2000:]}")
 
 

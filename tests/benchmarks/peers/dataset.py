@@ -5,8 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from recsys.runtime import free_port
 from recsys.schema import TRAIN_SCHEMA
 from recsys.storage import Storage, join, sha256_of
 from tests.datasets import make_dataset
+from tests.servers import answers
 
 NUM_ITEMS = 2000
 NUM_SHARDS = 8
@@ -97,11 +96,7 @@ def served_copy(dataset: Dataset, folder: Path) -> Iterator[Dataset]:
 def _wait_for(endpoint: str) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
+        if answers(endpoint):
             return
-        except urllib.error.HTTPError:
-            return  # refusing an unsigned request is an answer
-        except OSError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise TimeoutError(f"{endpoint}: rclone does not answer")
