@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from recsys.config_errors import explain
-from recsys.data_config import DataConfig, Section
+from recsys.data_config import DataConfig, Fraction, Section
 from recsys.errors import UserError
+from recsys.model_config import ModelConfig
 
+BaselineName = Literal[
+    "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorisation", "factorisation_machine", "two_tower", "sasrec"
+]
 Stage = Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class StorageConfig(Section):
@@ -30,51 +33,6 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")] = "default"
     scratch: str = "scratch"
     stages: tuple[Stage, ...] = get_args(Stage)
-
-
-class TextConfig(Section):
-    """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder."""
-
-    mode: Literal["off", "frozen", "lora", "full"] = "frozen"
-    backbone: str = "minilm"
-    max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
-    pooling: Literal["mean", "first", "last"] = "mean"
-    lora_rank: Annotated[int, Field(ge=1)] = 8
-
-
-class LossConfig(Section):
-    """The retrieval loss over the catalogue."""
-
-    kind: Literal["full", "sampled"] = "full"
-    num_negatives: Annotated[int, Field(ge=1)] = 256
-    negatives: Literal["uniform", "popularity"] = "uniform"
-
-
-class ModelConfig(Section):
-    """The recommender's shape."""
-
-    width: Annotated[int, Field(ge=4)] = 64
-    num_layers: Annotated[int, Field(ge=1)] = 2
-    num_heads: Annotated[int, Field(ge=1)] = 2
-    dropout: Fraction = 0.2
-    id_dropout: Fraction = 0.0
-    use_ids: bool = True
-    use_features: bool = True
-    use_gaps: bool = True
-    text: TextConfig = TextConfig()
-    loss: LossConfig = LossConfig()
-    task_weight: Annotated[float, Field(ge=0)] = 0.1
-
-    @model_validator(mode="after")
-    def _check_shape(self) -> Self:
-        if self.width % self.num_heads:
-            near = self.num_heads * max(1, round(self.width / self.num_heads))
-            raise ValueError(f"model.width = {self.width} must be divisible by model.num_heads = {self.num_heads}; {near} would work")
-        if not self.use_ids and self.text.mode == "off" and not self.use_features:
-            raise ValueError(
-                "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -134,6 +92,30 @@ class TrainingConfig(Section):
         return self.global_batch_size // (self.micro_batch_size * self.num_workers)
 
 
+class FairnessConfig(Section):
+    """A bound, held in training, on how far the retrieval losses of the groups of a user attribute may lie apart.
+
+    `max_gap` is in nats per target. Without an `attribute` there is no bound. `dual_rate` is how fast a violated bound gains weight.
+    """
+
+    attribute: str = ""
+    max_gap: Annotated[float, Field(ge=0)] = 0.0
+    dual_rate: Annotated[float, Field(gt=0)] = 0.01
+
+
+class PretrainingConfig(Section):
+    """What the language model learns from the catalogue alone, before any label; `training` and `optimizer` say how.
+
+    `masked` predicts hidden tokens (of a decoder: the next token), `contrastive` tells the texts of items that the same users took one
+    after the other from those of other items; `window` is how many interactions apart two such items may be.
+    """
+
+    objectives: tuple[Literal["masked", "contrastive"], ...] = ("masked", "contrastive")
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    window: Annotated[int, Field(ge=1)] = 3
+
+
 class CheckpointConfig(Section):
     """When a resumable state is saved, and how many are kept beside the best."""
 
@@ -142,9 +124,20 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Full ranking: every item of the catalogue is a candidate but those the user has seen."""
+    """Full ranking: every item of the catalogue is a candidate but those the user has seen.
+
+    `baselines` are fitted on the same training data and ranked in the same way. `compare` is another checkpoint, for a paired test.
+    `fairness_attributes` are the user attributes whose groups are compared; empty: all with few values. `diversity` re-ranks by each
+    of its weights, for a curve of quality against diversity.
+    """
 
     checkpoint: str = ""
+    compare: str = ""
+    baselines: tuple[BaselineName, ...] = ("popularity",)
+    baseline_epochs: Annotated[int, Field(ge=1)] = 20
+    fairness_attributes: tuple[str, ...] = ()
+    diversity: tuple[Fraction, ...] = ()
+    diversity_method: Literal["mmr", "dpp"] = "mmr"
     split: Literal["validation", "test"] = "test"
     cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = (5, 10, 20)
     metric: str = "ndcg@10"
@@ -227,6 +220,8 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    fairness: FairnessConfig = FairnessConfig()
+    pretraining: PretrainingConfig = PretrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     search: SearchConfig = SearchConfig()

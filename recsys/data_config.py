@@ -4,6 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class Section(BaseModel):
     """A frozen part of the config; unknown keys are refused."""
@@ -64,7 +66,9 @@ class DataConfig(Section):
     `folder` holds all tables under their usual names; `events`, `items` and `users` name them one by one, as a file, a folder or a
     pattern. `base` is a dataset that these events are appended to. `num_shards` follows from the input's size where it is not given.
     `pseudonym_key_env` names the environment variable with the key that user ids are hashed with. A file that needs more than
-    `max_file_memory_bytes` to be read is refused.
+    `max_file_memory_bytes` to be read is refused. The split `random` holds out `test_fraction` of all interactions and, of what is left,
+    `validation_fraction`, each drawn by itself; a user's training interactions stay in order and come first. `withheld_items` is the
+    share of the catalogue that is kept out of training, so that it is cold in validation and test.
     """
 
     source: Literal["files", "synthetic"] = "files"
@@ -83,9 +87,13 @@ class DataConfig(Section):
     event_kinds: tuple[str, ...] = ()
     like_threshold: float = 4.0
     k_core: Annotated[int, Field(ge=0)] = 0
-    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
     validation_from: int | None = None
     test_from: int | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    withheld_items: Fraction = 0.0
+    split_seed: int = 0
     max_history: Annotated[int, Field(ge=2, le=4096)] = 50
     window_stride: Annotated[int, Field(ge=1)] | None = None
     session_gap_seconds: Annotated[int, Field(ge=1)] = 1800

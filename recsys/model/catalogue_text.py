@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from recsys.config import TextConfig
 from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.mapped import create_array, map_array, shared_entry
 from recsys.errors import UserError
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, tokenize
+from recsys.model_config import TextConfig
 from recsys.storage import Storage, join
 
 TOKENIZED_AT_ONCE = 8192

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from recsys.config import ModelConfig
 from recsys.data.item_features import ItemFeatures
 from recsys.errors import UserError
 from recsys.model.text_encoder import TextEncoder
+from recsys.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recsys.config import TextConfig
 from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import Dataset
 from recsys.data.mapped import locked
 from recsys.errors import UserError
+from recsys.model_config import TextConfig
 from recsys.storage import Storage, join, private_folder, sha256_of
 
 ENCODE_CHUNK = 64

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys.config import ModelConfig
 from recsys.data.rows import NUM_GAP_BUCKETS
+from recsys.model_config import ModelConfig
 
 
 class UserEncoder(nn.Module):

@@ -49,7 +49,7 @@ class Trainer:
         self.engine = Engine(model, config, self.device)
         self.reader = Reader(dataset, self.features, config, Share(self.rank, self.world_size, config.training.accumulation_steps))
         self.users = read_evaluation_users(dataset, "validation")
-        self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.task_weight for task in dataset.manifest.tasks}
+        self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.ranker.task_weight for task in dataset.manifest.tasks}
         self.total_steps = planned_steps(config, self.reader.plan(0).num_steps)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset)
         torch.manual_seed(config.training.seed + 1 + self.rank)

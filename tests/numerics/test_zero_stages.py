@@ -52,7 +52,7 @@ def loss_curve(folder: Path, name: str, num_workers: int, zero_stage: int, micro
         "model.width": 16,
         "model.dropout": 0.0,
         "model.text.mode": "off",
-        "model.task_weight": 0.5,
+        "model.ranker.task_weight": 0.5,
         "optimizer.learning_rate": 5e-3,
         "training.num_workers": num_workers,
         "training.zero_stage": zero_stage,

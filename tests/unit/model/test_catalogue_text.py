@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from recsys.config import TextConfig
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.model import catalogue_text
 from recsys.model.catalogue_text import Ranks, VectorsManifest, catalogue_tokens, frozen_vectors
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, locate_backbone, tokenize
+from recsys.model_config import TextConfig
 from recsys.storage import Storage
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed

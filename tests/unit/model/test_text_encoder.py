@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from recsys.config import TextConfig
 from recsys.data.manifest import Dataset
 from recsys.model import text_encoder
 from recsys.model.text_encoder import load_backbone, load_tokenizer, locate_backbone
+from recsys.model_config import TextConfig
 from recsys.storage import Storage
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed

@@ -1,0 +1,95 @@
+"""The config's section `model`: encoders, ranker and losses; the other sections are `config.py`'s."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recsys.data_config import Fraction, Section
+
+
+class TextConfig(Section):
+    """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder."""
+
+    mode: Literal["off", "frozen", "lora", "full"] = "frozen"
+    backbone: str = "minilm"
+    max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
+    pooling: Literal["mean", "first", "last"] = "mean"
+    lora_rank: Annotated[int, Field(ge=1)] = 8
+
+
+class LossConfig(Section):
+    """The retrieval loss over the catalogue.
+
+    `full`: cross-entropy over every item. `sampled`: the same estimated from `num_negatives` draws, corrected by their probability.
+    `gbce`: binary cross-entropy whose positive probability is calibrated for `num_negatives` uniform draws by `calibration` (0: none, 1:
+    whole). `infonce`: cross-entropy against the other targets of the global batch alone. Scores are divided by `temperature`;
+    at most `chunk_bytes` of them are held at once.
+    """
+
+    kind: Literal["full", "sampled", "gbce", "infonce"] = "full"
+    num_negatives: Annotated[int, Field(ge=1)] = 256
+    negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    chunk_bytes: Annotated[int, Field(ge=1 << 16)] = 64 << 20
+
+    @model_validator(mode="after")
+    def _check_negatives(self) -> Self:
+        if self.kind == "gbce" and self.negatives != "uniform":
+            raise ValueError(f"model.loss.kind = 'gbce' is calibrated for uniform negatives, not '{self.negatives}'; set uniform")
+        return self
+
+
+class RankerConfig(Section):
+    """How a (user, item) pair is scored for each task.
+
+    `concatenation` runs a network over user, item and their product. `additive` is a bilinear score of user and item plus
+    gate_text x (user . item text) plus gate_sequence x (history . item), each gate learned per task. With `num_experts` above 1 the
+    tasks share experts, mixed by a gate per task. Tasks are weighed by `task_weight`, or by their learned uncertainty. Rare positives get
+    weight, or negatives are sampled to `negatives_per_positive` and probabilities calibrated back.
+    """
+
+    kind: Literal["concatenation", "additive"] = "concatenation"
+    num_experts: Annotated[int, Field(ge=1)] = 1
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    task_weight: Annotated[float, Field(ge=0)] = 0.1
+    imbalance: Literal["none", "weight", "sample"] = "none"
+    negatives_per_positive: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ModelConfig(Section):
+    """The recommender's shape.
+
+    `attention`: `softmax`; `hstu` weighs by SiLU without normalising and gates the output; `ligr` is softmax attention with a learned
+    gate on each residual. `id_buckets` above 0 makes an id's vector of `id_hashes` rows of a table of that size, for catalogues too
+    large for a row per item. Each sample's last target is also predicted with a query in `query_rate` of the cases.
+    """
+
+    width: Annotated[int, Field(ge=4)] = 64
+    num_layers: Annotated[int, Field(ge=1)] = 2
+    num_heads: Annotated[int, Field(ge=1)] = 2
+    dropout: Fraction = 0.2
+    attention: Literal["softmax", "hstu", "ligr"] = "softmax"
+    positions: Literal["learned", "rotary", "none"] = "learned"
+    use_ids: bool = True
+    id_dropout: Fraction = 0.0
+    id_buckets: Annotated[int, Field(ge=0)] = 0
+    id_hashes: Annotated[int, Field(ge=1)] = 2
+    use_features: bool = True
+    use_gaps: bool = True
+    use_values: bool = True
+    query_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    text: TextConfig = TextConfig()
+    loss: LossConfig = LossConfig()
+    ranker: RankerConfig = RankerConfig()
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.width % self.num_heads:
+            near = self.num_heads * max(1, round(self.width / self.num_heads))
+            raise ValueError(f"model.width = {self.width} must be divisible by model.num_heads = {self.num_heads}; {near} would work")
+        if not self.use_ids and self.text.mode == "off" and not self.use_features:
+            raise ValueError(
+                "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
+            )
+        return self
