@@ -49,7 +49,8 @@ def render(config: Config, results: dict[str, Any]) -> str:
     for name in ("train", "train_id_only"):
         if train := results.get(name):
             speed = f"{train['steps']} steps, {train['samples_per_second']:.0f} samples/s"
-            lines += [f"{name:<14} {speed}, validation {_metrics(train['validation'])}, {train['wall_seconds']} s"]
+            reached = _number(train["validation"][config.evaluation.metric])
+            lines += [f"{name:<14} {speed}, validation {config.evaluation.metric} {reached}, {train['wall_seconds']} s"]
     if search := results.get("search"):
         lines += ["", f"search     {search['num_trials']} trials by validation {search['metric']}, {search['wall_seconds']} s"]
         lines += [

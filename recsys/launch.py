@@ -7,6 +7,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,14 +17,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from recsys.config import Config
-from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, TrainingState
+from recsys.train.checkpoint import CheckpointStore, TrainingState, read_manifest
 from recsys.train.loop import train
+from recsys.train.recommending import Recommending
 from recsys.train.reporter import Metrics
+from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 class RayReporter:
     """Hands each epoch's metrics to Ray Train, and through its callbacks to a search."""
 
-    def step(self, step: int, losses: Metrics, batches: Sequence[Batch]) -> None:
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
         """Do nothing: reporting to Ray is a barrier, too dear for every step."""
 
     def report(self, metrics: Metrics) -> None:
@@ -39,8 +41,8 @@ class RayReporter:
         ray.train.report(metrics)
 
 
-def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train on a cluster, and return what `jobs.train` prints.
+def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = Recommending) -> dict[str, Any]:
+    """Train what `make` builds on a cluster, and return what `jobs.train` prints.
 
     A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
 
@@ -55,19 +57,20 @@ def launch(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     if finished_state(checkpoints, config) is None:
         with connect(config):
             _check_resources(config)
-            _fit(config, storage, callbacks)
+            _fit(config, storage, callbacks, make)
     state = finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
+    best = checkpoints.uri(state.best_step or state.step)
     return {
         "run": config.run.name,
-        "checkpoint": checkpoints.uri(state.best_step or state.step),
+        "checkpoint": best,
         "steps": state.step,
         "samples_seen": state.samples_seen,
         "seconds": round(time.monotonic() - begin, 2),
         "samples_per_second": round(state.samples_seen / max(state.train_seconds, 1e-9), 1),
         "data_wait": round(state.data_wait_seconds / max(state.train_seconds, 1e-9), 4),
-        "validation": {config.evaluation.metric: state.best_metric},
+        "validation": read_manifest(storage, best).state.validation,
     }
 
 
@@ -98,7 +101,7 @@ def _check_resources(config: Config) -> None:
         )
 
 
-def _fit(config: Config, storage: Storage, callbacks: Sequence[Any]) -> None:
+def _fit(config: Config, storage: Storage, callbacks: Sequence[Any], make: MakeTrainable) -> None:
     """Run the workers to the end. Ray's own records go to the run's folder under a name of this attempt.
 
     With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
@@ -108,7 +111,7 @@ def _fit(config: Config, storage: Storage, callbacks: Sequence[Any]) -> None:
     records = storage.uri("runs", config.run.name, "ray")
     filesystem, path = storage.locate(records)
     trainer = TorchTrainer(
-        _run_worker,
+        partial(_run_worker, make),
         train_loop_config={"config": config.model_dump_json()},
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
@@ -140,10 +143,10 @@ def _cause(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error.__cause__ or error
 
 
-def _run_worker(settings: dict[str, str]) -> None:
+def _run_worker(make: MakeTrainable, settings: dict[str, str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = Config.model_validate(json.loads(settings["config"]))
     storage = Storage.from_config(config.storage)
-    train(config, Dataset.open(storage, config.data.dataset), RayReporter())
+    train(config, Dataset.open(storage, config.data.dataset), RayReporter(), make)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys.config import Config
-from recsys.data.batch import Batch
+from recsys.train.trainable import MicroBatch
 
 TAG = "state"
 
@@ -40,7 +40,7 @@ class Engine:
         """Switch between training and evaluation mode."""
         self._engine.train(mode)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the batch's loss sums by name."""
         losses: dict[str, Tensor] = self._engine(batch)
         return losses

@@ -1,4 +1,4 @@
-"""The one training loop; sharding is in `engine.py`, saving in `checkpoint.py`, the order of samples in `recsys.data.plan`."""
+"""The one training loop; what it trains is `trainable.py`'s, sharding is in `engine.py`, saving in `checkpoint.py`."""
 
 import logging
 import math
@@ -10,17 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys.config import Config
-from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
-from recsys.data.reader import Reader, Share
-from recsys.evaluation.evaluator import Ranked, rank_users, read_evaluation_users, summarise
 from recsys.model.catalogue_text import Ranks
-from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
-from recsys.predictor import Predictor, encode_catalogue
 from recsys.train.checkpoint import CheckpointStore, TrainingState
 from recsys.train.engine import Engine
 from recsys.train.progress import Progress
+from recsys.train.recommending import Recommending
 from recsys.train.reporter import Reporter
+from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +26,25 @@ class NonFiniteLossError(RuntimeError):
     """A loss is NaN or infinite; the step that gave it changed no weight."""
 
 
-def train(config: Config, dataset: Dataset, reporter: Reporter) -> TrainingState:
+def train(config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending) -> TrainingState:
     """Train from the newest checkpoint, or from the start, to the end; every rank must call this.
 
     The process group must be initialised. Returns the final state; the best checkpoint is that of `best_step`.
     """
-    return Trainer(config, dataset, reporter).run()
+    return Trainer(config, dataset, reporter, make).run()
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, dataset: Dataset, reporter: Reporter) -> None:
-        self.config, self.dataset, self.reporter = config, dataset, reporter
+    def __init__(self, config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending) -> None:
+        self.config, self.reporter = config, reporter
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
-        model = build_recommender(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
-        self.features = model.catalogue
-        self.engine = Engine(model, config, self.device)
-        self.reader = Reader(dataset, self.features, config, Share(self.rank, self.world_size, config.training.accumulation_steps))
-        self.users = read_evaluation_users(dataset, "validation")
-        self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.ranker.task_weight for task in dataset.manifest.tasks}
-        self.total_steps = planned_steps(config, self.reader.plan(0).num_steps)
+        self.trainable = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
+        self.weights = self.trainable.weights
+        self.engine = Engine(self.trainable.module, config, self.device)
+        self.total_steps = planned_steps(config, self.trainable.plan(0).num_steps)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset)
         torch.manual_seed(config.training.seed + 1 + self.rank)
         newest = self.checkpoints.newest()
@@ -62,10 +56,10 @@ class Trainer:
     def run(self) -> TrainingState:
         """Go through the epochs that are left; validate, save and report after each."""
         config, state = self.config, self.state
-        steps_per_epoch = self.reader.plan(0).num_steps
+        steps_per_epoch = self.trainable.plan(0).num_steps
         while not state.is_finished(config):
             waiting_since = time.monotonic()
-            for batches in self.reader.steps(state.epoch, state.step_in_epoch):
+            for batches in self.trainable.steps(state.epoch, state.step_in_epoch):
                 loaded_at = time.monotonic()
                 rate_factor = learning_rate_factor(config, state.step, self.total_steps)
                 self.engine.set_learning_rate(rate_factor)
@@ -80,16 +74,16 @@ class Trainer:
                 waiting_since = time.monotonic()
             if state.step_in_epoch == steps_per_epoch:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
-            state.record_validation(self._validate(), config.evaluation.metric)
+            state.record_validation(self._validate(), self.trainable.metric)
             self.checkpoints.save(self.engine, state)
             if self.progress:
-                self.progress.validation(state, config.evaluation.metric)
+                self.progress.validation(state, self.trainable.metric)
             self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
         if self.progress:
             self.progress.close()
         return state
 
-    def _step(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Run one optimizer step over this rank's micro batches; return the global mean of each loss.
 
         Each loss is the sum over this rank's targets divided by the number of targets on all ranks and micro batches.
@@ -110,7 +104,7 @@ class Trainer:
         return result
 
     def _count_step(self, seconds: float, wait_seconds: float) -> int:
-        state, plan = self.state, self.reader.plan(self.state.epoch)
+        state, plan = self.state, self.trainable.plan(self.state.epoch)
         num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
         state.step += 1
         state.step_in_epoch += 1
@@ -120,26 +114,17 @@ class Trainer:
         return num_samples
 
     def _validate(self) -> dict[str, float]:
-        """Rank the validation users over the whole catalogue, each rank its share; all ranks return the same metrics."""
         self.engine.train(False)
-        module: Recommender = self.engine.module
-        item_vectors = encode_catalogue(module.item_encoder, self.features.num_items, self.device)
-        predictor = Predictor(self.config, self.dataset.manifest, self.features, module.user_encoder, module.ranker, item_vectors)
-        own = self.users[self.rank :: self.world_size]
-        # Under ZeRO-3 a forward is collective, so every rank ranks equally many users, some for nothing.
-        missing = -(-len(self.users) // self.world_size) - len(own)
-        ranked = rank_users(predictor.score_catalogue, own + self.users[:missing], self.config.evaluation)
-        shares: list[Ranked] = [ranked] * self.world_size
-        dist.all_gather_object(shares, Ranked(ranked.ranks[: len(own)], ranked.top[: len(own)]))
+        metrics = self.trainable.validate()
         self.engine.train()
-        return summarise(Ranked.join(shares), self.config.evaluation, self.features.num_items)
+        return metrics
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device)
         dist.all_reduce(tensor)
         return tensor
 
-    def _refuse_non_finite(self, means: Tensor, batches: Sequence[Batch]) -> None:
+    def _refuse_non_finite(self, means: Tensor, batches: Sequence[MicroBatch]) -> None:
         """Raise before the optimizer sees the gradients of a loss that is no number."""
         if not bool(means.isfinite().all()):
             bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from recsys.data.batch import Batch
+from recsys.train.trainable import MicroBatch
 
 Metrics = dict[str, float]
 
@@ -11,7 +11,7 @@ Metrics = dict[str, float]
 class Reporter(Protocol):
     """Told of every step, and once an epoch, by every rank, after its checkpoint is published."""
 
-    def step(self, step: int, losses: Metrics, batches: Sequence[Batch]) -> None:
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
         """Take note of an optimizer step (from 0), its global losses and what this rank read for it."""
 
     def report(self, metrics: Metrics) -> None:
@@ -25,7 +25,7 @@ class LocalReporter:
         self.history: list[Metrics] = []
         self.losses: list[Metrics] = []
 
-    def step(self, step: int, losses: Metrics, batches: Sequence[Batch]) -> None:
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
         """Keep the losses."""
         self.losses.append(losses)
 

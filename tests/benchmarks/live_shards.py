@@ -58,7 +58,7 @@ def measure(uri: str, scratch: str, num_workers: int, rounds: int, num_steps: in
     trainer = Trainer(dataset.adopt(config), dataset, LocalReporter())
 
     def live() -> Iterable[Sequence[Batch]]:
-        return itertools.islice(trainer.reader.steps(0), num_steps)
+        return itertools.islice(trainer.trainable.steps(0), num_steps)
 
     held = list(live())
     seconds: dict[str, list[float]] = {"live": [], "held": []}

@@ -51,7 +51,7 @@ def measure_steps(config: Config) -> dict[str, float]:
     """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop over the same batches."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     trainer = Trainer(config, dataset, LocalReporter())
-    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.reader.steps(0), strict=False)]
+    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.trainable.steps(0), strict=False)]
     model = build_recommender(config, dataset, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 
