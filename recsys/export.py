@@ -12,8 +12,9 @@ from torch import Tensor
 
 from recsys.data.catalogue_source import ITEM_INDEX, CatalogueSource
 from recsys.data.manifest import Dataset
+from recsys.data.rows import SEQUENCES
 from recsys.predictor import Predictor
-from recsys.schema import CATALOGUE_SCHEMA
+from recsys.schema import CATALOGUE_SCHEMA, USER_ID
 
 
 def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Dataset, folder: Path, num_golden: int) -> None:
@@ -21,7 +22,7 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
-    pq.write_table(dataset.read_users(["user_id", "items", "events", "timestamps"]), folder / "users.parquet")
+    pq.write_table(dataset.read_users([USER_ID, *SEQUENCES]), folder / "users.parquet")
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     save_file({"item_vectors": predictor.item_vectors.contiguous()}, folder / "item_vectors.safetensors")
     golden = predictor.golden(num_golden)

@@ -40,6 +40,12 @@ class LossConfig(Section):
         return self
 
 
+    @property
+    def draws_negatives(self) -> bool:
+        """Tell whether the loss compares with items that are drawn for each step."""
+        return self.kind == "gbce" or (self.kind == "sampled" and self.negatives != "in_batch")
+
+
 class RankerConfig(Section):
     """How a (user, item) pair is scored for each task.
 

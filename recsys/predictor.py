@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.rows import gap_buckets
+from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST, pack
+from recsys.data.rows import SEQUENCES
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
@@ -32,26 +34,37 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class History:
-    """What a user did, oldest first: catalogue indices, event kinds from 0, and times in seconds."""
+    """What a user did, oldest first: catalogue indices, event kinds from 0, times in seconds, and values, NaN where there is none."""
 
     items: Indices  # (L,)
     events: Indices  # (L,)
     timestamps: Indices  # (L,)
+    values: NDArray[np.float32]  # (L,)
 
     @classmethod
-    def of(cls, items: Sequence[int], events: Sequence[int] | None = None, timestamps: Sequence[int] | None = None) -> "History":
+    def of(
+        cls,
+        items: Sequence[int],
+        events: Sequence[int] | None = None,
+        timestamps: Sequence[int] | None = None,
+        values: Sequence[float] | None = None,
+    ) -> "History":
         """Build from sequences; without events all are of the weakest kind, without times all gaps are zero."""
         zeros = [0] * len(items)
         return cls(
-            *(
-                np.asarray(part, dtype=np.int64)
-                for part in (items, zeros if events is None else events, zeros if timestamps is None else timestamps)
-            )
+            np.asarray(items, dtype=np.int64),
+            np.asarray(zeros if events is None else events, dtype=np.int64),
+            np.asarray(zeros if timestamps is None else timestamps, dtype=np.int64),
+            np.full(len(items), np.nan, np.float32) if values is None else np.asarray(values, dtype=np.float32),
         )
+
+    def take(self, places: slice | Sequence[int]) -> "History":
+        """Return some of the interactions."""
+        return History(self.items[places], self.events[places], self.timestamps[places], self.values[places])
 
     def last(self, length: int) -> "History":
         """Return the most recent `length` interactions."""
-        return History(self.items[-length:], self.events[-length:], self.timestamps[-length:])
+        return self.take(slice(-length, None))
 
 
 @dataclass(frozen=True)
@@ -96,20 +109,16 @@ class Predictor:
     @torch.no_grad()
     def encode(self, histories: Sequence[History]) -> Tensor:
         """Return user vectors (B, W); an empty history gives a vector that says nothing, so ask `popular` instead."""
-        longest = self.config.data.max_history
-        recent = [history.last(longest) for history in histories]
-        lengths = torch.tensor([max(1, len(history.items)) for history in recent])
-        shape = (len(recent), int(lengths.max()))
-        items, events, timestamps = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for row, history in enumerate(recent):
-            size = len(history.items)
-            items[row, :size], events[row, :size] = history.items, history.events + 1
-            timestamps[row, :size] = history.timestamps
-        gaps = gap_buckets(np.diff(timestamps, axis=1, prepend=timestamps[:, :1])).astype(np.int64)
+        recent = [history.last(self.config.data.max_history) for history in histories]
+        lengths = np.array([len(history.items) for history in recent])
+        columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
         device = self.item_vectors.device
-        vectors = self.item_vectors[torch.from_numpy(items).to(device)].to(self._user_encoder.norm_in.weight.dtype)
-        states = self._user_encoder(vectors, torch.from_numpy(events).to(device), torch.from_numpy(gaps).to(device))
-        return states[torch.arange(len(recent), device=device), lengths.to(device) - 1].float()
+        group_cost = GPU_GROUP_COST if device.type == "cuda" else CPU_GROUP_COST
+        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost)
+        packed = packed.map(lambda tensor: tensor.to(device))
+        vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
+        states = self._user_encoder(vectors, packed)
+        return states[torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(device)].float()
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[History]) -> Tensor:
@@ -155,8 +164,8 @@ class Predictor:
         return self._users.get(user_id)
 
     def remember(self, users: pa.Table) -> None:
-        """Keep users' histories (`user_id`, `items`, `events`, `timestamps`) for `history_of`."""
-        columns = (users[name].to_pylist() for name in ("user_id", "items", "events", "timestamps"))
+        """Keep users' histories (`user_id` and the sequences of USERS_SCHEMA) for `history_of`."""
+        columns = (users[name].to_pylist() for name in ("user_id", *SEQUENCES))
         self._users = {user_id: History.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}
 
     @property
@@ -174,7 +183,7 @@ class Predictor:
         config = Config.model_validate_json((folder / "config.json").read_bytes())
         manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_bytes())
         catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
-        user_encoder = UserEncoder(config.model, config.data.max_history, len(manifest.event_kinds), manifest.has_time)
+        user_encoder = UserEncoder(config, manifest)
         ranker = Ranker(config.model.width, len(manifest.tasks))
         weights = load_file(folder / "model.safetensors")
         for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):

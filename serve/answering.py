@@ -26,6 +26,7 @@ from serve.protocol import (
 )
 
 NOTHING: Indices = np.zeros(0, np.int64)
+NO_VALUE = float("nan")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,14 @@ class Answerer:
             if kind is None:
                 known = ", ".join(self.predictor.manifest.event_kinds)
                 raise RequestError(422, f"history.{position}.event: is no event kind of this model; known: {known}")
-            rows.append((self._item_index.get(interaction.item_id, 0), kind, interaction.timestamp or 0))
+            rows.append(
+                (
+                    self._item_index.get(interaction.item_id, 0),
+                    kind,
+                    interaction.timestamp or 0,
+                    NO_VALUE if interaction.value is None else interaction.value,
+                )
+            )
         unknown = _distinct(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
         return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)

@@ -12,6 +12,8 @@ MAX_HISTORY = 4096
 MAX_SECONDS = 253_402_300_799
 """The last second of the year 9999: a time beyond it was given in milliseconds."""
 
+MAX_VALUE = 1e6
+
 POPULARITY = "popularity"
 
 MAX_ERROR_CHARACTERS = 300
@@ -28,11 +30,12 @@ Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 
 class PostedInteraction(Message):
-    """One thing that a user did; without `event` it is of the weakest kind. `timestamp` is in seconds."""
+    """One thing that a user did; without `event` it is of the weakest kind. `timestamp` is in seconds, `value` such as a rating."""
 
     item_id: Identifier
     event: Identifier | None = None
     timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
 
 
 class UserRequest(Message):

@@ -93,6 +93,11 @@ class DatasetManifest(BaseModel):
         """Training samples, which are the rows of the training shards."""
         return sum(shard.num_rows for shard in self.train_shards)
 
+    @property
+    def has_values(self) -> bool:
+        """Tell whether interactions have values, such as ratings."""
+        return any(task.event is None for task in self.tasks)
+
 
 def content_fingerprint(fields: dict[str, Any]) -> str:
     """Hash what a dataset contains: every manifest field but the fingerprint and all that follows from where something lies."""

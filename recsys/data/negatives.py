@@ -12,7 +12,7 @@ class NegativeSampler:
 
     def __init__(self, catalogue: ItemFeatures, config: Config) -> None:
         loss = config.model.loss
-        self._num = loss.num_negatives if loss.kind == "sampled" else 0
+        self._num = loss.num_negatives if loss.draws_negatives else 0
         self._seed = config.training.seed
         counts = catalogue.train_count.double()
         weights = (counts if loss.negatives == "popularity" else (counts > 0).double()).numpy()

@@ -18,6 +18,7 @@ from recsys.data.cache import DiskCache
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.negatives import NegativeSampler
+from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST
 from recsys.data.plan import EpochPlan, Indices
 from recsys.data.rows import Rows
 from recsys.data.shards import RowGroupSource
@@ -54,7 +55,8 @@ class Reader:
         cache = DiskCache(Path(config.run.scratch) / "cache", config.training.cache_bytes) if is_cached else None
         self._num_threads = _FETCHING_THREADS if is_remote else min(_FETCHING_THREADS, _num_cores())
         self._source = RowGroupSource(dataset, wanted_columns(config, dataset.manifest), cache)
-        self._collate = Collator(dataset.manifest, takes_whole_catalogue=config.model.loss.kind == "full")
+        group_cost = GPU_GROUP_COST if config.training.use_gpu else CPU_GROUP_COST
+        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost)
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
 
@@ -126,12 +128,11 @@ class Reader:
 
 def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]:
     """Name the columns of the training shards that a batch is made of; the others are not fetched."""
-    has_time = manifest.has_time and config.model.use_gaps
     is_wanted = {
         "items": True,
         "events": len(manifest.event_kinds) > 1,
-        "timestamps": has_time,
-        "values": any(task.event is None for task in manifest.tasks),
+        "timestamps": manifest.has_time and config.model.use_gaps,
+        "values": manifest.has_values,
         "first_target": True,
     }
     return tuple(name for name, wanted in is_wanted.items() if wanted)

@@ -9,7 +9,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
-NUM_GAP_BUCKETS = 32
 SEQUENCES = ("items", "events", "timestamps", "values")
 
 
@@ -74,29 +73,9 @@ class Rows:
 
     def compact(self) -> "Rows":
         """Copy the interactions, so that the rows lie end to end in their order."""
-        places, starts = self._places()
-        flat = {name: column.take(places, mode="clip") for name, column in self.flat.items()}  # clip spares a pass of checking
-        return Rows(self.sample_ids, self.first_target, starts, self.lengths, flat)
-
-    def pad(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-        """Lay the sequence columns out as zero-padded rectangles (R, L), aligned left, with the mask of what is real."""
-        mask = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
-        places, _ = self._places()
-        rectangles = {name: np.zeros(mask.shape, column.dtype) for name, column in self.flat.items()}
-        for name, rectangle in rectangles.items():
-            rectangle[mask] = self.flat[name].take(places, mode="clip")
-        return rectangles, mask
-
-    def _places(self) -> tuple[Integers, Integers]:
-        """Where all interactions lie, row after row, and where each row begins among them."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         starts = ends - self.lengths
         places = np.arange(ends[-1] if len(ends) else 0)
         places += np.repeat(self.starts - starts, self.lengths)
-        return places, starts
-
-
-def gap_buckets(gaps: NDArray[np.int64]) -> NDArray[np.int8]:
-    """Bucket seconds between interactions: floor(log2(1 + gap)), capped; a step back counts as no time."""
-    _, exponents = np.frexp(np.maximum(gaps, 0) + 1.0)
-    return np.minimum(exponents - 1, NUM_GAP_BUCKETS - 1).astype(np.int8)
+        flat = {name: column.take(places, mode="clip") for name, column in self.flat.items()}  # clip spares a pass of checking
+        return Rows(self.sample_ids, self.first_target, starts, self.lengths, flat)

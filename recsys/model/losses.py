@@ -1,33 +1,156 @@
-"""The losses, each a sum over valid targets; dividing by their global number is the training loop's part."""
+"""The retrieval losses, each a sum over targets; dividing by their global number is the training loop's part.
+
+Shapes: N targets, W width, D items with padding first, K negatives. Scores are dot products, held in chunks of at most `chunk_bytes`.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from recsys.schema import Task
 
-
-def full_softmax(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
-    """Sum the cross-entropy over the whole catalogue.
-
-    Shapes: users (N, W), items (D, W) with padding first, targets (N,) positions in items.
-    """
-    logits = (users @ items.T).float()
-    return F.cross_entropy(_without_padding(logits), targets, reduction="sum")
+SCORE_BYTES = 4
 
 
-def sampled_softmax(users: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+def full_softmax(users: Tensor, items: Tensor, targets: Tensor, chunk_bytes: int) -> Tensor:
+    """Sum the cross-entropy over the whole catalogue; users (N, W), items (D, W), targets (N,) positions in items."""
+    candidates = items[1:]
+    return _softmax_loss(users, F.embedding(targets, items), candidates, None, _num_rows(candidates, chunk_bytes))
+
+
+def sampled_softmax(
+    users: Tensor, positives: Tensor, target_ids: Tensor, negatives: Tensor, negative_ids: Tensor, log_q: Tensor, chunk_bytes: int
+) -> Tensor:
     """Sum the cross-entropy with the other items' part of the partition function estimated from K draws.
 
-    Each draw j stands for 1 / (K q_j) items, so the estimate of the partition function is unbiased (Bengio and
-    Senecal 2008); a draw that is the target itself is left out. Shapes: users (N, W), items (D, W), targets (N,),
-    negatives (K,), log_q (K,).
+    Each draw j stands for 1 / (K q_j) items, so the estimate of the partition function is unbiased (Bengio and Senecal 2008); a draw
+    that is the target itself is left out. With `log_q` of -log K the draws are not corrected, which is InfoNCE (van den Oord et al. 2018).
+    Shapes: users and positives (N, W), target_ids (N,), negatives (K, W), negative_ids and log_q (K,).
     """
-    positive = (users * items[targets]).sum(-1, keepdim=True).float()  # (N, 1)
-    sampled = (users @ items[negatives].T).float()  # (N, K)
-    corrected = sampled - log_q - torch.log(torch.tensor(float(len(negatives)), device=users.device))
-    corrected = corrected.masked_fill(negatives == targets.unsqueeze(1), -torch.inf)
-    return (torch.cat([positive, corrected], 1).logsumexp(1) - positive.squeeze(1)).sum()
+    weights = log_q + torch.log(torch.tensor(float(len(negatives)), device=users.device))
+    others = (target_ids, negative_ids, weights)
+    return _softmax_loss(users, positives, negatives, others, _num_rows(negatives, chunk_bytes))
+
+
+def gbce(
+    users: Tensor,
+    positives: Tensor,
+    target_ids: Tensor,
+    negatives: Tensor,
+    negative_ids: Tensor,
+    num_items: int,
+    calibration: float,
+    chunk_bytes: int,
+) -> Tensor:
+    """Sum binary cross-entropy with a calibrated positive (gBCE: Petrov and Macdonald 2023), over uniform negatives.
+
+    With a = K / (num_items - 1), the positive's log probability is weighed by b = 1 - calibration (1 - a); each target's loss is the
+    mean over its K + 1 terms. Shapes as in `sampled_softmax`.
+    """
+    rate = min(1.0, len(negatives) / max(1, num_items - 1))
+    power = 1.0 - calibration * (1.0 - rate)
+
+    def chunk_loss(user: Tensor, ids: Tensor, candidates: Tensor) -> Tensor:
+        terms = F.softplus((user @ candidates.T).float())
+        return terms.masked_fill(ids.unsqueeze(1) == negative_ids, 0.0).sum()
+
+    rows = _num_rows(negatives, chunk_bytes)
+    parts = zip(users.split(rows), target_ids.split(rows), strict=True)
+    loss = power * F.softplus(-(users * positives).sum(-1).float()).sum()
+    for user, ids in parts:
+        loss = loss + checkpoint(chunk_loss, user, ids, negatives, use_reentrant=False)
+    return loss / (len(negatives) + 1)
+
+
+def gather_from_ranks(rows: Tensor) -> Tensor:
+    """Join the rows (N, ...) of all ranks, each N its own; gradients flow back to the rank that a row came from.
+
+    Every rank must call this; without a process group the rows are returned as they are.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    numbers = [int(size) for size in sizes]
+    padded = torch.cat([rows, rows.new_zeros(max(numbers) - len(rows), *rows.shape[1:])])
+    gathered = _gather(padded)
+    return torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' tensors of one shape, stacked."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+Others = tuple[Tensor, Tensor, Tensor]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """Sum of log(sum_j exp(score_nj)) - positive_n over targets, with its gradients computed in the same pass.
+
+    What is kept for the backward pass is as large as the inputs: no (N, K) tensor outlives its chunk. Without `others` the candidates
+    hold the positive; with them (target ids, candidate ids, what to subtract of each candidate's score) it is added, and candidates that
+    are the target are left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, positives: Tensor, candidates: Tensor, others: Others | None, num_rows: int) -> Tensor:
+        positive = (users * positives).sum(-1).float()  # (N,)
+        loss = positive.new_zeros(())
+        own = torch.full_like(positive, -1.0)  # gradient by the positive's score
+        grad_users, grad_candidates = torch.empty_like(users), torch.zeros_like(candidates)
+        for begin in range(0, len(users), num_rows):
+            rows = slice(begin, begin + num_rows)
+            scores = (users[rows] @ candidates.T).float()  # (rows, K)
+            if others is not None:
+                target_ids, candidate_ids, correction = others
+                scores = scores.sub_(correction).masked_fill_(target_ids[rows, None] == candidate_ids, -torch.inf)
+            highest = scores.amax(1) if others is None else torch.maximum(scores.amax(1), positive[rows])
+            weights = scores.sub_(highest[:, None]).exp_()
+            total = weights.sum(1)
+            if others is not None:
+                extra = (positive[rows] - highest).exp()
+                total += extra
+                own[rows] += extra / total
+            loss += (total.log() + highest - positive[rows]).sum()
+            weights, share = weights.to(users.dtype), total.reciprocal().to(users.dtype)[:, None]
+            grad_users[rows] = (weights @ candidates) * share
+            grad_candidates.addmm_(weights.T, users[rows] * share)
+        own_share = own.to(users.dtype)[:, None]
+        ctx.save_for_backward(grad_users.addcmul_(own_share, positives), own_share * users, grad_candidates)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors), None, None
+
+
+_gather: Callable[[Tensor], Tensor] = _Gather.apply
+_softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply
+
+
+def _num_rows(candidates: Tensor, chunk_bytes: int) -> int:
+    """Tell how many targets' scores are held at once."""
+    return max(1, chunk_bytes // (SCORE_BYTES * max(1, len(candidates))))
 
 
 def task_losses(tasks: tuple[Task, ...], scores: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -42,10 +165,3 @@ def task_losses(tasks: tuple[Task, ...], scores: Tensor, labels: Tensor, mask: T
         )
         losses[task.name] = (loss * mask[:, index]).sum()
     return losses
-
-
-def _without_padding(logits: Tensor) -> Tensor:
-    """Give the padding item, position 0, no probability."""
-    is_padding = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    is_padding[0] = True
-    return logits.masked_fill(is_padding, -torch.inf)

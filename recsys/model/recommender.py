@@ -1,8 +1,10 @@
 """The one module that is trained: item encoder, user encoder, ranker, and the losses of a batch."""
 
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config import Config
@@ -20,31 +22,44 @@ RETRIEVAL = "retrieval"
 
 
 class Recommender(nn.Module):
-    """Batch -> losses by name. Shapes: B samples, L positions, D distinct items, N valid targets, W width."""
+    """Batch -> losses by name. Shapes: P places of histories, D distinct items, N targets, W width."""
 
     def __init__(self, config: Config, dataset: Dataset, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
         manifest = dataset.manifest
         self.catalogue = catalogue
         self.tasks = manifest.tasks
-        self.is_sampled = config.model.loss.kind == "sampled"
+        self.loss = config.model.loss
+        self.num_trained_items = int((catalogue.train_count > 0).sum())
+        self.num_interactions = int(catalogue.train_count.sum())
         self.item_encoder = ItemEncoder(config.model, catalogue, text)
-        self.user_encoder = UserEncoder(config.model, config.data.max_history, len(manifest.event_kinds), manifest.has_time)
+        self.user_encoder = UserEncoder(config, manifest)
         self.ranker = Ranker(config.model.width, len(self.tasks))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the sum of each loss over the batch's valid targets."""
+        """Return the sum of each loss over the batch's targets."""
         items = self.item_encoder(batch.items)  # (D, W)
-        states = self.user_encoder(items[batch.history], batch.events, batch.gaps)  # (B, L, W)
-        is_target = batch.targets != 0
-        users, targets = states[is_target], batch.targets[is_target]  # (N, W), (N,)
-        scores = self.ranker(users, items[targets])
-        result = losses.task_losses(self.tasks, scores, batch.labels[is_target], batch.label_mask[is_target])
-        if self.is_sampled:
-            result[RETRIEVAL] = losses.sampled_softmax(users, items, targets, batch.negatives, batch.negatives_log_q)
+        states = self.user_encoder(F.embedding(batch.histories.items, items), batch.histories)  # (P, W)
+        users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
+        result = losses.task_losses(self.tasks, self.ranker(users, positives), batch.labels, batch.label_mask)
+        return result | {RETRIEVAL: self._retrieval_loss(batch, users / self.loss.temperature, positives, items)}
+
+    def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor) -> Tensor:
+        loss = self.loss
+        if loss.kind == "full":
+            return losses.full_softmax(users, items, batch.targets, loss.chunk_bytes)
+        target_ids = batch.items[batch.targets]
+        if loss.draws_negatives:
+            negatives, negative_ids, log_q = F.embedding(batch.negatives, items), batch.items[batch.negatives], batch.negatives_log_q
         else:
-            result[RETRIEVAL] = losses.full_softmax(users, items, targets)
-        return result
+            negatives, negative_ids = losses.gather_from_ranks(positives), losses.gather_from_ranks(target_ids)
+            log_q = (self.item_encoder.train_count[negative_ids] / self.num_interactions).log()
+        if loss.kind == "gbce":
+            count, calibration = self.num_trained_items, loss.calibration
+            return losses.gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, loss.chunk_bytes)
+        if loss.kind == "infonce":
+            log_q = torch.full_like(log_q, -math.log(max(1, len(negatives))))
+        return losses.sampled_softmax(users, positives, target_ids, negatives, negative_ids, log_q, loss.chunk_bytes)
 
 
 def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks = ALONE) -> ItemText:

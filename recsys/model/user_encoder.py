@@ -1,70 +1,101 @@
-"""Turns a history of item vectors into a user vector after each position: a causal Transformer."""
+"""Turns packed histories of item vectors into a user vector after each place: a causal Transformer; its attention is `attention.py`'s."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys.data.rows import NUM_GAP_BUCKETS
-from recsys.model_config import ModelConfig
+from recsys.config import Config
+from recsys.data.manifest import DatasetManifest
+from recsys.data.packing import Histories
+from recsys.model.attention import NUM_TIME_BUCKETS, Attention, time_buckets
 
 
 class UserEncoder(nn.Module):
-    """Pre-norm causal Transformer. Shapes: B users, L history, W width.
+    """Pre-norm causal Transformer. Shapes: P places of packed histories, W width.
 
-    Histories are aligned left, so the causal mask alone keeps padding out of every real position.
+    A history begins at the first of its places, so the causal mask alone keeps padding out of every real place.
     """
 
-    def __init__(self, config: ModelConfig, max_history: int, num_event_kinds: int, has_time: bool) -> None:
+    def __init__(self, config: Config, manifest: DatasetManifest) -> None:
         super().__init__()
-        width = config.width
-        self.position = nn.Embedding(max_history, width)
-        self.event = nn.Embedding(num_event_kinds + 1, width, padding_idx=0) if num_event_kinds > 1 else None
-        self.gap = nn.Embedding(NUM_GAP_BUCKETS, width) if config.use_gaps and has_time else None
-        for embedding in (self.position, self.event, self.gap):
+        model, width = config.model, config.model.width
+        self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
+        self.position = nn.Embedding(config.data.max_history, width) if model.positions == "learned" else None
+        self.event = nn.Embedding(len(manifest.event_kinds) + 1, width, padding_idx=0) if len(manifest.event_kinds) > 1 else None
+        self.gap = nn.Embedding(NUM_TIME_BUCKETS, width) if model.use_gaps and manifest.has_time else None
+        self.value = nn.Linear(3, width, bias=False) if model.use_values and manifest.has_values else None
+        for embedding in (self.position, self.event, self.gap, self.value):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1 * width**-0.5)
         self.norm_in = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(width, config.num_heads, config.dropout) for _ in range(config.num_layers))
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(Block(config, manifest.has_time and model.use_gaps) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, item_vectors: Tensor, events: Tensor, gaps: Tensor) -> Tensor:
-        """Encode item vectors (B, L, W), event kinds (B, L) from 1, gap buckets (B, L); return (B, L, W)."""
-        states = item_vectors + self.position(torch.arange(item_vectors.shape[1], device=events.device))
-        if self.event is not None:
-            states = states + self.event(events)
-        if self.gap is not None:
-            states = states + self.gap(gaps)
-        states = self.dropout(self.norm_in(states))
+    def forward(self, item_vectors: Tensor, histories: Histories) -> Tensor:
+        """Encode the item vector of each place (P, W); return the user after it (P, W)."""
+        states = self.dropout(self.norm_in(item_vectors + self._context(item_vectors, histories)))
         for block in self.blocks:
-            states = block(states)
+            states = block(states, histories)
         encoded: Tensor = self.norm_out(states)
         return encoded
 
+    def _context(self, item_vectors: Tensor, histories: Histories) -> Tensor:
+        """Add up what is known of each interaction besides its item, (P, W)."""
+        context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
+        if self.position is not None:
+            parts = [self.position.weight[:length].repeat(number, 1) for number, length in histories.groups]
+            context = context + torch.cat(parts)
+        if self.event is not None:
+            context = context + self.event(histories.events)
+        if self.gap is not None:
+            context = context + self.gap(time_buckets(_gaps(histories)))
+        if self.value is not None:
+            is_known = ~histories.values.isnan()
+            value = torch.where(is_known, (histories.values - self.value_mean) / self.value_std, 0.0)
+            context = context + self.value(torch.stack([is_known.to(value), value, value.square()], -1).to(item_vectors.dtype))
+        return context
+
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward layer (SwiGLU), each on a normalised input and added to it."""
+    """Attention, then a gated feed-forward layer (SwiGLU), each on a normalised input and added to it.
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    In `ligr` each is weighed by a gate that sees what it is added to (Borisyuk et al. 2025, LiGR); in `hstu` there is no feed-forward
+    layer, the attention is gated itself (Zhai et al. 2024).
+    """
+
+    def __init__(self, config: Config, has_time: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        width, kind = config.model.width, config.model.attention
         self.norm_attention = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.norm_feed_forward = nn.LayerNorm(width)
-        self.gate_up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(2 * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.attention = Attention(config, has_time)
+        self.has_feed_forward = kind != "hstu"
+        if self.has_feed_forward:
+            self.norm_feed_forward = nn.LayerNorm(width)
+            self.gate_up = nn.Linear(width, 4 * width)
+            self.down = nn.Linear(2 * width, width)
+        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2)) if kind == "ligr" else None
+        self.dropout = nn.Dropout(config.model.dropout)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Map (B, L, W) to (B, L, W); position t sees positions up to t."""
-        states = states + self.dropout(self._attend(self.norm_attention(states)))
+    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+        """Map (P, W) to (P, W); a place sees itself and those before it in its history."""
+        states = self._add(0, states, self.attention(self.norm_attention(states), histories))
+        if not self.has_feed_forward:
+            return states
         gate, up = self.gate_up(self.norm_feed_forward(states)).chunk(2, -1)
-        return states + self.dropout(self.down(F.silu(gate) * up))
+        return self._add(1, states, self.down(F.silu(gate) * up))
 
-    def _attend(self, states: Tensor) -> Tensor:
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(states).chunk(3, -1)
-        )  # (B, heads, L, W / heads)
-        attended: Tensor = self.out(F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2))
-        return attended
+    def _add(self, number: int, states: Tensor, update: Tensor) -> Tensor:
+        update = self.dropout(update)
+        return states + (update if self.gates is None else update * self.gates[number](states).sigmoid())
+
+
+def _gaps(histories: Histories) -> Tensor:
+    """Return the seconds since the interaction before, (P,), 0 for a history's first."""
+    gaps = histories.times.diff(prepend=histories.times[:1])
+    parts = gaps.split([number * length for number, length in histories.groups])
+    cleared = []
+    for part, (number, length) in zip(parts, histories.groups, strict=True):
+        rows = part.view(number, length)
+        cleared.append(F.pad(rows[:, 1:], (1, 0)).flatten())
+    return torch.cat(cleared)

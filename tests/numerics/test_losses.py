@@ -1,55 +1,136 @@
-"""The losses against plain references, and the sampled one against the full one that it estimates."""
+"""The losses against plain references: values, gradients, chunks, ranks, and the sampled ones against the full one that they estimate."""
 
+import math
+from collections.abc import Callable
+
+import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
-from recsys.model.losses import full_softmax, sampled_softmax, task_losses
+from recsys.model.losses import full_softmax, gather_from_ranks, gbce, sampled_softmax, task_losses
 from recsys.schema import Task
+from tests.distributed import run_distributed
 
 torch.manual_seed(0)
 USERS = torch.randn(7, 5)
 ITEMS = torch.randn(12, 5)
 TARGETS = torch.tensor([3, 1, 11, 5, 5, 2, 7])
+NEGATIVES = torch.tensor([2, 9, 5, 11])
+LOG_Q = torch.tensor([0.1, 0.3, 0.2, 0.05]).log()
+CHUNKS = [1 << 20, 12 * 4 * 2, 1]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def test_full_softmax_is_the_cross_entropy_over_real_items() -> None:
-    expected = 0.0
-    for user, target in zip(USERS, TARGETS, strict=True):
-        logits = [float(user @ ITEMS[item]) for item in range(1, 12)]
-        expected -= logits[int(target) - 1] - torch.tensor(logits).logsumexp(0)
-    torch.testing.assert_close(full_softmax(USERS, ITEMS, TARGETS), torch.as_tensor(expected), rtol=1e-5, atol=1e-5)
+def full(chunk_bytes: int) -> Loss:
+    return lambda users, items: full_softmax(users, items, TARGETS, chunk_bytes)
+
+
+def plain_full(users: Tensor, items: Tensor) -> Tensor:
+    return F.cross_entropy(users @ items[1:].T, TARGETS - 1, reduction="sum")
+
+
+def sampled(chunk_bytes: int) -> Loss:
+    return lambda users, items: sampled_softmax(users, items[TARGETS], TARGETS, items[NEGATIVES], NEGATIVES, LOG_Q, chunk_bytes)
+
+
+def plain_sampled(users: Tensor, items: Tensor) -> Tensor:
+    loss = users.new_zeros(())
+    for user, target in zip(users, TARGETS, strict=True):
+        positive = user @ items[target]
+        others = [torch.exp(user @ items[item]) / (4 * q.exp()) for item, q in zip(NEGATIVES, LOG_Q, strict=True) if item != target]
+        loss = loss + torch.log(positive.exp() + torch.stack(others).sum()) - positive
+    return loss
+
+
+def calibrated(chunk_bytes: int) -> Loss:
+    return lambda users, items: gbce(users, items[TARGETS], TARGETS, items[NEGATIVES], NEGATIVES, 11, 0.75, chunk_bytes)
+
+
+def plain_calibrated(users: Tensor, items: Tensor) -> Tensor:
+    alpha = 4 / 10
+    beta = alpha * (0.75 * (1 - 1 / alpha) + 1 / alpha)  # as the paper writes it
+    loss = users.new_zeros(())
+    for user, target in zip(users, TARGETS, strict=True):
+        others = [torch.log(1 - torch.sigmoid(user @ items[item])) for item in NEGATIVES if item != target]
+        loss = loss - (beta * torch.log(torch.sigmoid(user @ items[target])) + torch.stack(others).sum()) / 5
+    return loss
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS)
+@pytest.mark.parametrize(("build", "plain"), [(full, plain_full), (sampled, plain_sampled), (calibrated, plain_calibrated)])
+def test_a_loss_and_its_gradients_are_the_formula_whatever_the_chunk(build: Callable[[int], Loss], plain: Loss, chunk_bytes: int) -> None:
+    results = []
+    for loss in (build(chunk_bytes), plain):
+        users, items = USERS.clone().requires_grad_(), ITEMS.clone().requires_grad_()
+        value = 3.0 * loss(users, items)
+        value.backward()
+        results.append((value.detach(), users.grad, items.grad))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_beyond_the_range_of_exp_are_no_trouble() -> None:
+    torch.testing.assert_close(full(96)(USERS * 200, ITEMS), plain_full(USERS * 200, ITEMS))
 
 
 def test_padding_gets_no_gradient_from_the_full_loss() -> None:
     items = ITEMS.clone().requires_grad_()
-    full_softmax(USERS, items, TARGETS).backward()
+    full(96)(USERS, items).backward()
     assert items.grad is not None
     assert items.grad[0].abs().sum() == 0
     assert items.grad[1:].abs().sum() > 0
-
-
-def test_sampled_softmax_is_the_formula() -> None:
-    negatives, log_q = torch.tensor([2, 9, 5]), torch.tensor([0.1, 0.3, 0.2]).log()
-    expected = 0.0
-    for user, target in zip(USERS, TARGETS, strict=True):
-        positive = float(user @ ITEMS[target])
-        others = [float(torch.exp(user @ ITEMS[item]) / (3 * q.exp())) for item, q in zip(negatives, log_q, strict=True) if item != target]
-        expected += float(torch.log(torch.exp(torch.tensor(positive)) + sum(others))) - positive
-    torch.testing.assert_close(sampled_softmax(USERS, ITEMS, TARGETS, negatives, log_q), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_sampled_softmax_comes_to_the_full_one_with_many_draws() -> None:
     probability = torch.rand(11)
     probability /= probability.sum()
     negatives = 1 + torch.multinomial(probability, 200_000, replacement=True)
-    sampled = sampled_softmax(USERS, ITEMS, TARGETS, negatives, probability[negatives - 1].log())
-    torch.testing.assert_close(sampled, full_softmax(USERS, ITEMS, TARGETS), rtol=0.01, atol=0)
+    log_q = probability[negatives - 1].log()
+    estimate = sampled_softmax(USERS, ITEMS[TARGETS], TARGETS, ITEMS[negatives], negatives, log_q, 1 << 20)
+    torch.testing.assert_close(estimate, plain_full(USERS, ITEMS), rtol=0.01, atol=0)
 
 
-def test_no_target_gives_a_zero_that_can_be_differentiated() -> None:
-    users = torch.zeros(0, 5, requires_grad=True)
-    loss = full_softmax(users, ITEMS, TARGETS[:0])
+def test_infonce_is_the_cross_entropy_over_the_batch() -> None:
+    distinct = torch.tensor([3, 1, 11, 5, 8, 2, 7])
+    log_q = torch.full((7,), -math.log(7))
+    loss = sampled_softmax(USERS, ITEMS[distinct], distinct, ITEMS[distinct], distinct, log_q, 1 << 20)
+    torch.testing.assert_close(loss, F.cross_entropy(USERS @ ITEMS[distinct].T, torch.arange(7), reduction="sum"))
+
+
+@pytest.mark.parametrize("build", [full, sampled, calibrated])
+def test_no_target_gives_a_zero_that_can_be_differentiated(build: Callable[[int], Loss]) -> None:
+    users, items = torch.zeros(0, 5, requires_grad=True), ITEMS.clone().requires_grad_()
+    none = TARGETS[:0]
+    losses = {
+        full: lambda: full_softmax(users, items, none, 96),
+        sampled: lambda: sampled_softmax(users, items[none], none, items[NEGATIVES], NEGATIVES, LOG_Q, 96),
+        calibrated: lambda: gbce(users, items[none], none, items[NEGATIVES], NEGATIVES, 11, 0.75, 96),
+    }
+    loss = losses[build]()
     assert loss == 0
     loss.backward()
+    assert items.grad is not None
+    assert not items.grad.any()
+
+
+def test_rows_of_all_ranks_with_gradients_are_those_of_one_process() -> None:
+    sizes = [3, 0, 4]
+    rows, weights = torch.randn(7, 2, generator=torch.Generator().manual_seed(1)), torch.arange(14.0).view(7, 2)
+    for rank, (gathered, gradient) in enumerate(run_distributed(gather_on_a_rank, 3, rows, weights, sizes)):
+        torch.testing.assert_close(torch.as_tensor(gathered), rows)
+        torch.testing.assert_close(
+            torch.as_tensor(gradient).view(-1, 2), 3 * rows.new_tensor(weights.split(sizes)[rank].tolist()).view(-1, 2)
+        )
+
+
+def gather_on_a_rank(rows: Tensor, weights: Tensor, sizes: list[int]) -> tuple[list[list[float]], list[list[float]]]:
+    own = rows.split(sizes)[dist.get_rank()].clone().requires_grad_()
+    gathered = gather_from_ranks(own)
+    (gathered * weights).sum().backward()
+    assert own.grad is not None
+    return gathered.tolist(), own.grad.tolist()
 
 
 def test_task_losses_count_only_what_has_a_label() -> None:

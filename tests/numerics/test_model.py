@@ -1,6 +1,7 @@
 """The model: causal, blind to padding, cold items carried by their features, each distinct item encoded once."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,14 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
+from recsys.data.negatives import NegativeSampler
+from recsys.data.packing import Histories
 from recsys.data.rows import Rows
+from recsys.model.attention import Attention, rotate, time_buckets
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model.text_encoder import _train_tokenizer
+from recsys.model.user_encoder import _gaps
 from recsys.storage import Storage
 from tests.datasets import make_dataset
 
@@ -41,38 +46,106 @@ def batch(dataset: Dataset) -> Batch:
 
 
 def states(model: Recommender, batch: Batch) -> torch.Tensor:
-    return model.user_encoder(model.item_encoder(batch.items)[batch.history], batch.events, batch.gaps)
+    return model.user_encoder(model.item_encoder(batch.items)[batch.histories.items], batch.histories)
 
 
-def test_a_position_sees_nothing_that_comes_after_it(config: Config, dataset: Dataset, batch: Batch) -> None:
-    model = build_recommender(config, dataset, torch.device("cpu")).eval()
-    changed = dataclasses.replace(batch, history=batch.history.clone(), events=batch.events.clone(), gaps=batch.gaps.clone())
-    changed.history[:, 5:] = 1
-    changed.events[:, 5:] = 1
-    changed.gaps[:, 5:] = 9
-    before, after = states(model, batch), states(model, changed)
-    torch.testing.assert_close(before[:, :5], after[:, :5])
-    assert not torch.allclose(before[:, 5:], after[:, 5:])
+KINDS = [("softmax", "learned"), ("ligr", "rotary"), ("hstu", "none"), ("hstu", "learned")]
 
 
-def test_padding_changes_no_loss(config: Config, dataset: Dataset, batch: Batch) -> None:
-    model = build_recommender(config, dataset, torch.device("cpu")).eval()
-    padded = {name: torch.nn.functional.pad(getattr(batch, name), (0, 3)) for name in ("history", "events", "gaps", "targets")}
-    padded |= {name: torch.nn.functional.pad(getattr(batch, name), (0, 0, 0, 3)) for name in ("labels", "label_mask")}
-    shorter = build_recommender(config, dataset, torch.device("cpu")).eval()(batch)
-    if batch.history.shape[1] + 3 <= config.data.max_history:
-        longer = model(dataclasses.replace(batch, **padded))
-    else:
-        wide = config.with_values({"data.max_history": batch.history.shape[1] + 3})
-        roomy = build_recommender(wide, dataset, torch.device("cpu")).eval()
-        weights = model.state_dict()
-        weights["user_encoder.position.weight"] = torch.cat([weights["user_encoder.position.weight"], torch.zeros(3, config.model.width)])[
-            : wide.data.max_history
-        ]
-        roomy.load_state_dict(weights)
-        longer = roomy(dataclasses.replace(batch, **padded))
-    for name, loss in shorter.items():
-        torch.testing.assert_close(longer[name], loss, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("attention", "positions"), KINDS)
+def test_a_place_sees_its_own_history_up_to_itself(config: Config, dataset: Dataset, batch: Batch, attention: str, positions: str) -> None:
+    shaped = config.with_values({"model.attention": attention, "model.positions": positions})
+    model = build_recommender(shaped, dataset, torch.device("cpu")).eval()
+    for parameter in model.user_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    before = states(model, batch)
+    number, length = batch.histories.groups[-1]
+    begin = len(before) - number * length  # the first history of the last group
+    changed = batch.histories.map(torch.clone)
+    for column, value in (("items", 1), ("events", 1), ("times", 10**9), ("values", 1.0)):
+        getattr(changed, column)[begin + 2] = value
+    after = states(model, dataclasses.replace(batch, histories=changed))
+    is_same = torch.isclose(before, after, rtol=1e-4, atol=1e-5).all(-1)
+    assert is_same[: begin + 2].all()
+    assert not is_same[begin + 2 : begin + length].any()
+    assert is_same[begin + length :].all()
+
+
+@pytest.mark.parametrize(("attention", "positions"), KINDS)
+def test_how_histories_are_grouped_changes_no_loss(config: Config, dataset: Dataset, attention: str, positions: str) -> None:
+    shaped = config.with_values({"model.attention": attention, "model.positions": positions})
+    model = build_recommender(shaped, dataset, torch.device("cpu")).eval()
+    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), np.arange(8))
+    empty = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    together, apart = (Collator(dataset.manifest, True, cost)(rows, *empty) for cost in (10_000, 0))
+    assert len(together.histories.groups) == 1 < len(apart.histories.groups)
+    expected = model(apart)
+    for name, loss in model(together).items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=1e-4)
+
+
+def test_attention_is_that_of_each_history_alone(config: Config, dataset: Dataset, batch: Batch) -> None:
+    attention = Attention(config, has_time=False)
+    inputs = torch.randn(len(batch.histories.items), config.model.width)
+    outputs = attention(inputs, batch.histories)
+    begin = 0
+    for number, length in batch.histories.groups:
+        for _ in range(number):
+            query, key, value = (
+                part.view(length, config.model.num_heads, -1).transpose(0, 1)
+                for part in attention.qkv(inputs[begin : begin + length]).chunk(3, -1)
+            )
+            mask = torch.ones(length, length).tril().log()
+            weights = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5 + mask).softmax(-1)
+            expected = attention.out((weights @ value).transpose(0, 1).flatten(1))
+            torch.testing.assert_close(outputs[begin : begin + length], expected, rtol=1e-4, atol=1e-5)
+            begin += length
+    assert begin == len(outputs)
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    query, key = torch.randn(1, 9, 6).expand(12, 9, 6), torch.randn(1, 9, 6).expand(12, 9, 6)
+    scores = rotate(query[:, :1].expand(12, 9, 6)) @ rotate(key[:, :1].expand(12, 9, 6)).transpose(1, 2)
+    for distance in range(9):
+        diagonal = scores[0].diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+
+
+def test_times_apart_are_in_logarithmic_buckets_and_never_negative() -> None:
+    assert time_buckets(torch.tensor([0, 1, 3, 4, -2, 2**40])).tolist() == [0, 1, 2, 2, 0, 31]
+
+
+def test_gaps_begin_anew_with_each_history() -> None:
+    times = torch.tensor([7, 3, 9, 50, 51, 0])
+    nothing = torch.zeros(6)
+    histories = Histories(nothing, nothing, times, nothing, ((1, 1), (1, 2), (1, 3)))
+    assert _gaps(histories).tolist() == [0, 0, 6, 0, 1, -51]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model.loss.kind": "sampled", "model.loss.negatives": "in_batch"},
+        {"model.loss.kind": "infonce", "model.loss.temperature": 0.5},
+        {"model.loss.kind": "gbce", "model.loss.num_negatives": 8},
+    ],
+)
+def test_every_loss_is_learned_from_the_distinct_items_of_a_batch(config: Config, dataset: Dataset, values: dict[str, object]) -> None:
+    shaped = config.with_values(values)
+    model = build_recommender(shaped, dataset, torch.device("cpu"))
+    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), np.arange(8))
+    drawn = NegativeSampler(ItemFeatures.read(dataset), shaped).draw(0, 0)
+    batch = Collator(dataset.manifest, takes_whole_catalogue=False)(rows, *drawn)
+    losses = []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(20):
+        loss = model(batch)["retrieval"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert math.isfinite(losses[0])
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_one_item_twice_in_a_batch_gets_the_sum_of_its_gradients(config: Config, dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from recsys.data.batch import Batch, Collator
 from recsys.data.manifest import Dataset
-from recsys.data.rows import Rows, gap_buckets
+from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
 from recsys.storage import Storage
 from tests.datasets import make_dataset
@@ -38,42 +38,63 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def collate(
     dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES
 ) -> Batch:
-    return Collator(dataset.manifest, takes_whole_catalogue)(Rows.from_table(rows, np.arange(rows.num_rows)), *negatives)
+    collator = Collator(dataset.manifest, takes_whole_catalogue, group_cost=0)
+    return collator(Rows.from_table(rows, np.arange(rows.num_rows)), *negatives)
 
 
 def test_whole_catalogue_batch(dataset: Dataset) -> None:
     batch = collate(dataset, ROWS, takes_whole_catalogue=True)
     assert batch.items.tolist() == list(range(dataset.manifest.num_items + 1))
-    assert batch.history.tolist() == [[3, 4], [7, 0], [4, 9]]
-    assert batch.events.tolist() == [[1, 2], [2, 0], [1, 1]]
-    assert batch.gaps.tolist() == [[0, 1], [0, 0], [0, 2]]
-    assert batch.targets.tolist() == [[4, 5], [8, 0], [0, 4]]
+    assert batch.histories.groups == ((1, 1), (2, 2))
+    assert batch.histories.items.tolist() == [7, 3, 4, 4, 9]
+    assert batch.histories.events.tolist() == [2, 1, 2, 1, 1]
+    assert batch.histories.times.tolist() == [5, 0, 1, 0, 3]
+    np.testing.assert_array_equal(batch.histories.values, [1.0, 5.0, np.nan, 3.0, 3.0])
+    assert batch.target_places.tolist() == [1, 2, 0, 4]
+    assert batch.targets.tolist() == [4, 5, 8, 4]
+
+
+def test_one_group_pads_the_shorter_histories(dataset: Dataset) -> None:
+    batch = Collator(dataset.manifest, True, group_cost=100)(Rows.from_table(ROWS, np.arange(3)), *NO_NEGATIVES)
+    assert batch.histories.groups == ((3, 2),)
+    assert batch.histories.items.tolist() == [7, 0, 3, 4, 4, 9]
+    assert batch.histories.events.tolist() == [2, 0, 1, 2, 1, 1]
+    assert batch.target_places.tolist() == [2, 3, 0, 5]
 
 
 def test_labels_are_of_the_target_and_masked_where_missing(dataset: Dataset) -> None:
     names = [task.name for task in dataset.manifest.tasks]
     batch = collate(dataset, ROWS, takes_whole_catalogue=True)
     like, purchase, rating = (names.index(name) for name in ("like", "purchase", "rating"))
-    assert batch.label_mask[..., purchase].tolist() == [[1, 1], [1, 0], [0, 1]]
-    assert batch.labels[..., purchase].tolist()[0] == [1, 0]
-    assert batch.label_mask[..., like].tolist() == [[0, 1], [1, 0], [0, 1]]
-    assert batch.labels[1, 0, like] == 1
+    assert batch.label_mask[:, purchase].tolist() == [1, 1, 1, 1]
+    assert batch.labels[:, purchase].tolist() == [1, 0, 1, 1]
+    assert batch.label_mask[:, like].tolist() == [0, 1, 1, 1]
+    assert batch.labels[:, like].tolist() == [0, 0, 1, 1]
     expected = (2.0 - dataset.manifest.value_mean) / dataset.manifest.value_std
-    assert batch.labels[0, 1, rating].item() == pytest.approx(expected, rel=1e-6)
+    assert batch.labels[1, rating].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_distinct_items_are_listed_once_and_indexed(dataset: Dataset) -> None:
     negatives = (torch.tensor([4, 11, 11]), torch.zeros(3))
     batch = collate(dataset, ROWS, takes_whole_catalogue=False, negatives=negatives)
     assert batch.items.tolist() == [0, 3, 4, 5, 7, 8, 9, 11]
-    assert batch.items[batch.history].tolist() == [[3, 4], [7, 0], [4, 9]]
-    assert batch.items[batch.targets].tolist() == [[4, 5], [8, 0], [0, 4]]
+    assert batch.items[batch.histories.items].tolist() == [7, 3, 4, 4, 9]
+    assert batch.items[batch.targets].tolist() == [4, 5, 8, 4]
     assert batch.items[batch.negatives].tolist() == [4, 11, 11]
 
 
-def test_no_rows_give_a_batch_without_targets(dataset: Dataset) -> None:
-    batch = collate(dataset, ROWS.slice(0, 0), takes_whole_catalogue=False)
-    assert batch.history.shape[0] == 1
+def test_columns_that_were_not_read_are_empty(dataset: Dataset) -> None:
+    rows = Rows.from_table(ROWS.select(["items", "first_target"]), np.arange(3))
+    batch = Collator(dataset.manifest, True)(rows, *NO_NEGATIVES)
+    assert batch.histories.events.tolist() == (batch.histories.items != 0).long().tolist()
+    assert not batch.histories.times.any()
+    assert batch.histories.values.isnan().all()
+
+
+@pytest.mark.parametrize("takes_whole_catalogue", [True, False])
+def test_no_rows_give_a_batch_without_targets(dataset: Dataset, takes_whole_catalogue: bool) -> None:
+    batch = collate(dataset, ROWS.slice(0, 0), takes_whole_catalogue)
+    assert batch.histories.groups == ((1, 1),)
     assert batch.valid_counts().sum() == 0
 
 
@@ -88,5 +109,8 @@ def test_counts_are_of_targets_and_labels(dataset: Dataset) -> None:
     }
 
 
-def test_gaps_are_logarithmic_and_never_negative() -> None:
-    assert gap_buckets(np.array([0, 1, 3, 4, -2, 2**40])).tolist() == [0, 1, 2, 2, 0, 31]
+def test_moving_a_batch_moves_its_histories(dataset: Dataset) -> None:
+    moved = collate(dataset, ROWS, takes_whole_catalogue=True).to(torch.device("meta"))
+    assert moved.targets.is_meta
+    assert moved.histories.items.is_meta
+    assert moved.histories.groups == ((1, 1), (2, 2))
