@@ -235,7 +235,7 @@ def test_a_shard_replaced_while_it_is_read_stops_the_reader_before_one_of_its_ro
     handed_out: list[Batch] = []
     with pytest.raises(UserError, match="replaced") as error:
         handed_out.extend(batch for batches in steps for batch in batches)
-    assert all(int(batch.items[batch.history].max()) < 1000 for batch in handed_out)
+    assert all(int(batch.items[batch.histories.items].max()) < 1000 for batch in handed_out)
     assert dataset.address(dataset.manifest.train_shards[1]) in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -50,12 +50,15 @@ def test_reading_goes_on_from_any_step(dataset: Dataset) -> None:
 
 def test_rows_are_those_that_the_ids_name(dataset: Dataset) -> None:
     settings = config()
-    rows = [row for shard in dataset.manifest.train_shards for row in dataset.read_shard(shard)["items"].to_pylist()]
+    tables = [dataset.read_shard(shard, ["items", "first_target"]) for shard in dataset.manifest.train_shards]
+    rows = [tuple(row.values()) for table in tables for row in table.to_pylist()]
     reader = Reader(dataset, ItemFeatures.read(dataset), settings, Share(0, 1, 6))
     for batches in reader.steps(0):
         for batch in batches:
-            for sample, history in zip(batch.sample_ids.tolist(), batch.items[batch.history].tolist(), strict=True):
-                assert [item for item in history if item] == (rows[sample][:-1] if sample >= 0 else [])
+            own = [rows[sample] for sample in batch.sample_ids.tolist() if sample >= 0]
+            assert batch.items[batch.targets].tolist() == [item for items, first in own for item in items[first:]]
+            history = batch.items[batch.histories.items]
+            assert sorted(history[history != 0].tolist()) == sorted(item for items, _ in own for item in items[:-1])
 
 
 def test_an_error_of_the_reading_thread_reaches_the_training_thread(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
