@@ -128,11 +128,13 @@ class EvaluationConfig(Section):
 
     `baselines` are fitted on the same training data and ranked in the same way. `compare` is another checkpoint, for a paired test.
     `fairness_attributes` are the user attributes whose groups are compared; empty: all with few values. `diversity` re-ranks by each
-    of its weights, for a curve of quality against diversity.
+    of its weights, for a curve of quality against diversity. `curve` are other checkpoints, trained under other bounds of `fairness`,
+    for a curve of quality against the gap between groups.
     """
 
     checkpoint: str = ""
     compare: str = ""
+    curve: tuple[str, ...] = ()
     baselines: tuple[BaselineName, ...] = ("popularity",)
     baseline_epochs: Annotated[int, Field(ge=1)] = 20
     fairness_attributes: tuple[str, ...] = ()
@@ -317,8 +319,14 @@ def _with_absolute_paths(config: Config) -> Config:
         "data.base": config.data.base,
         "data.dataset": config.data.dataset,
         "evaluation.checkpoint": config.evaluation.checkpoint,
+        "evaluation.compare": config.evaluation.compare,
         "export.checkpoint": config.export.checkpoint,
     }
     if Path(config.model.text.backbone).is_dir():
         values["model.text.backbone"] = config.model.text.backbone
-    return config.with_values({key: str(Path(path).absolute()) for key, path in values.items() if path and "://" not in path})
+    absolute: dict[str, Any] = {key: _absolute(path) for key, path in values.items() if path}
+    return config.with_values({**absolute, "evaluation.curve": [_absolute(path) for path in config.evaluation.curve]})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())

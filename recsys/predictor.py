@@ -58,7 +58,7 @@ class History:
             np.full(len(items), np.nan, np.float32) if values is None else np.asarray(values, dtype=np.float32),
         )
 
-    def take(self, places: slice | Sequence[int]) -> "History":
+    def take(self, places: slice | Sequence[int] | Indices) -> "History":
         """Return some of the interactions."""
         return History(self.items[places], self.events[places], self.timestamps[places], self.values[places])
 

@@ -1,14 +1,19 @@
-"""The metrics, as pure functions of ranks and predictions; what is ranked against what is decided in `evaluator.py`."""
+"""The metrics of rankings, as pure functions of ranks and lists; those of tasks are in `task_metrics.py`.
+
+Shapes: U users, T most targets of one user, I items, k the list's length.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss, roc_auc_score
+from scipy.sparse import csr_array
 
-Ranks = NDArray[np.int64]
+from recsys.schema import PADDING_ITEM
+
+Integers = NDArray[np.int64]
 Values = NDArray[np.float64]
 
 
-def ranking_metrics(ranks: Ranks, cutoffs: tuple[int, ...]) -> dict[str, Values]:
+def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Values]:
     """Compute each metric per user.
 
     With R the user's targets, r their ranks from 1 over all unseen items:
@@ -16,10 +21,10 @@ def ranking_metrics(ranks: Ranks, cutoffs: tuple[int, ...]) -> dict[str, Values]
     ndcg@k = sum over r <= k of 1 / log2(1 + r), divided by the same sum for ranks 1 .. min(k, |R|).
 
     Args:
-        ranks: (users, most targets of one user), 0 where a user has fewer.
+        ranks: (U, T), 0 where a user has fewer.
 
     Returns:
-        Name -> (users,).
+        Name -> (U,).
     """
     is_target = ranks > 0
     num_targets = is_target.sum(1)
@@ -28,32 +33,98 @@ def ranking_metrics(ranks: Ranks, cutoffs: tuple[int, ...]) -> dict[str, Values]
     metrics: dict[str, Values] = {}
     for k in cutoffs:
         is_hit = is_target & (ranks <= k)
-        ideal: Values = np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))[np.minimum(num_targets, k) - 1]
         metrics[f"hr@{k}"] = np.asarray(is_hit.any(1), np.float64)
-        metrics[f"ndcg@{k}"] = (gains * is_hit).sum(axis=1) / ideal
+        metrics[f"ndcg@{k}"] = (gains * is_hit).sum(axis=1) / _discounts(k)[np.minimum(num_targets, k) - 1]
         metrics[f"mrr@{k}"] = np.where(best <= k, np.reciprocal(best.astype(np.float64)), 0.0)
         metrics[f"recall@{k}"] = np.asarray(is_hit.sum(1) / num_targets)
     return metrics
 
 
-def coverage(recommended: Ranks, num_items: int) -> float:
+def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Values]:
+    """Give what a random order of the candidates scores on average, exactly, per user as `ranking_metrics` does.
+
+    With R targets among n candidates the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
+    rank holds one with probability R / n.
+
+    Args:
+        num_targets: (U,) at least 1.
+        num_candidates: (U,) at least as many.
+    """
+    places = np.arange(max(cutoffs))
+    left = (num_candidates[:, None] - places).astype(np.float64)  # (U, k) candidates for each rank
+    none_so_far = np.cumprod(np.clip(left - num_targets[:, None], 0, None) / np.maximum(left, 1), axis=1)
+    is_first = -np.diff(none_so_far, axis=1, prepend=1.0)  # this rank holds the first target
+    share = num_targets / num_candidates
+    metrics: dict[str, Values] = {}
+    for k in cutoffs:
+        num_ranks = np.minimum(k, num_candidates)
+        metrics[f"hr@{k}"] = np.asarray(1.0 - none_so_far[:, k - 1])
+        metrics[f"ndcg@{k}"] = share * _discounts(k)[num_ranks - 1] / _discounts(k)[np.minimum(num_targets, k) - 1]
+        metrics[f"mrr@{k}"] = (is_first[:, :k] / (places[:k] + 1)).sum(axis=1)
+        metrics[f"recall@{k}"] = np.asarray(num_ranks / num_candidates)
+    return metrics
+
+
+def _discounts(k: int) -> Values:
+    """Sum 1 / log2(1 + r) over the ranks 1 .. n, for each n up to k."""
+    return np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))
+
+
+def coverage(recommended: Integers, num_items: int) -> float:
     """Share of the catalogue that is recommended to at least one user; 0 in `recommended` is padding."""
     return float(np.count_nonzero(np.unique(recommended)) / num_items)
 
 
-def bootstrap_interval(values: Values, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean over users (Efron 1979)."""
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(num_resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def gini(recommended: Integers, num_items: int) -> float:
+    """Tell how unequally often the items of the whole catalogue are recommended: 0 all alike, 1 - 1 / I one item alone.
+
+    With counts x_1 <= .. <= x_I: sum over i of (2 i - I - 1) x_i, divided by I times their sum (Gini 1912).
+    """
+    counts = np.sort(np.bincount(recommended[recommended != PADDING_ITEM], minlength=num_items + 1)[1:])
+    weights = 2 * np.arange(1, num_items + 1) - num_items - 1
+    return float((weights * counts).sum() / (num_items * counts.sum()))
 
 
-def task_metrics(kind: str, labels: Values, predictions: Values) -> dict[str, float]:
-    """Compute AUC and log loss of a binary task, RMSE of a regression; AUC is left out where there is one class only."""
-    if kind == "regression":
-        return {"rmse": float(np.sqrt(np.mean((labels - predictions) ** 2)))}
-    metrics = {"logloss": float(log_loss(labels, predictions, labels=[0, 1]))}
-    if len(np.unique(labels)) == 2:
-        metrics["auc"] = float(roc_auc_score(labels, predictions))
-    return metrics
+def information(train_count: Integers) -> Values:
+    """Give each item's self-information -log2((c + 1) / (sum of c + I)), c its training interactions (I + 1,).
+
+    One is added to each count (Laplace), so that an item that training never saw is novel, and not infinitely so. The mean over a list
+    is its novelty (Zhou et al. 2010).
+    """
+    counts = train_count[1:]
+    return np.concatenate([[0.0], -np.log2((counts + 1) / (counts.sum() + len(counts)))])
+
+
+def popularity_percentiles(train_count: Integers) -> Values:
+    """Give each item the share of the catalogue that has fewer training interactions, and half of that with as many (I + 1,)."""
+    counts = train_count[1:]
+    ordered = np.sort(counts)
+    below, up_to = (np.searchsorted(ordered, counts, side=side) for side in ("left", "right"))
+    return np.concatenate([[0.0], (below + up_to) / (2 * len(counts))])
+
+
+def list_mean(values: Values, recommended: Integers) -> Values:
+    """Average a value of items (I + 1,) over each user's list (U, k); an empty list gives 0."""
+    is_item = recommended != PADDING_ITEM
+    means: Values = np.where(is_item, values[recommended], 0.0).sum(1) / np.maximum(is_item.sum(1), 1)
+    return means
+
+
+def intra_list_diversity(recommended: Integers, vectors: csr_array) -> Values:
+    """Give 1 - the mean cosine of all pairs of a user's list (U, k); a list of one item gives 0.
+
+    Of n unit vectors the sum over ordered pairs is |sum of v|^2 - sum of |v|^2.
+
+    Args:
+        vectors: (I + 1, C) rows of length 1, or 0 where nothing is known of an item: it is like no other.
+    """
+    num_users, k = recommended.shape
+    is_item = recommended != PADDING_ITEM
+    entries = (is_item.ravel().astype(np.float64), recommended.ravel(), np.arange(num_users + 1) * k)
+    members = csr_array(entries, shape=(num_users, vectors.shape[0]))
+    totals = members @ vectors
+    own = members @ np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel()
+    num_items = is_item.sum(1)
+    pairs = np.maximum(num_items * (num_items - 1), 1)
+    similarity = (np.asarray(totals.multiply(totals).sum(axis=1)).ravel() - own) / pairs
+    return np.where(num_items > 1, 1.0 - similarity, 0.0)

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.evaluation.evaluator import Ranked, rank_users, read_evaluation_users, summarise
+from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
+from recsys.evaluation.users import read_evaluation_users
 from recsys.model.catalogue_text import Ranks
 from recsys.model.recommender import RETRIEVAL, build_recommender
 from recsys.predictor import Predictor, encode_catalogue
@@ -33,7 +34,7 @@ class Recommending:
         own = self._users[rank::world_size]
         # Under ZeRO-3 a forward is collective, so every rank ranks equally many users, some for nothing.
         missing = -(-len(self._users) // world_size) - len(own)
-        ranked = rank_users(predictor.score_catalogue, own + self._users[:missing], evaluation)
+        ranked = rank_users(score_by(predictor), own + self._users[:missing], evaluation)
         shares: list[Ranked] = [ranked] * world_size
-        dist.all_gather_object(shares, Ranked(ranked.ranks[: len(own)], ranked.top[: len(own)]))
+        dist.all_gather_object(shares, ranked.head(len(own)))
         return summarise(Ranked.join(shares), evaluation, module.catalogue.num_items)

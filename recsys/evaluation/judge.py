@@ -1,0 +1,75 @@
+"""A split's users and what the answers to them are judged by, read once for everything that answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from recsys.config import EvaluationConfig
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import Dataset, DatasetManifest
+from recsys.evaluation.content import content_vectors
+from recsys.evaluation.metrics import (
+    Integers,
+    Values,
+    gini,
+    information,
+    intra_list_diversity,
+    list_mean,
+    popularity_percentiles,
+    ranking_metrics,
+)
+from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarise
+from recsys.evaluation.tasks import PredictTasks, evaluate_tasks
+from recsys.evaluation.users import EvaluationUser, read_evaluation_users
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Shapes: I items, row 0 for padding."""
+
+    config: EvaluationConfig
+    manifest: DatasetManifest
+    users: list[EvaluationUser]
+    train_count: Integers  # (I + 1,)
+    vectors: csr_array | None  # (I + 1, C)
+
+    @classmethod
+    def read(cls, dataset: Dataset, catalogue: ItemFeatures, config: EvaluationConfig) -> "Judge":
+        """Read the users of `evaluation.split`."""
+        users = read_evaluation_users(dataset, config.split)
+        return cls(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
+
+    def rank(self, score: ScoreUsers) -> Ranked:
+        """Rank all users' targets."""
+        return rank_users(score, self.users, self.config, self.train_count == 0)
+
+    def per_user(self, ranked: Ranked) -> dict[str, Values]:
+        """Compute every metric that is a mean over users, (users,) each."""
+        metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
+        news, percentiles = information(self.train_count), popularity_percentiles(self.train_count)
+        for k in self.config.cutoffs:
+            lists = ranked.top[:, :k]
+            metrics[f"novelty@{k}"] = list_mean(news, lists)
+            metrics[f"popularity_percentile@{k}"] = list_mean(percentiles, lists)
+            if self.vectors is not None:
+                metrics[f"intra_list_diversity@{k}"] = intra_list_diversity(lists, self.vectors)
+        return metrics
+
+    def summarise(self, ranked: Ranked) -> dict[str, float]:
+        """Average the metrics over users, and add those of all lists together.
+
+        popularity_lift@k is the mean popularity percentile of what is recommended over that of the users' histories (Abdollahpouri 2019).
+        """
+        percentiles, num_items = popularity_percentiles(self.train_count), len(self.train_count) - 1
+        before = float(np.mean([percentiles[user.history.items].mean() for user in self.users]))
+        metrics = summarise(ranked, self.config, num_items)
+        metrics |= {name: float(values.mean()) for name, values in self.per_user(ranked).items()}
+        for k in self.config.cutoffs:
+            metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
+            metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / before
+        return metrics
+
+    def tasks(self, predict: PredictTasks) -> dict[str, float]:
+        """Compute the metrics of the tasks that are predicted."""
+        return evaluate_tasks(predict, self.manifest, self.users, self.config.batch_size)

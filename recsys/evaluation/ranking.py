@@ -1,0 +1,90 @@
+"""Users' targets ranked over the whole catalogue by anything that scores it; the metrics' formulas are in `metrics.py`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.config import EvaluationConfig
+from recsys.evaluation.metrics import coverage, ranking_metrics
+from recsys.evaluation.users import EvaluationUser, batches, rectangle
+from recsys.predictor import Indices, Predictor, top_k
+from recsys.schema import PADDING_ITEM, RANK_TIE_RULE, TIE_RULE
+
+PROTOCOL = f"every item ranked, seen items removed; {TIE_RULE}; {RANK_TIE_RULE}"
+
+NUM_CANDIDATES = 100
+"""How many of a user's best items are re-ranked where lists are to be diverse."""
+
+Scores = NDArray[np.float32]
+ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
+"""B users -> their scores of every item (B, I + 1); what padding's column holds does not matter."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Per user: the ranks of the distinct targets, by index, and the best items.
+
+    Ranks run from 1 and are 0 where a user has fewer targets. `cold_ranks` are those of cold targets among the cold items alone, 0 for
+    the others. `top` is 0 where there are fewer items; it is longer than the longest list where lists are to be re-ranked.
+    """
+
+    ranks: Indices  # (users, targets)
+    cold_ranks: Indices  # (users, targets)
+    top: Indices  # (users, k)
+    top_scores: Scores  # (users, k)
+
+    def head(self, num_users: int) -> "Ranked":
+        """Keep the first users."""
+        return replace(self, **{field.name: getattr(self, field.name)[:num_users] for field in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence["Ranked"]) -> "Ranked":
+        """Put the users of several parts together."""
+        return cls(*(rectangle([row for part in parts for row in getattr(part, field.name)]) for field in fields(cls)))
+
+
+def score_by(predictor: Predictor) -> ScoreUsers:
+    """Score users by a predictor."""
+    return lambda users: predictor.score_catalogue([user.history for user in users]).numpy()
+
+
+def rank_users(
+    score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: NDArray[np.bool_] | None = None
+) -> Ranked:
+    """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) tells which items training never saw."""
+    depth = max(config.cutoffs + (NUM_CANDIDATES,) * bool(config.diversity))
+    rows: list[tuple[NDArray[Any], ...]] = []
+    for batch in batches(users, config.batch_size):
+        scores = score(batch)
+        if np.isnan(scores).any():
+            raise ValueError("the model scores an item NaN")
+        for row, user in zip(scores, batch, strict=True):
+            best = top_k(row, depth, np.append(user.history.items, PADDING_ITEM))
+            rows.append((*target_ranks(row, user, is_cold), best.items, best.scores))
+    return Ranked(*(rectangle(column) for column in zip(*rows, strict=True)))
+
+
+def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_] | None = None) -> tuple[Indices, Indices]:
+    """Rank each distinct target, by index, among all unseen items and, if it is cold itself, among the cold ones.
+
+    A rank is 1 + the number of candidates that score higher, or the same at a lower index.
+    """
+    is_unseen = np.ones(len(scores), np.bool_)
+    is_unseen[PADDING_ITEM] = False
+    is_unseen[user.history.items] = False
+    targets = np.unique(user.targets.items)
+    own = scores[targets][:, None]
+    is_before = is_unseen & ((scores > own) | ((scores == own) & (np.arange(len(scores)) < targets[:, None])))  # (T, I + 1)
+    ranks: Indices = 1 + is_before.sum(1)
+    if is_cold is None:
+        return ranks, np.zeros_like(ranks)
+    return ranks, np.where(is_cold[targets], 1 + is_before[:, is_cold].sum(1), 0)
+
+
+def summarise(ranked: Ranked, config: EvaluationConfig, num_items: int) -> dict[str, float]:
+    """Average each metric over users and add coverage@k."""
+    metrics = {name: float(values.mean()) for name, values in ranking_metrics(ranked.ranks, config.cutoffs).items()}
+    return metrics | {f"coverage@{k}": coverage(ranked.top[:, :k], num_items) for k in config.cutoffs}

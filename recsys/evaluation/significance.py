@@ -1,0 +1,45 @@
+"""How sure a mean over users, or a difference of two, is; what is averaged is decided by the callers."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_RESAMPLES = 1000
+NUM_FLIPS = 10_000
+_SIGNS_AT_ONCE = 1 << 22
+
+Values = NDArray[np.float64]
+Interval = tuple[float, float]
+
+
+def resampled_means(values: Values, generator: np.random.Generator) -> Values:
+    """Average over users drawn with replacement, again and again: (users, M) -> (resamples, M) (Efron 1979)."""
+    num_users = len(values)
+    draws = (np.bincount(generator.integers(0, num_users, num_users), minlength=num_users) for _ in range(NUM_RESAMPLES))
+    return np.stack([counts @ values for counts in draws]) / num_users
+
+
+def interval_95(resamples: Values) -> Interval:
+    """Take the middle 95 % of resampled numbers."""
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrap_intervals(values: dict[str, Values], seed: int = 0) -> dict[str, Interval]:
+    """Return the 95 % percentile interval of the mean over users of each metric (users,); all see the same resamples."""
+    means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(seed))
+    return {name: interval_95(column) for name, column in zip(values, means.T, strict=True)}
+
+
+def sign_flip_p(differences: Values, seed: int = 0) -> Values:
+    """Test two-sided whether paired differences (users, M) have the mean 0, by flipping signs at random (Fisher 1935).
+
+    p = (1 + the number of flips whose mean is as far from 0 as the one found) / (1 + the number of flips).
+    """
+    generator = np.random.default_rng(seed)
+    found = np.abs(differences.sum(axis=0)) * (1 - 1e-9)  # sums in another order are not smaller
+    num_as_far = np.zeros(differences.shape[1])
+    at_once = max(1, _SIGNS_AT_ONCE // len(differences))
+    for begin in range(0, NUM_FLIPS, at_once):
+        signs = generator.integers(0, 2, (min(at_once, NUM_FLIPS - begin), len(differences))) * 2.0 - 1.0
+        num_as_far += (np.abs(signs @ differences) >= found).sum(axis=0)
+    return (1 + num_as_far) / (1 + NUM_FLIPS)

@@ -1,0 +1,105 @@
+"""Parts of the users and of their targets that are looked at by themselves; the metrics' formulas are in `metrics.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.evaluation.metrics import Integers, Values, random_metrics, ranking_metrics
+from recsys.evaluation.ranking import Ranked
+from recsys.evaluation.significance import bootstrap_intervals
+from recsys.evaluation.users import EvaluationUser, groups_of, target_items
+
+MIN_SLICE_USERS = 10
+MAX_GROUPS = 25
+NUM_DECILES = 10
+COLD, COLD_AMONG_COLD, WARM = "cold target", "cold target among cold items", "warm target"
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some targets, ranked as if their users had no others. Shapes: U users, T most targets of one user."""
+
+    is_target: Mask  # (U, T)
+    num_candidates: Integers  # (U,)
+    is_among_cold: bool = False
+
+    @property
+    def is_member(self) -> Mask:
+        """Which users have such a target (U,)."""
+        return np.asarray(self.is_target.any(axis=1))
+
+    def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Values]:
+        """Compute each metric of the slice's users (members,)."""
+        ranks = ranked.cold_ranks if self.is_among_cold else ranked.ranks
+        return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
+
+    def random(self, cutoff: int) -> dict[str, Values]:
+        """Compute what a random order of the candidates gives on average (members,)."""
+        members = self.is_member
+        return random_metrics(self.is_target.sum(1)[members], self.num_candidates[members], (cutoff,))
+
+
+def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[str, Slice]:
+    """Cut users by history length, target and attribute; slices with few users are left out.
+
+    Deciles cut the catalogue, most popular items first, into ten parts with a tenth of the training interactions each; cold items are
+    in none. Attributes with many values are left out.
+    """
+    targets = target_items(users)
+    num_unseen, num_unseen_cold = _count_candidates(users, train_count)
+    lengths = np.array([len(user.history.items) for user in users])
+    by_user = {"history 1-10": lengths <= 10, "history 11-50": (lengths > 10) & (lengths <= 50), "history over 50": lengths > 50}
+    for attribute, values in groups_of(users).items():
+        groups = np.unique(values)
+        if len(groups) <= MAX_GROUPS:
+            by_user |= {f"{attribute} {group or 'unknown'}": values == group for group in groups}
+    is_real = targets > 0
+    is_cold = is_real & (train_count[targets] == 0)
+    deciles = popularity_deciles(train_count)[targets]
+    by_target = {WARM: is_real & ~is_cold} | {f"popularity decile {decile}": deciles == decile for decile in range(1, NUM_DECILES + 1)}
+    slices = {
+        COLD: Slice(is_cold, num_unseen),
+        COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_among_cold=True),
+        **{name: Slice(is_target, num_unseen) for name, is_target in by_target.items()},
+        **{name: Slice(is_real & is_member[:, None], num_unseen) for name, is_member in by_user.items()},
+    }
+    return {name: each for name, each in slices.items() if each.is_member.sum() >= MIN_SLICE_USERS}
+
+
+def popularity_deciles(train_count: Integers) -> Integers:
+    """Number each item's decile from 1, the most popular, by the training interactions of more popular items; cold ones get 0 (I + 1,)."""
+    order = np.argsort(-train_count, kind="stable")
+    before = np.empty(len(order), np.int64)
+    before[order] = np.cumsum(train_count[order]) - train_count[order]
+    deciles: Integers = np.where(train_count > 0, 1 + NUM_DECILES * before // max(1, int(train_count.sum())), 0)
+    return deciles
+
+
+def evaluate_slices(slices: dict[str, Slice], ranked: Ranked, metric: str) -> dict[str, dict[str, Any]]:
+    """Average the main metric and its hit rate over each slice's users, with what a random order would give beside."""
+    cutoff = int(metric.partition("@")[2])
+    names = tuple(dict.fromkeys((metric, f"hr@{cutoff}")))
+    result = {}
+    for name, each in slices.items():
+        found, by_chance = each.metrics(ranked, cutoff), each.random(cutoff)
+        result[name] = {
+            "num_users": int(each.is_member.sum()),
+            **{metric: float(found[metric].mean()) for metric in names},
+            "interval_95": bootstrap_intervals({metric: found[metric] for metric in names}),
+            "random": {metric: float(by_chance[metric].mean()) for metric in names},
+        }
+    return result
+
+
+def _count_candidates(users: Sequence[EvaluationUser], train_count: Integers) -> tuple[Integers, Integers]:
+    """Count each user's unseen items, and the cold ones among them."""
+    is_cold = train_count[1:] == 0
+    seen = [np.unique(user.history.items) for user in users]
+    num_seen = np.array([len(items) for items in seen])
+    num_cold_seen = np.array([is_cold[items - 1].sum() for items in seen])
+    return len(is_cold) - num_seen, is_cold.sum() - num_cold_seen

@@ -1,0 +1,83 @@
+"""Whom an evaluation asks about: users with a target in the split; what is answered for them is `ranking.py`'s and `tasks.py`'s."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys.data.manifest import USER_INDEX, Dataset
+from recsys.data.rows import SEQUENCES
+from recsys.errors import UserError
+from recsys.predictor import History, Indices
+
+READ_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class EvaluationUser:
+    """One user's history before the split's cut, and the targets after it that were not seen before."""
+
+    user_index: int
+    history: History
+    targets: History
+    attributes: dict[str, str]
+
+
+def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
+    """Read the users that have a target in the split; a target that the user had seen before counts as none.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    table = dataset.read_users([USER_INDEX, *SEQUENCES, "num_train", "num_validation", "attributes"])
+    users = [user for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split)]
+    if not users:
+        raise UserError(f"{dataset.uri}: no user has a {split} target; with data.split = leave_one_out users need 3 interactions")
+    return users
+
+
+def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
+    """Cut some rows of the table; the users' arrays are views, so that no list of all interactions is made."""
+    items, events, timestamps, values = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in SEQUENCES)
+    everything = History(items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32))
+    stops = np.cumsum(rows["items"].value_lengths().to_numpy())
+    num_train, num_validation = (rows[name].to_numpy() for name in ("num_train", "num_validation"))
+    starts = np.concatenate([[0], stops[:-1]])
+    is_test = split == "test"
+    begins = starts + num_train + num_validation * is_test
+    ends = stops if is_test else begins + num_validation
+    attributes = rows["attributes"].to_pylist()
+    for row, user_index in enumerate(rows[USER_INDEX].to_pylist()):
+        history = everything.take(slice(starts[row], begins[row]))
+        targets = everything.take(slice(begins[row], ends[row]))
+        targets = targets.take(np.flatnonzero(~np.isin(targets.items, history.items)))
+        if len(history.items) and len(targets.items):
+            yield EvaluationUser(user_index, history, targets, dict(attributes[row] or []))
+
+
+def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:
+    """Cut the users into batches."""
+    for begin in range(0, len(users), size):
+        yield users[begin : begin + size]
+
+
+def target_items(users: Sequence[EvaluationUser]) -> Indices:
+    """List each user's distinct targets by index, (users, most targets of one user), 0 where a user has fewer."""
+    return rectangle([np.unique(user.targets.items) for user in users])
+
+
+def groups_of(users: Sequence[EvaluationUser]) -> dict[str, NDArray[np.str_]]:
+    """Return each user's value of every attribute, empty where a user has none, by the attribute's name."""
+    names = sorted({name for user in users for name in user.attributes})
+    return {name: np.array([user.attributes.get(name) or "" for user in users]) for name in names}
+
+
+def rectangle(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Lay rows of unlike length out as a rectangle, filled up with 0."""
+    lengths = np.array([len(row) for row in rows])
+    filled = np.zeros((len(rows), lengths.max()), rows[0].dtype)
+    filled[np.arange(filled.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+    return filled

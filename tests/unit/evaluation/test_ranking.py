@@ -1,0 +1,71 @@
+"""Full ranking: seen items removed, ties by index, cold items among themselves."""
+
+import numpy as np
+import pytest
+
+from recsys.config import EvaluationConfig
+from recsys.evaluation.ranking import Ranked, rank_users, summarise, target_ranks
+from recsys.evaluation.users import EvaluationUser
+from recsys.predictor import History
+
+
+def user(history: list[int], targets: list[int]) -> EvaluationUser:
+    return EvaluationUser(0, History.of(history), History.of(targets), {})
+
+
+@pytest.mark.parametrize(
+    ("scores", "history", "targets", "ranks"),
+    [
+        ([5, 4, 3, 2, 1], [], [1], [1]),
+        ([5, 4, 3, 2, 1], [], [4], [4]),
+        ([5, 4, 3, 2, 1], [1, 2], [4], [2]),  # what was seen is not ranked
+        ([3, 3, 3, 3, 3], [], [4], [4]),  # equal scores: the lower index first
+        ([3, 3, 3, 3, 3], [2], [4], [3]),
+        ([5, 4, 3, 2, 1], [], [2, 4], [2, 4]),
+        ([5, 4, 3, 2, 1], [], [4, 4], [4]),  # twice the same target is one
+        ([5, -np.inf, -np.inf, 1, 0], [], [3], [5]),  # a score of -inf is the worst, and no sign of anything
+    ],
+)
+def test_target_ranks(scores: list[float], history: list[int], targets: list[int], ranks: list[int]) -> None:
+    row = np.array([np.inf, *scores], np.float32)  # padding is no candidate, whatever its score
+    assert target_ranks(row, user(history, targets))[0].tolist() == ranks
+
+
+def test_cold_targets_are_ranked_among_the_unseen_cold_items_too() -> None:
+    scores = np.array([9, 5, 4, 4, 2, 1, 7], np.float32)
+    is_cold = np.array([False, False, True, True, True, False, True])
+    ranks, cold_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
+    assert ranks.tolist() == [3, 4, 5]
+    assert cold_ranks.tolist() == [2, 3, 0]  # of the cold items 6 is seen; 2 ties with 3 and comes first
+
+
+def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:
+    generator = np.random.default_rng(0)
+    table = generator.integers(0, 5, (20, 31)).astype(np.float32)
+    is_cold = np.arange(31) % 3 == 0
+    users = [user(generator.choice(np.arange(1, 16), 4, replace=False).tolist(), [int(generator.integers(16, 31))]) for _ in range(20)]
+    rows = iter(np.split(table, [7, 14]))
+    ranked = rank_users(lambda batch: next(rows), users, EvaluationConfig(batch_size=7), is_cold)
+    for number, (row, one) in enumerate(zip(table, users, strict=True)):
+        order = [item for item in sorted(range(1, 31), key=lambda item: (-row[item], item)) if item not in one.history.items]
+        target = int(one.targets.items[0])
+        assert ranked.ranks[number].tolist() == [order.index(target) + 1]
+        cold_order = [item for item in order if is_cold[item]]
+        assert ranked.cold_ranks[number].tolist() == [cold_order.index(target) + 1 if is_cold[target] else 0]
+        assert ranked.top[number].tolist() == order[:20]
+        assert ranked.top_scores[number].tolist() == row[order[:20]].tolist()
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        rank_users(lambda users: np.full((1, 5), np.nan, np.float32), [user([1], [2])], EvaluationConfig())
+
+
+def ranked_of(ranks: list[list[int]], top: list[list[int]]) -> Ranked:
+    return Ranked(np.array(ranks), np.zeros_like(ranks), np.array(top), np.zeros_like(top, np.float32))
+
+
+def test_parts_join_to_the_whole() -> None:
+    joined = Ranked.join([ranked_of([[1, 2], [7, 8]], [[5], [5]]).head(1), ranked_of([[3]], [[6]])])
+    assert joined.ranks.tolist() == [[1, 2], [3, 0]]
+    assert summarise(joined, EvaluationConfig(), num_items=10)["coverage@5"] == 0.2
