@@ -2,10 +2,8 @@
 
 import html
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,35 +12,14 @@ from recsys.data.manifest import DatasetManifest
 from recsys.data.preparing.report import plots
 from recsys.data.preparing.report.checks import Check, check_split
 from recsys.data.preparing.report.counts import SPLITS, Limits
-from recsys.data.preparing.report.style import STYLE
-from recsys.data.preparing.report.svg import HEIGHT_INCHES, render
 from recsys.data.preparing.rules import NOTICED, REJECTED
 from recsys.data.preparing.sequences import Integers
 from recsys.data.preparing.statistics import NUM_PERIODS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from recsys.report.page import figure, grid, header, page, section
 
 REPORT_NAME = "report.html"
 _NO_TIME = "This dataset has positions, not times, so this cannot be told."
 _NO_VALUES = "No interaction has a value."
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -59,34 +36,18 @@ def make_report(findings: Findings) -> str:
     """Write the page."""
     sections = [
         _header(findings),
-        _section("Does the split leak?", _checks(findings)),
-        _section("Interactions", _grid(_interactions(findings))),
-        _section("Users and items", _grid(_users_and_items(findings))),
-        _section("Cleaning", _grid(_cleaning(findings.manifest)) + _rules(findings.manifest)),
-        _section("How it was made", _making(findings.manifest)),
+        section("Does the split leak?", _checks(findings)),
+        section("Interactions", grid(_interactions(findings))),
+        section("Users and items", grid(_users_and_items(findings))),
+        section("Cleaning", grid(_cleaning(findings.manifest)) + _rules(findings.manifest)),
+        section("How it was made", _making(findings.manifest)),
     ]
-    title = html.escape(f"Dataset {findings.manifest.fingerprint[:12]}")
-    return _PAGE.format(title=title, style=STYLE, body="\n".join(sections))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{html.escape(title)}</h2>\n{body}\n</section>"
-
-
-def _grid(figures: list[str]) -> str:
-    return '<div class="grid">\n' + "\n".join(figures) + "\n</div>"
-
-
-def _figure(name: str, title: str, caption: str, draw: "Callable[[Axes], None] | str", height: float = HEIGHT_INCHES) -> str:
-    """Show a plot, or a sentence where there is nothing to draw, with what to read from it."""
-    shown = f'<p class="nothing">{html.escape(draw)}</p>' if isinstance(draw, str) else render(name, title, draw, height)
-    caption = "" if isinstance(draw, str) else f"\n<figcaption>{html.escape(caption)}</figcaption>"
-    return f'<figure id="{name}">\n<h3>{html.escape(title)}</h3>\n{shown}{caption}\n</figure>'
+    return page(f"Dataset {findings.manifest.fingerprint[:12]}", sections)
 
 
 def _bars(name: str, title: str, caption: str, bars: dict[str, int], unit: str, nothing: str = "") -> str:
     draw = partial(plots.draw_bars, bars=bars, unit=unit, has_shares=unit != "cases") if bars else nothing
-    return _figure(name, title, caption, draw, plots.bars_height(bars))
+    return figure(name, title, caption, draw, plots.bars_height(bars))
 
 
 def _header(findings: Findings) -> str:
@@ -100,11 +61,9 @@ def _header(findings: Findings) -> str:
         "training samples": f"{manifest.num_samples:,}",
         "rejected rows": f"{sum(manifest.rejected.values()):,}",
     }
-    boxes = "\n".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in numbers.items())
     lead = f"Version {manifest.version}, fingerprint <code>{html.escape(manifest.fingerprint)}</code>"
     rule = manifest.tie_rule[:1].upper() + manifest.tie_rule[1:]
-    lines = ["<header>", "<h1>Dataset report</h1>", f'<p class="lead">{lead}<br>{html.escape(rule)}.</p>']
-    return "\n".join([*lines, '<dl class="numbers">', boxes, "</dl>", "</header>"])
+    return header("Dataset report", f"{lead}<br>{html.escape(rule)}.", numbers)
 
 
 def _checks(findings: Findings) -> str:
@@ -135,7 +94,7 @@ def _interactions(findings: Findings) -> list[str]:
     num_values = int(counts["values"].sum()) if limits.values else 0
     users = " and ".join(f"{count:,} users have {name}" for name, count in zip(SPLITS[1:], counts["users_with"].tolist()[1:], strict=True))
     return [
-        _figure(
+        figure(
             "times",
             "Interactions over time",
             "Gaps and spikes are outages or imports. With a split by time the colours follow one another; with leave-one-out they overlap.",
@@ -149,7 +108,7 @@ def _interactions(findings: Findings) -> list[str]:
             kinds,
             "interactions",
         ),
-        _figure(
+        figure(
             "values",
             "Values",
             f"{num_values / max(1, manifest.num_interactions):.1%} of the interactions have a value. A pile at one end says that "
@@ -168,38 +127,38 @@ def _users_and_items(findings: Findings) -> list[str]:
     periods = findings.items["period_counts"].combine_chunks().flatten().to_numpy().reshape(-1, NUM_PERIODS)
     lengths = partial(plots.draw_lengths, counts=counts["lengths"], unit="interactions of a user", owners="users")
     return [
-        _figure(
+        figure(
             "lengths",
             "History lengths",
             f"Histories are cut at data.max_history = {manifest.data_config.get('max_history')}; longer ones give several samples.",
             lengths,
         ),
-        _figure(
+        figure(
             "popularity",
             "The long tail of items",
             f"Half of all training interactions go to {median:,} items ({median / max(1, len(train_counts)):.1%}); "
             f"{num_cold:,} items have none and rest on their text and features.",
             partial(plots.draw_long_tail, train_counts=train_counts),
         ),
-        _figure(
+        figure(
             "periods",
             "Popularity by period",
             f"Training time in {NUM_PERIODS} equal periods. A share of the top items that moves says that popularity drifts.",
             partial(plots.draw_periods, periods=periods, train_counts=train_counts) if has_time else _NO_TIME,
         ),
-        _figure(
+        figure(
             "new-items",
             "New items by period",
             "Items whose first training interaction falls into the period. A stream that does not dry up asks for frequent exports.",
             partial(plots.draw_new_items, periods=periods) if has_time else _NO_TIME,
         ),
-        _figure(
+        figure(
             "gaps",
             "Time between interactions",
             f"A session ends where more than {gap:,} seconds pass (data.session_gap_seconds); a good limit lies in a valley.",
             partial(plots.draw_gaps, counts=counts["gaps"], session_gap_seconds=gap) if has_time else _NO_TIME,
         ),
-        _figure(
+        figure(
             "sessions",
             "Session lengths",
             "Many sessions of one interaction say that the gap is short, or that users come for one thing.",

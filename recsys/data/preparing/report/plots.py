@@ -7,31 +7,17 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys.data.preparing.report.counts import GAP_EDGES, LENGTH_EDGES, SPLITS, time_edges, value_edges, value_scale
-from recsys.data.preparing.report.svg import FIRST, GRID, INK, MUTED, SECOND, THIRD
 from recsys.data.preparing.sequences import Integers
+from recsys.report.labels import compact, readable
+from recsys.report.svg import FIRST, GRID, INK, MUTED, SECOND, THIRD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = npt.NDArray[np.float64]
 MOST_BARS = 10
-_MOST_LABEL_CHARACTERS = 22
 _UNITS = ((1, "1 s"), (60, "1 min"), (3600, "1 h"), (86_400, "1 day"), (30 * 86_400, "1 month"), (365 * 86_400, "1 year"))
 _DAY_SECONDS = 86_400
-
-
-def compact(number: float) -> str:
-    """Write a number in few characters: 950, 1.2k, 30M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
-
-
-def readable(text: str) -> str:
-    """Make a name that comes from data fit for a label: no control characters, no line breaks, not long."""
-    plain = " ".join("".join(letter if letter.isprintable() or letter.isspace() else "\ufffd" for letter in text).split())
-    return plain if len(plain) <= _MOST_LABEL_CHARACTERS else plain[: _MOST_LABEL_CHARACTERS - 1] + "\u2026"
 
 
 def draw_times(axes: "Axes", counts: dict[str, Integers], times: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""The report's style sheet, by day and by night, for wide screens and narrow ones; there is no script."""
+"""The reports' style sheet, by day and by night, for wide screens and narrow ones; there is no script."""
 
 STYLE = """
 :root { color-scheme: light dark;
