@@ -56,8 +56,8 @@ USERS_SCHEMA = pa.schema(
         ("attributes", pa.map_(pa.string(), pa.string())),
     ]
 )
-"""One row per user: all interactions, oldest first. The first `num_train` are training data, the next
-`num_validation` the validation targets, the rest the test targets."""
+"""One row per user. The first `num_train` interactions are training data, the next `num_validation` the validation targets, the rest
+the test targets, each oldest first; where parts are drawn at random the row as a whole is not in order."""
 
 CATALOGUE_SCHEMA = pa.schema(
     [
@@ -75,7 +75,7 @@ CATALOGUE_SCHEMA = pa.schema(
 `numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
 COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
-"""One row per item whose interactions in the training data an appended version changes; `count` is added, and may be negative."""
+"""One row per item whose interactions in the training data an appended version changes; `count` is added."""
 
 USER_STATISTICS_SCHEMA = pa.schema(
     [

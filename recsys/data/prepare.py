@@ -92,12 +92,13 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         events = _filter_core(job, events)
     refuse_empty(job, events.partitions, events.rejected)
     event_kinds = _order_kinds(job, events.partitions)
-    ids, num_without_entry = number_items(job, events.generation, items)
+    ids, odd_items = number_items(job, events.generation, items)
     stage_inputs(job, "users", inputs.users)
     shards = _write_all(job, events, event_kinds)
     num_values, value_mean, value_std = join_moments([outcome["values"] for outcome in shards])
     if not any(outcome["train"] for outcome in shards):
         raise UserError(f"data.events = {job.data.events}: no user has two training interactions, so there is nothing to train on")
+    taken_out = sum_counts(shards, "rejected")
     measured = measure(job, shards, len(event_kinds), len(ids))
     numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
     catalogue = build_catalogue(ids, items, kinds, train_counts(job, len(ids)), numbers)
@@ -107,11 +108,11 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         tie_rule=TIE_RULE,
         num_users=sum(outcome["num_users"] for outcome in events.partitions),
         num_items=len(ids),
-        num_interactions=sum(outcome["rows"] for outcome in events.partitions),
+        num_interactions=sum(outcome["rows"] for outcome in events.partitions) - taken_out.total(),
         num_targets=sum(outcome["num_targets"] for outcome in shards),
-        rejected=present(events.rejected + Counter(item_rejects)),
-        noticed=present(events.noticed + catalogue.noticed + Counter(unknown_item=num_without_entry)),
-        items_without_catalogue_entry=num_without_entry,
+        rejected=present(events.rejected + taken_out + Counter(item_rejects)),
+        noticed=present(events.noticed + catalogue.noticed + odd_items),
+        items_without_catalogue_entry=odd_items["unknown_item"],
         event_kinds=event_kinds,
         tasks=derive_tasks(event_kinds, num_values, job.data.like_threshold),
         value_mean=value_mean,

@@ -80,6 +80,38 @@ def test_movielens_100k(tmp_path: Path) -> None:
     assert [task.name for task in dataset.manifest.tasks] == ["rating", "like"]
 
 
+def test_movielens_100k_split_at_random(tmp_path: Path) -> None:
+    inputs = real_inputs("ml-100k", {"events": "ml-100k.inter", "items": "ml-100k.item", "users": "ml-100k.user"})
+    dataset = prepared(tmp_path, *inputs, "data.split=random", config=CONFIGS / "ml-100k.toml")
+    rows = dataset.read_users(["items", "timestamps", "num_train", "num_validation"]).to_pylist()
+    num_train, num_validation = (sum(row[name] for row in rows) for name in ("num_train", "num_validation"))
+    assert (100_000 - num_train - num_validation) / 100_000 == pytest.approx(0.25, abs=0.006)
+    assert num_validation / (num_train + num_validation) == pytest.approx(0.05, abs=0.004)
+    assert counts(dataset) == (943, 1682, 100_000)
+    for row in rows:
+        train, validation = row["num_train"], row["num_train"] + row["num_validation"]
+        for part in (row["timestamps"][:train], row["timestamps"][train:validation], row["timestamps"][validation:]):
+            assert part == sorted(part)
+    report = dataset.storage.read_bytes(f"{dataset.uri}/report.html").decode()
+    assert "draws from all of a user" in report
+    assert 'class="state fail"' not in report
+
+
+def test_withheld_items_are_cold_for_some_test_users_of_movielens_1m(tmp_path: Path) -> None:
+    tables = {"events": "events.parquet", "items": "items.parquet", "users": "users.parquet"}
+    dataset = prepared(tmp_path, *real_inputs("ml-1m", tables), "data.withheld_items=0.1")
+    manifest = dataset.manifest
+    is_cold = dataset.catalogue["train_count"].to_numpy() == 0
+    assert manifest.num_items == 3416
+    assert manifest.noticed["withheld_item"] == pytest.approx(341.6, abs=70)
+    assert is_cold.sum() >= manifest.noticed["withheld_item"]
+    assert manifest.num_interactions + manifest.rejected["withheld"] == 999_611
+    users = dataset.read_users(["items", "num_train", "num_validation"]).to_pylist()
+    assert {(row["num_validation"], len(row["items"]) - row["num_train"]) for row in users} == {(1, 2)}
+    share = sum(is_cold[row["items"][-1] - 1] for row in users) / len(users)
+    assert share == pytest.approx(0.1, abs=0.05)
+
+
 def test_movielens_1m_and_beauty(tmp_path: Path) -> None:
     tables = {"events": "events.parquet", "items": "items.parquet"}
     movies = prepared(tmp_path, *real_inputs("ml-1m", {**tables, "users": "users.parquet"}))

@@ -15,6 +15,10 @@ run that trains on an older version goes on there. Versions form a tree: any ver
   with up to `data.max_history` older ones before them as context. What was held out before and now has newer interactions behind it is
   context and never a target, so that over all versions an interaction is a target at most once. What was trained on stays training
   data: under leave_one_out a user whose two interactions were trained on and who then gets a third has that one for testing alone.
+  Under the random split every interaction stays in the part that it was drawn for.
+- The same items are withheld, and new ones by the same draw. What falls into the training part is taken out, also where it was held out
+  before; so is a late interaction with such an item, since it may be one that was taken out of an older version. The rule of
+  leave_one_out counts what the rows have: a user who had two interactions, one of them taken out, has one.
 - The users shards of the day have the whole rows of its active users alone, with new attributes where the day's users table has them.
   The catalogue shards have new and changed items alone. `rejected` and `noticed` count the day.
 - Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
@@ -86,13 +90,14 @@ def append(config: Config, storage: Storage) -> Dataset:
     rejected, noticed = (sum_counts((*staged, *merged), key) for key in ("rejected", "noticed"))
     refuse_empty(job, merged, rejected)
     _refuse_new_kinds(job, base, merged)
-    ids, num_without_entry = number_items(job, 0, items, known_ids)
+    ids, odd_items = number_items(job, 0, items, known_ids)
     stage_inputs(job, "users", inputs.users)
     first_users = base.manifest.num_users + np.cumsum([0, *(outcome["num_users"] for outcome in merged)])
     tasks = [AppendTask(partition, first) for partition, first in enumerate(first_users[:-1].tolist())]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items, kinds)
-    noticed += catalogue.noticed + Counter(unknown_item=num_without_entry)
+    noticed += catalogue.noticed + odd_items
+    taken_out = sum_counts(shards, "rejected")
     measured = measure_version(job, base, shards, len(ids))
     manifest = _extend(
         base,
@@ -100,11 +105,11 @@ def append(config: Config, storage: Storage) -> Dataset:
         data_config={**base.manifest.data_config, **content_config(config.data)},
         num_users=int(first_users[-1]),
         num_items=len(ids),
-        num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged),
+        num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged) - taken_out.total(),
         num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
-        rejected=present(rejected + Counter(item_rejects)),
+        rejected=present(rejected + taken_out + Counter(item_rejects)),
         noticed=present(noticed),
-        items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + num_without_entry,
+        items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + odd_items["unknown_item"],
         category_vocabulary=catalogue.category_vocabulary,
         train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
         users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
@@ -148,7 +153,8 @@ def _adopt(config: Config, base: Dataset) -> Config:
         UserError: a key is given that says otherwise.
     """
     own, default = (data.model_dump(mode="json") for data in (config.data, DataConfig()))
-    adopted = {key: value for key, value in base.manifest.data_config.items() if key not in _OF_THE_INPUT}
+    made_by = content_config(DataConfig()) | base.manifest.data_config  # an old base was made before there was every key
+    adopted = {key: value for key, value in made_by.items() if key not in _OF_THE_INPUT}
     for key, value in adopted.items():
         _refuse_difference(f"data.{key}", own[key], value, default[key])
     if own["columns"] == default["columns"]:

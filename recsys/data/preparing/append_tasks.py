@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from recsys.data.inputs.formats import INPUT_ORDER
 from recsys.data.manifest import Dataset, last_rows
@@ -19,18 +20,22 @@ from recsys.data.preparing.partitions import (
     stage_generation,
     staged_attributes,
     user_offsets,
+    without_withheld,
     write_shard,
 )
 from recsys.data.preparing.ray_tasks import Outcome
 from recsys.data.preparing.sequence_tables import COLUMNS, Sequences
-from recsys.data.preparing.sequences import Integers, gather_ranges, split_counts
+from recsys.data.preparing.sequences import Integers, gather_ranges
 from recsys.data.preparing.shuffle import read_table
-from recsys.schema import USER_ID, USERS_SCHEMA
+from recsys.data.preparing.splits import TRAINING, WITHHELD, part_by_place, split_events, split_in_order, withheld
+from recsys.schema import ITEM_ID, USER_ID, USERS_SCHEMA
 
 KNOWN_INDEX_NAME = "known_items.parquet"
 """The staged item index of the base."""
 
 _KEYS = ("user", "item", "time", "kind")
+_PART = "part"
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ def merge_day(job: Job, base: Dataset, partition: int) -> Outcome:
     columns = index_events(job, events, base.manifest.event_kinds, KNOWN_INDEX_NAME)
     owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy().astype(np.int64)
     is_known = _agree(owners, columns, known)
-    is_late = (owners >= 0) & ~is_known & (columns["timestamps"] < _newest(known)[owners])
-    fresh = events.filter(pa.array(~is_known)).combine_chunks()
-    outcome = stage_generation(job, 0, partition, fresh, {**rejected, "known": int(is_known.sum())})
+    newest = _newest(known)[owners]
+    # What was taken out of an older version is not known, so what is not newer than the rest may have been there before.
+    is_out = ~is_known & (columns["timestamps"] <= newest) & withheld(events[ITEM_ID], job.data)
+    is_fresh = ~is_known & ~is_out
+    is_late = is_fresh & (columns["timestamps"] < newest)
+    fresh = events.filter(pa.array(is_fresh)).combine_chunks()
+    rejected |= {"known": int(is_known.sum()), "withheld": int(is_out.sum())}
+    outcome = stage_generation(job, 0, partition, fresh, rejected)
     num_new_users = pc.count_distinct(pc.filter(events[USER_ID], pa.array(owners < 0))).as_py()
     return {**outcome, "num_users": num_new_users, "noticed": {**notice_order(fresh), "late": int(is_late.sum())}}
 
@@ -66,21 +76,21 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     user_ids = pa.concat_arrays([known_ids, day_ids.filter(pa.array(is_new)).combine_chunks()])
     indices = np.concatenate([known["user_index"].to_numpy(), task.first_user + np.arange(int(is_new.sum()))])
     rows_of_day = pc.index_in(user_ids, value_set=day_ids.combine_chunks()).to_numpy()
-    day = Sequences(index_events(job, events, base.manifest.event_kinds), day_offsets)
-    sequences, num_known = _join(known, day, rows_of_day)
+    columns = index_events(job, events, base.manifest.event_kinds) | {_PART: split_events(events, day_offsets, job.data)}
+    everything, is_day = _join(known, Sequences(columns, day_offsets), rows_of_day)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(int(is_new.sum()), np.int64)])
-    by_rule, num_validation = split_counts(sequences.columns["timestamps"], sequences.offsets, job.data)
-    num_train = np.maximum(by_rule, num_trained)  # what was trained on is not held out any more
-    num_validation = by_rule + num_validation - num_train
-    first_targets = np.maximum(num_known, 1)
+    parts = _assign_parts(job, everything, is_day)
+    sequences, num_train, num_validation = everything.by_part(parts)
+    first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_day], minlength=len(user_ids)).clip(min=1)
     attributes = pa.concat_arrays([known["attributes"].combine_chunks(), nobodys_attributes(int(is_new.sum()))])
     users = sequences.users_table(
         indices, user_ids, num_train, num_validation, staged_attributes(job, task.partition, user_ids, attributes)
     )
     train = sequences.train_table(indices, first_targets, num_train, job.data)
-    _stage_changes(job, task.partition, sequences, num_trained, num_train)
+    stage_counts(job, task.partition, *np.unique(sequences.within("items", num_trained, num_train), return_counts=True))
     return {
         "rows": events.num_rows,
+        "rejected": {"withheld": int((parts == WITHHELD).sum())},
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
@@ -115,27 +125,32 @@ def _agree(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Any:
 def _newest(known: pa.Table) -> Integers:
     """Return the time of each known user's newest interaction, and one more for whoever is not known."""
     lists = known["timestamps"].combine_chunks()
-    newest = np.maximum.reduceat(lists.flatten().to_numpy(), lists.offsets.to_numpy()[:-1]) if known.num_rows else np.zeros(0, np.int64)
-    return np.append(newest, np.iinfo(np.int64).min)
+    newest = np.full(known.num_rows + 1, np.iinfo(np.int64).min)
+    np.maximum.at(newest, np.repeat(np.arange(known.num_rows), lists.value_lengths().to_numpy()), lists.flatten().to_numpy())
+    return newest
 
 
-def _join(known: pa.Table, day: Sequences, rows_of_day: Integers) -> tuple[Sequences, Integers]:
-    """Put the day's interactions behind each user's known ones; also tell how many those are."""
+def _join(known: pa.Table, day: Sequences, rows_of_day: Integers) -> tuple[Sequences, Mask]:
+    """Put the day's interactions behind each user's known ones; also tell which are the day's."""
     lengths = known["items"].combine_chunks().value_lengths().to_numpy().astype(np.int64)
     num_known = np.concatenate([lengths, np.zeros(len(rows_of_day) - len(lengths), np.int64)])
-    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in COLUMNS}
     ends = np.cumsum(num_known)
-    shift = int(ends[-1]) if len(ends) else 0
+    shift = int(lengths.sum())
+    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in COLUMNS}
+    sizes = (known[name].to_numpy() for name in ("num_train", "num_validation"))
+    history[_PART] = part_by_place(np.concatenate([[0], np.cumsum(lengths)]), *sizes)
     starts = np.stack([ends - num_known, shift + day.offsets[:-1][rows_of_day]], axis=1).reshape(-1)
     stops = np.stack([ends, shift + day.offsets[1:][rows_of_day]], axis=1).reshape(-1)
     positions, offsets = gather_ranges(starts, stops)
-    columns = {name: np.concatenate([history[name], day.columns[name]])[positions] for name in COLUMNS}
-    return Sequences(columns, offsets[::2]), num_known
+    columns = {name: np.concatenate([history[name], day.columns[name]])[positions] for name in history}
+    return Sequences(columns, offsets[::2]), positions >= shift
 
 
-def _stage_changes(job: Job, partition: int, sequences: Sequences, before: Integers, after: Integers) -> None:
-    """Stage by how much the number of training interactions of each item changes, where a user's go from `before` to `after`."""
-    gained, lost = sequences.within("items", before, after), sequences.within("items", after, before)
-    items, where = np.unique(np.concatenate([gained, lost]), return_inverse=True)
-    signs = np.concatenate([np.ones(len(gained)), -np.ones(len(lost))])
-    stage_counts(job, partition, items, np.bincount(where, signs, len(items)).astype(np.int64))
+def _assign_parts(job: Job, everything: Sequences, is_day: Mask) -> Integers:
+    """Tell the part of each interaction: by the rule over a user's whole sequence, or, where parts are drawn, as it was or is drawn."""
+    parts = everything.columns[_PART]
+    if job.data.split != "random":
+        was_trained_on = (parts == TRAINING) & ~is_day  # and is not held out any more
+        parts = split_in_order(everything.columns["timestamps"], everything.offsets, job.data)
+        parts[was_trained_on] = TRAINING
+    return without_withheld(job, parts, everything)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.data.manifest import Dataset, DatasetManifest, last_rows
-from recsys.data.preparing.partitions import Job, write_shard
+from recsys.data.preparing.partitions import Job, staged_withheld, write_shard
 from recsys.data.preparing.passes import run_pass, write_shards_of
 from recsys.data.preparing.report.counts import Limits, count_partition, merge_counts
 from recsys.data.preparing.report.page import REPORT_NAME, Findings, make_report
@@ -125,7 +125,7 @@ def measure_partition(job: Job, task: MeasureTask) -> Outcome:
     return {
         "rows": len(histories.items),
         "user_statistics": write_shard(job, f"statistics/users/{task.partition:05d}.parquet", statistics),
-        "counts": count_partition(histories, samples, task.num_kinds, task.limits, job.data.session_gap_seconds),
+        "counts": count_partition(histories, samples, staged_withheld(job), task.num_kinds, task.limits, job.data.session_gap_seconds),
     }
 
 

@@ -30,14 +30,16 @@ from recsys.data.preparing.cleaning import (
 from recsys.data.preparing.pseudonyms import pseudonymise
 from recsys.data.preparing.report.counts import Limits
 from recsys.data.preparing.sequence_tables import Sequences
-from recsys.data.preparing.sequences import Integers, split_counts
+from recsys.data.preparing.sequences import Integers
 from recsys.data.preparing.shuffle import read_partition, read_table, write_pieces, write_table
+from recsys.data.preparing.splits import TRAINING, WITHHELD, split_events
 from recsys.data.preparing.statistics import Histories, Moments
 from recsys.data_config import DataConfig
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
 ITEM_INDEX_NAME = "item_index.parquet"
+IS_WITHHELD = "is_withheld"
 _ATTRIBUTES = "attributes"
 _STAGED_USERS = pa.schema([USERS_SCHEMA.field(USER_ID), USERS_SCHEMA.field(_ATTRIBUTES), EVENTS_SCHEMA.field(INPUT_ORDER)])
 Outcome = dict[str, Any]
@@ -182,8 +184,9 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     """Write one partition's users shard and train shard, and stage its training counts by item."""
     events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
     offsets = user_offsets(events[USER_ID])
-    sequences = Sequences(index_events(job, events, task.event_kinds), offsets)
-    num_train, num_validation = split_counts(sequences.columns["timestamps"], offsets, job.data)
+    everything = Sequences(index_events(job, events, task.event_kinds), offsets)
+    parts = without_withheld(job, split_events(events, offsets, job.data), everything)
+    sequences, num_train, num_validation = everything.by_part(parts)
     user_indices = task.first_user + np.arange(len(num_train))
     user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
     attributes = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
@@ -195,6 +198,7 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
     return {
         "rows": events.num_rows,
+        "rejected": {"withheld": int((parts == WITHHELD).sum())},
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "num_targets": int(np.maximum(num_train - 1, 0).sum()),
@@ -212,6 +216,18 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
         "timestamps": events[TIMESTAMP].to_numpy(),
         "values": events[VALUE].to_numpy(),
     }
+
+
+def without_withheld(job: Job, parts: Integers, sequences: Sequences) -> Integers:
+    """Take the training interactions with withheld items out of every part."""
+    is_out = (parts == TRAINING) & staged_withheld(job)[sequences.columns["items"] - 1]
+    return np.where(is_out, WITHHELD, parts)
+
+
+def staged_withheld(job: Job) -> NDArray[np.bool_]:
+    """Tell of each item, by its index less one, whether it is kept out of training."""
+    column = read_table(job.storage, job.staging(ITEM_INDEX_NAME), [IS_WITHHELD])[IS_WITHHELD]
+    return np.asarray(column.to_numpy(), bool)
 
 
 def user_offsets(user_ids: pa.ChunkedArray) -> Integers:

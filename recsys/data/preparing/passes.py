@@ -14,9 +14,10 @@ from recsys.data.inputs import input_files
 from recsys.data.inputs.sandbox import run_limited
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, content_fingerprint
 from recsys.data.preparing.catalogue import clean_items, sort_ids
-from recsys.data.preparing.partitions import ITEM_INDEX_NAME, Job, stage_events, stage_users, write_shard
+from recsys.data.preparing.partitions import IS_WITHHELD, ITEM_INDEX_NAME, Job, stage_events, stage_users, write_shard
 from recsys.data.preparing.ray_tasks import Outcome, Record, run_tasks
 from recsys.data.preparing.shuffle import read_table, write_table
+from recsys.data.preparing.splits import withheld
 from recsys.errors import UserError
 from recsys.schema import ITEM_ID, FeatureKind
 from recsys.storage import ObjectInfo, Storage, join
@@ -62,17 +63,19 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
 
 
-def number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str] = ()) -> tuple[pa.Array, int]:
+def number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str] = ()) -> tuple[pa.Array, Counter[str]]:
     """Number the items: the `known` first, then those of the catalogue and of events alone in natural order.
 
-    Under k_core only those that events have left are numbered. Tells also how many the events have and `items` lacks.
+    Under k_core only those that events have left are numbered. Tells also what is odd about those that are not known.
     """
     seen = set(count_items(job, generation)[ITEM_ID].to_pylist())
     listed = set(items[ITEM_ID].to_pylist()) if items is not None else set()
     new = (seen if job.data.k_core else seen | listed).difference(known)
     ids = pa.array([*known, *sort_ids(list(new))], pa.string())
-    write_table(job.storage, job.staging(ITEM_INDEX_NAME), pa.table({ITEM_ID: ids}))
-    return ids, len((seen - listed).difference(known)) if items is not None else 0
+    is_withheld = withheld(ids, job.data)
+    write_table(job.storage, job.staging(ITEM_INDEX_NAME), pa.table({ITEM_ID: ids, IS_WITHHELD: is_withheld}))
+    num_unknown = len((seen - listed).difference(known)) if items is not None else 0
+    return ids, Counter(unknown_item=num_unknown, withheld_item=int(is_withheld[len(known) :].sum()))
 
 
 def train_counts(job: Job, num_items: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.data.preparing.sequences import Integers, cut_windows, gather_ranges
+from recsys.data.preparing.splits import TRAINING, VALIDATION, WITHHELD
 from recsys.data_config import DataConfig
 from recsys.schema import TRAIN_SCHEMA, USERS_SCHEMA
 
@@ -21,6 +22,25 @@ class Sequences:
 
     columns: Mapping[str, NDArray[Any]]
     offsets: Integers
+
+    @property
+    def owners(self) -> Integers:
+        """The position of each interaction's user."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def by_part(self, parts: Integers) -> tuple["Sequences", Integers, Integers]:
+        """Put each user's training interactions first, then validation, then test, each in the order that they have.
+
+        What is withheld is left out. Tells also how many of each user's are for training and for validation.
+        """
+        num_users = len(self.offsets) - 1
+        cells = self.owners * (WITHHELD + 1) + parts
+        counts = np.bincount(cells, minlength=num_users * (WITHHELD + 1)).reshape(num_users, WITHHELD + 1)
+        order = np.argsort(cells, kind="stable")
+        order = order[parts[order] != WITHHELD]
+        offsets = np.concatenate([[0], np.cumsum(counts[:, :WITHHELD].sum(axis=1))]).astype(np.int64)
+        columns = {name: column[order] for name, column in self.columns.items()}
+        return Sequences(columns, offsets), counts[:, TRAINING], counts[:, VALIDATION]
 
     def users_table(
         self,

@@ -1,11 +1,9 @@
-"""Split points and training windows of users' sequences, as pure functions; reading and writing them is `prepare.py`."""
+"""Training windows of users' sequences, as pure functions; which part of a sequence is training data is `splits.py`'s."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from recsys.data_config import DataConfig
 
 Integers = npt.NDArray[np.int64]
 
@@ -34,32 +32,6 @@ def cut_windows(length: int, max_history: int, stride: int, first: int = 1) -> l
         windows.append(Window(start, stop, first_target))
         stop = start + first_target
     return windows
-
-
-def split_counts(timestamps: Integers, offsets: Integers, data: DataConfig) -> tuple[Integers, Integers]:
-    """Tell each user's number of training and of validation interactions; the rest are for testing.
-
-    User u's interactions are `timestamps[offsets[u]:offsets[u + 1]]`. leave_one_out: the last is the test
-    target and the one before it the validation target; a user with fewer than three is training data alone. time:
-    training ends with the first interaction at or after `validation_from`, validation with the first at or after
-    `test_from`; what an appended version adds late is held out where it follows what is.
-    """
-    lengths = np.diff(offsets)
-    if data.split == "leave_one_out":
-        has_targets = lengths >= 3
-        return np.where(has_targets, lengths - 2, lengths), has_targets.astype(np.int64)
-    num_train = _leading_before(timestamps, offsets, data.validation_from)
-    return num_train, _leading_before(timestamps, offsets, data.test_from) - num_train
-
-
-def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None) -> Integers:
-    """Count each user's interactions before the first that is at or after the moment."""
-    lengths = np.diff(offsets)
-    if moment is None:
-        return np.zeros_like(lengths)
-    late = np.flatnonzero(timestamps >= moment)
-    firsts = np.append(late, len(timestamps))[np.searchsorted(late, offsets[:-1])]
-    return np.asarray(np.minimum(firsts - offsets[:-1], lengths), np.int64)
 
 
 def gather_ranges(starts: Integers, stops: Integers) -> tuple[Integers, Integers]:

@@ -1,7 +1,7 @@
 """What the report is drawn from: counts over one partition's users in fixed bins, which add up over partitions; no I/O."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.data.preparing.sequences import Integers
-from recsys.data.preparing.statistics import Histories, session_lengths
+from recsys.data.preparing.splits import TEST, VALIDATION, part_by_place
+from recsys.data.preparing.statistics import Histories, Mask, session_lengths
 
 NUM_TIME_BINS = 60
 NUM_VALUE_BINS = 40
@@ -56,29 +57,27 @@ def _join(ranges: Sequence[Any]) -> Any:
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
-def count_partition(histories: Histories, samples: pa.Table, num_kinds: int, limits: Limits, session_gap_seconds: int) -> Counts:
+def count_partition(
+    histories: Histories, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
+) -> Counts:
     """Count everything that the report shows of one partition.
 
-    `samples` are the interactions in its training samples, flat: user_index, item, time, event.
+    `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` tells of each item, by
+    its index less one, whether it is kept out of training.
     """
-    splits = split_of(histories)
+    splits = part_by_place(histories.offsets, histories.num_train, histories.num_validation)
+    lengths = np.diff(histories.offsets)
     counts = {
         "splits": np.bincount(splits, minlength=3),
         "users_with": np.array([(np.bincount(histories.owners[splits == split]) > 0).sum() for split in range(3)]),
-        "lengths": _histogram(np.diff(histories.offsets), LENGTH_EDGES),
+        "lengths": _histogram(lengths[lengths > 0], LENGTH_EDGES),
         "kinds": np.bincount(histories.events, minlength=num_kinds),
         **_count_times(histories, splits, limits, session_gap_seconds),
         **_count_values(histories, limits),
         **_count_leaks(histories, splits, samples, limits),
+        **_count_withheld(histories, splits, samples, is_withheld),
     }
     return {name: [int(count) for count in column] for name, column in counts.items()}
-
-
-def split_of(histories: Histories) -> Integers:
-    """Tell the split of each interaction as an index into SPLITS."""
-    place = np.arange(len(histories.items)) - np.repeat(histories.offsets[:-1], np.diff(histories.offsets))
-    num_train, num_validation = histories.num_train[histories.owners], histories.num_validation[histories.owners]
-    return (place >= num_train).astype(np.int64) + (place >= num_train + num_validation)
 
 
 def time_edges(times: tuple[int, int]) -> npt.NDArray[np.float64]:
@@ -97,8 +96,10 @@ def _count_times(histories: Histories, splits: Integers, limits: Limits, session
         return {}
     edges = time_edges(limits.times)
     counts = {f"times_{name}": np.histogram(histories.timestamps[splits == split], edges)[0] for split, name in enumerate(SPLITS)}
-    gaps = np.diff(histories.timestamps)[np.diff(histories.owners) == 0]
-    _, lengths = session_lengths(histories, session_gap_seconds)
+    # A row need not be in the order of time: it has what is held out at its end, and what an appended version adds late.
+    in_time = replace(histories, timestamps=histories.timestamps[np.lexsort((histories.timestamps, histories.owners))])
+    gaps = np.diff(in_time.timestamps)[np.diff(in_time.owners) == 0]
+    _, lengths = session_lengths(in_time, session_gap_seconds)
     return {**counts, "gaps": _histogram(gaps, GAP_EDGES), "session_lengths": _histogram(lengths, LENGTH_EDGES)}
 
 
@@ -132,15 +133,23 @@ def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limi
     targets = pa.table({**keys, "event": histories.events[is_target], "split": split})
     twice = targets.join(samples, ["user_index", "item", "time", "event"], join_type="left semi", use_threads=False)["split"].to_numpy()
     latest = _latest(samples["user_index"].to_numpy(), samples["time"].to_numpy(), histories.user_indices)
-    validation = splits == 1
+    validation = splits == VALIDATION
     latest_validation = _latest(histories.owners[validation], histories.timestamps[validation], np.arange(len(histories.num_train)))
     return {
         "targets": _by_split(split),
         "before_training": _by_split(split[times < latest[owners]]),
-        "before_validation": _by_split(split[(split == 2) & (times < latest_validation[owners])]),
+        "before_validation": _by_split(split[(split == TEST) & (times < latest_validation[owners])]),
         "in_samples": _by_split(twice),
         "in_history": _by_split(split[~_is_first(histories)[is_target]]),
         "before_training_of_others": _by_split(split[times < limits.train_times[1]] if limits.train_times else split[:0]),
+    }
+
+
+def _count_withheld(histories: Histories, splits: Integers, samples: pa.Table, is_withheld: Mask) -> dict[str, npt.NDArray[Any]]:
+    """Count the targets with an item that is kept out of training, and what there is of such items in training samples all the same."""
+    return {
+        "withheld": _by_split(splits[(splits > 0) & is_withheld[histories.items - 1]]),
+        "withheld_in_samples": np.array([is_withheld[samples["item"].to_numpy() - 1].sum()]),
     }
 
 

@@ -68,7 +68,7 @@ def _header(findings: Findings) -> str:
 
 def _checks(findings: Findings) -> str:
     manifest = findings.manifest
-    checks = check_split(findings.counts, str(manifest.data_config.get("split", "")), manifest.has_time)
+    checks = check_split(findings.counts, manifest.data_config, manifest.has_time)
     rows = "\n".join(_check_row(check) for check in checks)
     head = (
         "<tr><th>Check</th><th class='number'>Validation</th><th class='number'>Test</th><th class='number'>Share</th><th>Result</th></tr>"

@@ -206,13 +206,15 @@ def cut(rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool) -
 
 
 @settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(rows=events_of_a_log, num_days=st.integers(1, 4), is_sorted=st.booleans(), split=st.sampled_from(["leave_one_out", "time"]))
+@given(
+    rows=events_of_a_log, num_days=st.integers(1, 4), is_sorted=st.booleans(), split=st.sampled_from(["leave_one_out", "time", "random"])
+)
 def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
     rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str
 ) -> None:
     folder = Path(tempfile.mkdtemp())
     everything: list[Event] = [("z", f"i{index}", index, KINDS[index % 2], "1") for index in range(4)]
-    how = ["data.split=time", "data.validation_from=20", "data.test_from=30"] if split == "time" else []
+    how = [f"data.split={split}", *(["data.validation_from=20", "data.test_from=30"] if split == "time" else [])]
     version = first(folder, *how, events=everything)
     trained: Counter[str] = Counter()
     targets = own_targets(version)
@@ -247,7 +249,9 @@ def targets_of(known: dict[str, dict[str, Any]], version: Dataset) -> list[tuple
     """What should be a target in the shards of a version, told from its users and those that were known before it."""
     found = []
     for user, row in users_by_id(version).items():
-        begin = max(1, len(known[user]["items"]) if user in known else 0)
+        # Where parts are drawn, what is new for training stands behind what was trained on; else behind all that was known.
+        is_drawn = version.manifest.data_config["split"] == "random"
+        begin = max(1, (known[user]["num_train"] if is_drawn else len(known[user]["items"])) if user in known else 0)
         found += [(user, row["items"][place], row["timestamps"][place], row["events"][place]) for place in range(begin, row["num_train"])]
     return found
 

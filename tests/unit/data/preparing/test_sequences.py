@@ -1,4 +1,4 @@
-"""Windows and splits: each target once, no window too long, split sizes by hand."""
+"""Windows: each target once, no window too long."""
 
 import itertools
 
@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.data.preparing.sequences import Window, cut_windows, gather_ranges, split_counts
-from recsys.data_config import DataConfig
+from recsys.data.preparing.sequences import Window, cut_windows, gather_ranges
 
 
 def test_windows_of_a_short_and_a_long_sequence() -> None:
@@ -34,28 +33,6 @@ def test_every_interaction_from_the_first_target_on_is_one_exactly_once(length: 
         assert len(of_window) <= stride
         targets += of_window
     assert sorted(targets) == list(range(first, length))
-
-
-def test_leave_one_out_takes_two_of_users_with_three_or_more() -> None:
-    offsets = np.array([0, 1, 3, 6, 16])
-    num_train, num_validation = split_counts(np.arange(16), offsets, DataConfig())
-    assert num_train.tolist() == [1, 2, 1, 8]
-    assert num_validation.tolist() == [0, 0, 1, 1]
-
-
-def test_time_splits_at_the_two_moments() -> None:
-    data = DataConfig(split="time", validation_from=10, test_from=20)
-    timestamps, offsets = np.array([1, 9, 10, 19, 20, 21, 25, 9]), np.array([0, 5, 7, 8])
-    num_train, num_validation = split_counts(timestamps, offsets, data)
-    assert num_train.tolist() == [2, 0, 1]
-    assert num_validation.tolist() == [2, 0, 0]
-
-
-def test_what_is_late_behind_a_held_out_interaction_is_held_out_too() -> None:
-    data = DataConfig(split="time", validation_from=10, test_from=20)
-    num_train, num_validation = split_counts(np.array([1, 12, 3, 25, 15, 4, 5]), np.array([0, 5, 5, 7]), data)
-    assert num_train.tolist() == [1, 0, 2]
-    assert num_validation.tolist() == [2, 0, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=20))

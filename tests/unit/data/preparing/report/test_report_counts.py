@@ -1,9 +1,12 @@
 """The report's counts: bins that hold what they say, sums over partitions, and leaks that are put in and found."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data.preparing.report.checks import check_split
 from recsys.data.preparing.report.counts import (
     GAP_EDGES,
     LENGTH_EDGES,
@@ -11,7 +14,6 @@ from recsys.data.preparing.report.counts import (
     Limits,
     count_partition,
     merge_counts,
-    split_of,
     value_scale,
 )
 from recsys.data.preparing.statistics import Histories
@@ -43,14 +45,18 @@ def samples_of(users: list[tuple] = USERS, extra: list[tuple] | None = None) -> 
     return pa.table({name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
 
 
-def count(users: list[tuple] = USERS, extra: list[tuple] | None = None, has_time: bool = True) -> Counts:
+NONE_WITHHELD = np.zeros(9, bool)
+
+
+def count(
+    users: list[tuple] = USERS, extra: list[tuple] | None = None, has_time: bool = True, is_withheld: np.ndarray = NONE_WITHHELD
+) -> Counts:
     histories = histories_of(users)
-    return count_partition(histories, samples_of(users, extra), 2, Limits.of(histories, has_time), 1800)
+    return count_partition(histories, samples_of(users, extra), is_withheld, 2, Limits.of(histories, has_time), 1800)
 
 
 def test_every_interaction_is_counted_in_its_split_kind_and_bins() -> None:
     counts = count()
-    assert split_of(histories_of()).tolist() == [0, 0, 0, 1, 2, 0, 0]
     assert counts["splits"] == [5, 1, 1]
     assert counts["users_with"] == [2, 1, 1]
     assert counts["kinds"] == [5, 2]
@@ -94,14 +100,49 @@ def test_a_leak_that_is_put_in_is_found(name: str, users: list[tuple], extra: li
     assert count(users, extra)[name] == expected
 
 
+def test_gaps_and_sessions_are_those_of_time_and_users_with_nothing_left_have_no_length() -> None:
+    held_out_early = [(7, 2, 1, [(1, 0, 0, None), (2, 9000, 0, None), (3, 10, 0, None), (4, 20, 0, None)]), (8, 0, 0, [])]
+    counts = count(held_out_early)
+    assert {GAP_EDGES[place]: number for place, number in enumerate(counts["gaps"]) if number} == {10: 2, 5623: 1}
+    assert {LENGTH_EDGES[place]: number for place, number in enumerate(counts["session_lengths"]) if number} == {1: 1, 3: 1}
+    assert {LENGTH_EDGES[place]: number for place, number in enumerate(counts["lengths"]) if number} == {4: 1}
+
+
+def judged(counts: Counts, **data_config: Any) -> dict[str, str]:
+    checks = check_split({name: np.array(column) for name, column in counts.items()}, data_config, has_time=True)
+    return {check.title: check.state for check in checks}
+
+
+def test_what_the_random_split_does_by_design_is_noted_and_fails_elsewhere() -> None:
+    out_of_order = [(7, 2, 1, [(1, 0, 0, None), (2, 9, 0, None), (3, 7, 0, None), (4, 5, 0, None)])]
+    titles = ("Targets before training ends", "Test before validation")
+    assert [judged(count(out_of_order), split="random")[title] for title in titles] == ["note", "note"]
+    assert [judged(count(out_of_order), split="time")[title] for title in titles] == ["fail", "fail"]
+    leak = count(out_of_order, [(7, 4, 5, 0)])
+    assert judged(leak, split="random")["Targets in training samples"] == "fail"
+
+
+def test_targets_of_withheld_items_are_counted_and_one_in_a_sample_is_a_fault() -> None:
+    is_withheld = np.arange(1, 10) >= 4
+    counts = count(is_withheld=is_withheld)
+    assert (counts["withheld"], counts["withheld_in_samples"]) == ([1, 1], [0])
+    assert judged(counts, split="time", withheld_items=0.5)["Cold targets"] == "pass"
+    assert "Cold targets" not in judged(counts, split="time", withheld_items=0.0)
+    leak = count(extra=[(9, 4, 1, 0)], is_withheld=is_withheld)
+    assert leak["withheld_in_samples"] == [1]
+    assert judged(leak, split="time", withheld_items=0.5)["Cold targets"] == "fail"
+
+
 def test_partitions_add_up_to_the_whole() -> None:
     whole = histories_of()
     limits = Limits.of(whole, has_time=True)
     parts = [[user] for user in USERS]
     assert Limits.merge([Limits.of(histories_of(part), has_time=True) for part in parts]) == limits
-    counts = [count_partition(histories_of(part), samples_of(part), 2, limits, 1800) for part in parts]
+    counts = [count_partition(histories_of(part), samples_of(part), NONE_WITHHELD, 2, limits, 1800) for part in parts]
     merged = merge_counts([*counts, {}])
-    assert {name: column.tolist() for name, column in merged.items()} == count_partition(whole, samples_of(), 2, limits, 1800)
+    assert {name: column.tolist() for name, column in merged.items()} == count_partition(
+        whole, samples_of(), NONE_WITHHELD, 2, limits, 1800
+    )
 
 
 def test_a_scale_is_short() -> None:
