@@ -1,0 +1,98 @@
+"""The language model alone as what the loop trains: its module, the catalogue's texts as samples, and its validation on texts held out."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys.config import Config
+from recsys.data.item_features import ItemFeatures
+from recsys.data.manifest import Dataset
+from recsys.data.pairs import Partners
+from recsys.data.plan import EpochPlan
+from recsys.data.texts import VALIDATION, Pairs, TextBatch, TextCollator, TextSplit
+from recsys.model.catalogue_text import Ranks, catalogue_tokens
+from recsys.model.losses import gather_from_ranks
+from recsys.model.pretraining import CONTRASTIVE, MASKED, build_pretrainer, pair_scores
+from recsys.model.text_encoder import locate_backbone
+from recsys.schema import PADDING_ITEM
+
+GROUP_ITEMS = 256
+"""The texts lie in memory; in the plan so many of them stand for a row group."""
+
+
+class Pretraining:
+    """Trains the language model on the catalogue's texts, each once an epoch; all its weights learn, whatever the text's mode."""
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
+        settings, text, scratch = config.pretraining, config.model.text, Path(config.run.scratch)
+        catalogue = ItemFeatures.read(dataset, scratch)
+        folder = locate_backbone(text, dataset, scratch)
+        self.module, hiding = build_pretrainer(config, folder)
+        self.weights = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
+        self.metric = "recall@1" if CONTRASTIVE in settings.objectives else "masked_accuracy"
+        self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
+        self._split = TextSplit.read(dataset, catalogue, scratch)
+        self._collate = TextCollator(
+            *catalogue_tokens(folder, text, catalogue, dataset, scratch),
+            split=self._split,
+            hiding=hiding,
+            partners=Partners.read(dataset, catalogue, settings.window, scratch) if CONTRASTIVE in settings.objectives else None,
+            seed=config.training.seed,
+        )
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Return the order of an epoch."""
+        training, num_items = self._config.training, len(self._split.trained)
+        groups = (*[GROUP_ITEMS] * (num_items // GROUP_ITEMS), num_items % GROUP_ITEMS)
+        return EpochPlan(groups, training.global_batch_size, self._num_streams, training.shuffle_row_groups, training.seed, epoch)
+
+    def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[TextBatch]]:
+        """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
+        plan, num_micro_batches = self.plan(epoch), self._config.training.accumulation_steps
+        for step in range(first_step, plan.num_steps):
+            items = self._split.trained[plan.step_ids(step, self._ranks.rank, self._ranks.world_size)].astype(np.int64)
+            yield [self._collate(items[number::num_micro_batches], epoch) for number in range(num_micro_batches)]
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Measure both objectives on the texts held out: of hidden tokens, and of each item's partner among all the partners."""
+        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.training.micro_batch_size
+        own = self._split.held_out[rank::world_size]
+        longest = -(-len(self._split.held_out) // world_size)
+        # Under ZeRO-3 a forward is collective, so every rank has equally many batches, some for nothing.
+        batches = [self._collate(own[begin : begin + size], VALIDATION).to(self._device) for begin in range(0, longest, size)]
+        metrics: dict[str, float] = {}
+        if MASKED in self.weights:
+            metrics |= self._judge("masked_loss", "masked_accuracy", [self._predictions(batch) for batch in batches])
+        if CONTRASTIVE in self.weights:
+            metrics |= self._judge("contrastive_loss", "recall@1", self._choices([batch.pairs for batch in batches if batch.pairs]))
+        return metrics
+
+    def _predictions(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        assert batch.hidden is not None
+        return self.module.predict(batch.hidden)
+
+    def _choices(self, batches: list[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the scores of the partners of all ranks' items, an item's own one first."""
+        vectors = [self.module.encode(pairs) for pairs in batches]
+        candidates = gather_from_ranks(torch.cat([partners for _, partners in vectors]))
+        candidate_ids = gather_from_ranks(torch.cat([pairs.partners for pairs in batches]))
+        for pairs, (items, partners) in zip(batches, vectors, strict=True):
+            scores = pair_scores(items, partners, candidates, candidate_ids, pairs) / self._config.pretraining.temperature
+            chosen = scores[pairs.partners != PADDING_ITEM]
+            yield chosen, chosen.new_zeros(len(chosen), dtype=torch.long)
+
+    def _judge(self, loss: str, accuracy: str, parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Return the mean cross-entropy of scores and right classes, over all ranks, and how often the right one is the highest."""
+        totals = torch.zeros(3, dtype=torch.float64, device=self._device)
+        for scores, right in parts:
+            num_right = (scores.argmax(1) == right).sum() if len(right) else right.sum()
+            totals += torch.stack([F.cross_entropy(scores, right, reduction="sum"), num_right, right.new_tensor(len(right))])
+        dist.all_reduce(totals)
+        loss_sum, num_right, count = totals.tolist()
+        return {loss: loss_sum / max(1, count), accuracy: num_right / max(1, count)}
