@@ -1,22 +1,43 @@
-"""Evaluate a checkpoint by full ranking, popularity beside it, and slice by slice."""
+"""Evaluate a checkpoint by full ranking, baselines beside it, slice by slice, and draw a page of what was found."""
 
+import hashlib
+import logging
 from typing import Any
 
 from recsys.command import run_verb
 from recsys.config import Config
+from recsys.evaluation.comparison import sentence
 from recsys.evaluation.evaluator import evaluate
+from recsys.evaluation.report.page import REPORT_NAME, make_report
+from recsys.predictor import Predictor
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor, load_trained
+from recsys.train.checkpoint import CheckpointManifest, build_predictor, load_trained
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate `evaluation.checkpoint` on `evaluation.split`."""
-    storage = Storage.from_config(config.storage)
-    _, trained, dataset, recommender = load_trained(storage, config.evaluation.checkpoint, config.run.scratch)
-    return {
-        "checkpoint": config.evaluation.checkpoint,
-        **evaluate(build_predictor(trained, dataset, recommender), dataset, config.evaluation),
-    }
+    storage, scratch, settings = Storage.from_config(config.storage), config.run.scratch, config.evaluation
+
+    def load(uri: str) -> Predictor:
+        return build_predictor(*load_trained(storage, uri, scratch)[1:])
+
+    checkpoint, trained, dataset, recommender = load_trained(storage, settings.checkpoint, scratch)
+    found = evaluate(build_predictor(trained, dataset, recommender), dataset, settings, load)
+    result = {"checkpoint": settings.checkpoint, **found}
+    if "compare" in result:
+        logger.info("evaluate: %s", sentence(result["compare"], settings.metric))
+    return {**result, "report": _write_report(storage, checkpoint, result, settings.metric)}
+
+
+def _write_report(storage: Storage, checkpoint: CheckpointManifest, result: dict[str, Any], metric: str) -> str:
+    """Write the page under a name that tells its content, so that another evaluation never replaces it; return its address."""
+    page = make_report(result, metric).encode()
+    name = f"step-{checkpoint.state.step:08d}-{result['split']}-{hashlib.sha256(page).hexdigest()[:8]}"
+    uri = storage.uri("runs", checkpoint.run, "evaluations", name, REPORT_NAME)
+    storage.create(uri, page)
+    return uri
 
 
 if __name__ == "__main__":

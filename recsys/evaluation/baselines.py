@@ -33,7 +33,7 @@ def evaluate_baselines(judge: Judge, predictor: Predictor, dataset: Dataset) -> 
         logger.info("evaluate: fitting the baseline %s", name)
         baseline = fit_baseline(name, dataset, predictor.catalogue, config)
         metrics = judge.summarise(judge.rank(_score_by(baseline))) if baseline.ranks else {}
-        results[name] = metrics | judge.tasks(_predict_by(baseline))
+        results[name] = metrics | judge.tasks(_predict_by(baseline)).values()
     return results
 
 

@@ -33,14 +33,14 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     """
     judge = Judge.read(dataset, predictor.catalogue, config)
     ranked = judge.rank(score_by(predictor))
-    per_user = judge.per_user(ranked)
+    per_user, tasks = judge.per_user(ranked), judge.tasks(predict_by(predictor))
     slices = find_slices(judge.users, judge.train_count)
     result: dict[str, Any] = {
         "split": config.split,
         "protocol": PROTOCOL,
         "num_users": len(judge.users),
-        "metrics": {**judge.summarise(ranked), **judge.tasks(predict_by(predictor))},
-        "interval_95": bootstrap_intervals(per_user),
+        "metrics": {**judge.summarise(ranked), **tasks.values()},
+        "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
         "baselines": evaluate_baselines(judge, predictor, dataset),
         "slices": evaluate_slices(slices, ranked, config.metric),
         "fairness": fairness_gaps(per_user[config.metric], judge.users, config.fairness_attributes),

@@ -20,7 +20,7 @@ from recsys.evaluation.metrics import (
     ranking_metrics,
 )
 from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarise
-from recsys.evaluation.tasks import PredictTasks, evaluate_tasks
+from recsys.evaluation.tasks import PredictTasks, TaskMeasures, measure_tasks
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
 
 
@@ -70,6 +70,6 @@ class Judge:
             metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / before
         return metrics
 
-    def tasks(self, predict: PredictTasks) -> dict[str, float]:
-        """Compute the metrics of the tasks that are predicted."""
-        return evaluate_tasks(predict, self.manifest, self.users, self.config.batch_size)
+    def tasks(self, predict: PredictTasks) -> TaskMeasures:
+        """Measure the tasks that are predicted."""
+        return measure_tasks(predict, self.manifest, self.users, self.config.batch_size)

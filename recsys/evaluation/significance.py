@@ -1,5 +1,7 @@
 """How sure a mean over users, or a difference of two, is; what is averaged is decided by the callers."""
 
+from collections.abc import Callable, Iterator, Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,11 +13,15 @@ Values = NDArray[np.float64]
 Interval = tuple[float, float]
 
 
+def resampled_counts(num_users: int, generator: np.random.Generator) -> Iterator[Values]:
+    """Draw as many users as there are with replacement, again and again; tell how often each was drawn (Efron 1979)."""
+    for _ in range(NUM_RESAMPLES):
+        yield np.bincount(generator.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)
+
+
 def resampled_means(values: Values, generator: np.random.Generator) -> Values:
-    """Average over users drawn with replacement, again and again: (users, M) -> (resamples, M) (Efron 1979)."""
-    num_users = len(values)
-    draws = (np.bincount(generator.integers(0, num_users, num_users), minlength=num_users) for _ in range(NUM_RESAMPLES))
-    return np.stack([counts @ values for counts in draws]) / num_users
+    """Average over resampled users: (users, M) -> (resamples, M)."""
+    return np.stack([counts @ values for counts in resampled_counts(len(values), generator)]) / len(values)
 
 
 def interval_95(resamples: Values) -> Interval:
@@ -24,10 +30,19 @@ def interval_95(resamples: Values) -> Interval:
     return float(low), float(high)
 
 
-def bootstrap_intervals(values: dict[str, Values], seed: int = 0) -> dict[str, Interval]:
+def bootstrap_intervals(values: Mapping[str, Values], seed: int = 0) -> dict[str, Interval]:
     """Return the 95 % percentile interval of the mean over users of each metric (users,); all see the same resamples."""
     means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(seed))
     return {name: interval_95(column) for name, column in zip(values, means.T, strict=True)}
+
+
+def measure_intervals(measures: Mapping[str, Callable[[Values], float]], num_users: int, seed: int = 0) -> dict[str, Interval]:
+    """Return the same of metrics that are no means over users but functions of how often each user counts."""
+    if not measures:
+        return {}
+    draws = resampled_counts(num_users, np.random.default_rng(seed))
+    resamples = np.array([[measure(counts) for measure in measures.values()] for counts in draws])
+    return {name: interval_95(column) for name, column in zip(measures, resamples.T, strict=True)}
 
 
 def sign_flip_p(differences: Values, seed: int = 0) -> Values:

@@ -1,6 +1,7 @@
 """What is predicted of (user, target) pairs against the labels that the data has; the metrics' formulas are in `task_metrics.py`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 
 from recsys.data.batch import task_labels
 from recsys.data.manifest import DatasetManifest
-from recsys.evaluation.task_metrics import task_metrics
+from recsys.evaluation.significance import Interval, measure_intervals
+from recsys.evaluation.task_metrics import Measure, task_measures
 from recsys.evaluation.users import EvaluationUser, batches
 from recsys.predictor import Predictor
 
@@ -27,21 +29,40 @@ def predict_by(predictor: Predictor) -> PredictTasks:
     return predict
 
 
-def evaluate_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Sequence[EvaluationUser], batch_size: int) -> dict[str, float]:
-    """Compute the metrics of every task that is predicted, as `task.metric`, over the targets that have its label."""
-    parts = [predict(batch) for batch in batches(users, batch_size)] if manifest.tasks else []
-    predictions = {name: np.concatenate([part[name] for part in parts if part]) for name in (parts[0] or {})} if parts else {}
+@dataclass(frozen=True)
+class TaskMeasures:
+    """What tasks are judged by, as `task.metric`, and how many labels that rests on."""
+
+    num_users: int
+    num_labels: dict[str, int]
+    measures: dict[str, Measure]
+
+    def values(self) -> dict[str, float]:
+        """Compute the metrics, all users counting once, with the numbers of labels as `task.num_labels`."""
+        everyone = np.ones(self.num_users)
+        return {**self.num_labels, **{name: measure(everyone) for name, measure in self.measures.items()}}
+
+    def intervals(self) -> dict[str, Interval]:
+        """Compute the metrics' 95 % intervals over resampled users."""
+        return measure_intervals(self.measures, self.num_users)
+
+
+def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Sequence[EvaluationUser], batch_size: int) -> TaskMeasures:
+    """Predict every task of all targets, and hold the predictions against the labels that there are."""
+    parts = [predict(batch) or {} for batch in batches(users, batch_size)] if manifest.tasks else [{}]
     events, values = (torch.from_numpy(np.concatenate([getattr(user.targets, name) for user in users])) for name in ("events", "values"))
-    owners = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
     labels, mask = (array.numpy() for array in task_labels(manifest, events, values))
-    metrics: dict[str, float] = {}
+    owners = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
+    found = TaskMeasures(len(users), {}, {})
     for column, task in enumerate(manifest.tasks):
         has_label = mask[:, column] > 0
-        if task.name not in predictions or not has_label.any():
+        if task.name not in parts[0] or not has_label.any():
             continue
         truth = labels[has_label, column].astype(np.float64)
         if task.kind == "regression":
             truth = truth * manifest.value_std + manifest.value_mean
-        found = task_metrics(task.kind, truth, predictions[task.name][has_label].astype(np.float64), owners[has_label])
-        metrics |= {f"{task.name}.{name}": value for name, value in {"num_labels": int(has_label.sum()), **found}.items()}
-    return metrics
+        predictions = np.concatenate([part[task.name] for part in parts])[has_label].astype(np.float64)
+        found.num_labels[f"{task.name}.num_labels"] = int(has_label.sum())
+        for name, measure in task_measures(task.kind, truth, predictions, owners[has_label]).items():
+            found.measures[f"{task.name}.{name}"] = measure
+    return found

@@ -1,0 +1,98 @@
+"""The report's plots: each draws some points of an evaluation into a figure's axes; matplotlib itself is `recsys.report.svg`'s."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recsys.report.labels import readable
+from recsys.report.svg import FIRST, GRID, INK, SECOND
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NEAR = 0.13
+"""Labels whose points are nearer than this part of the axes would lie on one another."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over users with its 95 % interval, and what a random order gives where that is worth knowing."""
+
+    name: str
+    num_users: int
+    mean: float
+    interval: tuple[float, float]
+    random: float | None = None
+
+    @classmethod
+    def of_slice(cls, name: str, found: Mapping[str, Any], metric: str, shows_random: bool = False) -> "Point":
+        """Take one metric of one of the JSON's slices."""
+        low, high = found["interval_95"][metric]
+        return cls(name, found["num_users"], found[metric], (low, high), found["random"][metric] if shows_random else None)
+
+
+def points_height(points: Sequence[Point]) -> float:
+    """Tell how many inches a figure needs for its rows."""
+    return 1.05 + 0.34 * len(points)
+
+
+def draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
+    """One row per point, the first on top: its mean, its interval as a bar, and a cross for a random order."""
+    places = np.arange(len(points))[::-1]
+    means = [point.mean for point in points]
+    axes.errorbar(means, places, xerr=_arms(points), fmt="o", color=FIRST, markersize=6, elinewidth=2, capsize=3)
+    by_chance = [(point.random, place) for point, place in zip(points, places, strict=True) if point.random is not None]
+    if by_chance:
+        axes.plot(*zip(*by_chance, strict=True), "x", color=SECOND, markersize=7, markeredgewidth=2, label="random order")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1)
+    axes.set_yticks(places, [readable(point.name) for point in points], color=INK)
+    axes.set_ylim(-0.6, len(points) - 0.4)
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel(metric)
+    axes.grid(axis="x", color=GRID)
+
+
+def draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
+    """One column per decile of popularity, which is the number at the end of the point's name."""
+    places = [int(point.name.rpartition(" ")[2]) for point in points]
+    axes.errorbar(places, [point.mean for point in points], yerr=_arms(points), fmt="o", color=FIRST, elinewidth=2, capsize=3)
+    axes.set_xticks(range(1, 11))
+    axes.set_xlim(0.4, 10.6)
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="y", nbins=5)
+    axes.set_xlabel("decile of the target's item, most popular first")
+    axes.set_ylabel(metric)
+    axes.grid(axis="y", color=GRID)
+
+
+def draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Sequence[str], across: str, up: str, own: int = 0) -> None:
+    """Points in the order given, joined by a line; the `own` one, which the others are compared with, stands out."""
+    xs, ys = zip(*places, strict=True)
+    axes.plot(xs, ys, "o-", color=FIRST, markersize=6, linewidth=1.8)
+    axes.plot(xs[own], ys[own], "o", color=SECOND, markersize=9)
+    axes.margins(0.15)
+    axes.locator_params(nbins=5)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.grid(color=GRID)
+    for index in _apart(places, own):
+        axes.annotate(readable(labels[index]), places[index], (0, 8), textcoords="offset points", ha="center", color=INK)
+
+
+def _arms(points: Sequence[Point]) -> list[list[float]]:
+    """Give the lengths of the intervals' arms, downwards and upwards."""
+    below = [max(0.0, point.mean - point.interval[0]) for point in points]
+    return [below, [max(0.0, point.interval[1] - point.mean) for point in points]]
+
+
+def _apart(places: Sequence[tuple[float, float]], own: int) -> list[int]:
+    """Choose points whose labels do not meet, the own one and the ends before the others."""
+    scaled = np.array(places) / np.maximum(np.ptp(np.array(places), axis=0), 1e-12)
+    chosen: list[int] = []
+    for index in dict.fromkeys((own, 0, len(places) - 1, *range(len(places)))):
+        if all(np.abs(scaled[index] - scaled[other]).max() > _NEAR for other in chosen):
+            chosen.append(index)
+    return chosen
