@@ -23,7 +23,7 @@ class LossConfig(Section):
     `full`: cross-entropy over every item. `sampled`: the same estimated from `num_negatives` draws, corrected by their probability.
     `gbce`: binary cross-entropy whose positive probability is calibrated for `num_negatives` uniform draws by `calibration` (0: none, 1:
     whole). `infonce`: cross-entropy against the other targets of the global batch alone. Scores are divided by `temperature`;
-    at most `chunk_bytes` of them are held at once.
+    at most `chunk_bytes` of them are held at once, by default as many as suit the device.
     """
 
     kind: Literal["full", "sampled", "gbce", "infonce"] = "full"
@@ -31,7 +31,7 @@ class LossConfig(Section):
     negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
     calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    chunk_bytes: Annotated[int, Field(ge=1 << 16)] = 64 << 20
+    chunk_bytes: Annotated[int, Field(ge=1 << 16)] | None = None
 
     @model_validator(mode="after")
     def _check_negatives(self) -> Self:

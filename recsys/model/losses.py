@@ -1,8 +1,10 @@
 """The retrieval losses, each a sum over targets; dividing by their global number is the training loop's part.
 
 Shapes: N targets, W width, D items with padding first, K negatives. Scores are dot products, held in chunks of at most `chunk_bytes`.
+Each loss takes how much each target counts, (N,), and returns the sum so weighed, and each target's own loss (N,) without a gradient.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,29 +15,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from recsys.schema import Task
+Loss = tuple[Tensor, Tensor]
 
 SCORE_BYTES = 4
+CPU_CHUNK_BYTES = 4 << 20
+GPU_CHUNK_BYTES = 256 << 20
+"""A CPU is fastest where a chunk stays in its cache, a GPU where a chunk keeps all of it busy."""
 
 
-def full_softmax(users: Tensor, items: Tensor, targets: Tensor, chunk_bytes: int) -> Tensor:
+def full_softmax(users: Tensor, items: Tensor, targets: Tensor, weights: Tensor, chunk_bytes: int | None = None) -> Loss:
     """Sum the cross-entropy over the whole catalogue; users (N, W), items (D, W), targets (N,) positions in items."""
     candidates = items[1:]
-    return _softmax_loss(users, F.embedding(targets, items), candidates, None, _num_rows(candidates, chunk_bytes))
+    return _softmax_loss(users, F.embedding(targets, items), candidates, weights, None, _num_rows(candidates, chunk_bytes))
 
 
 def sampled_softmax(
-    users: Tensor, positives: Tensor, target_ids: Tensor, negatives: Tensor, negative_ids: Tensor, log_q: Tensor, chunk_bytes: int
-) -> Tensor:
+    users: Tensor,
+    positives: Tensor,
+    target_ids: Tensor,
+    negatives: Tensor,
+    negative_ids: Tensor,
+    log_q: Tensor,
+    weights: Tensor,
+    chunk_bytes: int | None = None,
+) -> Loss:
     """Sum the cross-entropy with the other items' part of the partition function estimated from K draws.
 
     Each draw j stands for 1 / (K q_j) items, so the estimate of the partition function is unbiased (Bengio and Senecal 2008); a draw
     that is the target itself is left out. With `log_q` of -log K the draws are not corrected, which is InfoNCE (van den Oord et al. 2018).
     Shapes: users and positives (N, W), target_ids (N,), negatives (K, W), negative_ids and log_q (K,).
     """
-    weights = log_q + torch.log(torch.tensor(float(len(negatives)), device=users.device))
-    others = (target_ids, negative_ids, weights)
-    return _softmax_loss(users, positives, negatives, others, _num_rows(negatives, chunk_bytes))
+    others = (target_ids, negative_ids, log_q + math.log(max(1, len(negatives))))
+    return _softmax_loss(users, positives, negatives, weights, others, _num_rows(negatives, chunk_bytes))
 
 
 def gbce(
@@ -46,8 +57,9 @@ def gbce(
     negative_ids: Tensor,
     num_items: int,
     calibration: float,
-    chunk_bytes: int,
-) -> Tensor:
+    weights: Tensor,
+    chunk_bytes: int | None = None,
+) -> Loss:
     """Sum binary cross-entropy with a calibrated positive (gBCE: Petrov and Macdonald 2023), over uniform negatives.
 
     With a = K / (num_items - 1), the positive's log probability is weighed by b = 1 - calibration (1 - a); each target's loss is the
@@ -58,14 +70,13 @@ def gbce(
 
     def chunk_loss(user: Tensor, ids: Tensor, candidates: Tensor) -> Tensor:
         terms = F.softplus((user @ candidates.T).float())
-        return terms.masked_fill(ids.unsqueeze(1) == negative_ids, 0.0).sum()
+        return terms.masked_fill(ids.unsqueeze(1) == negative_ids, 0.0).sum(1)
 
     rows = _num_rows(negatives, chunk_bytes)
     parts = zip(users.split(rows), target_ids.split(rows), strict=True)
-    loss = power * F.softplus(-(users * positives).sum(-1).float()).sum()
-    for user, ids in parts:
-        loss = loss + checkpoint(chunk_loss, user, ids, negatives, use_reentrant=False)
-    return loss / (len(negatives) + 1)
+    wrong = torch.cat([checkpoint(chunk_loss, user, ids, negatives, use_reentrant=False) for user, ids in parts])
+    each = (power * F.softplus(-(users * positives).sum(-1).float()) + wrong) / (len(negatives) + 1)
+    return (each * weights).sum(), each.detach()
 
 
 def gather_from_ranks(rows: Tensor) -> Tensor:
@@ -104,7 +115,7 @@ Others = tuple[Tensor, Tensor, Tensor]
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Sum of log(sum_j exp(score_nj)) - positive_n over targets, with its gradients computed in the same pass.
+    """Weighted sum of log(sum_j exp(score_nj)) - positive_n over targets, with its gradients computed in the same pass.
 
     What is kept for the backward pass is as large as the inputs: no (N, K) tensor outlives its chunk. Without `others` the candidates
     hold the positive; with them (target ids, candidate ids, what to subtract of each candidate's score) it is added, and candidates that
@@ -112,9 +123,11 @@ class _SoftmaxLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, positives: Tensor, candidates: Tensor, others: Others | None, num_rows: int) -> Tensor:
+    def forward(
+        ctx: Any, users: Tensor, positives: Tensor, candidates: Tensor, weights: Tensor, others: Others | None, num_rows: int
+    ) -> Loss:
         positive = (users * positives).sum(-1).float()  # (N,)
-        loss = positive.new_zeros(())
+        each = torch.empty_like(positive)
         own = torch.full_like(positive, -1.0)  # gradient by the positive's score
         grad_users, grad_candidates = torch.empty_like(users), torch.zeros_like(candidates)
         for begin in range(0, len(users), num_rows):
@@ -124,44 +137,32 @@ class _SoftmaxLoss(torch.autograd.Function):
                 target_ids, candidate_ids, correction = others
                 scores = scores.sub_(correction).masked_fill_(target_ids[rows, None] == candidate_ids, -torch.inf)
             highest = scores.amax(1) if others is None else torch.maximum(scores.amax(1), positive[rows])
-            weights = scores.sub_(highest[:, None]).exp_()
-            total = weights.sum(1)
+            shares = scores.sub_(highest[:, None]).exp_()
+            total = shares.sum(1)
             if others is not None:
                 extra = (positive[rows] - highest).exp()
                 total += extra
                 own[rows] += extra / total
-            loss += (total.log() + highest - positive[rows]).sum()
-            weights, share = weights.to(users.dtype), total.reciprocal().to(users.dtype)[:, None]
-            grad_users[rows] = (weights @ candidates) * share
-            grad_candidates.addmm_(weights.T, users[rows] * share)
-        own_share = own.to(users.dtype)[:, None]
+            each[rows] = total.log() + highest - positive[rows]
+            shares, scale = shares.to(users.dtype), (weights[rows] / total).to(users.dtype)[:, None]
+            grad_users[rows] = (shares @ candidates) * scale
+            grad_candidates.addmm_(shares.T, users[rows] * scale)
+        own_share = (own * weights).to(users.dtype)[:, None]
         ctx.save_for_backward(grad_users.addcmul_(own_share, positives), own_share * users, grad_candidates)
-        return loss
+        ctx.mark_non_differentiable(each)
+        return (each * weights).sum(), each
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors), None, None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *(saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
 
 
 _gather: Callable[[Tensor], Tensor] = _Gather.apply
-_softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply
+_softmax_loss: Callable[..., Loss] = _SoftmaxLoss.apply
 
 
-def _num_rows(candidates: Tensor, chunk_bytes: int) -> int:
+def _num_rows(candidates: Tensor, chunk_bytes: int | None) -> int:
     """Tell how many targets' scores are held at once."""
+    chunk_bytes = chunk_bytes or (GPU_CHUNK_BYTES if candidates.is_cuda else CPU_CHUNK_BYTES)
     return max(1, chunk_bytes // (SCORE_BYTES * max(1, len(candidates))))
-
-
-def task_losses(tasks: tuple[Task, ...], scores: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Sum each task's loss over its labels: BCE for binary tasks, squared error for regression. All (N, T)."""
-    losses = {}
-    for index, task in enumerate(tasks):
-        score, label = scores[:, index].float(), labels[:, index]
-        loss = (
-            F.mse_loss(score, label, reduction="none")
-            if task.kind == "regression"
-            else F.binary_cross_entropy_with_logits(score, label, reduction="none")
-        )
-        losses[task.name] = (loss * mask[:, index]).sum()
-    return losses

@@ -1,0 +1,50 @@
+"""Which group of a user attribute each training sample belongs to; what is done for the groups is the model's part."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys.data.manifest import USER_INDEX, Dataset
+from recsys.errors import UserError
+
+MAX_GROUPS = 25
+NO_GROUP = -1
+
+
+@dataclass(frozen=True)
+class UserGroups:
+    """The values of a user attribute, and which of them each training sample's user has."""
+
+    names: tuple[str, ...]
+    of_sample: NDArray[np.int8]  # (samples,) index into `names`, NO_GROUP where the attribute is not known
+    shares: tuple[float, ...]  # of the training targets, by group
+
+    @classmethod
+    def read(cls, dataset: Dataset, attribute: str) -> "UserGroups":
+        """Read one attribute of all users; a byte per training sample stays in memory.
+
+        Raises:
+            UserError: no user has the attribute, or it has too many values to be groups.
+        """
+        users = dataset.read_users([USER_INDEX, "attributes", "num_train"])
+        values = [dict(attributes or []).get(attribute) or "" for attributes in users["attributes"].to_pylist()]
+        names = sorted(set(values) - {""})
+        if not 1 < len(names) <= MAX_GROUPS:
+            known = sorted({name for attributes in users["attributes"].to_pylist() for name, _ in attributes or []})
+            raise UserError(
+                f"fairness.attribute = {attribute}: has {len(names)} values in the users table, where 2 to {MAX_GROUPS} make groups; "
+                f"attributes: {', '.join(known) or 'none'}"
+            )
+        number = {"": NO_GROUP} | {name: index for index, name in enumerate(names)}
+        indices = users[USER_INDEX].to_numpy()
+        of_user = np.full(int(indices.max()) + 1, NO_GROUP, np.int8)
+        of_user[indices] = [number[value] for value in values]
+        owners = [dataset.read_shard(shard, [USER_INDEX])[USER_INDEX].to_numpy() for shard in dataset.manifest.train_shards]
+        num_targets = np.maximum(users["num_train"].to_numpy() - 1, 0)
+        shares = [num_targets[of_user[indices] == group].sum() / num_targets.sum() for group in range(len(names))]
+        return cls(tuple(names), of_user[np.concatenate(owners)], tuple(map(float, shares)))
+
+    def mask(self, sample_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Tell of each sample (N,) which group it is in, (N, G) 1 or 0; a sample of no group has no 1."""
+        return (self.of_sample[sample_ids][:, None] == np.arange(len(self.names))).astype(np.float32)
