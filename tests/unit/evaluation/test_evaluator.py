@@ -1,0 +1,82 @@
+"""The whole evaluation of a model with random weights: what it says of itself, of others beside it, and what it refuses."""
+
+import pytest
+import torch
+
+from recsys.config import Config, EvaluationConfig, load_config
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.evaluation.comparison import sentence
+from recsys.evaluation.evaluator import evaluate
+from recsys.model.recommender import build_recommender
+from recsys.predictor import Predictor
+from recsys.storage import Storage
+from recsys.train.checkpoint import build_predictor
+from tests.datasets import make_dataset
+
+SMALL = {"data.max_history": 10, "model.width": 16, "model.text.mode": "off"}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return load_config().with_values({**SMALL, "run.scratch": str(tmp_path_factory.mktemp("scratch"))})
+
+
+@pytest.fixture(scope="module")
+def dataset(storage: Storage) -> Dataset:
+    return make_dataset(storage, num_users=200)
+
+
+@pytest.fixture(scope="module")
+def predictor(config: Config, dataset: Dataset) -> Predictor:
+    return predictor_of(config, dataset, seed=0)
+
+
+def predictor_of(config: Config, dataset: Dataset, seed: int) -> Predictor:
+    seeded = config.with_values({"training.seed": seed})
+    return build_predictor(seeded, dataset, build_recommender(seeded, dataset, torch.device("cpu")).eval())
+
+
+def test_a_model_compared_with_itself_and_with_another(config: Config, dataset: Dataset, predictor: Predictor) -> None:
+    asked = EvaluationConfig(compare="other", curve=("other",), checkpoint="own")
+    same = evaluate(predictor, dataset, asked, lambda address: predictor)
+    for name, found in same["compare"]["metrics"].items():
+        assert (found["value"], found["difference"], found["interval_95"], found["p"]) == (same["metrics"][name], 0, (0, 0), 1), name
+    assert [point["checkpoint"] for point in same["curve"]] == ["own", "other"]
+    assert same["curve"][0]["gaps"] == same["curve"][1]["gaps"] == {"group": same["fairness"]["group"]["gap"]}
+    other = predictor_of(config, dataset, seed=1)
+    found = evaluate(predictor, dataset, asked, lambda address: other)
+    alone = evaluate(other, dataset, EvaluationConfig())
+    assert found["metrics"] == same["metrics"]
+    assert found["compare"]["metrics"]["ndcg@10"]["other"] == alone["metrics"]["ndcg@10"]
+    for name, in_slice in found["compare"]["slices"].items():
+        expected = found["slices"][name]["ndcg@10"] - alone["slices"][name]["ndcg@10"]
+        assert in_slice["ndcg@10"]["difference"] == pytest.approx(expected)
+    difference = found["compare"]["metrics"]["ndcg@10"]["difference"]
+    assert f"of other: {difference:+.4f} [" in sentence(found["compare"], "ndcg@10")
+
+
+def test_the_bound_of_a_point_is_that_of_its_training(config: Config, dataset: Dataset, predictor: Predictor) -> None:
+    bound = predictor_of(config.with_values({"fairness.attribute": "group", "fairness.max_gap": 0.25}), dataset, seed=0)
+    curve = evaluate(predictor, dataset, EvaluationConfig(curve=("bound",)), lambda address: bound)["curve"]
+    assert [point["bound"] for point in curve] == [None, {"attribute": "group", "max_gap": 0.25}]
+
+
+def test_a_checkpoint_of_another_dataset_is_no_peer(storage: Storage, config: Config, dataset: Dataset, predictor: Predictor) -> None:
+    stranger = predictor_of(config, make_dataset(storage, seed=5), seed=0)
+    for key, value in (("compare", "far"), ("curve", ("far",))):
+        with pytest.raises(UserError, match=rf"evaluation\.{key} = far: was trained on another dataset"):
+            evaluate(predictor, dataset, EvaluationConfig(**{key: value}), lambda address: stranger)
+
+
+def test_popularity_is_what_the_predictor_ranks_by_for_the_unknown(dataset: Dataset, predictor: Predictor) -> None:
+    found = evaluate(predictor, dataset, EvaluationConfig(baselines=()))["baselines"]
+    assert found.keys() == {"popularity"}
+    best = predictor.popular(5, exclude=torch.zeros(0, dtype=torch.long).numpy()).items
+    assert found["popularity"]["coverage@5"] >= len(best) / dataset.manifest.num_items
+    assert found["popularity"]["popularity_percentile@5"] > 0.9
