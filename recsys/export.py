@@ -24,7 +24,8 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
     pq.write_table(dataset.read_users([USER_ID, *SEQUENCES]), folder / "users.parquet")
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    save_file({"item_vectors": predictor.item_vectors.contiguous()}, folder / "item_vectors.safetensors")
+    vectors = {"item_vectors": predictor.item_vectors, "text_vectors": predictor.text_vectors}
+    save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")
     golden = predictor.golden(num_golden)
     (folder / "golden.json").write_text(json.dumps(golden), encoding="utf-8")
 

@@ -80,6 +80,7 @@ class Predictor:
 
     Args:
         item_vectors: (I + 1, W), row 0 for padding.
+        text_vectors: the same of the text alone, where the ranker matches it.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Predictor:
         user_encoder: UserEncoder,
         ranker: Ranker,
         item_vectors: Tensor,
+        text_vectors: Tensor | None = None,
     ) -> None:
         self.config = config
         self.manifest = manifest
@@ -98,6 +100,7 @@ class Predictor:
         self._user_encoder = user_encoder
         self._ranker = ranker
         self.item_vectors = item_vectors
+        self.text_vectors = text_vectors
         self.popularity = popularity_scores(catalogue)
         self._users: dict[str, History] = {}
 
@@ -140,21 +143,20 @@ class Predictor:
         """Score candidates (catalogue indices) for each user.
 
         Returns:
-            Per user: `retrieval`, and each task's probability (binary) or value (regression), one per candidate.
+            Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
         users = self.encode(histories)
+        dtype = self._ranker.heads.weight.dtype
         results = []
-        for user, indices in zip(users, candidates, strict=True):
-            items = self.item_vectors[torch.from_numpy(indices).to(users.device)]
-            dtype = self._ranker.heads.weight.dtype
-            raw = self._ranker(user.expand_as(items).to(dtype), items.to(dtype)).float()
+        for user, chosen in zip(users, candidates, strict=True):
+            indices = torch.from_numpy(chosen).to(users.device)
+            items = self.item_vectors[indices]
+            texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
+            ranked = self._ranker.calibrate(self._ranker(user.expand_as(items).to(dtype), items.to(dtype), texts).float())
             scores = {"retrieval": (items @ user).float().cpu().numpy()}
-            for column, task in enumerate(self.manifest.tasks):
-                value = (
-                    raw[:, column] * self.manifest.value_std + self.manifest.value_mean
-                    if task.kind == "regression"
-                    else raw[:, column].sigmoid()
-                )
+            for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
+                is_value = task.kind == "regression"
+                value = column * self.manifest.value_std + self.manifest.value_mean if is_value else column.sigmoid()
                 scores[task.name] = value.cpu().numpy()
             results.append(scores)
         return results
@@ -184,12 +186,12 @@ class Predictor:
         manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_bytes())
         catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
         user_encoder = UserEncoder(config, manifest)
-        ranker = Ranker(config.model.width, len(manifest.tasks))
+        vectors = load_file(folder / "item_vectors.safetensors")
+        ranker = Ranker(config.model, len(manifest.tasks), "text_vectors" in vectors)
         weights = load_file(folder / "model.safetensors")
         for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):
             module.load_state_dict({key.removeprefix(name): value.float() for key, value in weights.items() if key.startswith(name)})
-        item_vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
-        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), item_vectors)
+        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), **vectors)
         predictor.remember(pq.read_table(folder / "users.parquet"))
         predictor.check_golden(json.loads((folder / "golden.json").read_bytes()))
         return predictor
@@ -237,11 +239,17 @@ def top_k(scores: NDArray[np.float32], k: int, exclude: Indices) -> Ranking:
     return Ranking(order, scores[order])
 
 
-@torch.no_grad()
 def encode_catalogue(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> Tensor:
     """Encode every item in chunks, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
+    return encode_with_text(item_encoder, num_items, device)[0]
+
+
+@torch.no_grad()
+def encode_with_text(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Encode as `encode_catalogue` does, and return beside it what the ranker matches of the text, (I + 1, W), if it does."""
     was_training = item_encoder.training
     item_encoder.eval()
-    chunks = [item_encoder(indices.to(device)).float() for indices in torch.arange(num_items + 1).split(ENCODE_CHUNK)]
+    chunks = [item_encoder.with_text(indices.to(device), indices) for indices in torch.arange(num_items + 1).split(ENCODE_CHUNK)]
     item_encoder.train(was_training)
-    return torch.cat(chunks)
+    texts = [text.float() for _, text in chunks if text is not None]
+    return torch.cat([items.float() for items, _ in chunks]), torch.cat(texts) if texts else None

@@ -8,26 +8,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recsys.data.hashing import stable_hash
 from recsys.data.manifest import DatasetManifest
 from recsys.data.packing import CPU_GROUP_COST, Histories, map_tensors, pack, ranges
 from recsys.data.rows import Rows
+from recsys.data.user_groups import UserGroups
 from recsys.schema import PADDING_ITEM
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch. Shapes: B samples, P places of their histories, N targets, D distinct items, T tasks, K negatives.
+    """One micro batch. Shapes: B samples, P places of their histories, N targets, D distinct items, T tasks, G groups, K negatives.
 
     `histories.items`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is padding.
     """
 
     sample_ids: Tensor  # (B,)
     items: Tensor  # (D,)
+    items_on_host: NDArray[np.int64]  # (D,) the same, which stays on the CPU
     histories: Histories
     target_places: Tensor  # (N,) the place that each target comes after
     targets: Tensor  # (N,)
     labels: Tensor  # (N, T) of the target
     label_mask: Tensor  # (N, T) 1 where there is a label
+    group_mask: Tensor  # (N, G) 1 where the target's user is in the group; no columns where no groups are compared
     negatives: Tensor  # (K,) empty where the loss draws none
     negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
 
@@ -42,8 +46,8 @@ class Batch:
         return pinned
 
     def valid_counts(self) -> Tensor:
-        """Count retrieval targets, then labels by task, (1 + T,), in float64 since they are summed over ranks."""
-        counts = torch.cat([self.label_mask.new_tensor([len(self.targets)]), self.label_mask.sum(0)])
+        """Count retrieval targets, labels by task and targets by group, (1 + T + G,), in float64 since they are summed over ranks."""
+        counts = torch.cat([self.label_mask.new_tensor([len(self.targets)]), self.label_mask.sum(0), self.group_mask.sum(0)])
         return counts.to(torch.float64)
 
 
@@ -69,6 +73,18 @@ def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tu
     return torch.stack(labels, -1), torch.stack(masks, -1)
 
 
+def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
+    """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
+
+    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank.
+    """
+    kept = torch.ones_like(labels)
+    for task in torch.nonzero(rates < 1).flatten().tolist():
+        uniform = stable_hash(stable_hash(sample_ids, task) + places, 0).double() / 2**63
+        kept[:, task] = ((labels[:, task] > 0) | (uniform < rates[task])).float()
+    return kept
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns rows of the training shards into a `Batch`."""
@@ -76,6 +92,8 @@ class Collator:
     manifest: DatasetManifest
     takes_whole_catalogue: bool
     group_cost: int = CPU_GROUP_COST
+    groups: UserGroups | None = None
+    negative_rates: Tensor | None = None  # (T,) of the negative labels, the share that is kept
 
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
@@ -88,18 +106,26 @@ class Collator:
         num_targets = lengths + 1 - first_target
         after = ranges(starts + first_target, num_targets)
         labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, after) for name in ("events", "values")))
+        if self.negative_rates is not None:
+            sample_ids, places = np.repeat(rows.sample_ids, num_targets), ranges(first_target, num_targets)
+            label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(places), self.negative_rates)
         items, (history, targets, negatives) = self._index_items(histories.items, self._column(rows, "items", after).long(), negatives)
         return Batch(
             sample_ids=torch.tensor(rows.sample_ids),
             items=items,
+            items_on_host=items.numpy(),
             histories=dataclasses.replace(histories, items=history),
             target_places=torch.from_numpy(ranges(first_places + first_target - 1, num_targets)),
             targets=targets,
             labels=labels,
             label_mask=label_mask,
+            group_mask=torch.from_numpy(self._group_mask(np.repeat(rows.sample_ids, num_targets))),
             negatives=negatives,
             negatives_log_q=negatives_log_q,
         )
+
+    def _group_mask(self, sample_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.zeros((len(sample_ids), 0), np.float32) if self.groups is None else self.groups.mask(sample_ids)
 
     def _column(self, rows: Rows, name: str, places: NDArray[np.int64]) -> Tensor:
         """Gather a column; one that was not read is zeros."""

@@ -16,12 +16,14 @@ from recsys.config import Config
 from recsys.data.batch import Batch, Collator
 from recsys.data.cache import DiskCache
 from recsys.data.item_features import ItemFeatures
+from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.negatives import NegativeSampler
 from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST
 from recsys.data.plan import EpochPlan, Indices
 from recsys.data.rows import Rows
 from recsys.data.shards import RowGroupSource
+from recsys.data.user_groups import UserGroups
 from recsys.data.windows import WindowLoader
 
 PREFETCHED_STEPS = 4
@@ -56,7 +58,11 @@ class Reader:
         self._num_threads = _FETCHING_THREADS if is_remote else min(_FETCHING_THREADS, _num_cores())
         self._source = RowGroupSource(dataset, wanted_columns(config, dataset.manifest), cache)
         group_cost = GPU_GROUP_COST if config.training.use_gpu else CPU_GROUP_COST
-        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost)
+        ranker = config.model.ranker
+        rates = negative_rates(dataset, ranker) if ranker.imbalance == "sample" else None
+        attribute = config.fairness.attribute
+        self.groups = UserGroups.read(dataset, attribute) if attribute else None
+        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost, self.groups, rates)
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
 

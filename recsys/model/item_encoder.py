@@ -1,14 +1,20 @@
 """Turns an item into a vector: id, text, categories, numbers and given vectors, joined by a learned gate."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.data.item_features import ItemFeatures
 from recsys.errors import UserError
-from recsys.model.text_encoder import TextEncoder
+from recsys.model.item_ids import HashedIds, IdTable
+from recsys.model.text_encoder import TextEncoder, group_widths
 from recsys.model_config import ModelConfig
+
+LENGTH_GROUPS = 4
+"""In so many runs of the language model are a batch's texts encoded, each as wide as its longest text may be."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,9 @@ class ItemText:
 class ItemEncoder(nn.Module):
     """Encodes catalogue indices (D,) as vectors (D, W).
 
-    Shapes: D items, W width, S sources. Each source gives a vector of the model's width; a gate that sees all of them
-    weighs those that the item has. An item that training never saw has no id vector of its own, so its other sources
-    carry it; `id_dropout` trains the model for that.
+    Shapes: D items, W width, S sources. Each source gives a vector of the model's width, zero where an item has nothing of it; a gate
+    that sees all of them weighs those that the item has. An item that training never saw has no id vector, so its other sources carry
+    it; `id_dropout` trains the model for that, on items that have another source.
 
     The catalogue's buffers may be views of files that all processes of a node share: they are gathered from as they are,
     and only the rows gathered are cast or joined. A copy of a whole buffer here would be one per process.
@@ -43,38 +49,24 @@ class ItemEncoder(nn.Module):
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
-    token_count: Tensor  # (I + 1,)
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
-        width = config.width
         self.id_dropout = config.id_dropout
-        self.sources = nn.ModuleDict()
-        if config.use_ids:
-            self.sources["id"] = nn.Embedding(catalogue.num_items + 1, width, padding_idx=0)
-        self.text_encoder = text.encoder
-        if text.vectors is not None:
-            self.sources["text"] = _projection(text.vectors.shape[1], width)
-        elif text.encoder is not None:
-            self.sources["text"] = _projection(text.encoder.width, width)
-        if config.use_features and catalogue.num_categories:
-            self.sources["categories"] = nn.Embedding(catalogue.num_categories + 1, width, padding_idx=0)
-        if config.use_features and catalogue.numbers.shape[1]:
-            self.sources["numbers"] = _projection(2 * catalogue.numbers.shape[1], width)
-        if config.use_features and catalogue.vectors.shape[1]:
-            self.sources["vector"] = _projection(catalogue.vectors.shape[1], width)
+        self.is_text_asked = config.ranker.kind == "additive"
+        self.sources = _sources(config, catalogue, text)
         if not self.sources:
             raise UserError("model: the catalogue has no text and no features, and model.use_ids = false; set model.use_ids=true")
-        self.gate = nn.Linear(width * len(self.sources), len(self.sources))
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-        for source in self.sources.values():
-            if isinstance(source, nn.Embedding):
-                nn.init.normal_(source.weight, std=width**-0.5)
+        self.gates = nn.ModuleDict()
+        if len(self.sources) > 1:
+            self.gates.update({name: nn.Linear(config.width, len(self.sources)) for name in self.sources})
+        for parameter in self.gates.parameters():
+            nn.init.zeros_(parameter)
+        self.text_encoder = text.encoder
         self._keep(catalogue, text)
 
     def _keep(self, catalogue: ItemFeatures, text: ItemText) -> None:
-        """Keep the catalogue's features as buffers that no checkpoint holds: the dataset has them."""
+        """Keep the catalogue's features as buffers that no checkpoint holds (the dataset has them), and texts' lengths on the CPU."""
         self.register_buffer("train_count", catalogue.train_count, persistent=False)
         self.register_buffer("categories", catalogue.categories, persistent=False)
         self.register_buffer("numbers", catalogue.numbers, persistent=False)
@@ -83,53 +75,119 @@ class ItemEncoder(nn.Module):
         self.register_buffer("has_text", catalogue.has_text, persistent=False)
         self.register_buffer("text_vectors", text.vectors, persistent=False)
         self.register_buffer("tokens", text.tokens, persistent=False)
-        self.register_buffer("token_count", text.lengths, persistent=False)
+        self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,)
+        self.group_widths = group_widths(self.token_counts, LENGTH_GROUPS)
 
-    def forward(self, items: Tensor) -> Tensor:
-        """Encode items (D,); return (D, W), zero for padding."""
-        present, vectors = zip(*(self._encode_source(name, items) for name in self.sources), strict=True)
-        stacked = torch.stack(vectors, 1)  # (D, S, W)
-        mask = torch.stack(present, 1)  # (D, S)
-        stacked = stacked * mask.unsqueeze(-1)
-        gate = self.gate(stacked.flatten(1)).masked_fill(~mask, torch.finfo(stacked.dtype).min).softmax(-1) * mask
-        return (gate.unsqueeze(-1) * stacked).sum(1)
+    def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
+        """Encode items (D,), or the whole catalogue in its order where they are not given; return (D, W), zero for padding.
 
-    def _encode_source(self, name: str, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which items have this source (D,) and its vectors (D, W)."""
-        source = self.sources[name]
-        is_real = items != 0
+        `on_host` are the same items on the CPU; with them a device that trains a language model need not be waited for.
+        """
+        return self.with_text(items, on_host)[0]
+
+    def with_text(self, items: Tensor | None = None, on_host: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Encode as `forward` does, and return the part of it that is the text's beside (D, W), where the ranker asks for that."""
+        present = {name: self._has(name, items) for name in self.sources}
+        if self.training and self.id_dropout and "id" in present and len(present) > 1:
+            others = torch.stack([has for name, has in present.items() if name != "id"]).any(0)
+            present["id"] = present["id"] & ~(others & (torch.rand(others.shape, device=others.device) < self.id_dropout))
+        vectors = {name: self._encode_source(name, items, on_host, present[name]) for name in self.sources}
+        return self._join(vectors, present), vectors.get("text") if self.is_text_asked else None
+
+    def _has(self, name: str, items: Tensor | None) -> Tensor:
+        """Tell which items have anything of a source (D,); padding has nothing."""
         if name == "id":
-            present = self.train_count[items] > 0
-            if self.training and self.id_dropout:
-                present = present & (torch.rand_like(present, dtype=torch.float32) >= self.id_dropout)
-            return present, source(items)
+            return _rows(self.train_count, items) > 0
         if name == "text":
-            return self.has_text[items] & is_real, source(self._text(items).to(self.gate.weight.dtype))
+            return _rows(self.has_text, items)
+        features = {"categories": self.categories, "numbers": self.has_number, "vector": self.vectors}[name]
+        return (_rows(features, items) != 0).any(1)
+
+    def _encode_source(self, name: str, items: Tensor | None, on_host: Tensor | None, present: Tensor) -> Tensor:
+        """Return a source's vectors (D, W), zero where not present (D,)."""
+        source = self.sources[name]
+        if name == "id":
+            return source(items, present)
         if name == "categories":
-            categories = self.categories[items].long()  # (D, K)
-            count = (categories != 0).sum(1)
-            summed = (source(categories) * (categories != 0).unsqueeze(-1)).sum(1)
-            return count > 0, summed / count.clamp(min=1).unsqueeze(1)
-        features = torch.cat([self.numbers[items], self.has_number[items].float()], 1) if name == "numbers" else self.vectors[items]
-        return is_real, source(features.to(self.gate.weight.dtype))
+            return source(_rows(self.categories, items))
+        if name == "text":
+            features = self._text(items, on_host)
+        elif name == "numbers":
+            features = torch.cat([_rows(self.numbers, items), _rows(self.has_number, items).float()], 1)
+        else:
+            features = _rows(self.vectors, items)
+        vectors: Tensor = source(features)
+        return vectors * present.unsqueeze(1).to(vectors.dtype)
 
-    def _text(self, items: Tensor) -> Tensor:
+    def _text(self, items: Tensor | None, on_host: Tensor | None = None) -> Tensor:
+        """Return the language model's vectors (D, H), where it is trained by running it, like lengths together.
+
+        The runs are as many on every rank, whatever its items: under ZeRO-3 each is collective. One without items encodes the padding
+        item's text.
+        """
         if self.text_encoder is None:
-            return self.text_vectors[items]
-        mask = torch.arange(self.tokens.shape[1], device=items.device) < self.token_count[items].unsqueeze(1)  # (D, T)
-        return self.text_encoder(self.tokens[items].long(), mask.long())
+            return _rows(self.text_vectors, items)
+        if on_host is None:
+            on_host = torch.arange(len(self.token_counts)) if items is None else items.cpu()
+        device = self.tokens.device
+        group = torch.bucketize(self.token_counts[on_host], self.group_widths)
+        vectors = []
+        for number, width in enumerate(self.group_widths.tolist()):
+            is_member = group == number
+            size = int(is_member.sum())
+            chosen = on_host[is_member] if size else torch.zeros(1, dtype=torch.long)
+            counts = self.token_counts[chosen].to(device, non_blocking=True)
+            tokens = self.tokens[chosen.to(device, non_blocking=True), :width].long()
+            mask = torch.arange(width, device=device) < counts.unsqueeze(1)
+            vectors.append(self.text_encoder(tokens, mask.long())[:size])
+        back = group.argsort(stable=True).argsort()
+        return F.embedding(back.to(device, non_blocking=True), torch.cat(vectors))
+
+    def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Weigh the sources' vectors; an only one stands for itself."""
+        if len(vectors) == 1:
+            return next(iter(vectors.values()))
+        logits = reduce(torch.add, [self.gates[name](vector) for name, vector in vectors.items()])  # (D, S)
+        is_absent = ~torch.stack(list(present.values()), 1)
+        weights = logits.masked_fill(is_absent, torch.finfo(logits.dtype).min).softmax(-1)
+        return reduce(torch.add, [weight.unsqueeze(1) * vector for weight, vector in zip(weights.unbind(1), vectors.values(), strict=True)])
 
 
-def _projection(inputs: int, width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width, elementwise_affine=False), _Scale(width))
+class Projection(nn.Module):
+    """Brings features (D, F) to the model's width (D, W), at the length of an id vector, per dimension and learned."""
 
-
-class _Scale(nn.Module):
-    """Brings a normalised vector to the length of an id vector, per dimension and learned."""
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, num_features: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), width**-0.5))
+        self.linear = nn.Linear(num_features, width)
+        self.scale = nn.Parameter(torch.full((width,), width**-0.5))
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        return vectors * self.weight
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.linear(features.to(self.linear.weight.dtype))
+        return F.layer_norm(projected, projected.shape[-1:]) * self.scale
+
+
+def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn.ModuleDict:
+    """Build what encodes each source that the config wants and the catalogue has."""
+    width, sources = config.width, nn.ModuleDict()
+    if config.use_ids and config.id_buckets:
+        sources["id"] = HashedIds(catalogue.num_items, config.id_buckets, config.id_hashes, width)
+    elif config.use_ids:
+        sources["id"] = IdTable(catalogue.num_items, width)
+    if text.vectors is not None:
+        sources["text"] = Projection(text.vectors.shape[1], width)
+    elif text.encoder is not None:
+        sources["text"] = Projection(text.encoder.width, width)
+    if config.use_features and catalogue.num_categories:
+        categories = nn.EmbeddingBag(catalogue.num_categories + 1, width, mode="mean", padding_idx=0)
+        nn.init.normal_(categories.weight, std=width**-0.5)
+        sources["categories"] = categories
+    if config.use_features and catalogue.numbers.shape[1]:
+        sources["numbers"] = Projection(2 * catalogue.numbers.shape[1], width)
+    if config.use_features and catalogue.vectors.shape[1]:
+        sources["vector"] = Projection(catalogue.vectors.shape[1], width)
+    return sources
+
+
+def _rows(table: Tensor, items: Tensor | None) -> Tensor:
+    """Gather the rows of items; without items, the table as it is."""
+    return table if items is None else table[items]

@@ -1,20 +1,70 @@
-"""Scores a (user, item) pair for each task: like, rating, click, purchase, as the data has them."""
+"""Scores a (user, item) pair for each task: like, rating, click, purchase, as the data has them; the losses are `multitask.py`'s."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys.model_config import ModelConfig
+
 
 class Ranker(nn.Module):
-    """A shared trunk over user, item and their product, and one output per task. Shapes: N pairs, W width, T tasks."""
+    """One score per task of a user's state u and an item's vector v. Shapes: N pairs, W width, T tasks, E experts.
 
-    def __init__(self, width: int, num_tasks: int) -> None:
+    f_P(u, v) is, for each task, a linear reading of what experts make of the pair, mixed by a gate of the task's own where there are
+    several (MMoE: Ma et al. 2018), plus a user bias, linear in u, and an item bias, linear in v: both hold for those never seen.
+
+    `concatenation`: f_P alone; an expert is silu(A [u, v, u * v]).
+
+    `additive`: f_P + gate_text text + gate_sequence history. An expert is A u * B v, so f_P is bilinear; text is (Q u) . x, x being the
+    item's text alone as the item encoder projects it, zero where there is none; history is u . v, the score that retrieval ranks by.
+    Both gates are a number per task and start at 0.
+    """
+
+    log_negative_rates: Tensor  # (T,)
+
+    def __init__(self, config: ModelConfig, num_tasks: int, has_text: bool, negative_rates: Tensor | None = None) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
-        self.trunk = nn.Linear(3 * width, width)
-        self.heads = nn.Linear(width, max(1, num_tasks))
+        width, num_experts = config.width, config.ranker.num_experts
+        self.num_tasks, self.num_experts = num_tasks, num_experts
+        self.is_additive = config.ranker.kind == "additive"
+        self.is_text_matched = self.is_additive and has_text
+        num_outputs = max(1, num_tasks)
+        if self.is_additive:
+            self.user_experts = nn.Linear(width, num_experts * width)
+            self.item_experts = nn.Linear(width, num_experts * width)
+            self.gate_sequence = nn.Parameter(torch.zeros(num_outputs))
+        else:
+            self.experts = nn.Linear(3 * width, num_experts * width)
+        if self.is_text_matched:
+            self.text_query = nn.Linear(width, width, bias=False)
+            self.gate_text = nn.Parameter(torch.zeros(num_outputs))
+        if num_experts > 1:
+            self.mixture = nn.Linear(3 * width, num_outputs * num_experts)
+        self.heads = nn.Linear(width, num_outputs, bias=False)
+        self.biases = nn.Linear(2 * width, num_outputs)
+        self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
-    def forward(self, users: Tensor, items: Tensor) -> Tensor:
-        """Score pairs, (..., W) each; return (..., T): logits for binary tasks, standardised values for regression."""
-        scores: Tensor = self.heads(F.silu(self.trunk(torch.cat([users, items, users * items], -1))))
+    def forward(self, users: Tensor, items: Tensor, texts: Tensor | None = None) -> Tensor:
+        """Score pairs, (N, W) each; return (N, T): logits for binary tasks, standardised values for regression.
+
+        Only the additive form reads `texts`, zero where an item has none.
+        """
+        product = users * items
+        pairs = torch.cat([users, items, product], -1)  # (N, 3 W)
+        hidden = self.user_experts(users) * self.item_experts(items) if self.is_additive else F.silu(self.experts(pairs))
+        readings = self.heads(hidden.unflatten(-1, (self.num_experts, -1)))  # (N, E, T)
+        if self.num_experts > 1:
+            readings = readings * self.mixture(pairs).unflatten(-1, (self.num_experts, -1)).softmax(-2)
+        scores = readings.sum(-2) + self.biases(pairs[..., : 2 * users.shape[-1]])
+        if self.is_additive:
+            scores = scores + self.gate_sequence * product.sum(-1, keepdim=True)
+        if self.is_text_matched:
+            scores = scores + self.gate_text * (self.text_query(users) * texts).sum(-1, keepdim=True)
         return scores[..., : self.num_tasks]
+
+    def calibrate(self, scores: Tensor) -> Tensor:
+        """Undo, in logits (..., T), that training saw negatives at their `negative_rates` alone.
+
+        With q of the scores and w the rate, p = q / (q + (1 - q) / w) (He et al. 2014), which is logit p = logit q + log w.
+        """
+        return scores + self.log_negative_rates

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.item_features import ItemFeatures
+from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
 from recsys.model import losses
 from recsys.model.catalogue_text import ALONE, Ranks, catalogue_tokens, frozen_vectors
+from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
+from recsys.model.multitask import TaskLosses
 from recsys.model.ranker import Ranker
 from recsys.model.text_encoder import TextEncoder, load_backbone, locate_backbone
 from recsys.model.user_encoder import UserEncoder
@@ -28,26 +31,33 @@ class Recommender(nn.Module):
         super().__init__()
         manifest = dataset.manifest
         self.catalogue = catalogue
-        self.tasks = manifest.tasks
         self.loss = config.model.loss
+        self.bound: GroupBound | None = None
         self.num_trained_items = int((catalogue.train_count > 0).sum())
         self.num_interactions = int(catalogue.train_count.sum())
         self.item_encoder = ItemEncoder(config.model, catalogue, text)
         self.user_encoder = UserEncoder(config, manifest)
-        self.ranker = Ranker(config.model.width, len(self.tasks))
+        rates = negative_rates(dataset, config.model.ranker)
+        self.ranker = Ranker(config.model, len(manifest.tasks), "text" in self.item_encoder.sources, rates)
+        self.task_losses = TaskLosses(config.model.ranker, manifest.tasks, rates)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the sum of each loss over the batch's targets."""
-        items = self.item_encoder(batch.items)  # (D, W)
+        indices = None if self.loss.kind == "full" else batch.items
+        items, texts = self.item_encoder.with_text(indices, torch.from_numpy(batch.items_on_host))  # (D, W)
         states = self.user_encoder(F.embedding(batch.histories.items, items), batch.histories)  # (P, W)
         users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
-        result = losses.task_losses(self.tasks, self.ranker(users, positives), batch.labels, batch.label_mask)
-        return result | {RETRIEVAL: self._retrieval_loss(batch, users / self.loss.temperature, positives, items)}
+        scores = self.ranker(users, positives, None if texts is None else F.embedding(batch.targets, texts))
+        result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
+        weights = users.new_ones(len(users), dtype=torch.float32) if self.bound is None else self.bound.weights(batch.group_mask)
+        loss, each = self._retrieval_loss(batch, users / self.loss.temperature, positives, items, weights)
+        groups = {} if self.bound is None else dict(zip(self.bound.names, each @ batch.group_mask, strict=True))
+        return result | groups | {RETRIEVAL: loss}
 
-    def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor) -> Tensor:
+    def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor, weights: Tensor) -> losses.Loss:
         loss = self.loss
         if loss.kind == "full":
-            return losses.full_softmax(users, items, batch.targets, loss.chunk_bytes)
+            return losses.full_softmax(users, items, batch.targets, weights, loss.chunk_bytes)
         target_ids = batch.items[batch.targets]
         if loss.draws_negatives:
             negatives, negative_ids, log_q = F.embedding(batch.negatives, items), batch.items[batch.negatives], batch.negatives_log_q
@@ -56,10 +66,10 @@ class Recommender(nn.Module):
             log_q = (self.item_encoder.train_count[negative_ids] / self.num_interactions).log()
         if loss.kind == "gbce":
             count, calibration = self.num_trained_items, loss.calibration
-            return losses.gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, loss.chunk_bytes)
+            return losses.gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, weights, loss.chunk_bytes)
         if loss.kind == "infonce":
             log_q = torch.full_like(log_q, -math.log(max(1, len(negatives))))
-        return losses.sampled_softmax(users, positives, target_ids, negatives, negative_ids, log_q, loss.chunk_bytes)
+        return losses.sampled_softmax(users, positives, target_ids, negatives, negative_ids, log_q, weights, loss.chunk_bytes)
 
 
 def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks = ALONE) -> ItemText:

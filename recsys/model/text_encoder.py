@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,9 +38,7 @@ class TextEncoder(nn.Module):
         self.width: int = backbone.config.hidden_size
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Encode token ids (D, T) where mask (D, T) is 1; return (D, H)."""
-        length = int(mask.sum(1).max())
-        tokens, mask = tokens[:, :length], mask[:, :length]
+        """Encode right-padded token ids (D, T) where mask (D, T) is 1; return (D, H). Padding that all have is the caller's to cut."""
         hidden = self.backbone(input_ids=tokens, attention_mask=mask).last_hidden_state  # (D, T, H)
         if self.pooling == "first":
             return hidden[:, 0]
@@ -76,6 +75,7 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
         ) from error
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # vectors are pooled here; its weights would be random, and trained by nobody
+    backbone.config.use_cache = False  # a decoder would keep all keys and values for tokens that nobody generates
     if text.mode == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -111,10 +111,33 @@ def load_frozen(folder: str, text: TextConfig, device: torch.device) -> TextEnco
 def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max_tokens: int, device: torch.device) -> Tensor:
     """Encode texts with a frozen encoder, (D, H) float32 on the CPU; like lengths are encoded together."""
     tokens, mask = tokenize(tokenizer, texts, max_tokens)
+    lengths = mask.sum(1)
     vectors = torch.zeros(len(texts), encoder.width)
-    for chunk in torch.argsort(mask.sum(1), stable=True).split(ENCODE_CHUNK):
-        vectors[chunk] = encoder(tokens[chunk].to(device), mask[chunk].to(device)).float().cpu()
+    for chunk in torch.argsort(lengths, stable=True).split(ENCODE_CHUNK):
+        width = int(lengths[chunk].max())
+        vectors[chunk] = encoder(tokens[chunk, :width].to(device), mask[chunk, :width].to(device)).float().cpu()
     return vectors
+
+
+def group_widths(lengths: Tensor, max_groups: int) -> Tensor:
+    """Choose how wide groups of texts are, so that the least padding is computed (dynamic programming); return widths, rising.
+
+    A text of some length (one of `lengths`) belongs to the narrowest group that holds it.
+    """
+    widths, counts = np.unique(lengths.numpy(), return_counts=True)
+    up_to = np.concatenate([[0], np.cumsum(counts)])  # texts no longer than each width
+    cost = np.where(up_to == 0, 0.0, np.inf)
+    firsts = []
+    for _ in range(max_groups):
+        costs = [cost[:last] + (up_to[last] - up_to[:last]) * widths[last - 1] for last in range(1, len(cost))]
+        firsts.append([0, *(int(np.argmin(choices)) for choices in costs)])
+        cost = np.array([0.0, *(choices.min() for choices in costs)])
+    chosen, last = [], len(widths)
+    for first in reversed(firsts):
+        if last:
+            chosen.append(int(widths[last - 1]))
+        last = first[last]
+    return torch.tensor(chosen[::-1])
 
 
 def backbone_identity(folder: str, with_weights: bool) -> str:

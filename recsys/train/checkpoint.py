@@ -23,7 +23,7 @@ from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.predictor import Predictor, encode_catalogue
+from recsys.predictor import Predictor, encode_with_text
 from recsys.storage import Storage, join, private_folder, sha256_of
 from recsys.train.engine import Engine, consolidate
 
@@ -289,8 +289,8 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
 
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
     """Make a predictor of a trained module, its catalogue encoded anew."""
-    vectors = encode_catalogue(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
-    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, vectors)
+    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
+    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

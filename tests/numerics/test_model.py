@@ -177,17 +177,6 @@ def test_an_item_that_training_never_saw_is_carried_by_its_features(config: Conf
     assert before[0].abs().sum() > 0
 
 
-def test_categories_are_the_mean_of_the_items_own(config: Config, dataset: Dataset) -> None:
-    features = ItemFeatures.read(dataset)
-    encoder = ItemEncoder(config.model, features, ItemText()).eval()
-    table = encoder.sources["categories"].weight
-    for item in range(1, features.num_items + 1):
-        own = [category for category in features.categories[item].tolist() if category]
-        present, vector = encoder._encode_source("categories", torch.tensor([item]))
-        assert bool(present) == bool(own)
-        torch.testing.assert_close(vector[0], table[own].mean(0) if own else torch.zeros(config.model.width))
-
-
 def test_padding_is_a_zero_vector(config: Config, dataset: Dataset) -> None:
     encoder = ItemEncoder(config.model, ItemFeatures.read(dataset), ItemText())
     assert encoder(torch.tensor([0])).abs().sum() == 0
