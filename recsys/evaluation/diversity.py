@@ -24,9 +24,11 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     if vectors is None:
         raise UserError("evaluation.diversity: the catalogue has no categories, vectors or text to tell items apart by; leave it empty")
     cutoff = int(config.metric.partition("@")[2])
+    weights = sorted({0.0, *config.diversity})
+    size = config.batch_size
+    parts = [_rerank(ranked, slice(begin, begin + size), vectors, config, weights) for begin in range(0, len(ranked.top), size)]
     curve = []
-    for weight in sorted({0.0, *config.diversity}):
-        lists = _rerank(ranked, vectors, config, weight, cutoff)
+    for weight, lists in zip(weights, np.concatenate(parts, axis=1), strict=True):
         curve.append(
             {
                 "weight": weight,
@@ -38,18 +40,16 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     return curve
 
 
-def _rerank(ranked: Ranked, vectors: csr_array, config: EvaluationConfig, weight: float, k: int) -> Integers:
-    """Return the re-ranked lists (users, k), 0 where a user has fewer candidates."""
-    lists = []
-    for begin in range(0, len(ranked.top), config.batch_size):
-        top = ranked.top[begin : begin + config.batch_size, :NUM_CANDIDATES]
-        relevance = _relevance(ranked.top_scores[begin : begin + config.batch_size, :NUM_CANDIDATES].astype(np.float64), top > 0)
-        rows = [vectors[items] for items in top]
-        similarity = np.stack([(own @ own.T).toarray() for own in rows])
-        chosen = METHODS[config.diversity_method](relevance, similarity, weight, k)
-        is_left = np.arange(chosen.shape[1]) < (top > 0).sum(1)[:, None]
-        lists.append(np.where(is_left, np.take_along_axis(top, chosen, axis=1), 0))
-    return np.concatenate(lists)
+def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: EvaluationConfig, weights: list[float]) -> Integers:
+    """Return some users' lists by each weight (weights, users, k), 0 where a user has fewer candidates."""
+    top = ranked.top[users, :NUM_CANDIDATES]
+    is_item = top > 0
+    relevance = _relevance(ranked.top_scores[users, :NUM_CANDIDATES].astype(np.float64), is_item)
+    similarity = np.stack([(own @ own.T).toarray() for own in (vectors[items] for items in top)])
+    k, rerank = int(config.metric.partition("@")[2]), METHODS[config.diversity_method]
+    chosen = np.stack([rerank(relevance, similarity, weight, k) for weight in weights])
+    lists: Integers = np.take_along_axis(top[None], chosen, axis=2)
+    return np.where(np.arange(lists.shape[2]) < is_item.sum(1)[:, None], lists, 0)
 
 
 def _relevance(scores: Values, is_item: Any) -> Values:
