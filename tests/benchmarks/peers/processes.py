@@ -22,13 +22,13 @@ STEP_SECONDS = 0.002
 EVERY_STEPS = 20
 
 
-def make_environment(folder: Path) -> Path:
-    """Make the peers' virtual environment, if it is not there; return its interpreter."""
+def make_environment(folder: Path, requirements: Path = REQUIREMENTS) -> Path:
+    """Make the virtual environment of some peers, if it is not there; return its interpreter."""
     python = folder / "venv" / "bin" / "python"
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
-        for arguments in (["torch==2.13.0"], ["--requirement", str(REQUIREMENTS)]):
+        for arguments in (["torch==2.13.0"], ["--requirement", str(requirements)]):
             subprocess.run([*pip, *arguments], check=True, stdout=sys.stderr)
         (folder / "installed").touch()
     return python
@@ -61,7 +61,13 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 @contextmanager
 def serving(python: Path, peer: str, options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
     """Keep a peer running that reads when `ask` asks."""
-    process = run_module(python, "serving", peer, json.dumps({**options, "task": "serve"}))
+    with talking(run_module(python, "serving", peer, json.dumps({**options, "task": "serve"}))) as process:
+        yield process
+
+
+@contextmanager
+def talking(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Wait until a process says that it is ready, and end it at last."""
     try:
         answer_of(process)
         yield process
