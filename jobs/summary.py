@@ -81,13 +81,15 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
         rows["id only"] = results["evaluate_id_only"]["metrics"]
     cutoff = config.evaluation.metric.partition("@")[2]
     names = [f"{name}@{cutoff}" for name in ("hr", "ndcg", "mrr", "coverage")]
+    ranking = {row: metrics for row, metrics in rows.items() if names[0] in metrics}  # some baselines predict tasks alone
+    width = max(map(len, ranking))
     lines = [
         f"{evaluation['split']} of {evaluation['num_users']} users; {evaluation['protocol']}",
-        " " * 12 + "".join(f"{name:>14}" for name in names),
+        " " * (2 + width) + "".join(f"{name:>14}" for name in names),
     ]
-    lines += [f"  {row:<10}" + "".join(f"{metrics[name]:>14.4f}" for name in names) for row, metrics in rows.items()]
+    lines += [f"  {row:<{width}}" + "".join(f"{metrics[name]:>14.4f}" for name in names) for row, metrics in ranking.items()]
     tasks = {name: value for name, value in evaluation["metrics"].items() if "." in name and not name.endswith("num_labels")}
-    return lines + ([f"  tasks      {_metrics(tasks)}"] if tasks else [])
+    return [*lines, *([f"  tasks      {_metrics(tasks)}"] if tasks else []), f"  report     {evaluation['report']}"]
 
 
 def _metrics(metrics: dict[str, float]) -> str:

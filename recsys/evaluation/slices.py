@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Slice:
-    """Some targets, ranked as if their users had no others. Shapes: U users, T most targets of one user."""
+    """Some targets, counted as if their users had no others; those stay candidates. Shapes: U users, T most targets of one user."""
 
     is_target: Mask  # (U, T)
     num_candidates: Integers  # (U,)

@@ -1,7 +1,7 @@
 """The report of an evaluation: one page of HTML that needs nothing beside itself; what it draws is `plots.py`."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,9 +40,11 @@ def _header(result: Mapping[str, Any], metric: str) -> str:
 
 
 def _slices(slices: Mapping[str, Any], metric: str) -> list[str]:
-    cold = _points(slices, metric, (WARM, COLD, COLD_AMONG_COLD), shows_random=True)
-    lengths = _points(slices, metric, [name for name in slices if name.startswith(_HISTORY)])
-    deciles = _points(slices, metric, [name for name in slices if name.startswith(_DECILE)])
+    names = {WARM: "warm", COLD: "cold", COLD_AMONG_COLD: "cold, among the cold"}
+    cold = [Point.of_slice(label, slices[name], metric, shows_random=True) for name, label in names.items() if name in slices]
+    lengths, deciles = (
+        [Point.of_slice(name, found, metric) for name, found in slices.items() if name.startswith(kind)] for kind in (_HISTORY, _DECILE)
+    )
     nothing = "No slice has enough users."
     return [
         figure(
@@ -66,10 +68,6 @@ def _slices(slices: Mapping[str, Any], metric: str) -> list[str]:
             partial(plots.draw_deciles, points=deciles, metric=metric) if deciles else nothing,
         ),
     ]
-
-
-def _points(slices: Mapping[str, Any], metric: str, names: Iterable[str], shows_random: bool = False) -> list[Point]:
-    return [Point.of_slice(name, slices[name], metric, shows_random) for name in names if name in slices]
 
 
 def _groups(fairness: Mapping[str, Any], metric: str) -> list[str]:
