@@ -107,10 +107,11 @@ class PretrainingConfig(Section):
     """What the language model learns from the catalogue alone, before any label; `training` and `optimizer` say how.
 
     `masked` predicts hidden tokens (of a decoder: the next token), `contrastive` tells the texts of items that the same users took one
-    after the other from those of other items; `window` is how many interactions apart two such items may be.
+    after the other from those of other items; `window` is how many interactions apart two such items may be. All weights of
+    `model.text.backbone` learn, at `optimizer.backbone_learning_rate`, whatever `model.text.mode` is.
     """
 
-    objectives: tuple[Literal["masked", "contrastive"], ...] = ("masked", "contrastive")
+    objectives: Annotated[tuple[Literal["masked", "contrastive"], ...], Field(min_length=1)] = ("masked", "contrastive")
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     temperature: Annotated[float, Field(gt=0)] = 0.05
     window: Annotated[int, Field(ge=1)] = 3

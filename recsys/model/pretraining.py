@@ -98,7 +98,16 @@ def _language_model(backbone_config: Any, name: str) -> tuple[Any, bool]:
 
 def _own_head(kind: Any, folder: str, backbone: Any) -> nn.Module | None:
     """Load the head that was trained with the backbone; None where the folder has none, or it is not in one piece."""
-    model, info = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the very weights that are looked for
+    try:
+        model, info = kind.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
     names = [name for name, child in model.named_children() if child is not model.base_model]
     if len(names) != 1 or any(key.startswith(f"{names[0]}.") for key in info["missing_keys"]):
         return None

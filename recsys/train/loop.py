@@ -44,6 +44,7 @@ class Trainer:
         self.trainable = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
         self.weights = self.trainable.weights
         self.engine = Engine(self.trainable.module, config, self.device)
+        self.engine.train()  # a language model that was loaded comes in evaluation mode
         self.total_steps = planned_steps(config, self.trainable.plan(0).num_steps)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset)
         torch.manual_seed(config.training.seed + 1 + self.rank)
