@@ -1,5 +1,6 @@
 """The whole evaluation of a model with random weights: what it says of itself, of others beside it, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +59,8 @@ def test_a_model_compared_with_itself_and_with_another(config: Config, dataset: 
         expected = found["slices"][name]["ndcg@10"] - alone["slices"][name]["ndcg@10"]
         assert in_slice["ndcg@10"]["difference"] == pytest.approx(expected)
     difference = found["compare"]["metrics"]["ndcg@10"]["difference"]
+    assert difference == pytest.approx(found["metrics"]["ndcg@10"] - alone["metrics"]["ndcg@10"])
+    assert difference != 0
     assert f"of other: {difference:+.4f} [" in sentence(found["compare"], "ndcg@10")
 
 
@@ -74,9 +77,17 @@ def test_a_checkpoint_of_another_dataset_is_no_peer(storage: Storage, config: Co
             evaluate(predictor, dataset, EvaluationConfig(**{key: value}), lambda address: stranger)
 
 
-def test_popularity_is_what_the_predictor_ranks_by_for_the_unknown(dataset: Dataset, predictor: Predictor) -> None:
-    found = evaluate(predictor, dataset, EvaluationConfig(baselines=()))["baselines"]
+def test_popularity_stands_beside_and_its_lift_is_that_over_the_histories(dataset: Dataset, predictor: Predictor) -> None:
+    found = evaluate(predictor, dataset, EvaluationConfig(baselines=(), split="test"))["baselines"]
     assert found.keys() == {"popularity"}
-    best = predictor.popular(5, exclude=torch.zeros(0, dtype=torch.long).numpy()).items
-    assert found["popularity"]["coverage@5"] >= len(best) / dataset.manifest.num_items
-    assert found["popularity"]["popularity_percentile@5"] > 0.9
+    counts = predictor.catalogue.train_count.numpy()[1:]
+    percentiles = [((counts < count).sum() + (counts <= count).sum()) / (2 * len(counts)) for count in counts]
+    lists, histories = [], []
+    for row in dataset.read_users().to_pylist():
+        history, target = row["items"][:-1], row["items"][-1]
+        if target not in history:
+            best = predictor.popular(5, exclude=np.array(history)).items
+            lists.append(np.mean([percentiles[item - 1] for item in best]))
+            histories.append(np.mean([percentiles[item - 1] for item in history]))
+    assert found["popularity"]["popularity_percentile@5"] == pytest.approx(np.mean(lists))
+    assert found["popularity"]["popularity_lift@5"] == pytest.approx(np.mean(lists) / np.mean(histories))

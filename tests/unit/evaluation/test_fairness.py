@@ -14,7 +14,7 @@ def users_of(groups: list[str]) -> list[EvaluationUser]:
     return [EvaluationUser(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}) for number, group in enumerate(groups)]
 
 
-SIZES = {"a": 40, "b": 50, "c": 30, "small": MIN_GROUP_USERS - 1, "": 7}
+SIZES = {"a": 40, "b": 50, "c": 30, "small": MIN_GROUP_USERS - 1, "": MIN_GROUP_USERS + 5}
 GROUPS = [name for name, size in SIZES.items() for _ in range(size)]
 
 
@@ -31,7 +31,7 @@ def test_gap_by_hand() -> None:
     assert shop["gap"] == pytest.approx(0.3)
     assert shop["relative_gap"] == pytest.approx(0.3 / ((40 * 0.5 + 50 * 0.2 + 30 * 0.3) / 120))
     assert shop["interval_95"] == pytest.approx((0.3, 0.3))  # within a group all are alike
-    assert (shop["num_groups_left_out"], shop["num_users_left_out"]) == (2, MIN_GROUP_USERS - 1 + 7)
+    assert (shop["num_groups_left_out"], shop["num_users_left_out"]) == (2, 2 * MIN_GROUP_USERS + 4)
 
 
 def test_the_interval_is_that_of_two_independent_means() -> None:

@@ -1,6 +1,7 @@
 """Slices: whose and which targets count, against plain loops over the users."""
 
 import numpy as np
+import pytest
 
 from recsys.config import EvaluationConfig
 from recsys.evaluation.metrics import ranking_metrics
@@ -64,6 +65,17 @@ def test_what_a_random_order_gives_is_what_random_scores_come_near() -> None:
     for name in (COLD, COLD_AMONG_COLD, WARM):
         for metric in ("ndcg@5", "hr@5"):
             assert abs(found[name][metric] - found[name]["random"][metric]) < 0.03, name
+
+
+def test_a_random_order_is_one_of_the_unseen_candidates() -> None:
+    users = make_users()
+    found = evaluate_slices(find_slices(users, TRAIN_COUNT), ranked_at_random(users), "ndcg@5")
+    cold_users = [user for index, user in enumerate(users) if index % 3 == 0]
+    unseen = [set(range(1, NUM_ITEMS + 1)) - set(user.history.items.tolist()) for user in cold_users]
+    assert found[COLD]["random"]["hr@5"] == pytest.approx(np.mean([5 / len(items) for items in unseen]))
+    unseen_cold = [len([item for item in items if item <= 8]) for items in unseen]
+    assert set(unseen_cold) == {7, 8}
+    assert found[COLD_AMONG_COLD]["random"]["hr@5"] == pytest.approx(np.mean([5 / number for number in unseen_cold]))
 
 
 def test_warm_targets_are_the_others() -> None:
