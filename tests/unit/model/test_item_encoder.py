@@ -108,7 +108,7 @@ ROWS = [
     {"text": "has all", "categories": [1, 4, 5], "numbers": [0.5, float("nan")], "vector": [1.0, 0.0, -1.0], "train_count": 9},
     {"text": "a cold one", "categories": [2], "numbers": [0.1, 0.2], "vector": [0.3, 0.1, 0.2], "train_count": 0},
     {"text": None, "categories": [], "numbers": [float("nan")] * 2, "vector": None, "train_count": 4},
-    {"text": "no graph, no vector", "categories": [], "numbers": [0.0, -1.0], "vector": None, "train_count": 3},
+    {"text": "no graph, no vector", "categories": [], "numbers": [0.0, float("nan")], "vector": None, "train_count": 3},
     {"text": None, "categories": [3, 3], "numbers": [float("nan")] * 2, "vector": [0.0, 2.0, 0.0], "train_count": 0},
 ]
 COLD, KNOWN_BY_ID_ALONE = 2, 3
