@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +10,8 @@ from recsys.evaluation.judge import Judge
 from recsys.evaluation.ranking import ScoreUsers
 from recsys.evaluation.tasks import Predictions, PredictTasks
 from recsys.evaluation.users import EvaluationUser
+from recsys.model.baselines import Baseline, fit_baseline
 from recsys.predictor import Predictor
-
-if TYPE_CHECKING:
-    from recsys.model.baselines import Baseline
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +25,6 @@ def evaluate_baselines(judge: Judge, predictor: Predictor, dataset: Dataset) -> 
     for name in judge.config.baselines:
         if name == POPULARITY:
             continue
-        from recsys.model.baselines import fit_baseline
-
         logger.info("evaluate: fitting the baseline %s", name)
         baseline = fit_baseline(name, dataset, predictor.catalogue, config)
         metrics = judge.summarise(judge.rank(_score_by(baseline))) if baseline.ranks else {}
@@ -37,11 +32,11 @@ def evaluate_baselines(judge: Judge, predictor: Predictor, dataset: Dataset) -> 
     return results
 
 
-def _score_by(baseline: "Baseline") -> ScoreUsers:
+def _score_by(baseline: Baseline) -> ScoreUsers:
     return lambda users: baseline.score_catalogue([user.history.items for user in users], [user.user_index for user in users])
 
 
-def _predict_by(baseline: "Baseline") -> PredictTasks:
+def _predict_by(baseline: Baseline) -> PredictTasks:
     def predict(users: Sequence[EvaluationUser]) -> Predictions | None:
         pairs = [(user, item) for user in users for item in user.targets.items]
         return baseline.score_tasks(

@@ -75,7 +75,7 @@ def _groups(fairness: Mapping[str, Any], metric: str) -> list[str]:
         return [figure("groups", "Groups of users", "", "No attribute of the users has two groups that are large enough to be compared.")]
     figures = []
     for number, (attribute, found) in enumerate(fairness.items()):
-        points = [Point(name, group["num_users"], group["mean"], group["interval_95"]) for name, group in found["groups"].items()]
+        points = [Point(name, group["mean"], group["interval_95"]) for name, group in found["groups"].items()]
         low, high = found["interval_95"]
         left_out = f" {found['num_groups_left_out']} small groups are left out." if found["num_groups_left_out"] else ""
         figures.append(

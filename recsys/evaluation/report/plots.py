@@ -21,7 +21,6 @@ class Point:
     """A mean over users with its 95 % interval, and what a random order gives where that is worth knowing."""
 
     name: str
-    num_users: int
     mean: float
     interval: tuple[float, float]
     random: float | None = None
@@ -30,7 +29,7 @@ class Point:
     def of_slice(cls, name: str, found: Mapping[str, Any], metric: str, shows_random: bool = False) -> "Point":
         """Take one metric of one of the JSON's slices."""
         low, high = found["interval_95"][metric]
-        return cls(name, found["num_users"], found[metric], (low, high), found["random"][metric] if shows_random else None)
+        return cls(name, found[metric], (low, high), found["random"][metric] if shows_random else None)
 
 
 def points_height(points: Sequence[Point]) -> float:

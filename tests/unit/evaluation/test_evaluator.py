@@ -9,8 +9,10 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.comparison import sentence
 from recsys.evaluation.evaluator import evaluate
+from recsys.evaluation.users import read_evaluation_users
+from recsys.model.baselines import fit_baseline
 from recsys.model.recommender import build_recommender
-from recsys.predictor import Predictor
+from recsys.predictor import Predictor, top_k
 from recsys.storage import Storage
 from recsys.train.checkpoint import build_predictor
 from tests.datasets import make_dataset
@@ -91,3 +93,24 @@ def test_popularity_stands_beside_and_its_lift_is_that_over_the_histories(datase
             histories.append(np.mean([percentiles[item - 1] for item in history]))
     assert found["popularity"]["popularity_percentile@5"] == pytest.approx(np.mean(lists))
     assert found["popularity"]["popularity_lift@5"] == pytest.approx(np.mean(lists) / np.mean(histories))
+
+
+def test_baselines_are_judged_as_the_model_is(dataset: Dataset, predictor: Predictor) -> None:
+    asked = EvaluationConfig(baselines=("item_knn", "matrix_factorisation", "popularity"), baseline_epochs=1)
+    found = evaluate(predictor, dataset, asked)
+    assert list(found["baselines"]) == ["popularity", "item_knn", "matrix_factorisation"]
+    rankings = {name for name in found["metrics"] if "@" in name}
+    tasks = found["metrics"].keys() - rankings
+    assert rankings == found["baselines"]["popularity"].keys() == found["baselines"]["item_knn"].keys()
+    assert {"rating.rmse", "like.auc"} <= found["baselines"]["matrix_factorisation"].keys() - rankings <= tasks
+    users = read_evaluation_users(dataset, "test")
+    baseline = fit_baseline("item_knn", dataset, predictor.catalogue, predictor.config)
+    hits = []
+    for user in users:  # one by one
+        scores = baseline.score_catalogue([user.history.items], [user.user_index])
+        hits.append(user.targets.items[0] in top_k(scores[0], 10, user.history.items).items)
+    assert found["baselines"]["item_knn"]["hr@10"] == pytest.approx(np.mean(hits))
+    rated = fit_baseline("matrix_factorisation", dataset, predictor.catalogue, predictor.config.model_copy(update={"evaluation": asked}))
+    ratings = [rated.score_tasks([user.user_index], user.targets.items, [user.history.items])["rating"][0] for user in users]
+    errors = np.array([user.targets.values[0] for user in users]) - np.array(ratings)
+    assert found["baselines"]["matrix_factorisation"]["rating.rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-5)
