@@ -21,10 +21,11 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, TrainingState, read_manifest
+from recsys.train.checkpoint import CheckpointStore, read_manifest
 from recsys.train.loop import train
 from recsys.train.recommending import Recommending
 from recsys.train.reporter import Metrics
+from recsys.train.state import TrainingState
 from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)

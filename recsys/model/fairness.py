@@ -38,10 +38,10 @@ class GroupBound(nn.Module):
         """Weigh by these from now on; none are zeros."""
         self.duals = torch.tensor(duals or [0.0] * len(self.shares), dtype=torch.float32, device=self.shares.device)
 
-    def raised(self, duals: Sequence[float], group_losses: Sequence[float], loss: float) -> list[float]:
+    def raised(self, duals: Sequence[float], group_losses: Sequence[float]) -> list[float]:
         """Return the dual variables after a step with these mean losses: up where the bound is broken, down to 0 where it holds."""
+        shares = self.shares.tolist()
+        loss = sum(share * group for share, group in zip(shares, group_losses, strict=True)) / sum(shares)
         before = duals or [0.0] * len(group_losses)
-        after = [
-            max(0.0, dual + self.dual_rate * (group - loss - self.max_gap)) for dual, group in zip(before, group_losses, strict=True)
-        ]
+        after = [max(0.0, dual + self.dual_rate * (group - loss - self.max_gap)) for dual, group in zip(before, group_losses, strict=True)]
         return [dual * min(1.0, LARGEST_DUAL_SUM / max(sum(after), 1e-12)) for dual in after]

@@ -12,11 +12,12 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.model.catalogue_text import Ranks
-from recsys.train.checkpoint import CheckpointStore, TrainingState
+from recsys.train.checkpoint import CheckpointStore
 from recsys.train.engine import Engine
 from recsys.train.progress import Progress
 from recsys.train.recommending import Recommending
 from recsys.train.reporter import Reporter
+from recsys.train.state import TrainingState
 from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Trainer:
         self.state = self.checkpoints.load(self.engine, newest) if newest else TrainingState()
         if newest and self.rank == 0:
             logger.info("resuming run %s from step %d", config.run.name, self.state.step)
+        self.trainable.restore(self.state)
         self.progress = Progress(config, dataset.storage, self.total_steps, self.state.step) if self.rank == 0 else None
 
     def run(self) -> TrainingState:
@@ -65,6 +67,7 @@ class Trainer:
                 rate_factor = learning_rate_factor(config, state.step, self.total_steps)
                 self.engine.set_learning_rate(rate_factor)
                 losses = self._step(batches)
+                self.trainable.after_step(state, losses)
                 num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
                 if self.progress:
                     self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)

@@ -1,6 +1,6 @@
 """The language model alone as what the loop trains: its module, the catalogue's texts as samples, and its validation on texts held out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from recsys.model.losses import gather_from_ranks
 from recsys.model.pretraining import CONTRASTIVE, MASKED, build_pretrainer, pair_scores
 from recsys.model.text_encoder import locate_backbone
 from recsys.schema import PADDING_ITEM
+from recsys.train.state import TrainingState
 
 GROUP_ITEMS = 256
 """The texts lie in memory; in the plan so many of them stand for a row group."""
@@ -57,6 +58,12 @@ class Pretraining:
         for step in range(first_step, plan.num_steps):
             items = self._split.trained[plan.step_ids(step, self._ranks.rank, self._ranks.world_size)].astype(np.int64)
             yield [self._collate(items[number::num_micro_batches], epoch) for number in range(num_micro_batches)]
+
+    def restore(self, state: TrainingState) -> None:
+        """Do nothing: all that is learned are weights."""
+
+    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
+        """Do nothing, for the same reason."""
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from recsys.config import Config
 from recsys.storage import Storage, private_folder
-from recsys.train.checkpoint import TrainingState
+from recsys.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
 

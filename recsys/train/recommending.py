@@ -1,5 +1,7 @@
 """The recommender as what the loop trains: its module, its samples, and its rank of the validation users' items."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -9,8 +11,10 @@ from recsys.data.reader import Reader, Share
 from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.catalogue_text import Ranks
+from recsys.model.fairness import GroupBound
 from recsys.model.recommender import RETRIEVAL, build_recommender
 from recsys.predictor import Predictor, encode_catalogue
+from recsys.train.state import TrainingState
 
 
 class Recommending:
@@ -19,11 +23,26 @@ class Recommending:
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
         self.module = build_recommender(config, dataset, device, ranks)
         self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.ranker.task_weight for task in dataset.manifest.tasks}
+        self.bound: GroupBound | None = None
         self.metric = config.evaluation.metric
         self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks
         reader = Reader(dataset, self.module.catalogue, config, Share(ranks.rank, ranks.world_size, config.training.accumulation_steps))
         self.plan, self.steps = reader.plan, reader.steps
+        if reader.groups is not None:
+            self.bound = self.module.bound = GroupBound(config.fairness, reader.groups)
+            self.weights |= dict.fromkeys(self.bound.names, 0.0)
         self._users = read_evaluation_users(dataset, "validation")
+
+    def restore(self, state: TrainingState) -> None:
+        """Weigh groups as the run that goes on did."""
+        if self.bound is not None:
+            self.bound.set_duals(state.duals)
+
+    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
+        """Weigh groups whose loss is beyond the bound more, and others less, from the next step on."""
+        if self.bound is not None:
+            state.duals = self.bound.raised(state.duals, [losses[name] for name in self.bound.names])
+            self.bound.set_duals(state.duals)
 
     def validate(self) -> dict[str, float]:
         """Rank the validation users over the whole catalogue, each rank its share."""

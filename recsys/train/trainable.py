@@ -10,6 +10,7 @@ from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.model.catalogue_text import Ranks
+from recsys.train.state import TrainingState
 
 
 class MicroBatch(Protocol):
@@ -49,6 +50,12 @@ class Trainable(Protocol):
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
+
+    def restore(self, state: TrainingState) -> None:
+        """Take over what the state has of a run that goes on, besides the module's weights."""
+
+    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
+        """Note in the state what follows from a step's mean losses, which are the same on every rank."""
 
     def validate(self) -> dict[str, float]:
         """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""

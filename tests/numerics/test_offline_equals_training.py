@@ -8,9 +8,10 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.evaluation.evaluator import evaluate
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, TrainingState, build_predictor, load_trained
+from recsys.train.checkpoint import CheckpointStore, build_predictor, load_trained
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
+from recsys.train.state import TrainingState
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 

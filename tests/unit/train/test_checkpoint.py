@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 
 from recsys.config import load_config
-from recsys.train.checkpoint import TrainingState, config_differences, superfluous_steps
+from recsys.train.checkpoint import config_differences, superfluous_steps
 from recsys.train.loop import is_saving_step, learning_rate_factor, planned_steps
+from recsys.train.state import TrainingState
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""The bound in training: the group that is worse off gains weight, and a run that was killed goes on with its duals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.storage import Storage
+from recsys.train.loop import train
+from recsys.train.reporter import LocalReporter
+from recsys.train.state import TrainingState
+from recsys.train.trainable import MicroBatch
+from tests.datasets import make_dataset
+from tests.distributed import run_distributed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fairness")
+    make_dataset(Storage(str(path / "store")))
+    return path
+
+
+def config(folder: Path, name: str, **values: object) -> Config:
+    base = {
+        "storage.root": str(folder / "store"),
+        "run.scratch": str(folder / "scratch"),
+        "run.name": name,
+        "data.dataset": str(folder / "store/datasets/tiny-60-40-0"),
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.text.mode": "off",
+        "training.num_workers": 2,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 8,
+        "training.max_steps": 30,
+        "checkpoint.every_steps": 5,
+    }
+    return load_config().with_values(base | {key.replace("__", "."): value for key, value in values.items()})
+
+
+class Dying(LocalReporter):
+    """Ends the process group's run in the middle of a step."""
+
+    def step(self, step: int, losses: dict[str, float], batches: Sequence[MicroBatch]) -> None:
+        super().step(step, losses, batches)
+        if step == 17:
+            raise KeyboardInterrupt
+
+
+def run(config: Config, is_dying: bool = False) -> tuple[TrainingState | None, list[dict[str, float]]]:
+    reporter = Dying() if is_dying else LocalReporter()
+    try:
+        state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    except KeyboardInterrupt:
+        state = None
+    return state, reporter.losses
+
+
+GROUPS = ("retrieval of group even", "retrieval of group odd")
+
+
+def test_the_worse_group_gains_weight_and_what_is_reported_is_not_weighed(folder: Path) -> None:
+    state, losses = run_distributed(run, 2, config(folder, "bounded", fairness__attribute="group", fairness__dual_rate=0.5))[0]
+    free, free_losses = run_distributed(run, 2, config(folder, "free"))[0]
+    assert state is not None
+    assert free is not None
+    assert free.duals == []
+    assert set(GROUPS).isdisjoint(free_losses[0])
+    first = losses[0]
+    share = (free_losses[0]["retrieval"] - first[GROUPS[1]]) / (first[GROUPS[0]] - first[GROUPS[1]])
+    assert 0 < share < 1  # before any dual the loss is the mean over both groups
+    worse = max(GROUPS, key=lambda name: sum(step[name] for step in losses))
+    assert state.duals[GROUPS.index(worse)] == max(state.duals) > 0
+    assert losses[-1]["retrieval"] != pytest.approx(free_losses[-1]["retrieval"], rel=1e-6)
+
+
+def test_a_run_that_was_killed_goes_on_with_its_duals(folder: Path) -> None:
+    settings = {"fairness__attribute": "group", "fairness__dual_rate": 0.5}
+    whole, whole_losses = run_distributed(run, 2, config(folder, "whole", **settings))[0]
+    killed = config(folder, "killed", **settings)
+    assert run_distributed(run, 2, killed, True)[0][0] is None
+    state, losses = run_distributed(run, 2, killed)[0]
+    assert state is not None
+    assert whole is not None
+    assert losses == whole_losses[15:]
+    assert state.duals == whole.duals
