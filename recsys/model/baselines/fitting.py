@@ -10,9 +10,9 @@ from recsys.model.baselines.baseline import Baseline
 from recsys.model.baselines.interactions import TrainingData
 
 MAX_VALIDATION_USERS = 1000
+USERS_AT_ONCE = 128
 BATCH_SIZE = 1024
 MAX_EPOCH_SAMPLES = 250_000
-LEARNING_RATE = 0.005
 FINAL_FRACTION = 0.1
 
 
@@ -20,21 +20,20 @@ class ValidationRanking:
     """Measures how well a baseline ranks the validation targets of some users, to choose between settings or epochs."""
 
     def __init__(self, data: TrainingData) -> None:
-        self._users = np.random.default_rng(0).permutation(np.unique(data.validation.users))[:MAX_VALIDATION_USERS]
-        self._histories = data.train.items_of(self._users)
-        self._targets = data.validation.items_of(self._users)
+        users = np.random.default_rng(0).permutation(np.unique(data.validation.users))[:MAX_VALIDATION_USERS]
+        histories, held_out = data.train.items_of(users), data.validation.items_of(users)
+        targets = [np.setdiff1d(items, history) for items, history in zip(held_out, histories, strict=True)]
+        self._users = [user for user in zip(users.tolist(), histories, targets, strict=True) if len(user[2])]
 
     def __call__(self, baseline: Baseline) -> float:
         """Return the mean reciprocal rank of the targets not seen before; of equal scores the target comes last."""
-        if not len(self._users):
-            return 0.0
-        reciprocals = []
-        scores = baseline.score_catalogue(self._histories, self._users.tolist())
-        for row, history, targets in zip(scores, self._histories, self._targets, strict=True):
-            new = np.setdiff1d(targets, history)
-            row[history] = -np.inf
-            reciprocals.append(1 / (row >= row[new][:, None]).sum(1))
-        return float(np.concatenate(reciprocals).mean())
+        reciprocals = [np.zeros(0)]
+        for begin in range(0, len(self._users), USERS_AT_ONCE):
+            users, histories, targets = zip(*self._users[begin : begin + USERS_AT_ONCE], strict=True)
+            for row, history, new in zip(baseline.score_catalogue(histories, users), histories, targets, strict=True):
+                row[history] = -np.inf
+                reciprocals.append(1 / (row >= row[new][:, None]).sum(1))
+        return float(np.concatenate(reciprocals).mean()) if self._users else 0.0
 
 
 def choose(candidates: Iterable[Baseline], quality: Callable[[Baseline], float]) -> Baseline:
@@ -54,12 +53,19 @@ def keep_best_epoch(module: nn.Module, epochs: int, train: Callable[[int], None]
     module.load_state_dict(weights)
 
 
-def fit(module: nn.Module, num_samples: int, loss: Callable[[Tensor], Tensor], quality: Callable[[], float], epochs: int) -> None:
+def fit(
+    module: nn.Module,
+    num_samples: int,
+    loss: Callable[[Tensor], Tensor],
+    quality: Callable[[], float],
+    epochs: int,
+    learning_rate: float,
+) -> None:
     """Fit by Adam, its rate falling from epoch to epoch; `loss` gives the mean loss of the samples whose numbers it gets.
 
     An epoch is all samples, shuffled, or as many of them as `MAX_EPOCH_SAMPLES`.
     """
-    optimizer = torch.optim.Adam(module.parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_FRACTION, epochs)
 
     def train(epoch: int) -> None:

@@ -42,6 +42,7 @@ def fit_implicit(data: TrainingData, config: Config) -> Baseline:
 
 
 def factorise(matrix: csr_array, width: int, seed: int, weight: float, penalty: float) -> ImplicitFactors:
+    """Alternate between the users' and the items' vectors, from small random ones."""
     by_item = matrix.T.tocsr()
     items = np.random.default_rng(seed).normal(0, 0.1 * width**-0.5, (matrix.shape[1], width)).astype(np.float32)
     for _ in range(NUM_SWEEPS):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recsys.model.baselines.interactions import Integers, TrainingData
 
-BIAS_PENALTY = 0.01
+BIAS_PENALTY = 0.001
 
 
 class FactorisationMachine(nn.Module):

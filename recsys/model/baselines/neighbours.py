@@ -16,6 +16,7 @@ NUM_NEIGHBOURS = 50
 SHRINKAGE = 10.0
 HALF_LIVES = (np.inf, 32.0, 8.0, 2.0, 1.0)
 CHUNK_CELLS = 1 << 24
+"""Pairs of items that are held at once."""
 
 
 @dataclass(frozen=True)

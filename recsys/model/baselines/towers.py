@@ -16,6 +16,8 @@ from recsys.model.baselines.interactions import Integers, TrainingData
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.losses import sampled_softmax
 
+LEARNING_RATE = 0.005
+
 
 class TwoTower(nn.Module):
     """Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width."""
@@ -85,5 +87,5 @@ def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
         total, _ = sampled_softmax(users, positives, ids, positives, ids, log_frequency[ids], torch.ones(len(ids)))
         return total / len(ids)
 
-    fit(towers, len(places), loss, lambda: quality(ranking), config.evaluation.baseline_epochs)
+    fit(towers, len(places), loss, lambda: quality(ranking), config.evaluation.baseline_epochs, LEARNING_RATE)
     return ranking
