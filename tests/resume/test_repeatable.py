@@ -1,0 +1,61 @@
+"""One command twice, with one seed: every file of the two checkpoints has the same bytes."""
+
+from pathlib import Path
+
+import pytest
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.storage import Storage
+from recsys.train.checkpoint import CheckpointStore
+from recsys.train.loop import train
+from recsys.train.reporter import LocalReporter
+from tests.datasets import make_dataset
+from tests.distributed import run_distributed
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "text_mode", "loss", "negatives"),
+    [
+        (0, "off", "full", "uniform"),
+        (2, "frozen", "sampled", "in_batch"),
+        (2, "lora", "sampled", "popularity"),
+        (3, "full", "gbce", "uniform"),
+    ],
+)
+def test_two_runs_write_the_same_bytes(tmp_path: Path, zero_stage: int, text_mode: str, loss: str, negatives: str) -> None:
+    dataset = make_dataset(Storage(str(tmp_path / "store")))
+    hashes = []
+    for number in (1, 2):
+        values = {
+            "storage.root": dataset.storage.root,
+            "run.scratch": str(tmp_path / f"scratch-{number}"),
+            "run.name": f"run-{number}",
+            "data.dataset": dataset.uri,
+            "data.max_history": 10,
+            "model.width": 16,
+            "model.id_dropout": 0.1,
+            "model.text.mode": text_mode,
+            "model.text.backbone": "tiny",
+            "model.text.max_tokens": 16,
+            "model.loss.kind": loss,
+            "model.loss.negatives": negatives,
+            "model.loss.num_negatives": 16,
+            "training.zero_stage": zero_stage,
+            "training.global_batch_size": 16,
+            "training.micro_batch_size": 4,
+            "training.max_steps": 12,
+        }
+        hashes.append(run_distributed(run, 2, load_config().with_values(values))[0])
+    assert hashes[0] == hashes[1]
+    assert any("optim" in name or "model" in name for name in hashes[0])
+
+
+def run(config: Config) -> dict[str, str]:
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    state = train(config, dataset, LocalReporter())
+    newest = CheckpointStore(storage, config, dataset).newest()
+    assert newest is not None
+    assert newest.state.step == state.step == 12
+    return {entry.path: entry.sha256 for entry in newest.files}
