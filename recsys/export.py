@@ -13,6 +13,7 @@ from torch import Tensor
 from recsys.data.catalogue_source import ITEM_INDEX, CatalogueSource
 from recsys.data.manifest import Dataset
 from recsys.data.rows import SEQUENCES
+from recsys.model.queries import TOKENIZER_AND_BACKBONE
 from recsys.predictor import Predictor
 from recsys.schema import CATALOGUE_SCHEMA, USER_ID
 
@@ -23,6 +24,9 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
     pq.write_table(dataset.read_users([USER_ID, *SEQUENCES]), folder / "users.parquet")
+    if predictor.query_encoder is not None:
+        predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     vectors = {"item_vectors": predictor.item_vectors, "text_vectors": predictor.text_vectors}
     save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")

@@ -69,7 +69,8 @@ class ModelConfig(Section):
 
     `attention`: `softmax`; `hstu` weighs by SiLU without normalising and gates the output; `ligr` is softmax attention with a learned
     gate on each residual. `id_buckets` above 0 makes an id's vector of `id_hashes` rows of a table of that size, for catalogues too
-    large for a row per item. Each sample's last target is also predicted with a query in `query_rate` of the cases.
+    large for a row per item. Each sample's last target is also predicted with a query, some words of its text, in `query_rate` of
+    the cases; without text there are no queries.
     """
 
     width: Annotated[int, Field(ge=4)] = 64
@@ -89,6 +90,11 @@ class ModelConfig(Section):
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     ranker: RankerConfig = RankerConfig()
+
+    @property
+    def has_queries(self) -> bool:
+        """Tell whether the model learns to answer free-text queries."""
+        return self.query_rate > 0 and self.text.mode != "off"
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:

@@ -20,16 +20,22 @@ from recsys.config import Config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import DatasetManifest
 from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST, pack
+from recsys.data.queries import EVALUATION_VARIANT, drop_words
 from recsys.data.rows import SEQUENCES
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
+from recsys.model.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.ranker import Ranker
 from recsys.model.user_encoder import UserEncoder
 
 ENCODE_CHUNK = 4096
 GOLDEN_TOLERANCE = 1e-4
 
+PROJECTION = "item_encoder.sources.text."
+
 Indices = NDArray[np.int64]
+Queries = Sequence[str | None]
+"""What each user asks in words; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Ranking:
 
 
 class Predictor:
-    """Answers for users given by their histories. Shapes: B users, I items, W width.
+    """Answers for users given by their histories and, of a model that learned queries, by what they ask. Shapes: B users, I items, W width.
 
     Args:
         item_vectors: (I + 1, W), row 0 for padding.
@@ -92,6 +98,7 @@ class Predictor:
         ranker: Ranker,
         item_vectors: Tensor,
         text_vectors: Tensor | None = None,
+        query_encoder: QueryEncoder | None = None,
     ) -> None:
         self.config = config
         self.manifest = manifest
@@ -101,6 +108,7 @@ class Predictor:
         self._ranker = ranker
         self.item_vectors = item_vectors
         self.text_vectors = text_vectors
+        self.query_encoder = query_encoder
         self.popularity = popularity_scores(catalogue)
         self._users: dict[str, History] = {}
 
@@ -110,42 +118,57 @@ class Predictor:
         return {item_id: index for index, item_id in enumerate(self.catalogue.item_ids) if index}
 
     @torch.no_grad()
-    def encode(self, histories: Sequence[History]) -> Tensor:
-        """Return user vectors (B, W); an empty history gives a vector that says nothing, so ask `popular` instead."""
+    def encode(self, histories: Sequence[History], queries: Queries | None = None) -> Tensor:
+        """Return user vectors (B, W); an empty history without a query gives a vector that says nothing, so ask `popular` instead.
+
+        Raises:
+            UserError: there is a query, and the model was trained without.
+        """
         recent = [history.last(self.config.data.max_history) for history in histories]
         lengths = np.array([len(history.items) for history in recent])
         columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
         device = self.item_vectors.device
         group_cost = GPU_GROUP_COST if device.type == "cuda" else CPU_GROUP_COST
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost)
+        typed = [query for query in queries or () if query is not None]
+        has_query = np.array([query is not None for query in queries]) if queries is not None and typed else None
+        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost, has_query)
         packed = packed.map(lambda tensor: tensor.to(device))
         vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
-        states = self._user_encoder(vectors, packed)
-        return states[torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(device)].float()
+        states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)
+        num_places = lengths if has_query is None else lengths + has_query
+        return states[torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)].float()
+
+    def _encode_queries(self, queries: Sequence[str]) -> Tensor:
+        if self.query_encoder is None:
+            raise UserError("model.query_rate = 0: this model was trained without queries; ask without, or train with model.query_rate=0.5")
+        return self.query_encoder(queries)
 
     @torch.no_grad()
-    def score_catalogue(self, histories: Sequence[History]) -> Tensor:
+    def score_catalogue(self, histories: Sequence[History], queries: Queries | None = None) -> Tensor:
         """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
-        scores = (self.encode(histories) @ self.item_vectors.T).float().cpu()
+        scores = (self.encode(histories, queries) @ self.item_vectors.T).float().cpu()
         scores[:, 0] = -torch.inf
         return scores
 
-    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Indices]) -> list[Ranking]:
+    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Indices], queries: Queries | None = None) -> list[Ranking]:
         """Rank the catalogue for each user without the excluded items; fewer than k where nothing else is left."""
-        return [top_k(scores, k, excluded) for scores, excluded in zip(self.score_catalogue(histories).numpy(), exclude, strict=True)]
+        scores = self.score_catalogue(histories, queries).numpy()
+        return [top_k(row, k, excluded) for row, excluded in zip(scores, exclude, strict=True)]
 
     def popular(self, k: int, exclude: Indices) -> Ranking:
         """Rank by the number of training interactions: the answer for users of whom nothing is known."""
         return top_k(self.popularity.numpy(), k, exclude)
 
     @torch.no_grad()
-    def score(self, histories: Sequence[History], candidates: Sequence[Indices]) -> list[dict[str, NDArray[np.float32]]]:
+    def score(
+        self, histories: Sequence[History], candidates: Sequence[Indices], queries: Queries | None = None
+    ) -> list[dict[str, NDArray[np.float32]]]:
         """Score candidates (catalogue indices) for each user.
 
         Returns:
             Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
-        users = self.encode(histories)
+        users = self.encode(histories, queries)
         dtype = self._ranker.heads.weight.dtype
         results = []
         for user, chosen in zip(users, candidates, strict=True):
@@ -191,19 +214,32 @@ class Predictor:
         weights = load_file(folder / "model.safetensors")
         for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):
             module.load_state_dict({key.removeprefix(name): value.float() for key, value in weights.items() if key.startswith(name)})
-        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), **vectors)
+        queries = None
+        if config.model.has_queries:
+            projection = {key.removeprefix(PROJECTION): value.float() for key, value in weights.items() if key.startswith(PROJECTION)}
+            queries = QueryEncoder.load(folder / TOKENIZER_AND_BACKBONE, config, projection)
+        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), **vectors, query_encoder=queries)
         predictor.remember(pq.read_table(folder / "users.parquet"))
         predictor.check_golden(json.loads((folder / "golden.json").read_bytes()))
         return predictor
 
     def golden(self, num_users: int, k: int = 10) -> list[dict[str, Any]]:
-        """Answer for the first remembered users, to be published with an export and asked again by whoever loads it."""
-        chosen = sorted(self._users)[:num_users]
-        histories = [self._users[user_id] for user_id in chosen]
-        rankings = self.recommend(histories, k, [history.items for history in histories]) if chosen else []
+        """Answer for the first remembered users, to be published with an export and asked again by whoever loads it.
+
+        A model that learned queries answers each of them once more, who then asks for words of the text of the item they took last.
+        """
+        asked: list[tuple[str, str | None]] = [(user_id, None) for user_id in sorted(self._users)[:num_users]]
+        if self.query_encoder is not None:
+            taken = [(user_id, item) for user_id, _ in asked for item in self._users[user_id].items[-1:].tolist()]
+            asked += [(user_id, drop_words(self.catalogue.texts[item], item, EVALUATION_VARIANT)) for user_id, item in taken]
+        if not asked:
+            return []
+        user_ids, queries = zip(*asked, strict=True)
+        histories = [self._users[user_id] for user_id in user_ids]
+        rankings = self.recommend(histories, k, [history.items for history in histories], queries)
         return [
-            {"user_id": user_id, "items": ranking.items.tolist(), "scores": ranking.scores.tolist()}
-            for user_id, ranking in zip(chosen, rankings, strict=True)
+            {"user_id": user_id, "query": query, "items": ranking.items.tolist(), "scores": ranking.scores.tolist()}
+            for user_id, query, ranking in zip(user_ids, queries, rankings, strict=True)
         ]
 
     def check_golden(self, golden: list[dict[str, Any]]) -> None:
@@ -214,7 +250,7 @@ class Predictor:
         """
         for row in golden:
             history = self._users[str(row["user_id"])]
-            scores = self.score_catalogue([history]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
+            scores = self.score_catalogue([history], [row.get("query")]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
             if not np.allclose(scores, row["scores"], rtol=GOLDEN_TOLERANCE, atol=GOLDEN_TOLERANCE):
                 raise UserError(f"export: user {row['user_id']} gets other scores than when it was published; publish it again")
 

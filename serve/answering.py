@@ -1,7 +1,7 @@
 """Answers requests in batches from one exported version; no Ray and no HTTP here, and no numbers but the predictor's."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +95,8 @@ class Answerer:
         found = [self._find(request) for request in requests]
         candidates = [self._indices(request.candidates) for request in requests]
         asked = [
-            (user.history, indices)
-            for user, indices in zip(found, candidates, strict=True)
+            (user.history, indices, request.query)
+            for request, user, indices in zip(requests, found, candidates, strict=True)
             if isinstance(user, Found) and user.history is not None
         ]
         results = iter(self.predictor.score(*zip(*asked, strict=True)) if asked else ())
@@ -118,16 +118,24 @@ class Answerer:
             return []
         deepest = max(request.k for request, _ in asked)
         exclude = [history.items if request.exclude_seen else NOTHING for request, history in asked]
-        return self.predictor.recommend([history for _, history in asked], deepest, exclude)
+        queries = [request.query for request, _ in asked]
+        return self.predictor.recommend([history for _, history in asked], deepest, exclude, queries)
 
     def _find(self, request: UserRequest) -> Found | Answer:
-        if request.user_id is not None:
-            history = self.predictor.history_of(request.user_id)
-            return Found(history if history is not None and len(history.items) else None)
+        """Find out about the user; one of whom nothing is known but who asks for something has an empty history."""
+        if request.query is not None and not self.info.takes_queries:
+            return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:
-            return self._read_history(request.history or [])
+            found = self._find_history(request)
         except RequestError as error:
             return Answer.error(error.status, error.message)
+        return replace(found, history=History.of([])) if found.history is None and request.query is not None else found
+
+    def _find_history(self, request: UserRequest) -> Found:
+        if request.user_id is None:
+            return self._read_history(request.history or [])
+        history = self.predictor.history_of(request.user_id)
+        return Found(history if history is not None and len(history.items) else None)
 
     def _read_history(self, posted: Sequence[PostedInteraction]) -> Found:
         """Translate a posted history; items that are not in the catalogue are left out and named."""
@@ -189,6 +197,7 @@ def _describe(predictor: Predictor, export: ExportManifest, alias: str) -> Model
         num_items=manifest.num_items,
         tasks=[task.name for task in manifest.tasks],
         event_kinds=list(manifest.event_kinds),
+        takes_queries=predictor.query_encoder is not None,
         metrics=export.metadata.get("metrics", {}),
         code_version=export.metadata.get("code_version"),
     )

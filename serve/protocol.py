@@ -9,6 +9,7 @@ from recsys.config import ServiceConfig
 
 MAX_ID_CHARACTERS = 512
 MAX_HISTORY = 4096
+MAX_QUERY_CHARACTERS = 1000
 MAX_SECONDS = 253_402_300_799
 """The last second of the year 9999: a time beyond it was given in milliseconds."""
 
@@ -39,18 +40,20 @@ class PostedInteraction(Message):
 
 
 class UserRequest(Message):
-    """Whom a request is about: a user of the training data, or anybody by what they did.
+    """Whom a request is about: a user of the training data, or anybody by what they did; and what they ask for in words.
 
-    A history is oldest first; where it has times, it is sorted by them and equal times keep their order.
+    A history is oldest first; where it has times, it is sorted by them and equal times keep their order. A query needs no user.
     """
 
     user_id: Identifier | None = None
     history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY)] | None = None
+    query: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS, pattern=r"\S")] | None = None
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:
-        if (self.user_id is None) == (self.history is None):
-            raise ValueError("give either user_id or history, and not both")
+        is_nobody = self.user_id is None and self.history is None
+        if (self.user_id is not None and self.history is not None) or (is_nobody and self.query is None):
+            raise ValueError("give either user_id or history, and not both; a query needs neither")
         if self.history and len({interaction.timestamp is None for interaction in self.history}) > 1:
             raise ValueError("history: give every interaction a timestamp, or none")
         return self
@@ -126,6 +129,7 @@ class ModelInfo(Message):
     num_items: int
     tasks: list[str]
     event_kinds: list[str]
+    takes_queries: bool
     metrics: dict[str, JsonValue]
     code_version: str | None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from recsys.data.hashing import stable_hash
 from recsys.data.manifest import DatasetManifest
 from recsys.data.packing import CPU_GROUP_COST, Histories, map_tensors, pack, ranges
+from recsys.data.queries import QueryDraws
 from recsys.data.rows import Rows
 from recsys.data.user_groups import UserGroups
 from recsys.schema import PADDING_ITEM
@@ -21,6 +22,7 @@ class Batch:
     """One micro batch. Shapes: B samples, P places of their histories, N targets, D distinct items, T tasks, G groups, K negatives.
 
     `histories.items`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is padding.
+    The targets of Q queries are the last of the N.
     """
 
     sample_ids: Tensor  # (B,)
@@ -34,6 +36,7 @@ class Batch:
     group_mask: Tensor  # (N, G) 1 where the target's user is in the group; no columns where no groups are compared
     negatives: Tensor  # (K,) empty where the loss draws none
     negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
+    query_texts: NDArray[np.int64] | None = None  # (Q,) rows of `QueryTexts`, on the CPU; None where training asks nothing
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting where the memory is pinned."""
@@ -94,34 +97,42 @@ class Collator:
     group_cost: int = CPU_GROUP_COST
     groups: UserGroups | None = None
     negative_rates: Tensor | None = None  # (T,) of the negative labels, the share that is kept
+    queries: QueryDraws | None = None
 
-    def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor) -> Batch:
+    def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
         if len(rows) == 0:
             rows = Rows(np.array([-1]), np.array([1], np.int32), np.array([0]), np.array([1]), {"items": np.zeros(1, np.int32)})
         lengths = rows.lengths.astype(np.int64) - 1  # the last interaction is a target alone
-        starts = rows.starts.astype(np.int64)
-        histories, first_places = pack(rows.flat, starts, lengths, self.group_cost)
-        first_target = rows.first_target.astype(np.int64)
+        starts, first_target = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
         num_targets = lengths + 1 - first_target
-        after = ranges(starts + first_target, num_targets)
-        labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, after) for name in ("events", "values")))
+        samples, after = np.repeat(np.arange(len(rows)), num_targets), ranges(first_target, num_targets)  # of each target
+        asked = None if self.queries is None else self.queries(rows, epoch)
+        num_alone, has_query = (0, None) if asked is None else (asked.num_alone, asked.has_query(len(rows)))
+        padded = [np.pad(column, (0, num_alone)) for column in (starts, lengths)]
+        histories, first_places = pack(rows.flat, padded[0], padded[1], self.group_cost, has_query)
+        target_places = torch.from_numpy(first_places[samples] + after - 1)
+        if asked is not None and histories.query_places is not None:
+            samples, after = np.append(samples, asked.samples), np.append(after, lengths[asked.samples])
+            target_places = torch.cat([target_places, histories.query_places])
+        sample_ids, places = rows.sample_ids[samples], starts[samples] + after
+        labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, places) for name in ("events", "values")))
         if self.negative_rates is not None:
-            sample_ids, places = np.repeat(rows.sample_ids, num_targets), ranges(first_target, num_targets)
-            label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(places), self.negative_rates)
-        items, (history, targets, negatives) = self._index_items(histories.items, self._column(rows, "items", after).long(), negatives)
+            label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
+        items, (history, targets, negatives) = self._index_items(histories.items, self._column(rows, "items", places).long(), negatives)
         return Batch(
             sample_ids=torch.tensor(rows.sample_ids),
             items=items,
             items_on_host=items.numpy(),
             histories=dataclasses.replace(histories, items=history),
-            target_places=torch.from_numpy(ranges(first_places + first_target - 1, num_targets)),
+            target_places=target_places,
             targets=targets,
             labels=labels,
             label_mask=label_mask,
-            group_mask=torch.from_numpy(self._group_mask(np.repeat(rows.sample_ids, num_targets))),
+            group_mask=torch.from_numpy(self._group_mask(sample_ids)),
             negatives=negatives,
             negatives_log_q=negatives_log_q,
+            query_texts=None if asked is None else asked.texts,
         )
 
     def _group_mask(self, sample_ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ class Histories:
     times: Tensor  # (P,) seconds
     values: Tensor  # (P,) NaN where there is none
     groups: Groups
+    query_places: Tensor | None = None  # (Q,) the last places of the histories that a query follows; nothing else is known of them
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Histories":
         """Return a copy with every tensor changed."""
@@ -73,16 +74,23 @@ def group_lengths(lengths: Integers, group_cost: int) -> tuple[Integers, Groups]
     return starts, tuple(groups)
 
 
-def pack(columns: Mapping[str, NDArray[Any]], starts: Integers, lengths: Integers, group_cost: int) -> tuple[Histories, Integers]:
+def pack(
+    columns: Mapping[str, NDArray[Any]],
+    starts: Integers,
+    lengths: Integers,
+    group_cost: int,
+    has_query: NDArray[np.bool_] | None = None,
+) -> tuple[Histories, Integers]:
     """Pack histories that are ranges of flat columns: `items` and, where there are, `events` (from 0), `timestamps` and `values`.
 
     Args:
         starts: (B,) where each history begins in the columns; `lengths` (B,), 0 for none at all.
+        has_query: (B,) which histories get one more place, for a query; its time is that of the interaction before.
 
     Returns:
         The histories, and the place at which each begins (B,).
     """
-    first_places, groups = group_lengths(np.maximum(lengths, 1), group_cost)
+    first_places, groups = group_lengths(np.maximum(lengths if has_query is None else lengths + has_query, 1), group_cost)
     source, places = ranges(starts, lengths), ranges(first_places, lengths)
     num_places = sum(number * length for number, length in groups)
 
@@ -94,12 +102,17 @@ def pack(columns: Mapping[str, NDArray[Any]], starts: Integers, lengths: Integer
 
     events = np.zeros(num_places, np.int64)
     events[places] = columns["events"][source].astype(np.int64) + 1 if "events" in columns else 1
+    times, query_places = lay_out("timestamps", 0, np.int64), None
+    if has_query is not None:
+        query_places = (first_places + lengths)[has_query]
+        times[query_places] = times[query_places - (lengths[has_query] > 0)]
     histories = Histories(
         items=torch.from_numpy(lay_out("items", PADDING_ITEM, np.int64)),
         events=torch.from_numpy(events),
-        times=torch.from_numpy(lay_out("timestamps", 0, np.int64)),
+        times=torch.from_numpy(times),
         values=torch.from_numpy(lay_out("values", np.nan, np.float32)),
         groups=groups,
+        query_places=None if query_places is None else torch.from_numpy(query_places),
     )
     return histories, first_places
 

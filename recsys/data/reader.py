@@ -21,6 +21,7 @@ from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.negatives import NegativeSampler
 from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST
 from recsys.data.plan import EpochPlan, Indices
+from recsys.data.queries import QueryDraws
 from recsys.data.rows import Rows
 from recsys.data.shards import RowGroupSource
 from recsys.data.user_groups import UserGroups
@@ -62,7 +63,8 @@ class Reader:
         rates = negative_rates(dataset, ranker) if ranker.imbalance == "sample" else None
         attribute = config.fairness.attribute
         self.groups = UserGroups.read(dataset, attribute) if attribute else None
-        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost, self.groups, rates)
+        queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text) if config.model.has_queries else None
+        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost, self.groups, rates, queries)
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
 
@@ -119,16 +121,16 @@ class Reader:
             for step, rows in enumerate(self.rows(epoch, first_step), start=first_step):
                 if is_closed.is_set():
                     return
-                ready.put(self._collate_step(rows, *self._negatives.draw(epoch, step)))
+                ready.put(self._collate_step(rows, *self._negatives.draw(epoch, step), epoch))
             ready.put(None)
         except BaseException as error:
             ready.put(error)
 
-    def _collate_step(self, rows: Rows, negatives: torch.Tensor, log_q: torch.Tensor) -> list[Batch]:
+    def _collate_step(self, rows: Rows, negatives: torch.Tensor, log_q: torch.Tensor, epoch: int) -> list[Batch]:
         num_micro_batches = self._share.accumulation_steps
         places = np.arange(len(rows))
         parts = [rows.take(places[number::num_micro_batches]) for number in range(num_micro_batches)]
-        batches = [self._collate(part, negatives, log_q) for part in parts]
+        batches = [self._collate(part, negatives, log_q, epoch) for part in parts]
         return [batch.pin() for batch in batches] if self._is_pinned else batches
 
 

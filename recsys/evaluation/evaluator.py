@@ -12,6 +12,7 @@ from recsys.evaluation.comparison import compare
 from recsys.evaluation.diversity import diversity_curve
 from recsys.evaluation.fairness import fairness_gaps
 from recsys.evaluation.judge import Judge
+from recsys.evaluation.queries import evaluate_queries
 from recsys.evaluation.ranking import PROTOCOL, Ranked, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import evaluate_slices, find_slices
@@ -45,6 +46,8 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "slices": evaluate_slices(slices, ranked, config.metric),
         "fairness": fairness_gaps(per_user[config.metric], judge.users, config.fairness_attributes),
     }
+    if predictor.query_encoder is not None:
+        result["queries"] = evaluate_queries(judge, ranked, predictor)
     if config.diversity:
         curve = diversity_curve(ranked, target_items(judge.users), judge.vectors, config)
         result["diversity"] = {"method": config.diversity_method, "curve": curve}

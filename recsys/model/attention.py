@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(model.width, model.width)
         if self.is_pointwise:
             self.norm = nn.LayerNorm(model.width)
-            self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history))
+            self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history + model.has_queries))
             self.time_bias = nn.Parameter(torch.zeros(model.num_heads, NUM_TIME_BUCKETS)) if has_time else None
 
     def forward(self, states: Tensor, histories: Histories) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.mapped import create_array, map_array, shared_entry
+from recsys.data.queries import QueryTexts
 from recsys.errors import UserError
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, tokenize
 from recsys.model_config import TextConfig
@@ -24,6 +25,9 @@ from recsys.storage import Storage, join
 TOKENIZED_AT_ONCE = 8192
 CHUNK_ROWS = 16_384
 """Rows of one object of frozen vectors, which one rank encodes without a pause."""
+
+QUERIES = "queries-v1"
+"""Changes with how queries are made, so that none made otherwise are read."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +55,17 @@ class VectorsManifest(BaseModel):
     max_tokens: int
 
 
-def catalogue_tokens(folder: str, text: TextConfig, catalogue: ItemFeatures, dataset: Dataset, scratch: Path) -> tuple[Tensor, Tensor]:
-    """Return the token ids of all items (I + 1, T), int32 and right-padded, and how many are real (I + 1,), 1 at least."""
-    texts = catalogue.texts
+def catalogue_tokens(
+    folder: str, text: TextConfig, catalogue: ItemFeatures, dataset: Dataset, scratch: Path, of_queries: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the token ids of all items (I + 1, T), int32 and right-padded, and how many are real (I + 1,), 1 at least.
+
+    With `of_queries` they are those of the catalogue's `QueryTexts`.
+    """
+    texts, kind = _texts_of(catalogue, of_queries)
 
     def build(new: Path) -> None:
-        logger.info("text: tokenizing %d items with the tokenizer of %s, once on this node", catalogue.num_items, text.backbone)
+        logger.info("text: tokenizing %d texts with the tokenizer of %s, once on this node", len(texts) - 1, text.backbone)
         tokenizer = load_tokenizer(folder)
         tokens = create_array(new / "tokens.npy", (len(texts), text.max_tokens), np.int32)
         lengths = create_array(new / "lengths.npy", (len(texts),), np.int32)
@@ -67,22 +76,32 @@ def catalogue_tokens(folder: str, text: TextConfig, catalogue: ItemFeatures, dat
             tokens[begin:end, : ids.shape[1]] = ids
             lengths[begin:end] = mask.sum(1)
 
-    key = _key(backbone_identity(folder, with_weights=False), text.max_tokens)
+    key = _key(backbone_identity(folder, with_weights=False), text.max_tokens, *kind)
     with shared_entry(node_folder(scratch, dataset.manifest, f"tokens-{key}"), build) as entry:
         return map_array(entry / "tokens.npy"), map_array(entry / "lengths.npy")
 
 
 def frozen_vectors(
-    folder: str, text: TextConfig, catalogue: ItemFeatures, dataset: Dataset, scratch: Path, device: torch.device, ranks: Ranks = ALONE
+    folder: str,
+    text: TextConfig,
+    catalogue: ItemFeatures,
+    dataset: Dataset,
+    scratch: Path,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    of_queries: bool = False,
 ) -> Tensor:
     """Return the text vectors of all items (I + 1, H), computed once and kept with the dataset; all of `ranks` must call this.
+
+    With `of_queries` they are those of the catalogue's `QueryTexts`.
 
     Raises:
         UserError: stored vectors are damaged.
     """
-    key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS)
+    texts, kind = _texts_of(catalogue, of_queries)
+    key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, *kind)
     uri = join(dataset.uri, "text_vectors", key)
-    _encode_missing(folder, text, catalogue, dataset.storage, uri, device, ranks)
+    _encode_missing(folder, text, texts, dataset.storage, uri, device, ranks)
 
     def build(new: Path) -> None:
         manifest = VectorsManifest.model_validate_json(dataset.storage.read_bytes(join(uri, MANIFEST_NAME)))
@@ -96,14 +115,14 @@ def frozen_vectors(
 
 
 def _encode_missing(
-    folder: str, text: TextConfig, catalogue: ItemFeatures, storage: Storage, uri: str, device: torch.device, ranks: Ranks
+    folder: str, text: TextConfig, texts: Sequence[str], storage: Storage, uri: str, device: torch.device, ranks: Ranks
 ) -> None:
     """Encode the chunks that the store lacks, and then write the manifest.
 
     Rank r of N has chunks r, r + N, ... and all ranks meet after each round, so that none waits longer than for one chunk: a
     barrier gives up after half an hour. Every rank runs the same rounds, whichever chunks it finds.
     """
-    num_rows = len(catalogue.texts)
+    num_rows = len(texts)
     num_chunks = -(-num_rows // CHUNK_ROWS)
     present = {found.uri for found in storage.list(uri)}
     model = None
@@ -112,9 +131,9 @@ def _encode_missing(
         if number < num_chunks and _chunk_uri(uri, number) not in present:
             model = model or (load_frozen(folder, text, device), load_tokenizer(folder))
             begin = number * CHUNK_ROWS
-            texts = catalogue.texts[begin : begin + CHUNK_ROWS]
-            logger.info("text: encoding items %d to %d of %d with %s", begin, begin + len(texts) - 1, num_rows - 1, text.backbone)
-            vectors = encode_texts(*model, texts, text.max_tokens, device)
+            chunk = texts[begin : begin + CHUNK_ROWS]
+            logger.info("text: encoding texts %d to %d of %d with %s", begin, begin + len(chunk) - 1, num_rows - 1, text.backbone)
+            vectors = encode_texts(*model, chunk, text.max_tokens, device)
             storage.create(_chunk_uri(uri, number), _chunk_bytes(vectors.numpy()))
         ranks.barrier()
     if ranks.rank == 0 and join(uri, MANIFEST_NAME) not in present:
@@ -160,6 +179,11 @@ def _read_chunk(storage: Storage, uri: str, shape: tuple[int, ...]) -> NDArray[n
     if found != shape:
         raise UserError(f"{uri}: has vectors of shape {found} in place of {shape}; delete it, and it is made anew")
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(shape))
+
+
+def _texts_of(catalogue: ItemFeatures, of_queries: bool) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Return the items' texts or the queries', and what tells the latter's files from the former's."""
+    return (QueryTexts(catalogue.texts), (QUERIES,)) if of_queries else (catalogue.texts, ())
 
 
 def _key(*identity: str | int) -> str:

@@ -120,28 +120,12 @@ class ItemEncoder(nn.Module):
         return vectors * present.unsqueeze(1).to(vectors.dtype)
 
     def _text(self, items: Tensor | None, on_host: Tensor | None = None) -> Tensor:
-        """Return the language model's vectors (D, H), where it is trained by running it, like lengths together.
-
-        The runs are as many on every rank, whatever its items: under ZeRO-3 each is collective. One without items encodes the padding
-        item's text.
-        """
+        """Return the language model's vectors (D, H), where it is trained by running it."""
         if self.text_encoder is None:
             return _rows(self.text_vectors, items)
         if on_host is None:
             on_host = torch.arange(len(self.token_counts)) if items is None else items.cpu()
-        device = self.tokens.device
-        group = torch.bucketize(self.token_counts[on_host], self.group_widths)
-        vectors = []
-        for number, width in enumerate(self.group_widths.tolist()):
-            is_member = group == number
-            size = int(is_member.sum())
-            chosen = on_host[is_member] if size else torch.zeros(1, dtype=torch.long)
-            counts = self.token_counts[chosen].to(device, non_blocking=True)
-            tokens = self.tokens[chosen.to(device, non_blocking=True), :width].long()
-            mask = torch.arange(width, device=device) < counts.unsqueeze(1)
-            vectors.append(self.text_encoder(tokens, mask.long())[:size])
-        back = group.argsort(stable=True).argsort()
-        return F.embedding(back.to(device, non_blocking=True), torch.cat(vectors))
+        return encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, on_host)
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Weigh the sources' vectors; an only one stands for itself."""
@@ -186,6 +170,27 @@ def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn
     if config.use_features and catalogue.vectors.shape[1]:
         sources["vector"] = Projection(catalogue.vectors.shape[1], width)
     return sources
+
+
+def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: Tensor, on_host: Tensor) -> Tensor:
+    """Run the language model over some rows (D,) of `tokens` (R, T), like lengths together; return (D, H).
+
+    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU. The runs are as many on every rank,
+    whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
+    """
+    device = tokens.device
+    group = torch.bucketize(counts[on_host], widths)
+    vectors = []
+    for number, width in enumerate(widths.tolist()):
+        is_member = group == number
+        size = int(is_member.sum())
+        chosen = on_host[is_member] if size else torch.zeros(1, dtype=torch.long)
+        real = counts[chosen].to(device, non_blocking=True)
+        own = tokens[chosen.to(device, non_blocking=True), :width].long()
+        mask = torch.arange(width, device=device) < real.unsqueeze(1)
+        vectors.append(encoder(own, mask.long())[:size])
+    back = group.argsort(stable=True).argsort()
+    return F.embedding(back.to(device, non_blocking=True), torch.cat(vectors))
 
 
 def _rows(table: Tensor, items: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from recsys.model.catalogue_text import ALONE, Ranks, catalogue_tokens, frozen_v
 from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.multitask import TaskLosses
+from recsys.model.queries import TrainingQueries, read_training_queries
 from recsys.model.ranker import Ranker
 from recsys.model.text_encoder import TextEncoder, load_backbone, locate_backbone
 from recsys.model.user_encoder import UserEncoder
@@ -27,7 +28,9 @@ RETRIEVAL = "retrieval"
 class Recommender(nn.Module):
     """Batch -> losses by name. Shapes: P places of histories, D distinct items, N targets, W width."""
 
-    def __init__(self, config: Config, dataset: Dataset, catalogue: ItemFeatures, text: ItemText) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, catalogue: ItemFeatures, text: ItemText, queries: TrainingQueries | None = None
+    ) -> None:
         super().__init__()
         manifest = dataset.manifest
         self.catalogue = catalogue
@@ -36,6 +39,7 @@ class Recommender(nn.Module):
         self.num_trained_items = int((catalogue.train_count > 0).sum())
         self.num_interactions = int(catalogue.train_count.sum())
         self.item_encoder = ItemEncoder(config.model, catalogue, text)
+        self.queries = queries
         self.user_encoder = UserEncoder(config, manifest)
         rates = negative_rates(dataset, config.model.ranker)
         self.ranker = Ranker(config.model, len(manifest.tasks), "text" in self.item_encoder.sources, rates)
@@ -45,7 +49,8 @@ class Recommender(nn.Module):
         """Return the sum of each loss over the batch's targets."""
         indices = None if self.loss.kind == "full" else batch.items
         items, texts = self.item_encoder.with_text(indices, torch.from_numpy(batch.items_on_host))  # (D, W)
-        states = self.user_encoder(F.embedding(batch.histories.items, items), batch.histories)  # (P, W)
+        asked = None if self.queries is None else self.queries(self.item_encoder, batch.query_texts)  # (Q, W)
+        states = self.user_encoder(F.embedding(batch.histories.items, items), batch.histories, asked)  # (P, W)
         users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
         scores = self.ranker(users, positives, None if texts is None else F.embedding(batch.targets, texts))
         result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
@@ -92,5 +97,6 @@ def build_recommender(config: Config, dataset: Dataset, device: torch.device, ra
     catalogue = ItemFeatures.read(dataset, Path(config.run.scratch))
     torch.manual_seed(config.training.seed)  # for LoRA's adapters
     text = read_item_text(config, dataset, catalogue, device, ranks)
+    queries = read_training_queries(config, dataset, catalogue, device, ranks)
     torch.manual_seed(config.training.seed)  # again: whoever computed frozen vectors may have drawn numbers
-    return Recommender(config, dataset, catalogue, text)
+    return Recommender(config, dataset, catalogue, text, queries)

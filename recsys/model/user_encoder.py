@@ -20,20 +20,24 @@ class UserEncoder(nn.Module):
         super().__init__()
         model, width = config.model, config.model.width
         self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
-        self.position = nn.Embedding(config.data.max_history, width) if model.positions == "learned" else None
+        num_places = config.data.max_history + model.has_queries
+        self.position = nn.Embedding(num_places, width) if model.positions == "learned" else None
         self.event = nn.Embedding(len(manifest.event_kinds) + 1, width, padding_idx=0) if len(manifest.event_kinds) > 1 else None
         self.gap = nn.Embedding(NUM_TIME_BUCKETS, width) if model.use_gaps and manifest.has_time else None
         self.value = nn.Linear(3, width, bias=False) if model.use_values and manifest.has_values else None
         for embedding in (self.position, self.event, self.gap, self.value):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1 * width**-0.5)
+        self.query = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if model.has_queries else None
         self.norm_in = nn.LayerNorm(width)
         self.dropout = nn.Dropout(model.dropout)
         self.blocks = nn.ModuleList(Block(config, manifest.has_time and model.use_gaps) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, item_vectors: Tensor, histories: Histories) -> Tensor:
-        """Encode the item vector of each place (P, W); return the user after it (P, W)."""
+    def forward(self, item_vectors: Tensor, histories: Histories, query_vectors: Tensor | None = None) -> Tensor:
+        """Encode the item vector of each place (P, W), or its query's (Q, W); return the user after it (P, W)."""
+        if self.query is not None and query_vectors is not None and histories.query_places is not None:
+            item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
         states = self.dropout(self.norm_in(item_vectors + self._context(item_vectors, histories)))
         for block in self.blocks:
             states = block(states, histories)

@@ -21,6 +21,7 @@ from recsys import __version__
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
+from recsys.model.queries import query_encoder_of
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import Predictor, encode_with_text
 from recsys.storage import Storage, join, private_folder, sha256_of
@@ -258,7 +259,8 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
     """Make a predictor of a trained module, its catalogue encoded anew."""
     vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
-    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors)
+    queries = query_encoder_of(config, dataset, recommender.item_encoder)
+    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -63,7 +63,7 @@ def test_defaults() -> None:
         (b'{"user_id": "u", "k": -1}', 422, "k = -1"),
         (b'{"user_id": "u", "k": 51}', 422, "at most 50 (service.max_k)"),
         (b'{"user_id": "u", "exclude_seen": 1}', 422, "exclude_seen = 1"),
-        (b'{"user_id": "u", "limit": 3}', 422, "limit: unknown key; known: user_id, history, k, exclude_seen"),
+        (b'{"user_id": "u", "limit": 3}', 422, "limit: unknown key; known: user_id, history, query, k, exclude_seen"),
         (b'{"history": {}}', 422, "history"),
         (b'{"history": ["item"]}', 422, "history.0"),
         (b'{"history": [{"event": "view"}]}', 422, "history.0.item_id: is missing"),
