@@ -14,7 +14,7 @@ from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.pairs import Partners
 from recsys.data.plan import EpochPlan
-from recsys.data.texts import VALIDATION, Pairs, TextBatch, TextCollator, TextSplit
+from recsys.data.texts import VALIDATION, HiddenTokens, Pairs, TextBatch, TextCollator, TextSplit
 from recsys.model.catalogue_text import Ranks, catalogue_tokens
 from recsys.model.losses import gather_from_ranks
 from recsys.model.pretraining import CONTRASTIVE, MASKED, build_pretrainer, pair_scores
@@ -24,6 +24,9 @@ from recsys.train.state import TrainingState
 
 GROUP_ITEMS = 256
 """The texts lie in memory; in the plan so many of them stand for a row group."""
+
+PAIR_AUC = "pair_auc"
+"""How often a text is nearer to its partner than to another's; steadier than how often it is the nearest, which few pairs tell."""
 
 
 class Pretraining:
@@ -35,7 +38,7 @@ class Pretraining:
         folder = locate_backbone(text, dataset, scratch)
         self.module, hiding = build_pretrainer(config, folder)
         self.weights = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
-        self.metric = "recall@1" if CONTRASTIVE in settings.objectives else "masked_accuracy"
+        self.metric = PAIR_AUC if CONTRASTIVE in settings.objectives else "masked_accuracy"
         self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
         self._split = TextSplit.read(dataset, catalogue, scratch)
         self._collate = TextCollator(
@@ -75,31 +78,39 @@ class Pretraining:
         batches = [self._collate(own[begin : begin + size], VALIDATION).to(self._device) for begin in range(0, longest, size)]
         metrics: dict[str, float] = {}
         if MASKED in self.weights:
-            metrics |= self._judge("masked_loss", "masked_accuracy", [self._predictions(batch) for batch in batches])
+            judged = (self._judge_tokens(batch.hidden) for batch in batches if batch.hidden)
+            metrics |= self._means(("masked_loss", "masked_accuracy"), judged)
         if CONTRASTIVE in self.weights:
-            metrics |= self._judge("contrastive_loss", "recall@1", self._choices([batch.pairs for batch in batches if batch.pairs]))
+            pairs = [batch.pairs for batch in batches if batch.pairs]
+            metrics |= self._means(("contrastive_loss", "recall@1", PAIR_AUC), self._judge_pairs(pairs))
         return metrics
 
-    def _predictions(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        assert batch.hidden is not None
-        return self.module.predict(batch.hidden)
+    def _judge_tokens(self, hidden: HiddenTokens) -> tuple[Tensor | int, ...]:
+        """Return the sums of loss and right predictions, and how many there are."""
+        scores, right = self.module.predict(hidden)
+        return F.cross_entropy(scores, right, reduction="sum"), (scores.argmax(1) == right).sum(), len(right)
 
-    def _choices(self, batches: list[Pairs]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the scores of the partners of all ranks' items, an item's own one first."""
+    def _judge_pairs(self, batches: list[Pairs]) -> Iterator[tuple[Tensor | int, ...]]:
+        """Give, of each batch, sums: of the loss, of partners that are nearest, of shares of others that are less near; and the count.
+
+        The others are the partners of all ranks' items.
+        """
         vectors = [self.module.encode(pairs) for pairs in batches]
         candidates = gather_from_ranks(torch.cat([partners for _, partners in vectors]))
         candidate_ids = gather_from_ranks(torch.cat([pairs.partners for pairs in batches]))
         for pairs, (items, partners) in zip(batches, vectors, strict=True):
-            scores = pair_scores(items, partners, candidates, candidate_ids, pairs) / self._config.pretraining.temperature
-            chosen = scores[pairs.partners != PADDING_ITEM]
-            yield chosen, chosen.new_zeros(len(chosen), dtype=torch.long)
+            scores = pair_scores(items, partners, candidates, candidate_ids, pairs)[pairs.partners != PADDING_ITEM]
+            own, others = scores[:, :1], scores[:, 1:]
+            num_less = ((others < own) & others.isfinite()).sum(1)
+            shares = num_less / others.isfinite().sum(1).clamp(min=1)
+            scaled = scores / self._config.pretraining.temperature
+            yield (scaled.logsumexp(1) - scaled[:, 0]).sum(), (others < own).all(1).sum(), shares.sum(), len(scores)
 
-    def _judge(self, loss: str, accuracy: str, parts: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Return the mean cross-entropy of scores and right classes, over all ranks, and how often the right one is the highest."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for scores, right in parts:
-            num_right = (scores.argmax(1) == right).sum() if len(right) else right.sum()
-            totals += torch.stack([F.cross_entropy(scores, right, reduction="sum"), num_right, right.new_tensor(len(right))])
+    def _means(self, names: tuple[str, ...], sums: Iterable[tuple[Tensor | int, ...]]) -> dict[str, float]:
+        """Divide sums over all batches and ranks by their count, which comes last."""
+        totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)
+        for part in sums:
+            totals += torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in part])
         dist.all_reduce(totals)
-        loss_sum, num_right, count = totals.tolist()
-        return {loss: loss_sum / max(1, count), accuracy: num_right / max(1, count)}
+        *values, count = totals.tolist()
+        return {name: value / max(1, count) for name, value in zip(names, values, strict=True)}

@@ -112,7 +112,7 @@ def test_what_is_published_is_the_trained_model_and_is_published_once(folder: Pa
     manifest = BackboneManifest.model_validate_json((first / "manifest.json").read_text())
     assert {file.path for file in manifest.files} == {path.name for path in first.iterdir()} - {"manifest.json"}
     assert manifest.dataset_fingerprint == open_dataset(config).manifest.fingerprint
-    assert {"masked_loss", "masked_accuracy", "contrastive_loss", "recall@1"} == manifest.validation.keys()
+    assert {"masked_loss", "masked_accuracy", "contrastive_loss", "recall@1", "pair_auc"} == manifest.validation.keys()
     start, trained = load_file(folder / "steady/model.safetensors"), load_file(first / "model.safetensors")
     assert start.keys() == trained.keys()
     assert all(not torch.equal(start[name], trained[name]) for name in start if "weight" in name)
@@ -129,4 +129,5 @@ def test_it_learns_which_unseen_texts_belong_together(folder: Path) -> None:
     before, after = run_distributed(validate_before_and_after, 1, make_config(folder, "learns", **values))[0]
     assert after["contrastive_loss"] < 0.9 * before["contrastive_loss"]
     assert after["recall@1"] > before["recall@1"]
+    assert after["pair_auc"] > before["pair_auc"] + 0.03
     assert after["masked_accuracy"] > before["masked_accuracy"] + 0.3
