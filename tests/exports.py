@@ -1,8 +1,10 @@
 """Small published exports for tests: a model with random weights over a small dataset, so nothing is trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -19,7 +21,7 @@ from tests.datasets import make_dataset
 METRICS = {"ndcg@10": 0.25}
 
 
-def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
+def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[str, Any] | None = None) -> Predictor:
     """Publish a version of `service.export`, let `service.alias` name it, and return the predictor it was written from."""
     storage = Storage.from_config(config.storage)
     dataset = make_dataset(storage, num_users=120, num_items=60)
@@ -30,6 +32,7 @@ def publish_export(config: Config, version: str, seed: int = 0) -> Predictor:
             "model.text.mode": "off",
             "training.seed": seed,
             "export.num_golden": 4,
+            **(values or {}),
         }
     )
     recommender = build_recommender(trained, dataset, torch.device("cpu")).eval()

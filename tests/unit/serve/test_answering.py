@@ -120,6 +120,64 @@ def test_the_model_says_what_it_is(published: tuple[Predictor, Answerer]) -> Non
     assert info.dataset_fingerprint == predictor.manifest.fingerprint
     assert info.tasks == ["purchase", "rating", "like"]
     assert info.event_kinds == ["view", "purchase"]
+    assert not info.takes_queries
+
+
+@pytest.fixture(scope="module")
+def published_with_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, Answerer]:
+    config = service_config(tmp_path_factory.mktemp("queries"))
+    values = {"model.query_rate": 0.5, "model.text.mode": "frozen", "model.text.backbone": "tiny", "model.text.max_tokens": 16}
+    predictor = publish_export(config, "v1", values=values)
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
+    return predictor, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
+
+
+def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[Predictor, Answerer]) -> None:
+    predictor, answerer = published_with_queries
+    assert answerer.info.takes_queries
+    known, nobody = predictor.users["user-3"], History.of([])
+    plain, asking, stranger, anybody, unheard = (
+        body_of(answer)
+        for answer in answerer.recommend(
+            [
+                RecommendRequest(user_id="user-3", k=60),
+                RecommendRequest(user_id="user-3", query="a horror story", k=60),
+                RecommendRequest(user_id="nobody", query="drama 7", k=60),
+                RecommendRequest(query="drama 7", k=60),
+                RecommendRequest(history=[{"item_id": "gone"}], query="drama 7", k=60),
+            ]
+        )
+    )
+    nothing = nobody.items
+    offline = predictor.recommend([known, known, nobody], 60, [known.items, known.items, nothing], [None, "a horror story", "drama 7"])
+    for answer, expected in zip((plain, asking, stranger), offline, strict=True):
+        served = {item["item_id"]: item["score"] for item in answer["items"]}
+        for index, score in zip(expected.items, expected.scores, strict=True):
+            assert served[f"item-{index}"] == pytest.approx(score, abs=1e-5)
+        assert len(served) == len(expected.items)
+    assert [item["score"] for item in asking["items"]] != pytest.approx([item["score"] for item in plain["items"]], abs=1e-4)
+    assert stranger["items"] == anybody["items"] == unheard["items"]
+    assert stranger["fallback"] is None
+    assert unheard["unknown_items"] == ["gone"]
+    scored = [
+        body_of(answer)["scores"]
+        for answer in answerer.score(
+            [ScoreRequest(query="drama 7", candidates=["item-9"]), ScoreRequest(history=[], candidates=["item-9"])]
+        )
+    ]
+    expected_scores = predictor.score([nobody], [_indices(9)], ["drama 7"])[0]
+    for name, values in expected_scores.items():
+        assert scored[0][0][name] == pytest.approx(float(values[0]), abs=1e-5)
+    assert scored[1][0]["retrieval"] == predictor.popularity[9].item()
+
+
+def test_a_version_without_queries_refuses_them(published: tuple[Predictor, Answerer]) -> None:
+    _, answerer = published
+    wrong, right = answerer.recommend([RecommendRequest(user_id="user-3", query="drama"), RecommendRequest(user_id="user-3")])
+    assert wrong.status == 422
+    assert json.loads(wrong.body)["error"].startswith("query: this version was trained without queries")
+    assert right.status == 200
+    assert answerer.score([ScoreRequest(query="drama", candidates=["item-9"])])[0].status == 422
 
 
 def _indices(*values: int) -> Any:
