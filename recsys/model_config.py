@@ -39,7 +39,6 @@ class LossConfig(Section):
             raise ValueError(f"model.loss.kind = 'gbce' is calibrated for uniform negatives, not '{self.negatives}'; set uniform")
         return self
 
-
     @property
     def draws_negatives(self) -> bool:
         """Tell whether the loss compares with items that are drawn for each step."""
