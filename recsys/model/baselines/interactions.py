@@ -94,8 +94,8 @@ class TrainingData:
     @cached_property
     def matrix(self) -> csr_array:
         """Which items each user has in training, (U, I + 1) of zeros and ones."""
-        ones = np.ones(len(self.train), np.float32)
-        matrix = csr_array((ones, (self.train.users, self.train.items)), shape=(self.num_users, self.num_items + 1))
+        shape = (self.num_users, self.num_items + 1)
+        matrix = csr_array((np.ones(len(self.train), np.float32), (self.train.users, self.train.items)), shape=shape)
         matrix.sum_duplicates()
         matrix.data[:] = 1
         return matrix

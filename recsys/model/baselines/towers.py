@@ -22,14 +22,14 @@ LEARNING_RATE = 0.005
 class TwoTower(nn.Module):
     """Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width."""
 
-    attributes: Tensor  # (U + 1, A) row 0 is a user not known
+    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not known, column 0 is none, so that there is a column
 
     def __init__(self, data: TrainingData, config: Config) -> None:
         super().__init__()
         width = config.model.width
         without_text = config.with_values({"model.use_ids": True, "model.use_features": True, "model.id_dropout": 0.0})
         self.items = ItemEncoder(without_text.model, data.catalogue, ItemText())
-        self.register_buffer("attributes", F.pad(torch.from_numpy(data.attributes), (0, 0, 1, 0)), persistent=False)
+        self.register_buffer("attributes", F.pad(torch.from_numpy(data.attributes), (1, 0, 1, 0)), persistent=False)
         self.of_attributes = nn.EmbeddingBag(data.num_attribute_values + 1, width, mode="sum", padding_idx=0)
         nn.init.normal_(self.of_attributes.weight, std=0.1 * width**-0.5)
         self.dropout = nn.Dropout(config.model.dropout)

@@ -139,15 +139,26 @@ def test_unknown_users_and_empty_histories_get_an_answer(name: BaselineName, dat
     baseline = fit(name, dataset, config.with_values({"evaluation.baseline_epochs": 1}))
     nothing = np.zeros(0, np.int64)
     for histories in ([nothing, np.array([3, 8]), np.arange(1, 60)], [nothing, nothing, nothing]):
-        scores = baseline.score_catalogue(histories, [10_000, -1, 0])
+        scores = baseline.score_catalogue(histories, [10_000, -7, 0])
         assert scores.shape == (3, dataset.manifest.num_items + 1)
         assert scores.dtype == np.float32
         assert np.isneginf(scores[:, 0]).all()
         assert np.isfinite(scores[:, 1:]).all()
-    predicted = baseline.score_tasks([10_000, -1], np.array([1, 2]), [nothing, nothing])
+    np.testing.assert_array_equal(scores[0], scores[1])
+    predicted = baseline.score_tasks([10_000, -7], np.array([1, 2]), [nothing, nothing])
     assert (predicted is not None) == (name in PREDICTING)
     for answers in (predicted or {}).values():
         assert np.isfinite(answers).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interactions_may_have_no_values_and_users_no_attributes(name: BaselineName, dataset: Dataset, config: Config) -> None:
+    bare = with_users(dataset, lambda row: row | {"values": [None] * len(row["items"]), "attributes": []})
+    manifest = dataset.manifest.model_copy(update={"tasks": (), "has_time": False, "event_kinds": ("interaction",)})
+    timeless = WithUsers(bare.storage, bare.uri, manifest, bare.read_users())
+    baseline = fit(name, timeless, config.with_values({"evaluation.baseline_epochs": 1}))
+    assert np.isfinite(ask(baseline, timeless)[0][:, 1:]).all()
+    assert baseline.score_tasks([0], np.array([1]), [np.array([2])]) is None
 
 
 def with_tastes(dataset: Dataset) -> Dataset:
