@@ -20,6 +20,7 @@ def make_report(result: Mapping[str, Any], metric: str) -> str:
         _header(result, metric),
         section("Metrics", tables.metrics(result, metric)),
         *([section("Against the other checkpoint", tables.comparison(result["compare"], metric))] if "compare" in result else []),
+        *([section("With a query", tables.queries(result["queries"]))] if "queries" in result else []),
         section(
             "Where it works, and for whom",
             grid([*_slices(result["slices"], metric), *_groups(result["fairness"], metric)]) + tables.slices(result["slices"], metric),

@@ -58,6 +58,15 @@ def comparison(compared: Mapping[str, Any], metric: str) -> str:
     return f'{lead}<div class="card" role="region" aria-label="Comparison" tabindex="0">{_table(head, rows)}\n{folded}</div>'
 
 
+def queries(found: Mapping[str, Any]) -> str:
+    """Lay out what a query adds, beside the same users' figures without one."""
+    without = found.get("without_query", {})
+    rows = [_row(name, [_number(value), _number(without[name])]) for name, value in found.get("with_query", {}).items()]
+    lead = f"<p>{html.escape(found['protocol'][:1].upper() + found['protocol'][1:])}. {found['num_users']:,} users.</p>"
+    table = _table(("Metric", "With a query", "Without"), rows)
+    return f'{lead}<div class="card" role="region" aria-label="Queries" tabindex="0">{table}</div>'
+
+
 def slices(found: Mapping[str, Any], metric: str) -> str:
     """Lay out all slices, folded away."""
     hits = f"hr@{metric.partition('@')[2]}"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
+from recsys.data.queries import QueryTexts
 from recsys.errors import UserError
 from recsys.model import catalogue_text
 from recsys.model.catalogue_text import Ranks, VectorsManifest, catalogue_tokens, frozen_vectors
@@ -134,6 +135,21 @@ def test_tokens_are_made_once_and_equal_those_of_the_tokenizer(dataset: Dataset,
     monkeypatch.setattr(catalogue_text, "load_tokenizer", lambda *_: pytest.fail("tokenized again"))
     again, _ = catalogue_tokens(folder, TEXT, features, dataset, scratch)
     torch.testing.assert_close(again, tokens)
+
+
+def test_queries_are_kept_beside_the_items_texts(dataset: Dataset, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue_text, "CHUNK_ROWS", 50)
+    folder, features = locate_backbone(TEXT, dataset, scratch), ItemFeatures.read(dataset, scratch)
+    texts, tokenizer = list(QueryTexts(features.texts)), load_tokenizer(folder)
+    of_items = vectors_of(dataset, scratch), catalogue_tokens(folder, TEXT, features, dataset, scratch)[1]
+    vectors = frozen_vectors(folder, TEXT, features, dataset, scratch, CPU, of_queries=True)
+    torch.testing.assert_close(vectors, encode_texts(load_frozen(folder, TEXT, CPU), tokenizer, texts, 16, CPU), rtol=1e-5, atol=1e-6)
+    tokens, lengths = catalogue_tokens(folder, TEXT, features, dataset, scratch, of_queries=True)
+    whole, mask = tokenize(tokenizer, texts, 16)
+    torch.testing.assert_close(lengths.long(), mask.sum(1))
+    torch.testing.assert_close(tokens[:, : whole.shape[1]].long(), whole)
+    again = vectors_of(dataset, scratch), catalogue_tokens(folder, TEXT, features, dataset, scratch)[1]
+    torch.testing.assert_close(again, of_items, rtol=0, atol=0)
 
 
 def test_a_changed_tokenizer_makes_other_tokens_and_changed_weights_other_vectors(tmp_path: Path) -> None:
