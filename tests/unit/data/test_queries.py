@@ -12,7 +12,7 @@ from recsys.config import load_config
 from recsys.data.batch import Batch, Collator
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.queries import ALONE_RATE, MAX_WORDS, NUM_VARIANTS, QueryDraws, QueryTexts, drop_words
+from recsys.data.queries import ALONE_RATE, EVALUATION_VARIANT, MAX_WORDS, NUM_VARIANTS, QueryDraws, QueryTexts, drop_words
 from recsys.data.reader import Reader, Share
 from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
@@ -43,6 +43,13 @@ def test_a_query_has_a_word_wherever_the_text_has_and_never_two_of_one() -> None
     assert {drop_words(" only\n", item, 0) for item in range(20)} == {"only"}
     assert {len(drop_words("two words", item, 0).split()) for item in range(50)} == {1, 2}
     assert drop_words("  ", 1, 0) == ""
+
+
+def test_an_evaluation_asks_with_words_that_training_does_not_draw() -> None:
+    text = " ".join(f"w{number}" for number in range(30))
+    trained = {drop_words(text, item, variant) for item in range(50) for variant in range(NUM_VARIANTS)}
+    asked = {drop_words(text, item, EVALUATION_VARIANT) for item in range(50)}
+    assert not {query for query in trained & asked if len(query.split()) > 3}
 
 
 def test_rows_are_variant_by_variant() -> None:
