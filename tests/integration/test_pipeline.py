@@ -133,7 +133,7 @@ def test_a_submitted_job_on_s3_gives_the_metrics_of_the_local_run(
     assert result["prepare_data"]["fingerprint"] == expected["prepare_data"]["fingerprint"]
     for stage in ("train", "train_id_only"):
         assert result[stage]["validation"] == expected[stage]["validation"]
-    assert result["evaluate_id_only"]["metrics"] == expected["evaluate_id_only"]["metrics"]
+    assert result["evaluate_id_only"]["metrics"] == pytest.approx(expected["evaluate_id_only"]["metrics"], rel=1e-6)
     assert result["search"]["num_trials"] == 2
     assert result["search"]["winner"]["checkpoint"].startswith(storage.root)
     stored = {found.uri.removeprefix(storage.root).split("/")[1] for found in storage.list(storage.root)}

@@ -77,6 +77,7 @@ def stored_vectors(dataset: Dataset) -> dict[str, bytes]:
     return {VectorsManifest.model_validate_json(read(uri)).backbone: read(uri.replace("manifest.json", "00000.arrow")) for uri in manifests}
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_goes_on_and_training_starts_from_what_it_made(tmp_path: Path) -> None:
     dataset = make_dataset(Storage(str(tmp_path / "store")), num_users=150, num_items=200)
     killed = start("jobs.pretrain", dataset, tmp_path, "killed")

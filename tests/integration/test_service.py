@@ -1,6 +1,7 @@
 """The service on a real Ray, over real HTTP: served = offline, refusals, a new version, a damaged one, and no secret in any log."""
 
 import json
+import math
 import os
 import secrets
 import subprocess
@@ -152,12 +153,15 @@ def test_scores_served_are_those_computed_offline(service: Service) -> None:
 def test_a_posted_history_gets_the_answer_of_the_stored_one(service: Service) -> None:
     predictor = service.predictor
     history = predictor.users["user-7"]
-    rows = zip(history.items.tolist(), history.events.tolist(), history.timestamps.tolist(), strict=True)
+    rows = zip(*(column.tolist() for column in (history.items, history.events, history.timestamps, history.values)), strict=True)
     posted = [
         {"item_id": predictor.catalogue.item_ids[item], "event": predictor.manifest.event_kinds[event], "timestamp": time}
-        for item, event, time in rows
+        | ({} if math.isnan(value) else {"value": value})
+        for item, event, time, value in rows
     ]
-    assert service.post("/v1/recommend", {"history": posted}) == service.post("/v1/recommend", {"user_id": "user-7"})
+    answers = [service.post("/v1/recommend", body)["items"] for body in ({"history": posted}, {"user_id": "user-7"})]
+    assert [item["item_id"] for item in answers[0]] == [item["item_id"] for item in answers[1]]
+    assert [item["score"] for item in answers[0]] == pytest.approx([item["score"] for item in answers[1]], abs=1e-5)
 
 
 def test_unknown_users_get_what_is_popular(service: Service) -> None:

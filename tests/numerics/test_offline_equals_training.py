@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, "bf16", "frozen", "full"),
         (2, "fp32", "full", "sampled"),
         (3, "fp32", "lora", "full"),
-        (3, "bf16", "full", "full"),
+        pytest.param(3, "bf16", "full", "full", marks=pytest.mark.slow),
     ],
 )
 def test_offline_equals_training(folder: Path, zero_stage: int, precision: str, text_mode: str, loss: str) -> None:

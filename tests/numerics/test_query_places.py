@@ -1,5 +1,6 @@
 """Queries in the model: who sees them, that training and answering compute the same, and that a model learns to heed them."""
 
+import html
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     assert queries["without_query"] == {name: found["metrics"][name] for name in queries["without_query"]}
     assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.08
     page = make_report({"checkpoint": "one", **found}, "ndcg@10")
-    assert PROTOCOL[1:] in page
+    assert PROTOCOL[1:] in html.unescape(page)
     assert f"{queries['with_query']['ndcg@10']:.4f}" in page
     asked = [drop_words(text, item, EVALUATION_VARIANT) for item, text in enumerate(predictor.catalogue.texts)][1:]
     scores = predictor.score_catalogue([History.of([])] * 100, asked).numpy()[:, 1:]

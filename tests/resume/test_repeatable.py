@@ -19,8 +19,8 @@ from tests.distributed import run_distributed
     [
         (0, "off", "full", "uniform"),
         (2, "frozen", "sampled", "in_batch"),
-        (2, "lora", "sampled", "popularity"),
-        (3, "full", "gbce", "uniform"),
+        pytest.param(2, "lora", "sampled", "popularity", marks=pytest.mark.slow),
+        (1, "full", "gbce", "uniform"),
     ],
 )
 def test_two_runs_write_the_same_bytes(tmp_path: Path, zero_stage: int, text_mode: str, loss: str, negatives: str) -> None:
