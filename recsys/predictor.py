@@ -19,7 +19,7 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST, pack
+from recsys.data.packing import group_cost, pack
 from recsys.data.queries import EVALUATION_VARIANT, drop_words
 from recsys.data.rows import SEQUENCES
 from recsys.errors import UserError
@@ -128,10 +128,9 @@ class Predictor:
         lengths = np.array([len(history.items) for history in recent])
         columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
         device = self.item_vectors.device
-        group_cost = GPU_GROUP_COST if device.type == "cuda" else CPU_GROUP_COST
         typed = [query for query in queries or () if query is not None]
         has_query = np.array([query is not None for query in queries]) if queries is not None and typed else None
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost, has_query)
+        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost(device.type == "cuda"), has_query)
         packed = packed.map(lambda tensor: tensor.to(device))
         vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
         states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)

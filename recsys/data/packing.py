@@ -117,6 +117,11 @@ def pack(
     return histories, first_places
 
 
+def group_cost(is_gpu: bool) -> int:
+    """Tell what one more group costs where the histories are encoded."""
+    return GPU_GROUP_COST if is_gpu else CPU_GROUP_COST
+
+
 def ranges(starts: Integers, lengths: Integers) -> Integers:
     """List the numbers from each start, as many as its length, one range after another."""
     numbers: Integers = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

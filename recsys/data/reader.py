@@ -19,7 +19,7 @@ from recsys.data.item_features import ItemFeatures
 from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.negatives import NegativeSampler
-from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST
+from recsys.data.packing import group_cost
 from recsys.data.plan import EpochPlan, Indices
 from recsys.data.queries import QueryDraws
 from recsys.data.rows import Rows
@@ -58,13 +58,14 @@ class Reader:
         cache = DiskCache(Path(config.run.scratch) / "cache", config.training.cache_bytes) if is_cached else None
         self._num_threads = _FETCHING_THREADS if is_remote else min(_FETCHING_THREADS, _num_cores())
         self._source = RowGroupSource(dataset, wanted_columns(config, dataset.manifest), cache)
-        group_cost = GPU_GROUP_COST if config.training.use_gpu else CPU_GROUP_COST
         ranker = config.model.ranker
         rates = negative_rates(dataset, ranker) if ranker.imbalance == "sample" else None
         attribute = config.fairness.attribute
         self.groups = UserGroups.read(dataset, attribute) if attribute else None
         queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text) if config.model.has_queries else None
-        self._collate = Collator(dataset.manifest, config.model.loss.kind == "full", group_cost, self.groups, rates, queries)
+        self._collate = Collator(
+            dataset.manifest, config.model.loss.kind == "full", group_cost(config.training.use_gpu), self.groups, rates, queries
+        )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
 

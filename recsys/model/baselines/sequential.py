@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.data.packing import CPU_GROUP_COST, GPU_GROUP_COST, pack
+from recsys.data.packing import group_cost, pack
 from recsys.data.reader import Reader, Share
 from recsys.model.baselines.baseline import Baseline, Scores
 from recsys.model.baselines.fitting import ValidationRanking, keep_best_epoch
@@ -48,8 +48,7 @@ class SequentialRanking(Baseline):
         recent = [history[-self.max_history :] for history in histories]
         lengths = np.array([len(history) for history in recent])
         columns = {"items": np.concatenate([np.zeros(0, np.int64), *recent])}
-        group_cost = GPU_GROUP_COST if self.device.type == "cuda" else CPU_GROUP_COST
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost)
+        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost(self.device.type == "cuda"))
         packed = packed.map(lambda tensor: tensor.to(self.device))
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
