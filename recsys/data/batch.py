@@ -109,7 +109,7 @@ class Collator:
         samples, after = np.repeat(np.arange(len(rows)), num_targets), ranges(first_target, num_targets)  # of each target
         asked = None if self.queries is None else self.queries(rows, epoch)
         num_alone, has_query = (0, None) if asked is None else (asked.num_alone, asked.has_query(len(rows)))
-        padded = [np.pad(column, (0, num_alone)) for column in (starts, lengths)]
+        padded = [np.append(column, np.zeros(num_alone, np.int64)) for column in (starts, lengths)]
         histories, first_places = pack(rows.flat, padded[0], padded[1], self.group_cost, has_query)
         target_places = torch.from_numpy(first_places[samples] + after - 1)
         if asked is not None and histories.query_places is not None:
