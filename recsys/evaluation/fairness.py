@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.data.user_groups import MAX_GROUPS
 from recsys.errors import UserError
 from recsys.evaluation.metrics import Values
 from recsys.evaluation.significance import interval_95, resampled_means
-from recsys.evaluation.slices import MAX_GROUPS
 from recsys.evaluation.users import EvaluationUser, groups_of
 
 MIN_GROUP_USERS = 30

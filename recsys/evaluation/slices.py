@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.data.user_groups import MAX_GROUPS
 from recsys.evaluation.metrics import Integers, Values, random_metrics, ranking_metrics
 from recsys.evaluation.ranking import Ranked
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.users import EvaluationUser, groups_of, target_items
 
 MIN_SLICE_USERS = 10
-MAX_GROUPS = 25
 NUM_DECILES = 10
 COLD, COLD_AMONG_COLD, WARM = "cold target", "cold target among cold items", "warm target"
 
