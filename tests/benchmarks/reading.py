@@ -1,6 +1,7 @@
 """Our reader beside other readers of the same files, each in a process of its own, in alternating rounds; no training."""
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -33,7 +34,7 @@ PEERS = (LIMIT, "ours", "torch_loader", "huggingface", "ray_data", "mosaicml")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: (place, cores, pairs of form and whether it is shuffled), rounds, fractions of an epoch to resume at."""
+    """What is measured: (place, cores, pairs of form and whether it is shuffled), rounds, where in an epoch to resume and how often."""
 
     num_rows: int
     row_group_rows: int
@@ -41,6 +42,7 @@ class Plan:
     num_rounds: int
     limit_seconds: float
     fractions: tuple[float, ...]
+    num_starts: int
     num_kills: int
 
 
@@ -52,6 +54,7 @@ FULL = Plan(
     num_rounds=3,
     limit_seconds=4.0,
     fractions=(0.01, 0.5, 0.9),
+    num_starts=5,
     num_kills=3,
 )
 QUICK = Plan(
@@ -61,6 +64,7 @@ QUICK = Plan(
     num_rounds=1,
     limit_seconds=1.0,
     fractions=(0.5,),
+    num_starts=1,
     num_kills=1,
 )
 
@@ -128,17 +132,20 @@ class Bench:
         return speeds
 
     def measure_first_step(self) -> list[dict[str, Any]]:
-        """Time the first step of a fresh process at places in the epoch; the position is noted before, by another process."""
-        results = []
+        """Time the first step of a fresh process at places in the epoch, in turn; the position is noted before, by another process."""
         num_steps = self.plan.num_rows // BATCH_SIZE
-        for fraction in self.plan.fractions:
-            for peer in self._resumable():
+        seconds = defaultdict(list)
+        for start in range(self.plan.num_starts):
+            for peer, fraction in itertools.product(self._resumable(), self.plan.fractions):
                 note = {"position": str(self._folder / f"{peer}.{fraction}"), "num_steps": int(fraction * num_steps)}
                 options = {**self.options("local", 2), **note}
-                run_task(self._pythons[peer], peer, {**options, "task": "stop_at"})
-                seconds = run_task(self._pythons[peer], peer, {**options, "task": "first"})["seconds"]
-                results.append({"peer": peer, "fraction": fraction, "seconds": seconds})
-        return results
+                if start == 0:
+                    run_task(self._pythons[peer], peer, {**options, "task": "stop_at"})
+                seconds[peer, fraction].append(run_task(self._pythons[peer], peer, {**options, "task": "first"})["seconds"])
+        return [
+            {"peer": peer, "fraction": fraction, "seconds": statistics.median(values), "least": min(values), "greatest": max(values)}
+            for (peer, fraction), values in seconds.items()
+        ]
 
     def measure_kills(self) -> list[dict[str, Any]]:
         """Kill each peer in an epoch of its own and count rows."""
