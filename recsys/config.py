@@ -52,7 +52,9 @@ class TrainingConfig(Section):
     """How a run is spread over workers, how its samples are read, and how long it goes on.
 
     Samples are shuffled within windows of `shuffle_row_groups` row groups of each of the dataset's streams; 0 keeps the shards' order.
-    At most `prefetch_bytes` are read ahead; what came from S3 is kept on disk up to `cache_bytes` per node.
+    At most `prefetch_bytes` are read ahead; what came from S3 is kept on disk up to `cache_bytes` per node. With `shuffle_histories` each
+    epoch sees a sample's interactions in another order: what is predicted is then any of a user's items from any others, as in a split
+    that knows no time.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 2
@@ -67,6 +69,7 @@ class TrainingConfig(Section):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
     shuffle_row_groups: Annotated[int, Field(ge=0)] = 2
+    shuffle_histories: bool = False
     prefetch_bytes: Annotated[int, Field(ge=0)] = 16 << 20
     cache_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -238,6 +241,12 @@ class Config(Section):
             raise ValueError(
                 f"search.width = {list(self.search.width)}: {bad[0]} must be divisible by model.num_heads = {self.model.num_heads}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.training.shuffle_histories and self.model.use_gaps:
+            raise ValueError("training.shuffle_histories = true leaves no time between interactions to learn; set model.use_gaps=false")
         return self
 
     @property

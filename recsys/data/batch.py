@@ -88,9 +88,19 @@ def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Te
     return kept
 
 
+def shuffle_histories(rows: Rows, seed: int, epoch: int) -> Rows:
+    """Put each row's interactions in an order of its own, which follows from the sample, the seed and the epoch alone."""
+    rows = rows.compact()
+    lengths = rows.lengths.astype(np.int64)
+    owners, places = np.repeat(np.arange(len(rows)), lengths), ranges(np.zeros(len(rows), np.int64), lengths)
+    draws = stable_hash(stable_hash(torch.from_numpy(rows.sample_ids), seed), epoch)
+    order = np.lexsort((stable_hash(draws[owners] + torch.from_numpy(places), 0).numpy(), owners))
+    return dataclasses.replace(rows, flat={name: column[order] for name, column in rows.flat.items()})
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows of the training shards into a `Batch`."""
+    """Turns rows of the training shards into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order."""
 
     manifest: DatasetManifest
     takes_whole_catalogue: bool
@@ -98,11 +108,14 @@ class Collator:
     groups: UserGroups | None = None
     negative_rates: Tensor | None = None  # (T,) of the negative labels, the share that is kept
     queries: QueryDraws | None = None
+    shuffle_seed: int | None = None
 
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
         if len(rows) == 0:
             rows = Rows(np.array([-1]), np.array([1], np.int32), np.array([0]), np.array([1]), {"items": np.zeros(1, np.int32)})
+        elif self.shuffle_seed is not None:
+            rows = shuffle_histories(rows, self.shuffle_seed, epoch)
         lengths = rows.lengths.astype(np.int64) - 1  # the last interaction is a target alone
         starts, first_target = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
         num_targets = lengths + 1 - first_target

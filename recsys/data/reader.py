@@ -64,7 +64,13 @@ class Reader:
         self.groups = UserGroups.read(dataset, attribute) if attribute else None
         queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text) if config.model.has_queries else None
         self._collate = Collator(
-            dataset.manifest, config.model.loss.kind == "full", group_cost(config.training.use_gpu), self.groups, rates, queries
+            dataset.manifest,
+            config.model.loss.kind == "full",
+            group_cost(config.training.use_gpu),
+            self.groups,
+            rates,
+            queries,
+            config.training.seed if config.training.shuffle_histories else None,
         )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()

@@ -50,6 +50,7 @@ def test_local_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPat
         ("evaluation.metric=ndcg@7", "ndcg@5, ndcg@10, ndcg@20 would work"),
         ("search.learning_rate=[1, 0.1]", "must be [low, high]"),
         ("service.min_replicas=9", "service.min_replicas = 9 must be at most"),
+        ("training.shuffle_histories=true", "leaves no time between interactions to learn; set model.use_gaps=false"),
         ("run.name=../up", "run.name"),
         ("training=3", "must be section.key=value"),
         ("training.seed.x=3", 'training.seed = {"x": 3}: Input should be a valid integer'),
@@ -70,8 +71,9 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
         load_config(path)
 
 
-def test_the_resolved_config_survives_a_round_trip() -> None:
-    config = load_config(ROOT / "jobs/configs/ml-100k.toml")
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs/configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_recipe_survives_a_round_trip(path: Path) -> None:
+    config = load_config(path)
     assert Config.model_validate_json(config.model_dump_json()) == config
 
 

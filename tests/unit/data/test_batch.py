@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.data.batch import Batch, Collator
+from recsys.data.batch import Batch, Collator, shuffle_histories
 from recsys.data.manifest import Dataset
 from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
@@ -114,3 +114,23 @@ def test_moving_a_batch_moves_its_histories(dataset: Dataset) -> None:
     assert moved.targets.is_meta
     assert moved.histories.items.is_meta
     assert moved.histories.groups == ((1, 1), (2, 2))
+
+
+def test_shuffled_histories_keep_each_interaction_whole_and_change_with_the_epoch() -> None:
+    lengths = np.array([6, 1, 9, 9])
+    numbers = np.arange(lengths.sum() + 4)  # row 0 begins at 4: what lies before it belongs to none of these rows
+    rows = Rows(
+        np.array([7, 8, 9, 10]), np.ones(4, np.int32), np.cumsum(lengths) - lengths + 4, lengths, {"items": numbers, "values": numbers / 2}
+    )
+    orders = {}
+    for epoch in range(3):
+        shuffled = shuffle_histories(rows, seed=1, epoch=epoch)
+        np.testing.assert_array_equal(shuffled.flat["values"], shuffled.flat["items"] / 2)
+        parts = [shuffled.flat["items"][start : start + length] for start, length in zip(shuffled.starts, shuffled.lengths, strict=True)]
+        assert [sorted(part) for part in parts] == [list(range(4, 10)), [10], list(range(11, 20)), list(range(20, 29))]
+        orders[epoch] = [part.tolist() for part in parts]
+        assert np.argsort(parts[2]).tolist() != np.argsort(parts[3]).tolist()
+    assert orders[0][2] != orders[1][2] != orders[2][2]
+    alone = shuffle_histories(rows.take(np.array([2])), seed=1, epoch=0)
+    assert alone.flat["items"].tolist() == orders[0][2], "the order must not depend on which samples a rank has"
+    assert shuffle_histories(rows.take(np.array([2])), seed=2, epoch=0).flat["items"].tolist() != orders[0][2]

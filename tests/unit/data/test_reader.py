@@ -61,6 +61,23 @@ def test_rows_are_those_that_the_ids_name(dataset: Dataset) -> None:
             assert sorted(history[history != 0].tolist()) == sorted(item for items, _ in own for item in items[:-1])
 
 
+def test_histories_are_shuffled_where_that_is_asked_alike_on_any_number_of_ranks(dataset: Dataset) -> None:
+    def histories(settings: Config, epoch: int, num_ranks: int) -> dict[int, tuple[int, ...]]:
+        found = {}
+        for rank in range(num_ranks):
+            reader = Reader(dataset, ItemFeatures.read(dataset), settings, Share(rank, num_ranks, 24 // num_ranks))
+            for batch in (batch for batches in reader.steps(epoch) for batch in batches if len(batch.targets)):
+                found[int(batch.sample_ids[0])] = tuple(batch.items[batch.targets].tolist())
+        return found
+
+    values: dict[str, object] = {"training__micro_batch_size": 1, "model__use_gaps": False}
+    shuffled = config(**values, training__shuffle_histories=True)
+    first, in_order = histories(shuffled, 0, 1), histories(config(**values), 0, 1)
+    assert histories(shuffled, 0, 2) == first
+    assert sum(first[sample] != in_order[sample] for sample in first) > len(first) / 2
+    assert sum(first[sample] != targets for sample, targets in histories(shuffled, 1, 1).items()) > len(first) / 2
+
+
 def test_an_error_of_the_reading_thread_reaches_the_training_thread(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> None:
     broken = make_dataset(Storage(str(tmp_path_factory.mktemp("store"))), num_users=70)
     broken.storage.delete(f"{broken.uri}/{broken.manifest.train_shards[1].path}")
