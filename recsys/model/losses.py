@@ -1,6 +1,6 @@
 """The retrieval losses, each a sum over targets; dividing by their global number is the training loop's part.
 
-Shapes: N targets, W width, D items with padding first, K negatives. Scores are dot products, held in chunks of at most `chunk_bytes`.
+Shapes: N targets, W width, K candidates or negatives. Scores are dot products, held in chunks of at most `chunk_bytes`.
 Each loss takes how much each target counts, (N,), and returns the sum so weighed, and each target's own loss (N,) without a gradient.
 """
 
@@ -23,10 +23,9 @@ GPU_CHUNK_BYTES = 256 << 20
 """A CPU is fastest where a chunk stays in its cache, a GPU where a chunk keeps all of it busy."""
 
 
-def full_softmax(users: Tensor, items: Tensor, targets: Tensor, weights: Tensor, chunk_bytes: int | None = None) -> Loss:
-    """Sum the cross-entropy over the whole catalogue; users (N, W), items (D, W), targets (N,) positions in items."""
-    candidates = items[1:]
-    return _softmax_loss(users, F.embedding(targets, items), candidates, weights, None, _num_rows(candidates, chunk_bytes))
+def full_softmax(users: Tensor, positives: Tensor, candidates: Tensor, weights: Tensor, chunk_bytes: int | None = None) -> Loss:
+    """Sum the cross-entropy over all candidates (K, W), which hold every positive; users and positives (N, W)."""
+    return _softmax_loss(users, positives, candidates, weights, None, _num_rows(candidates, chunk_bytes))
 
 
 def sampled_softmax(

@@ -177,6 +177,18 @@ def test_an_item_that_training_never_saw_is_carried_by_its_features(config: Conf
     assert before[0].abs().sum() > 0
 
 
+def test_an_item_that_training_never_saw_is_no_negative(config: Config, dataset: Dataset, batch: Batch) -> None:
+    features = ItemFeatures.read(dataset)
+    seen = torch.cat([batch.targets, batch.histories.items]).unique()
+    trained = seen[seen > 0]
+    cold = dataclasses.replace(features, train_count=torch.zeros_like(features.train_count).index_fill(0, trained, 1))
+    model = Recommender(config, dataset, cold, ItemText()).eval()
+    scores = states(model, batch)[batch.target_places] @ model.item_encoder()[trained].T
+    assert 10 < len(trained) < dataset.manifest.num_items
+    expected = torch.nn.functional.cross_entropy(scores, torch.searchsorted(trained, batch.targets), reduction="sum")
+    torch.testing.assert_close(model(batch)["retrieval"], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_is_a_zero_vector(config: Config, dataset: Dataset) -> None:
     encoder = ItemEncoder(config.model, ItemFeatures.read(dataset), ItemText())
     assert encoder(torch.tensor([0])).abs().sum() == 0
