@@ -20,10 +20,10 @@ class TextConfig(Section):
 class LossConfig(Section):
     """The retrieval loss over the catalogue.
 
-    `full`: cross-entropy over every item. `sampled`: the same estimated from `num_negatives` draws, corrected by their probability.
-    `gbce`: binary cross-entropy whose positive probability is calibrated for `num_negatives` uniform draws by `calibration` (0: none, 1:
-    whole). `infonce`: cross-entropy against the other targets of the global batch alone. Scores are divided by `temperature`;
-    at most `chunk_bytes` of them are held at once, by default as many as suit the device.
+    `full`: cross-entropy over every item that training saw. `sampled`: the same estimated from `num_negatives` draws, corrected by their
+    probability. `gbce`: binary cross-entropy whose positive probability is calibrated for `num_negatives` uniform draws by `calibration`
+    (0: none, 1: whole). `infonce`: cross-entropy against the other targets of the global batch alone. Scores are divided by
+    `temperature`; at most `chunk_bytes` of them are held at once, by default as many as suit the device.
     """
 
     kind: Literal["full", "sampled", "gbce", "infonce"] = "full"
