@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.data.hashing import stable_hash
+from recsys.data.hashing import sample_draws, stable_hash
 from recsys.data.manifest import DatasetManifest
 from recsys.data.packing import CPU_GROUP_COST, Histories, map_tensors, pack, ranges
 from recsys.data.queries import QueryDraws
@@ -90,12 +90,13 @@ def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Te
 
 def shuffle_histories(rows: Rows, seed: int, epoch: int) -> Rows:
     """Put each row's interactions in an order of its own, which follows from the sample, the seed and the epoch alone."""
-    rows = rows.compact()
-    lengths = rows.lengths.astype(np.int64)
-    owners, places = np.repeat(np.arange(len(rows)), lengths), ranges(np.zeros(len(rows), np.int64), lengths)
-    draws = stable_hash(stable_hash(torch.from_numpy(rows.sample_ids), seed), epoch)
-    order = np.lexsort((stable_hash(draws[owners] + torch.from_numpy(places), 0).numpy(), owners))
-    return dataclasses.replace(rows, flat={name: column[order] for name, column in rows.flat.items()})
+    starts, lengths = rows.starts.astype(np.int64), rows.lengths.astype(np.int64)
+    source, owners = ranges(starts, lengths), np.repeat(np.arange(len(rows)), lengths)
+    draws = sample_draws(torch.from_numpy(rows.sample_ids), seed, epoch)[owners]
+    keys = stable_hash(draws + torch.from_numpy(source - starts[owners]), 3)  # by 0 to 2 the queries are drawn
+    order = source[np.lexsort((keys.numpy(), owners))]
+    flat = {name: column[order] for name, column in rows.flat.items()}
+    return dataclasses.replace(rows, starts=np.cumsum(lengths) - lengths, flat=flat)
 
 
 @dataclass(frozen=True)

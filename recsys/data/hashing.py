@@ -13,6 +13,11 @@ def stable_hash(numbers: Tensor, seed: int) -> Tensor:
     return (words ^ _shift(words, 31)) & (2**63 - 1)
 
 
+def sample_draws(sample_ids: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draw a number for each sample, another one in each epoch, to be hashed further: what is drawn is the same on any number of ranks."""
+    return stable_hash(stable_hash(sample_ids, seed), epoch)
+
+
 def _shift(words: Tensor, bits: int) -> Tensor:
     """Shift right, filling with zeros whatever the sign."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)

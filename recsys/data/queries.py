@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.data.hashing import stable_hash
+from recsys.data.hashing import sample_draws, stable_hash
 from recsys.data.rows import Integers, Rows
 
 NUM_VARIANTS = 4
@@ -83,7 +83,7 @@ class QueryDraws:
     def __call__(self, rows: Rows, epoch: int) -> Asked:
         """Choose samples whose last target has text."""
         items = rows.flat["items"][rows.starts + rows.lengths - 1].astype(np.int64)
-        draws = stable_hash(stable_hash(torch.from_numpy(rows.sample_ids), self.seed), epoch)
+        draws = sample_draws(torch.from_numpy(rows.sample_ids), self.seed, epoch)
         chance, alone, variant = (stable_hash(draws, number).numpy() for number in range(3))
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & self.has_text[items].numpy())
         is_alone = alone[chosen] < ALONE_RATE * 2.0**63

@@ -134,13 +134,19 @@ class Bench:
     def measure_first_step(self) -> list[dict[str, Any]]:
         """Time the first step of a fresh process at places in the epoch, in turn; the position is noted before, by another process."""
         num_steps = self.plan.num_rows // BATCH_SIZE
+        cases = {
+            (peer, fraction): {
+                **self.options("local", 2),
+                "position": str(self._folder / f"{peer}.{fraction}"),
+                "num_steps": int(fraction * num_steps),
+            }
+            for peer, fraction in itertools.product(self._resumable(), self.plan.fractions)
+        }
+        for (peer, _), options in cases.items():
+            run_task(self._pythons[peer], peer, {**options, "task": "stop_at"})
         seconds = defaultdict(list)
-        for start in range(self.plan.num_starts):
-            for peer, fraction in itertools.product(self._resumable(), self.plan.fractions):
-                note = {"position": str(self._folder / f"{peer}.{fraction}"), "num_steps": int(fraction * num_steps)}
-                options = {**self.options("local", 2), **note}
-                if start == 0:
-                    run_task(self._pythons[peer], peer, {**options, "task": "stop_at"})
+        for _ in range(self.plan.num_starts):
+            for (peer, fraction), options in cases.items():
                 seconds[peer, fraction].append(run_task(self._pythons[peer], peer, {**options, "task": "first"})["seconds"])
         return [
             {"peer": peer, "fraction": fraction, "seconds": statistics.median(values), "least": min(values), "greatest": max(values)}

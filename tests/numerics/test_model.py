@@ -189,6 +189,15 @@ def test_an_item_that_training_never_saw_is_no_negative(config: Config, dataset:
     torch.testing.assert_close(model(batch)["retrieval"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_gets_no_gradient_from_the_full_loss(config: Config, dataset: Dataset, batch: Batch) -> None:
+    model = build_recommender(config, dataset, torch.device("cpu"))
+    items, users = model.item_encoder().detach().requires_grad_(), torch.randn(len(batch.targets), config.model.width)
+    model._retrieval_loss(batch, users, items[batch.targets], items, torch.ones(len(users)))[0].backward()
+    assert items.grad is not None
+    assert items.grad[0].abs().sum() == 0
+    assert items.grad[1:].abs().sum() > 0
+
+
 def test_padding_is_a_zero_vector(config: Config, dataset: Dataset) -> None:
     encoder = ItemEncoder(config.model, ItemFeatures.read(dataset), ItemText())
     assert encoder(torch.tensor([0])).abs().sum() == 0
