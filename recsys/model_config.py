@@ -20,10 +20,10 @@ class TextConfig(Section):
 class LossConfig(Section):
     """The retrieval loss over the catalogue.
 
-    `full`: cross-entropy over every item that training saw. `sampled`: the same estimated from `num_negatives` draws, corrected by their
-    probability. `gbce`: binary cross-entropy whose positive probability is calibrated for `num_negatives` uniform draws by `calibration`
-    (0: none, 1: whole). `infonce`: cross-entropy against the other targets of the global batch alone. Scores are divided by
-    `temperature`; at most `chunk_bytes` of them are held at once, by default as many as suit the device.
+    `full`: cross-entropy over every item, or with `model.id_dropout` over those that training saw. `sampled`: the same estimated from
+    `num_negatives` draws, corrected by their probability. `gbce`: binary cross-entropy whose positive probability is calibrated for
+    `num_negatives` uniform draws by `calibration` (0: none, 1: whole). `infonce`: cross-entropy against the other targets of the global
+    batch alone. Scores are divided by `temperature`; at most `chunk_bytes` of them are held at once, by default as many as suit the device.
     """
 
     kind: Literal["full", "sampled", "gbce", "infonce"] = "full"
@@ -89,6 +89,11 @@ class ModelConfig(Section):
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     ranker: RankerConfig = RankerConfig()
+
+    @property
+    def scores_unseen_items(self) -> bool:
+        """Tell whether training teaches what text and features are worth alone, which is all there is of an item that it never saw."""
+        return self.id_dropout > 0 or not self.use_ids
 
     @property
     def has_queries(self) -> bool:

@@ -79,7 +79,8 @@ def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tu
 def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
     """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
 
-    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank.
+    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank; of shuffled
+    histories a place has another interaction in each epoch, and so others are kept.
     """
     kept = torch.ones_like(labels)
     for task in torch.nonzero(rates < 1).flatten().tolist():

@@ -12,6 +12,7 @@ from recsys.data.batch import Batch
 from recsys.data.item_features import ItemFeatures
 from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
+from recsys.data.negatives import negative_items
 from recsys.model import losses
 from recsys.model.catalogue_text import ALONE, Ranks, catalogue_tokens, frozen_vectors
 from recsys.model.fairness import GroupBound
@@ -28,7 +29,7 @@ RETRIEVAL = "retrieval"
 class Recommender(nn.Module):
     """Batch -> losses by name. Shapes: P places of histories, D distinct items, N targets, W width."""
 
-    trained: Tensor  # catalogue indices of the items that training saw
+    candidates: Tensor  # catalogue indices of the items that a target is compared with
 
     def __init__(
         self, config: Config, dataset: Dataset, catalogue: ItemFeatures, text: ItemText, queries: TrainingQueries | None = None
@@ -38,8 +39,7 @@ class Recommender(nn.Module):
         self.catalogue = catalogue
         self.loss = config.model.loss
         self.bound: GroupBound | None = None
-        # An item that training never saw is no negative: to score it low is all that could be learned of its text.
-        self.register_buffer("trained", torch.nonzero(catalogue.train_count).flatten(), persistent=False)
+        self.register_buffer("candidates", negative_items(catalogue, config.model), persistent=False)
         self.num_interactions = int(catalogue.train_count.sum())
         self.item_encoder = ItemEncoder(config.model, catalogue, text)
         self.queries = queries
@@ -65,7 +65,7 @@ class Recommender(nn.Module):
     def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor, weights: Tensor) -> losses.Loss:
         loss = self.loss
         if loss.kind == "full":
-            return losses.full_softmax(users, positives, F.embedding(self.trained, items), weights, loss.chunk_bytes)
+            return losses.full_softmax(users, positives, F.embedding(self.candidates, items), weights, loss.chunk_bytes)
         target_ids = batch.items[batch.targets]
         if loss.draws_negatives:
             negatives, negative_ids, log_q = F.embedding(batch.negatives, items), batch.items[batch.negatives], batch.negatives_log_q
@@ -73,7 +73,7 @@ class Recommender(nn.Module):
             negatives, negative_ids = losses.gather_from_ranks(positives), losses.gather_from_ranks(target_ids)
             log_q = (self.item_encoder.train_count[negative_ids] / self.num_interactions).log()
         if loss.kind == "gbce":
-            count, calibration = len(self.trained), loss.calibration
+            count, calibration = len(self.candidates), loss.calibration
             return losses.gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, weights, loss.chunk_bytes)
         if loss.kind == "infonce":
             log_q = torch.full_like(log_q, -math.log(max(1, len(negatives))))

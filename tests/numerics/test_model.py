@@ -177,15 +177,21 @@ def test_an_item_that_training_never_saw_is_carried_by_its_features(config: Conf
     assert before[0].abs().sum() > 0
 
 
-def test_an_item_that_training_never_saw_is_no_negative(config: Config, dataset: Dataset, batch: Batch) -> None:
+@pytest.mark.parametrize(
+    ("values", "is_negative"), [({"model.id_dropout": 0.3}, False), ({"model.use_ids": False}, False), ({"model.id_dropout": 0.0}, True)]
+)
+def test_an_item_that_training_never_saw_is_a_negative_where_nothing_else_bounds_its_score(
+    config: Config, dataset: Dataset, batch: Batch, values: dict[str, object], is_negative: bool
+) -> None:
     features = ItemFeatures.read(dataset)
     seen = torch.cat([batch.targets, batch.histories.items]).unique()
     trained = seen[seen > 0]
     cold = dataclasses.replace(features, train_count=torch.zeros_like(features.train_count).index_fill(0, trained, 1))
-    model = Recommender(config, dataset, cold, ItemText()).eval()
-    scores = states(model, batch)[batch.target_places] @ model.item_encoder()[trained].T
+    model = Recommender(config.with_values(values), dataset, cold, ItemText()).eval()
     assert 10 < len(trained) < dataset.manifest.num_items
-    expected = torch.nn.functional.cross_entropy(scores, torch.searchsorted(trained, batch.targets), reduction="sum")
+    compared = torch.arange(1, dataset.manifest.num_items + 1) if is_negative else trained
+    scores = states(model, batch)[batch.target_places] @ model.item_encoder()[compared].T
+    expected = torch.nn.functional.cross_entropy(scores, torch.searchsorted(compared, batch.targets), reduction="sum")
     torch.testing.assert_close(model(batch)["retrieval"], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,7 +1,10 @@
 """The reader: the plan's samples in the plan's order, from any position, for any number of ranks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
 from recsys.config import Config, load_config
 from recsys.data.item_features import ItemFeatures
@@ -83,6 +86,19 @@ def test_an_error_of_the_reading_thread_reaches_the_training_thread(dataset: Dat
     broken.storage.delete(f"{broken.uri}/{broken.manifest.train_shards[1].path}")
     with pytest.raises(UserError, match=r"1\.parquet"):
         read(broken, config(), Share(0, 1, 6))
+
+
+@pytest.mark.parametrize("id_dropout", [0.0, 0.3])
+def test_uniform_negatives_are_of_the_items_that_training_saw_where_others_learn_from_text_alone(
+    dataset: Dataset, id_dropout: float
+) -> None:
+    features = ItemFeatures.read(dataset)
+    counts = torch.ones_like(features.train_count).index_fill(0, torch.tensor([0, 2, 5]), 0)
+    settings = config(model__loss__kind="sampled", model__loss__num_negatives=20000, model__id_dropout=id_dropout)
+    indices, log_q = NegativeSampler(dataclasses.replace(features, train_count=counts), settings).draw(epoch=1, step=3)
+    expected = [item for item in range(1, len(counts)) if id_dropout == 0 or item not in (2, 5)]
+    assert indices.unique().tolist() == expected
+    torch.testing.assert_close(log_q, torch.full_like(log_q, 1 / len(expected)).log())
 
 
 def test_negatives_are_the_same_on_every_rank_and_follow_popularity(dataset: Dataset) -> None:
