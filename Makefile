@@ -10,6 +10,9 @@ NAME := $(notdir $(patsubst %/,%,$(DATA)))
 RECIPE := $(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml)
 DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set 'run.name="$(NAME)"',--config jobs/configs/demo.toml)
 
+# Two processes, for many tests wait for what they started; `tests/conftest.py` says which tests go together.
+IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: setup demo stop test test-all check bench
 
 setup: $(READY)
@@ -27,10 +30,10 @@ stop: setup
 	$(BIN)/python -m serve.stop
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
 
 check: setup
 	$(BIN)/ruff check .
