@@ -10,7 +10,7 @@ NAME := $(notdir $(patsubst %/,%,$(DATA)))
 RECIPE := $(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml)
 DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set 'run.name="$(NAME)"',--config jobs/configs/demo.toml)
 
-# Two processes, for many tests wait for what they started; `tests/conftest.py` says which tests go together.
+# Two processes, for many tests wait for what they started; a file's tests stay together, and the long ones come first.
 IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo stop test test-all check bench

@@ -8,48 +8,20 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import boto3
 import psutil
 import pytest
 from botocore.config import Config
-from xdist.scheduler import LoadFileScheduling
 
 from recsys.runtime import free_port
 from recsys.storage import Storage
 from tests.proxy import FaultProxy
 from tests.servers import answers
 
-ROOT = Path(__file__).parents[1]
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
-
-
-@cache
-def starts_ray(file: Path) -> bool:
-    """Tell whether a file has tests that start a Ray."""
-    return "mark.ray" in file.read_text()
-
-
-class RayInOneProcess(LoadFileScheduling):
-    """Gives each process whole files, and all files that start a Ray to one: two Rays that start together can stall each other."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "ray" if starts_ray(ROOT / file) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayInOneProcess:
-    """Choose the scheduler of `--numprocesses`."""
-    return RayInOneProcess(config, log)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that start a Ray first, for they take longest."""
-    items.sort(key=lambda item: not starts_ray(item.path))
 
 
 @dataclass(frozen=True)

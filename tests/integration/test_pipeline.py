@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -98,12 +99,12 @@ def test_nothing_is_left_running_or_outside_store_and_scratch(local: dict[str, A
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory, aws_environment: None) -> Iterator[Head]:
+def head(aws_environment: None) -> Iterator[Head]:
     """A head with token authentication, as an engineer starts one."""
-    folder = tmp_path_factory.mktemp("r")
-    started = start_head(str(folder))
-    yield started
-    stop_head(started.process_id)
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # pytest's paths may be too long for sockets
+        started = start_head(folder)
+        yield started
+        stop_head(started.process_id)
 
 
 def submit(head: Head, environment: dict[str, str], *settings: str) -> "subprocess.CompletedProcess[str]":
