@@ -96,14 +96,15 @@ class TrainingConfig(Section):
 
 
 class FairnessConfig(Section):
-    """A bound, held in training, on how far the retrieval losses of the groups of a user attribute may lie apart.
+    """A bound, held in training, on how far any group of a user attribute may fall behind in `evaluation.metric`.
 
-    `max_gap` is in nats per target. Without an `attribute` there is no bound. `dual_rate` is how fast a violated bound gains weight.
+    `max_gap` is a share of the mean over the validation users. Without an `attribute` there is no bound. `dual_rate` is how much weight
+    a group gains per epoch for each whole mean that it lies beyond the bound.
     """
 
     attribute: str = ""
     max_gap: Annotated[float, Field(ge=0)] = 0.0
-    dual_rate: Annotated[float, Field(gt=0)] = 0.01
+    dual_rate: Annotated[float, Field(gt=0)] = 0.5
 
 
 class PretrainingConfig(Section):

@@ -1,4 +1,4 @@
-"""A bound on how far groups' retrieval losses lie apart, held by dual variables; who is in which group is `recsys.data.user_groups`'s."""
+"""A bound on how far groups of users fall behind, held by dual variables; who is in which group is `recsys.data.user_groups`'s."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,11 @@ LARGEST_DUAL_SUM = 0.9
 
 
 class GroupBound(nn.Module):
-    """Weighs targets for the Lagrangian of `min loss` under `loss of group g - loss of all <= max_gap` for every group g.
+    """Weighs targets for the Lagrangian of `min loss` under `loss of group g - loss of all <= some bound` for every group g.
 
-    Its gradient counts a target of group g with 1 + dual_g / share_g - sum of all duals (Cotter et al. 2019 train such constraints
-    by the same dual ascent). Shapes: N targets, G groups.
+    Its gradient counts a target of group g with 1 + dual_g / share_g - sum of all duals. The duals rise by what is wanted in the end,
+    the metric of users held out: losses in training are what the model may learn by heart (two datasets, and a loss in place of a
+    metric that has no gradient: Cotter et al. 2019). Shapes: N targets, G groups.
     """
 
     duals: Tensor
@@ -38,10 +39,12 @@ class GroupBound(nn.Module):
         """Weigh by these from now on; none are zeros."""
         self.duals = torch.tensor(duals or [0.0] * len(self.shares), dtype=torch.float32, device=self.shares.device)
 
-    def raised(self, duals: Sequence[float], group_losses: Sequence[float]) -> list[float]:
-        """Return the dual variables after a step with these mean losses: up where the bound is broken, down to 0 where it holds."""
-        shares = self.shares.tolist()
-        loss = sum(share * group for share, group in zip(shares, group_losses, strict=True)) / sum(shares)
-        before = duals or [0.0] * len(group_losses)
-        after = [max(0.0, dual + self.dual_rate * (group - loss - self.max_gap)) for dual, group in zip(before, group_losses, strict=True)]
+    def raised(self, duals: Sequence[float], group_metrics: Sequence[float], metric: float) -> list[float]:
+        """Return the dual variables after a validation with these means of the groups, and `metric` of all users.
+
+        They rise where the bound is broken and fall, down to 0, where it holds.
+        """
+        excesses = [(metric - group) / max(metric, 1e-12) - self.max_gap for group in group_metrics]
+        before = duals or [0.0] * len(excesses)
+        after = [max(0.0, dual + self.dual_rate * excess) for dual, excess in zip(before, excesses, strict=True)]
         return [dual * min(1.0, LARGEST_DUAL_SUM / max(sum(after), 1e-12)) for dual in after]

@@ -67,7 +67,6 @@ class Trainer:
                 rate_factor = learning_rate_factor(config, state.step, self.total_steps)
                 self.engine.set_learning_rate(rate_factor)
                 losses = self._step(batches)
-                self.trainable.after_step(state, losses)
                 num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
                 if self.progress:
                     self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
@@ -79,6 +78,7 @@ class Trainer:
             if state.step_in_epoch == steps_per_epoch:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
             state.record_validation(self._validate(), self.trainable.metric)
+            self.trainable.after_validation(state)
             self.checkpoints.save(self.engine, state)
             if self.progress:
                 self.progress.validation(state, self.trainable.metric)

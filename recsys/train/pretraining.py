@@ -1,6 +1,6 @@
 """The language model alone as what the loop trains: its module, the catalogue's texts as samples, and its validation on texts held out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ class Pretraining:
     def restore(self, state: TrainingState) -> None:
         """Do nothing: all that is learned are weights."""
 
-    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
+    def after_validation(self, state: TrainingState) -> None:
         """Do nothing, for the same reason."""
 
     @torch.no_grad()

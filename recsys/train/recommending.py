@@ -1,13 +1,14 @@
 """The recommender as what the loop trains: its module, its samples, and its rank of the validation users' items."""
 
-from collections.abc import Mapping
-
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
+from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.catalogue_text import Ranks
@@ -26,22 +27,20 @@ class Recommending:
         self.bound: GroupBound | None = None
         self.metric = config.evaluation.metric
         self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks
+        self._users = read_evaluation_users(dataset, "validation")
+        self._members: dict[str, NDArray[np.bool_]] = {}  # by the metric's name, of the validation users as the ranks give them
         reader = Reader(dataset, self.module.catalogue, config, Share(ranks.rank, ranks.world_size, config.training.accumulation_steps))
         self.plan, self.steps = reader.plan, reader.steps
         if reader.groups is not None:
             self.bound = self.module.bound = GroupBound(config.fairness, reader.groups)
             self.weights |= dict.fromkeys(self.bound.names, 0.0)
-        self._users = read_evaluation_users(dataset, "validation")
+            attribute, in_turn = config.fairness.attribute, [self._users[rank :: ranks.world_size] for rank in range(ranks.world_size)]
+            groups = np.array([user.attributes.get(attribute) or "" for users in in_turn for user in users])
+            self._members = {f"{self.metric} of {attribute} {name}": groups == name for name in reader.groups.names}
 
     def restore(self, state: TrainingState) -> None:
         """Weigh groups as the run that goes on did."""
         if self.bound is not None:
-            self.bound.set_duals(state.duals)
-
-    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
-        """Weigh groups whose loss is beyond the bound more, and others less, from the next step on."""
-        if self.bound is not None:
-            state.duals = self.bound.raised(state.duals, [losses[name] for name in self.bound.names])
             self.bound.set_duals(state.duals)
 
     def validate(self) -> dict[str, float]:
@@ -56,4 +55,14 @@ class Recommending:
         ranked = rank_users(score_by(predictor), own + self._users[:missing], evaluation)
         shares: list[Ranked] = [ranked] * world_size
         dist.all_gather_object(shares, ranked.head(len(own)))
-        return summarise(Ranked.join(shares), evaluation, module.catalogue.num_items)
+        ranked = Ranked.join(shares)
+        values = ranking_metrics(ranked.ranks, evaluation.cutoffs)[self.metric]
+        groups = {name: float(values[is_member].mean()) for name, is_member in self._members.items() if is_member.any()}
+        return summarise(ranked, evaluation, module.catalogue.num_items) | groups
+
+    def after_validation(self, state: TrainingState) -> None:
+        """Weigh groups that are behind by more than the bound more, and others less, from the next epoch on."""
+        if self.bound is not None:
+            metric = state.validation[self.metric]
+            state.duals = self.bound.raised(state.duals, [state.validation.get(name, metric) for name in self._members], metric)
+            self.bound.set_duals(state.duals)

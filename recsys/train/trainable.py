@@ -54,11 +54,11 @@ class Trainable(Protocol):
     def restore(self, state: TrainingState) -> None:
         """Take over what the state has of a run that goes on, besides the module's weights."""
 
-    def after_step(self, state: TrainingState, losses: Mapping[str, float]) -> None:
-        """Note in the state what follows from a step's mean losses, which are the same on every rank."""
-
     def validate(self) -> dict[str, float]:
         """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""
+
+    def after_validation(self, state: TrainingState) -> None:
+        """Note in the state what follows from its validation for the epochs to come."""
 
 
 class MakeTrainable(Protocol):

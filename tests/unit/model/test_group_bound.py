@@ -33,16 +33,20 @@ def test_weights_are_the_gradient_of_the_lagrangian() -> None:
 
 def test_duals_rise_where_the_bound_is_broken_and_fall_to_zero_where_it_holds() -> None:
     constraint = bound()
-    raised = constraint.raised([], [2.0, 1.0])
-    assert raised == pytest.approx([0.5 * (0.75 - 0.1), 0.0])
-    assert constraint.raised(raised, [1.0, 1.0]) == pytest.approx([raised[0] - 0.05, 0.0])
+    raised = constraint.raised([], [0.12, 0.22], 0.2)
+    assert raised == pytest.approx([0.5 * (0.4 - 0.1), 0.0])
+    assert constraint.raised(raised, [0.2, 0.2], 0.2) == pytest.approx([raised[0] - 0.05, 0.0])
+
+
+def test_duals_stay_what_they_are_while_nobody_is_hit() -> None:
+    assert bound(max_gap=0.0).raised([0.3, 0.0], [0.0, 0.0], 0.0) == [0.3, 0.0]
 
 
 def test_no_target_ever_counts_for_nothing() -> None:
     constraint = bound()
     duals: list[float] = []
     for _ in range(50):
-        duals = constraint.raised(duals, [9.0, 1.0])
+        duals = constraint.raised(duals, [0.01, 0.25], 0.2)
     constraint.set_duals(duals)
     assert sum(duals) == pytest.approx(LARGEST_DUAL_SUM)
     assert constraint.weights(torch.eye(2)).min() == pytest.approx(1 - LARGEST_DUAL_SUM, rel=1e-5)
