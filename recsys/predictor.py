@@ -19,7 +19,7 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import group_cost, pack
+from recsys.data.packing import Histories, group_cost, pack
 from recsys.data.queries import EVALUATION_VARIANT, drop_words
 from recsys.data.rows import SEQUENCES
 from recsys.errors import UserError
@@ -27,6 +27,7 @@ from recsys.model.item_encoder import ItemEncoder
 from recsys.model.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.ranker import Ranker
 from recsys.model.user_encoder import UserEncoder
+from recsys.model.value_regression import build_regression
 
 ENCODE_CHUNK = 4096
 GOLDEN_TOLERANCE = 1e-4
@@ -124,6 +125,11 @@ class Predictor:
         Raises:
             UserError: there is a query, and the model was trained without.
         """
+        _, _, states, places = self._states(histories, queries)
+        return F.embedding(places, states).float()
+
+    def _states(self, histories: Sequence[History], queries: Queries | None) -> tuple[Tensor, Histories, Tensor, Tensor]:
+        """Return the items' vectors (P, W) of the packed histories, these, the users' states (P, W), and each user's last place (B,)."""
         recent = [history.last(self.config.data.max_history) for history in histories]
         lengths = np.array([len(history.items) for history in recent])
         columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
@@ -135,7 +141,7 @@ class Predictor:
         vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
         states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)
         num_places = lengths if has_query is None else lengths + has_query
-        return states[torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)].float()
+        return vectors, packed, states, torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
 
     def _encode_queries(self, queries: Sequence[str]) -> Tensor:
         if self.query_encoder is None:
@@ -167,14 +173,15 @@ class Predictor:
         Returns:
             Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
-        users = self.encode(histories, queries)
+        vectors, packed, states, places = self._states(histories, queries)
+        users, judges = F.embedding(places, states).float(), self._ranker.read_users(vectors, packed, states, places)
         dtype = self._ranker.heads.weight.dtype
         results = []
-        for user, chosen in zip(users, candidates, strict=True):
+        for user, judge, chosen in zip(users, judges, candidates, strict=True):
             indices = torch.from_numpy(chosen).to(users.device)
             items = self.item_vectors[indices]
             texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
-            ranked = self._ranker.calibrate(self._ranker(user.expand_as(items).to(dtype), items.to(dtype), texts).float())
+            ranked = self._ranker.calibrate(self._ranker(judge.expand(len(items), -1), items.to(dtype), texts).float())
             scores = {"retrieval": (items @ user).float().cpu().numpy()}
             for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
                 is_value = task.kind == "regression"
@@ -209,7 +216,7 @@ class Predictor:
         catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
         user_encoder = UserEncoder(config, manifest)
         vectors = load_file(folder / "item_vectors.safetensors")
-        ranker = Ranker(config.model, len(manifest.tasks), "text_vectors" in vectors)
+        ranker = Ranker(config.model, manifest.tasks, "text_vectors" in vectors, regression=build_regression(config.model, manifest))
         weights = load_file(folder / "model.safetensors")
         for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):
             module.load_state_dict({key.removeprefix(name): value.float() for key, value in weights.items() if key.startswith(name)})

@@ -1,10 +1,15 @@
 """Scores a (user, item) pair for each task: like, rating, click, purchase, as the data has them; the losses are `multitask.py`'s."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys.data.packing import Histories
+from recsys.model.value_regression import ValueRegression
 from recsys.model_config import ModelConfig
+from recsys.schema import Task
 
 
 class Ranker(nn.Module):
@@ -18,14 +23,25 @@ class Ranker(nn.Module):
     `additive`: f_P + gate_text text + gate_sequence history. An expert is A u * B v, so f_P is bilinear; text is (Q u) . x, x being the
     item's text alone as the item encoder projects it, zero where there is none; history is u . v, the score that retrieval ranks by.
     Both gates are a number per task and start at 0.
+
+    `regression`: tasks made of values are a x r + c, a and c learned per task, r being what `regression` expects the user to say of the
+    item; the others are f_P as in `concatenation`. A user is then the state and the weights of the regression beside it.
     """
 
     log_negative_rates: Tensor  # (T,)
+    is_value: Tensor  # (T,)
 
-    def __init__(self, config: ModelConfig, num_tasks: int, has_text: bool, negative_rates: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tasks: Sequence[Task],
+        has_text: bool,
+        negative_rates: Tensor | None = None,
+        regression: ValueRegression | None = None,
+    ) -> None:
         super().__init__()
-        width, num_experts = config.width, config.ranker.num_experts
-        self.num_tasks, self.num_experts = num_tasks, num_experts
+        width, num_experts, num_tasks = config.width, config.ranker.num_experts, len(tasks)
+        self.width, self.num_tasks, self.num_experts = width, num_tasks, num_experts
         self.is_additive = config.ranker.kind == "additive"
         self.is_text_matched = self.is_additive and has_text
         num_outputs = max(1, num_tasks)
@@ -42,13 +58,28 @@ class Ranker(nn.Module):
             self.mixture = nn.Linear(3 * width, num_outputs * num_experts)
         self.heads = nn.Linear(width, num_outputs, bias=False)
         self.biases = nn.Linear(2 * width, num_outputs)
+        self.regression = regression
+        if regression is not None:
+            self.scale, self.shift = nn.Parameter(torch.ones(num_tasks)), nn.Parameter(torch.zeros(num_tasks))
+            self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
-    def forward(self, users: Tensor, items: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Score pairs, (N, W) each; return (N, T): logits for binary tasks, standardised values for regression.
+    def read_users(self, vectors: Tensor, histories: Histories, states: Tensor, places: Tensor) -> Tensor:
+        """Return what pairs are scored by of the users after some places (N,), from the items' vectors and the states of all (P, W)."""
+        users = F.embedding(places, states)
+        if self.regression is None:
+            return users
+        return torch.cat([users, self.regression(vectors, histories, states, places).to(users.dtype)], 1)
 
-        Only the additive form reads `texts`, zero where an item has none.
+    def forward(self, users: Tensor, items: Tensor, texts: Tensor | None = None) -> Tensor:
+        """Score pairs of users, as `read_users` gives them, and items (N, W).
+
+        Only the additive form reads `texts` (N, W), zero where an item has none.
+
+        Returns:
+            (N, T): logits for binary tasks, standardised values for regression.
         """
+        users, weights = users[..., : self.width], users[..., self.width :]
         product = users * items
         pairs = torch.cat([users, items, product], -1)  # (N, 3 W)
         hidden = self.user_experts(users) * self.item_experts(items) if self.is_additive else F.silu(self.experts(pairs))
@@ -60,7 +91,11 @@ class Ranker(nn.Module):
             scores = scores + self.gate_sequence * product.sum(-1, keepdim=True)
         if self.is_text_matched:
             scores = scores + self.gate_text * (self.text_query(users) * texts).sum(-1, keepdim=True)
-        return scores[..., : self.num_tasks]
+        scores = scores[..., : self.num_tasks]
+        if self.regression is not None:
+            values = self.regression.predict(weights, items).unsqueeze(-1)
+            scores = torch.where(self.is_value, self.scale * values + self.shift, scores)
+        return scores
 
     def calibrate(self, scores: Tensor) -> Tensor:
         """Undo, in logits (..., T), that training saw negatives at their `negative_rates` alone.

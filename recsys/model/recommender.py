@@ -22,6 +22,7 @@ from recsys.model.queries import TrainingQueries, read_training_queries
 from recsys.model.ranker import Ranker
 from recsys.model.text_encoder import TextEncoder, load_backbone, locate_backbone
 from recsys.model.user_encoder import UserEncoder
+from recsys.model.value_regression import build_regression
 
 RETRIEVAL = "retrieval"
 
@@ -45,7 +46,8 @@ class Recommender(nn.Module):
         self.queries = queries
         self.user_encoder = UserEncoder(config, manifest)
         rates = negative_rates(dataset, config.model.ranker)
-        self.ranker = Ranker(config.model, len(manifest.tasks), "text" in self.item_encoder.sources, rates)
+        regression = build_regression(config.model, manifest)
+        self.ranker = Ranker(config.model, manifest.tasks, "text" in self.item_encoder.sources, rates, regression)
         self.task_losses = TaskLosses(config.model.ranker, manifest.tasks, rates)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -53,9 +55,11 @@ class Recommender(nn.Module):
         indices = None if self.loss.kind == "full" else batch.items
         items, texts = self.item_encoder.with_text(indices, torch.from_numpy(batch.items_on_host))  # (D, W)
         asked = None if self.queries is None else self.queries(self.item_encoder, batch.query_texts)  # (Q, W)
-        states = self.user_encoder(F.embedding(batch.histories.items, items), batch.histories, asked)  # (P, W)
+        vectors = F.embedding(batch.histories.items, items)  # (P, W)
+        states = self.user_encoder(vectors, batch.histories, asked)  # (P, W)
         users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
-        scores = self.ranker(users, positives, None if texts is None else F.embedding(batch.targets, texts))
+        judges = self.ranker.read_users(vectors, batch.histories, states, batch.target_places)
+        scores = self.ranker(judges, positives, None if texts is None else F.embedding(batch.targets, texts))
         result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
         weights = users.new_ones(len(users), dtype=torch.float32) if self.bound is None else self.bound.weights(batch.group_mask)
         loss, each = self._retrieval_loss(batch, users / self.loss.temperature, positives, items, weights)

@@ -9,12 +9,14 @@ import torch
 from recsys.config import Config, load_config
 from recsys.data.batch import keep_negatives
 from recsys.data.manifest import Dataset
+from recsys.data.packing import CPU_GROUP_COST, pack
+from recsys.data.rows import SEQUENCES
 from recsys.export import write_export
 from recsys.model.multitask import TaskLosses
 from recsys.model.ranker import Ranker
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model_config import ModelConfig
-from recsys.predictor import Predictor
+from recsys.predictor import History, Predictor
 from recsys.schema import Task
 from recsys.storage import Storage
 from recsys.train.checkpoint import build_predictor
@@ -65,7 +67,8 @@ def test_balanced_training_gives_back_the_probabilities_of_the_data(imbalance: s
     config = ModelConfig.model_validate({"width": 4, "ranker": {"imbalance": imbalance}})
     torch.manual_seed(0)
     rates = torch.tensor([rate])
-    ranker, losses = Ranker(config, 1, False, rates), TaskLosses(config.ranker, (Task("click", "binary"),), rates)
+    tasks = (Task("click", "binary"),)
+    ranker, losses = Ranker(config, tasks, False, rates), TaskLosses(config.ranker, tasks, rates)
     mask = torch.ones_like(labels)
     if imbalance == "sample":
         mask = keep_negatives(labels, torch.arange(30_000), torch.zeros(30_000, dtype=torch.long), rates)
@@ -85,8 +88,11 @@ def test_balanced_training_gives_back_the_probabilities_of_the_data(imbalance: s
         assert float(ranker(users, items).detach().sigmoid().mean()) > 3 * float(labels.mean())
 
 
-def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset) -> None:
+@pytest.mark.parametrize("kind", ["additive", "regression"])
+def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset, kind: str) -> None:
     values = EVERYTHING | {
+        "model.ranker.kind": kind,
+        "model.ranker.factor_dropout": 0.0,
         "model.text.mode": "frozen",
         "optimizer.learning_rate": 5e-3,
         "training.global_batch_size": 16,
@@ -97,7 +103,7 @@ def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset) 
     build_recommender(config_of(dataset, values), dataset, torch.device("cpu"))
     curves = []
     for num_workers, zero_stage in ((1, 0), (2, 3)):
-        own = {"run.name": f"tasks-{zero_stage}", "training.num_workers": num_workers, "training.zero_stage": zero_stage}
+        own = {"run.name": f"tasks-{kind}-{zero_stage}", "training.num_workers": num_workers, "training.zero_stage": zero_stage}
         curves.append(run_distributed(train_and_record, num_workers, config_of(dataset, values | own))[0])
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-4, atol=1e-6)
     assert not np.allclose(curves[0][:5].mean(0), curves[0][-5:].mean(0), rtol=0.05), "nothing was learned, so equal curves say little"
@@ -109,9 +115,11 @@ def train_and_record(config: Config) -> np.ndarray:
     return np.array([list(losses.values()) for losses in reporter.losses])
 
 
-@pytest.mark.parametrize("text_mode", ["off", "frozen", "full"])
-def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, tmp_path: Path, text_mode: str) -> None:
-    config = config_of(dataset, EVERYTHING | {"model.text.mode": text_mode})
+@pytest.mark.parametrize(
+    ("kind", "text_mode"), [("additive", "off"), ("additive", "frozen"), ("additive", "full"), ("regression", "frozen")]
+)
+def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, tmp_path: Path, kind: str, text_mode: str) -> None:
+    config = config_of(dataset, EVERYTHING | {"model.ranker.kind": kind, "model.text.mode": text_mode})
     recommender = build_recommender(config, dataset, torch.device("cpu")).eval()
     torch.manual_seed(5)
     for parameter in recommender.ranker.parameters():
@@ -126,17 +134,22 @@ def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, 
     for user, (ours, theirs) in enumerate(zip(answered, expected, strict=True)):
         for name, scores in ours.items():
             np.testing.assert_array_equal(scores, theirs[name], err_msg=name)
-        probabilities = score_by_model(recommender, offline.encode([histories[user]]), torch.from_numpy(candidates[user]))
+        probabilities = score_by_model(recommender, histories[user], torch.from_numpy(candidates[user]))
         np.testing.assert_allclose(ours["purchase"], probabilities[:, 0], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(ours["like"], probabilities[:, 2], rtol=1e-4, atol=1e-6)
-    assert (served.text_vectors is None) == (text_mode == "off")
+    assert (served.text_vectors is None) == (kind == "regression" or text_mode == "off")
     assert bool((recommender.ranker.log_negative_rates[[0, 2]] < 0).all())
 
 
 @torch.no_grad()
-def score_by_model(recommender: Recommender, user: torch.Tensor, items: torch.Tensor) -> np.ndarray:
+def score_by_model(recommender: Recommender, history: History, items: torch.Tensor) -> np.ndarray:
     """Score as training does, from the item encoder on, calibrated by hand: p = q / (q + (1 - q) / w)."""
+    recent = history.last(10)
+    length = np.array([len(recent.items)])
+    packed, _ = pack({name: getattr(recent, name) for name in SEQUENCES}, np.zeros_like(length), length, CPU_GROUP_COST)
+    taken = recommender.item_encoder(packed.items)
+    user = recommender.ranker.read_users(taken, packed, recommender.user_encoder(taken, packed), torch.from_numpy(length - 1))
     vectors, texts = recommender.item_encoder.with_text(items)
-    seen = recommender.ranker(user.expand_as(vectors), vectors, texts).sigmoid()
+    seen = recommender.ranker(user.expand(len(items), -1), vectors, texts).sigmoid()
     rates = recommender.ranker.log_negative_rates.exp()
     return (seen / (seen + (1 - seen) / rates)).numpy()

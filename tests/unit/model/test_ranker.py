@@ -7,14 +7,16 @@ from torch import Tensor
 
 from recsys.model.ranker import Ranker
 from recsys.model_config import ModelConfig, RankerConfig
+from recsys.schema import Task
 
 WIDTH, TASKS, PAIRS = 6, 3, 5
+EVENTS = [Task(event, "binary", event) for event in ("click", "cart", "purchase")]
 USERS, ITEMS, TEXTS = torch.randn(3, PAIRS, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def build(kind: str, num_experts: int = 1, has_text: bool = True, num_tasks: int = TASKS) -> Ranker:
     torch.manual_seed(1)
-    ranker = Ranker(ModelConfig(width=WIDTH, ranker=RankerConfig(kind=kind, num_experts=num_experts)), num_tasks, has_text)
+    ranker = Ranker(ModelConfig(width=WIDTH, ranker=RankerConfig(kind=kind, num_experts=num_experts)), EVENTS[:num_tasks], has_text)
     for parameter in ranker.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return ranker
@@ -75,7 +77,7 @@ def test_each_term_of_the_additive_form_can_be_left_out() -> None:
 
 
 def test_the_gates_of_the_additive_form_start_closed() -> None:
-    ranker = Ranker(ModelConfig(width=WIDTH, ranker=RankerConfig(kind="additive")), TASKS, has_text=True)
+    ranker = Ranker(ModelConfig(width=WIDTH, ranker=RankerConfig(kind="additive")), EVENTS, has_text=True)
     torch.testing.assert_close(ranker(USERS, ITEMS, TEXTS), ranker(USERS, ITEMS, 0 * TEXTS))
     ranker(USERS, ITEMS, TEXTS).sum().backward()
     assert ranker.gate_text.grad.abs().min() > 0
@@ -93,7 +95,7 @@ def test_no_tasks_give_no_scores() -> None:
 
 def test_calibration_is_the_formula() -> None:
     rates = torch.tensor([0.05, 1.0, 3.0])
-    ranker = Ranker(ModelConfig(width=WIDTH), TASKS, has_text=False, negative_rates=rates)
+    ranker = Ranker(ModelConfig(width=WIDTH), EVENTS, has_text=False, negative_rates=rates)
     scores = torch.randn(7, TASKS)
     seen = scores.sigmoid()
     torch.testing.assert_close(ranker.calibrate(scores).sigmoid(), seen / (seen + (1 - seen) / rates))

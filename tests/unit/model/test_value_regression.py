@@ -1,0 +1,105 @@
+"""The regression against a plain one, place by place, and what it gives where it knows nothing."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recsys.data.manifest import Dataset
+from recsys.data.packing import CPU_GROUP_COST, Histories, pack
+from recsys.errors import UserError
+from recsys.model.ranker import Ranker
+from recsys.model.value_regression import LEVEL_VARIANCE, NOISE, ValueRegression, build_regression
+from recsys.model_config import ModelConfig, RankerConfig
+from recsys.schema import Task
+from recsys.storage import Storage
+from tests.datasets import make_dataset
+
+WIDTH, FACTORS = 6, 3
+LENGTHS = np.array([7, 1, 4, 5])
+CONFIG = ModelConfig(width=WIDTH, ranker=RankerConfig(kind="regression", num_factors=FACTORS, factor_dropout=0.0))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(Storage(str(tmp_path_factory.mktemp("values") / "store")))
+
+
+@pytest.fixture
+def regression(dataset: Dataset) -> ValueRegression:
+    torch.manual_seed(0)
+    built = build_regression(CONFIG, dataset.manifest)
+    assert built is not None
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+def draw_histories() -> tuple[Histories, np.ndarray, Tensor, Tensor]:
+    """Pack histories of which a third of the values is unknown; return them, their first places, and vectors and states of all places."""
+    generator = np.random.default_rng(0)
+    values = generator.integers(1, 6, LENGTHS.sum()).astype(np.float32)
+    values[generator.random(len(values)) < 0.3] = np.nan
+    packed, first_places = pack(
+        {"items": np.arange(1, 1 + len(values)), "values": values}, np.cumsum(LENGTHS) - LENGTHS, LENGTHS, CPU_GROUP_COST
+    )
+    vectors, states = torch.randn(2, len(packed.items), WIDTH, generator=torch.Generator().manual_seed(1))
+    return packed, first_places, vectors, states
+
+
+def plain_weights(regression: ValueRegression, values: Tensor, vectors: Tensor, state: Tensor) -> Tensor:
+    """Regress the values of one history, in order, on its items' factors."""
+    precision = NOISE * torch.eye(FACTORS + 1)
+    prior = regression.prior.weight @ state
+    evidence = NOISE * prior
+    for value, vector in zip(values, vectors, strict=True):
+        if not value.isnan():
+            bias, *rest = regression.factors.weight @ vector + regression.factors.bias
+            factors = torch.stack([torch.tensor(LEVEL_VARIANCE**0.5), *rest])
+            precision = precision + torch.outer(factors, factors)
+            evidence = evidence + factors * ((value - regression.value_mean) / regression.value_std - bias)
+    return torch.linalg.inv(precision) @ evidence
+
+
+def test_the_weights_after_each_place_are_those_of_a_plain_regression_on_the_values_until_then(regression: ValueRegression) -> None:
+    packed, first_places, vectors, states = draw_histories()
+    places = np.concatenate([first + np.arange(length) for first, length in zip(first_places, LENGTHS, strict=True)])
+    found = regression(vectors, packed, states, torch.from_numpy(places))
+    row = 0
+    for first, length in zip(first_places.tolist(), LENGTHS.tolist(), strict=True):
+        for last in range(first, first + length):
+            expected = plain_weights(regression, packed.values[first : last + 1], vectors[first : last + 1], states[last])
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
+            row += 1
+
+
+def test_without_values_the_sequence_alone_counts(regression: ValueRegression) -> None:
+    packed, first_places, vectors, states = draw_histories()
+    blank = packed.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
+    places = torch.from_numpy(first_places)
+    torch.testing.assert_close(regression(vectors, blank, states, places), states[places] @ regression.prior.weight.T)
+
+
+def test_only_tasks_of_values_are_scored_by_it(regression: ValueRegression) -> None:
+    torch.manual_seed(0)
+    tasks = (Task("purchase", "binary", "purchase"), Task("rating", "regression"), Task("like", "binary", threshold=4.0))
+    ranker = Ranker(CONFIG, tasks, has_text=False, regression=regression)
+    with torch.no_grad():
+        ranker.scale.copy_(torch.tensor([9.0, 1.5, 2.0]))
+        ranker.shift.copy_(torch.tensor([9.0, 0.1, -0.2]))
+    packed, first_places, vectors, states = draw_histories()
+    items, places = torch.randn(len(LENGTHS), WIDTH), torch.from_numpy(first_places + LENGTHS - 1)
+    users = ranker.read_users(vectors, packed, states, places)
+    scores = ranker(users, items)
+    values = regression.predict(regression(vectors, packed, states, places), items)
+    torch.testing.assert_close(scores[:, 1:], torch.stack([1.5 * values + 0.1, 2.0 * values - 0.2], 1))
+    plain = Ranker(ModelConfig(width=WIDTH), tasks, has_text=False)
+    plain.load_state_dict(ranker.state_dict(), strict=False)
+    torch.testing.assert_close(scores[:, 0], plain(states[places], items)[:, 0])
+
+
+def test_data_without_values_is_refused_with_what_to_do(dataset: Dataset) -> None:
+    nothing = dataset.manifest.model_copy(update={"tasks": (Task("purchase", "binary", "purchase"),)})
+    with pytest.raises(UserError, match="'regression' learns from values"):
+        build_regression(CONFIG, nothing)
+    assert build_regression(ModelConfig(width=WIDTH), nothing) is None
