@@ -99,7 +99,8 @@ class FairnessConfig(Section):
     """A bound, held in training, on how far any group of a user attribute may fall behind in `evaluation.metric`.
 
     `max_gap` is a share of the mean over the validation users. Without an `attribute` there is no bound. `dual_rate` is how much weight
-    a group gains per epoch for each whole mean that it lies beyond the bound.
+    a group gains per epoch for each whole mean that it lies beyond the bound. Groups too small to be compared gain none. Which epoch is
+    kept depends on the metric of all users alone.
     """
 
     attribute: str = ""

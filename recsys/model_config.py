@@ -51,9 +51,9 @@ class RankerConfig(Section):
     `concatenation` runs a network over user, item and their product. `additive` is a bilinear score of user and item plus
     gate_text x (user . item text) plus gate_sequence x (history . item), each gate learned per task. `regression` scores the tasks that
     are made of values, such as ratings, by `num_factors` of the item on which the user's values so far are regressed, and the others as
-    `concatenation` does. With `num_experts` above 1 the tasks share experts, mixed by a gate per task. `task_weight` is the tasks'
-    weight beside retrieval; with `uncertainty` each task's share in it is learned. Rare positives get weight, or negatives are sampled to
-    `negatives_per_positive`; probabilities are calibrated back.
+    `concatenation` does; `factor_dropout` hides entries of the item's vector from them. With `num_experts` above 1 the tasks share
+    experts, mixed by a gate per task. `task_weight` is the tasks' weight beside retrieval; with `uncertainty` each task's share in it is
+    learned. Rare positives get weight, or negatives are sampled to `negatives_per_positive`; probabilities are calibrated back.
     """
 
     kind: Literal["concatenation", "additive", "regression"] = "concatenation"

@@ -174,14 +174,14 @@ class Predictor:
             Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
         vectors, packed, states, places = self._states(histories, queries)
-        users, judges = F.embedding(places, states).float(), self._ranker.read_users(vectors, packed, states, places)
+        users, ranked_users = F.embedding(places, states).float(), self._ranker.read_users(vectors, packed, states, places)
         dtype = self._ranker.heads.weight.dtype
         results = []
-        for user, judge, chosen in zip(users, judges, candidates, strict=True):
+        for user, ranked_user, chosen in zip(users, ranked_users, candidates, strict=True):
             indices = torch.from_numpy(chosen).to(users.device)
             items = self.item_vectors[indices]
             texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
-            ranked = self._ranker.calibrate(self._ranker(judge.expand(len(items), -1), items.to(dtype), texts).float())
+            ranked = self._ranker.calibrate(self._ranker(ranked_user.expand(len(items), -1), items.to(dtype), texts).float())
             scores = {"retrieval": (items @ user).float().cpu().numpy()}
             for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
                 is_value = task.kind == "regression"

@@ -32,7 +32,7 @@ class GroupBound(nn.Module):
 
     def weights(self, group_mask: Tensor) -> Tensor:
         """Return how much each target counts (N,), given its group (N, G)."""
-        weights: Tensor = 1.0 + group_mask.float() @ (self.duals / self.shares).float() - self.duals.sum().float()
+        weights: Tensor = 1.0 + group_mask.float() @ (self.duals / self.shares.clamp(min=1e-12)).float() - self.duals.sum().float()
         return weights
 
     def set_duals(self, duals: Sequence[float]) -> None:

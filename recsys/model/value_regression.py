@@ -9,7 +9,7 @@ from recsys.data.packing import Histories
 from recsys.errors import UserError
 from recsys.model_config import ModelConfig
 
-NOISE = 0.65
+NOISE_VARIANCE = 0.65
 LEVEL_VARIANCE = 0.15
 """Of standardised values: what is left unexplained, and how far users lie apart in the mean. On MovieLens 100K they fit; learned
 together with the factors the noise would shrink to what is known by heart."""
@@ -48,7 +48,7 @@ class ValueRegression(nn.Module):
         size = factors.shape[1]
         square, product = F.embedding(places, so_far).split([size * size, size], 1)
         square, prior = square.unflatten(1, (size, size)), self.prior(F.embedding(places, states)).float().unsqueeze(2)
-        noise = NOISE * torch.eye(size, device=square.device)
+        noise = NOISE_VARIANCE * torch.eye(size, device=square.device)
         surprise = product.unsqueeze(2) - square @ prior
         return (prior + torch.linalg.solve_ex(square + noise, surprise)[0]).squeeze(2)
 

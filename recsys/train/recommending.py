@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
+from recsys.evaluation.fairness import MIN_GROUP_USERS
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
 from recsys.evaluation.users import read_evaluation_users
@@ -28,15 +29,21 @@ class Recommending:
         self.metric = config.evaluation.metric
         self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks
         self._users = read_evaluation_users(dataset, "validation")
-        self._members: dict[str, NDArray[np.bool_]] = {}  # by the metric's name, of the validation users as the ranks give them
+        self._group_metrics: list[str] = []
+        self._members: dict[str, NDArray[np.int64]] = {}  # by the metric's name, places among the validation users as the ranks give them
         reader = Reader(dataset, self.module.catalogue, config, Share(ranks.rank, ranks.world_size, config.training.accumulation_steps))
         self.plan, self.steps = reader.plan, reader.steps
         if reader.groups is not None:
             self.bound = self.module.bound = GroupBound(config.fairness, reader.groups)
             self.weights |= dict.fromkeys(self.bound.names, 0.0)
-            attribute, in_turn = config.fairness.attribute, [self._users[rank :: ranks.world_size] for rank in range(ranks.world_size)]
-            groups = np.array([user.attributes.get(attribute) or "" for users in in_turn for user in users])
-            self._members = {f"{self.metric} of {attribute} {name}": groups == name for name in reader.groups.names}
+            attribute = config.fairness.attribute
+            in_turn = [user for rank in range(ranks.world_size) for user in self._users[rank :: ranks.world_size]]
+            groups = np.array([user.attributes.get(attribute) or "" for user in in_turn])
+            self._group_metrics = [f"{self.metric} of {attribute} {name}" for name in reader.groups.names]
+            members = [(groups == name).nonzero()[0] for name in reader.groups.names]
+            self._members = {
+                key: places for key, places in zip(self._group_metrics, members, strict=True) if len(places) >= MIN_GROUP_USERS
+            }
 
     def restore(self, state: TrainingState) -> None:
         """Weigh groups as the run that goes on did."""
@@ -57,12 +64,12 @@ class Recommending:
         dist.all_gather_object(shares, ranked.head(len(own)))
         ranked = Ranked.join(shares)
         values = ranking_metrics(ranked.ranks, evaluation.cutoffs)[self.metric]
-        groups = {name: float(values[is_member].mean()) for name, is_member in self._members.items() if is_member.any()}
+        groups = {name: float(values[places].mean()) for name, places in self._members.items()}
         return summarise(ranked, evaluation, module.catalogue.num_items) | groups
 
     def after_validation(self, state: TrainingState) -> None:
         """Weigh groups that are behind by more than the bound more, and others less, from the next epoch on."""
-        if self.bound is not None:
+        if self.bound is not None and state.step_in_epoch == 0:
             metric = state.validation[self.metric]
-            state.duals = self.bound.raised(state.duals, [state.validation.get(name, metric) for name in self._members], metric)
+            state.duals = self.bound.raised(state.duals, [state.validation.get(name, metric) for name in self._group_metrics], metric)
             self.bound.set_duals(state.duals)

@@ -19,7 +19,7 @@ from tests.distributed import run_distributed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fairness")
-    make_dataset(Storage(str(path / "store")))
+    make_dataset(Storage(str(path / "store")), num_users=80)
     return path
 
 
@@ -28,7 +28,7 @@ def config(folder: Path, name: str, **values: object) -> Config:
         "storage.root": str(folder / "store"),
         "run.scratch": str(folder / "scratch"),
         "run.name": name,
-        "data.dataset": str(folder / "store/datasets/tiny-60-40-0"),
+        "data.dataset": str(folder / "store/datasets/tiny-80-40-0"),
         "data.max_history": 10,
         "model.width": 16,
         "model.text.mode": "off",

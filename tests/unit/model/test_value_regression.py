@@ -9,7 +9,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.packing import CPU_GROUP_COST, Histories, pack
 from recsys.errors import UserError
 from recsys.model.ranker import Ranker
-from recsys.model.value_regression import LEVEL_VARIANCE, NOISE, ValueRegression, build_regression
+from recsys.model.value_regression import LEVEL_VARIANCE, NOISE_VARIANCE, ValueRegression, build_regression
 from recsys.model_config import ModelConfig, RankerConfig
 from recsys.schema import Task
 from recsys.storage import Storage
@@ -49,9 +49,9 @@ def draw_histories() -> tuple[Histories, np.ndarray, Tensor, Tensor]:
 
 def plain_weights(regression: ValueRegression, values: Tensor, vectors: Tensor, state: Tensor) -> Tensor:
     """Regress the values of one history, in order, on its items' factors."""
-    precision = NOISE * torch.eye(FACTORS + 1)
+    precision = NOISE_VARIANCE * torch.eye(FACTORS + 1)
     prior = regression.prior.weight @ state
-    evidence = NOISE * prior
+    evidence = NOISE_VARIANCE * prior
     for value, vector in zip(values, vectors, strict=True):
         if not value.isnan():
             bias, *rest = regression.factors.weight @ vector + regression.factors.bias
