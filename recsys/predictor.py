@@ -125,11 +125,10 @@ class Predictor:
         Raises:
             UserError: there is a query, and the model was trained without.
         """
-        _, _, states, places = self._states(histories, queries)
-        return F.embedding(places, states).float()
+        return self._encode(histories, queries)[0].float()
 
-    def _states(self, histories: Sequence[History], queries: Queries | None) -> tuple[Tensor, Histories, Tensor, Tensor]:
-        """Return the items' vectors (P, W) of the packed histories, these, the users' states (P, W), and each user's last place (B,)."""
+    def _encode(self, histories: Sequence[History], queries: Queries | None) -> tuple[Tensor, Tensor, Histories, Tensor]:
+        """Return the user vectors (B, W), the items' (P, W) of the packed histories, these, and each user's last place (B,)."""
         recent = [history.last(self.config.data.max_history) for history in histories]
         lengths = np.array([len(history.items) for history in recent])
         columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
@@ -141,7 +140,8 @@ class Predictor:
         vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
         states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)
         num_places = lengths if has_query is None else lengths + has_query
-        return vectors, packed, states, torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
+        places = torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
+        return F.embedding(places, states), vectors, packed, places
 
     def _encode_queries(self, queries: Sequence[str]) -> Tensor:
         if self.query_encoder is None:
@@ -173,8 +173,8 @@ class Predictor:
         Returns:
             Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
-        vectors, packed, states, places = self._states(histories, queries)
-        users, ranked_users = F.embedding(places, states).float(), self._ranker.read_users(vectors, packed, states, places)
+        encoded = self._encode(histories, queries)
+        users, ranked_users = encoded[0].float(), self._ranker.read_users(*encoded)
         dtype = self._ranker.heads.weight.dtype
         results = []
         for user, ranked_user, chosen in zip(users, ranked_users, candidates, strict=True):

@@ -64,12 +64,11 @@ class Ranker(nn.Module):
             self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
-    def read_users(self, vectors: Tensor, histories: Histories, states: Tensor, places: Tensor) -> Tensor:
-        """Return what pairs are scored by of the users after some places (N,), from the items' vectors and the states of all (P, W)."""
-        users = F.embedding(places, states)
+    def read_users(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+        """Return what pairs are scored by of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         if self.regression is None:
             return users
-        return torch.cat([users, self.regression(vectors, histories, states, places).to(users.dtype)], 1)
+        return torch.cat([users, self.regression(users, vectors, histories, places).to(users.dtype)], 1)
 
     def forward(self, users: Tensor, items: Tensor, texts: Tensor | None = None) -> Tensor:
         """Score pairs of users, as `read_users` gives them, and items (N, W).

@@ -58,7 +58,7 @@ class Recommender(nn.Module):
         vectors = F.embedding(batch.histories.items, items)  # (P, W)
         states = self.user_encoder(vectors, batch.histories, asked)  # (P, W)
         users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
-        ranked_users = self.ranker.read_users(vectors, batch.histories, states, batch.target_places)
+        ranked_users = self.ranker.read_users(users, vectors, batch.histories, batch.target_places)
         scores = self.ranker(ranked_users, positives, None if texts is None else F.embedding(batch.targets, texts))
         result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
         weights = users.new_ones(len(users), dtype=torch.float32) if self.bound is None else self.bound.weights(batch.group_mask)

@@ -35,8 +35,8 @@ class ValueRegression(nn.Module):
         nn.init.zeros_(self.factors.bias)
         nn.init.zeros_(self.prior.weight)
 
-    def forward(self, vectors: Tensor, histories: Histories, states: Tensor, places: Tensor) -> Tensor:
-        """Return the mean of w after some places (N,) of histories, whose items have these vectors and users these states, (P, W) each."""
+    def forward(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+        """Return the mean of w (N, K) of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         is_known = ~histories.values.isnan()
         values = torch.where(is_known, (histories.values - self.value_mean) / self.value_std, 0.0)
         factors, biases = self.read(vectors)
@@ -47,7 +47,7 @@ class ValueRegression(nn.Module):
         so_far = torch.cat([part.view(number, length, -1).cumsum(1).flatten(0, 1) for part, (number, length) in parts])
         size = factors.shape[1]
         square, product = F.embedding(places, so_far).split([size * size, size], 1)
-        square, prior = square.unflatten(1, (size, size)), self.prior(F.embedding(places, states)).float().unsqueeze(2)
+        square, prior = square.unflatten(1, (size, size)), self.prior(users).float().unsqueeze(2)
         noise = NOISE_VARIANCE * torch.eye(size, device=square.device)
         surprise = product.unsqueeze(2) - square @ prior
         return (prior + torch.linalg.solve_ex(square + noise, surprise)[0]).squeeze(2)

@@ -64,7 +64,8 @@ def plain_weights(regression: ValueRegression, values: Tensor, vectors: Tensor, 
 def test_the_weights_after_each_place_are_those_of_a_plain_regression_on_the_values_until_then(regression: ValueRegression) -> None:
     packed, first_places, vectors, states = draw_histories()
     places = np.concatenate([first + np.arange(length) for first, length in zip(first_places, LENGTHS, strict=True)])
-    found = regression(vectors, packed, states, torch.from_numpy(places))
+    chosen = torch.from_numpy(places)
+    found = regression(states[chosen], vectors, packed, chosen)
     row = 0
     for first, length in zip(first_places.tolist(), LENGTHS.tolist(), strict=True):
         for last in range(first, first + length):
@@ -77,7 +78,7 @@ def test_without_values_the_sequence_alone_counts(regression: ValueRegression) -
     packed, first_places, vectors, states = draw_histories()
     blank = packed.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
     places = torch.from_numpy(first_places)
-    torch.testing.assert_close(regression(vectors, blank, states, places), states[places] @ regression.prior.weight.T)
+    torch.testing.assert_close(regression(states[places], vectors, blank, places), states[places] @ regression.prior.weight.T)
 
 
 def test_only_tasks_of_values_are_scored_by_it(regression: ValueRegression) -> None:
@@ -89,9 +90,9 @@ def test_only_tasks_of_values_are_scored_by_it(regression: ValueRegression) -> N
         ranker.shift.copy_(torch.tensor([9.0, 0.1, -0.2]))
     packed, first_places, vectors, states = draw_histories()
     items, places = torch.randn(len(LENGTHS), WIDTH), torch.from_numpy(first_places + LENGTHS - 1)
-    users = ranker.read_users(vectors, packed, states, places)
+    users = ranker.read_users(states[places], vectors, packed, places)
     scores = ranker(users, items)
-    values = regression.predict(regression(vectors, packed, states, places), items)
+    values = regression.predict(regression(states[places], vectors, packed, places), items)
     torch.testing.assert_close(scores[:, 1:], torch.stack([1.5 * values + 0.1, 2.0 * values - 0.2], 1))
     plain = Ranker(ModelConfig(width=WIDTH), tasks, has_text=False)
     plain.load_state_dict(ranker.state_dict(), strict=False)
