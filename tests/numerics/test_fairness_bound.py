@@ -19,7 +19,7 @@ from tests.distributed import run_distributed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fairness")
-    make_dataset(Storage(str(path / "store")), num_users=80)
+    make_dataset(Storage(str(path / "store")), num_users=200)
     return path
 
 
@@ -28,7 +28,7 @@ def config(folder: Path, name: str, **values: object) -> Config:
         "storage.root": str(folder / "store"),
         "run.scratch": str(folder / "scratch"),
         "run.name": name,
-        "data.dataset": str(folder / "store/datasets/tiny-80-40-0"),
+        "data.dataset": str(folder / "store/datasets/tiny-200-40-0"),
         "data.max_history": 10,
         "model.width": 16,
         "model.text.mode": "off",
@@ -73,8 +73,9 @@ def test_the_group_behind_gains_weight_and_what_is_reported_is_not_weighed(folde
     first = losses[0]
     share = (free_losses[0]["retrieval"] - first[GROUPS[1]]) / (first[GROUPS[0]] - first[GROUPS[1]])
     assert 0 < share < 1  # before any dual the loss is the mean over both groups
+    assert state.step_in_epoch > 0  # the last validation is in the middle of an epoch and raises nothing
     duals = [0.0, 0.0]
-    for epoch in history:
+    for epoch in history[:-1]:
         assert epoch["ndcg@10"] == pytest.approx(sum(epoch[name] for name in METRICS) / 2, rel=0.1)
         duals = [max(0.0, dual + 0.5 * (1 - epoch[name] / epoch["ndcg@10"])) for dual, name in zip(duals, METRICS, strict=True)]
     assert max(duals) > 0
