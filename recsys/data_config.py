@@ -22,6 +22,7 @@ class ColumnsConfig(Section):
     position: str = "position"
     event: str = "event"
     value: str = "value"
+    query: str = "query"
 
 
 class ItemFeaturesConfig(Section):

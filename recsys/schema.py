@@ -11,6 +11,7 @@ TIMESTAMP = "timestamp"
 POSITION = "position"
 EVENT = "event"
 VALUE = "value"
+QUERY = "query"
 
 PADDING_ITEM = 0
 """Catalogue index that stands for "no item"; real items are numbered from 1."""
@@ -29,18 +30,21 @@ EVENTS_SCHEMA = pa.schema(
         (TIMESTAMP, pa.int64()),
         (EVENT, pa.string()),
         (VALUE, pa.float32()),
+        (QUERY, pa.string()),
         ("input_order", pa.int64()),
     ]
 )
 """An event as every importer hands it on. `timestamp` is seconds, or the position within the user where there is no
-time; `value` is null where the event has none; `input_order` is the row's number over all input files."""
+time; `value` is null where the event has none, `query` where no words led to it; `input_order` is the row's number over all input files."""
 
 _SEQUENCE_FIELDS = [
     ("items", pa.list_(pa.int32())),
     ("events", pa.list_(pa.int8())),
     ("timestamps", pa.list_(pa.int64())),
     ("values", pa.list_(pa.float32())),
+    ("queries", pa.list_(pa.int32())),
 ]
+"""Interactions of one user, oldest first; `queries` are indices of QUERIES_SCHEMA, 0 where no words led to the interaction."""
 
 TRAIN_SCHEMA = pa.schema([("user_index", pa.int64()), *_SEQUENCE_FIELDS, ("first_target", pa.int32())])
 """One row per training sample: up to `max_history + 1` interactions of one user, oldest first. Interactions from
@@ -73,6 +77,9 @@ CATALOGUE_SCHEMA = pa.schema(
 )
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
 `numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
+
+QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
+"""One row per text that users of one partition asked with, sorted by `query_index` from 1; each partition has its own."""
 
 COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
 """One row per item whose interactions in the training data an appended version changes; `count` is added."""

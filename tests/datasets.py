@@ -8,27 +8,36 @@ import pyarrow.parquet as pq
 
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
 from recsys.data.preparing.sequences import cut_windows
-from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
+from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
 from recsys.storage import Storage, join, sha256_of
 
 GENRES = ("comedy", "drama", "horror", "science fiction", "western")
 KINDS = ("view", "purchase")
 
 
-def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max_history: int = 10, seed: int = 0) -> Dataset:
-    """Write a dataset in which each user walks through the items of one genre in order, with some noise."""
+def make_dataset(
+    storage: Storage, num_users: int = 60, num_items: int = 40, max_history: int = 10, seed: int = 0, has_queries: bool = False
+) -> Dataset:
+    """Write a dataset in which each user walks through the items of one genre in order, with some noise.
+
+    With queries, two interactions in three came after some words: query i, "wish i", stands for item i.
+    """
     generator = np.random.default_rng(seed)
     users = [_make_user(generator, index, num_items) for index in range(num_users)]
+    for user in users:
+        asked = (np.arange(len(user["items"])) + user["user_index"]) % 3 > 0 if has_queries else np.zeros(len(user["items"]), bool)
+        user["queries"] = (asked * np.array(user["items"])).tolist()
     samples = [
         {"user_index": user["user_index"], "first_target": window.first_target}
-        | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values")}
+        | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values", "queries")}
         for user in users
         for window in cut_windows(user["num_train"], max_history, max_history)
     ]
     counts = np.bincount(np.concatenate([user["items"][: user["num_train"]] for user in users]), minlength=num_items + 1)
     catalogue = [_make_item(index, int(counts[index])) for index in range(1, num_items + 1)]
+    queries = [{"query_index": index, "query": f"wish {index}"} for index in range(1, num_items + 1)]
     half = len(samples) // 2
-    uri = storage.uri("datasets", f"tiny-{num_users}-{num_items}-{seed}")
+    uri = storage.uri("datasets", f"tiny-{num_users}-{num_items}-{seed}" + "-queries" * has_queries)
     values = np.concatenate([user["values"][: user["num_train"]] for user in users])
     fields: dict[str, Any] = {
         "inputs": (),
@@ -53,6 +62,8 @@ def make_dataset(storage: Storage, num_users: int = 60, num_items: int = 40, max
             for number, part in enumerate((samples[:half], samples[half:]))
         ),
         "users_shards": (_write(storage, uri, "users/0.parquet", users, USERS_SCHEMA),),
+        "num_queries": num_items * has_queries,
+        "query_shards": (_write(storage, uri, "queries/0.parquet", queries, QUERIES_SCHEMA),) if has_queries else (),
         "catalogue_shards": (_write(storage, uri, "catalogue/0.parquet", catalogue, CATALOGUE_SCHEMA),),
     }
     unnamed = DatasetManifest(fingerprint="", **fields)

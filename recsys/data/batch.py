@@ -123,12 +123,15 @@ class Collator:
         num_targets = lengths + 1 - first_target
         samples, after = np.repeat(np.arange(len(rows)), num_targets), ranges(first_target, num_targets)  # of each target
         asked = None if self.queries is None else self.queries(rows, epoch)
-        num_alone, has_query = (0, None) if asked is None else (asked.num_alone, asked.has_query(len(rows)))
-        padded = [np.append(column, np.zeros(num_alone, np.int64)) for column in (starts, lengths)]
-        histories, first_places = pack(rows.flat, padded[0], padded[1], self.group_cost, has_query)
+        all_starts, all_lengths, has_query = starts, lengths, None
+        if asked is not None:
+            own_samples = asked.samples[len(asked.samples) - len(asked.own_lengths) :]
+            all_starts, all_lengths = np.append(starts, starts[own_samples]), np.append(lengths, asked.own_lengths)
+            has_query = asked.has_query(len(rows))
+        histories, first_places = pack(rows.flat, all_starts, all_lengths, self.group_cost, has_query)
         target_places = torch.from_numpy(first_places[samples] + after - 1)
         if asked is not None and histories.query_places is not None:
-            samples, after = np.append(samples, asked.samples), np.append(after, lengths[asked.samples])
+            samples, after = np.append(samples, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, histories.query_places])
         sample_ids, places = rows.sample_ids[samples], starts[samples] + after
         labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, places) for name in ("events", "values")))

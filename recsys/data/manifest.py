@@ -17,7 +17,7 @@ from recsys.schema import Task
 from recsys.storage import Storage, join
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 """Goes up whenever the same input and config would give another dataset."""
 
 USER_INDEX = "user_index"
@@ -51,13 +51,13 @@ class DatasetManifest(BaseModel):
     A version above 1 was appended to the dataset named `base`, a sibling folder: its shards lists name the older versions' shards too,
     oldest first, its totals count them all, and `inputs`, `rejected` and `noticed` tell of what was appended. Of users, catalogue and
     statistics the last row of an index counts; `count_shards` hold the training interactions that a later version adds to the
-    catalogue's `train_count`. `noticed` counts what was kept but is odd; `number_moments` are mean and
-    standard deviation of each number column before it was standardised.
+    catalogue's `train_count`; `query_shards` hold what users typed, in the order of its indices. `noticed` counts what was kept but is
+    odd; `number_moments` are mean and standard deviation of each number column before it was standardised.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     fingerprint: str
     version: int = 1
     base: str = ""
@@ -68,6 +68,7 @@ class DatasetManifest(BaseModel):
     num_items: int
     num_interactions: int
     num_targets: int
+    num_queries: int = 0
     rejected: dict[str, int]
     noticed: dict[str, int] = {}
     items_without_catalogue_entry: int = 0
@@ -87,6 +88,7 @@ class DatasetManifest(BaseModel):
     count_shards: tuple[Shard, ...] = ()
     user_statistics_shards: tuple[Shard, ...] = ()
     item_statistics_shards: tuple[Shard, ...] = ()
+    query_shards: tuple[Shard, ...] = ()
 
     @property
     def num_samples(self) -> int:

@@ -110,6 +110,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         num_items=len(ids),
         num_interactions=sum(outcome["rows"] for outcome in events.partitions) - taken_out.total(),
         num_targets=sum(outcome["num_targets"] for outcome in shards),
+        num_queries=sum(outcome["num_queries"] for outcome in events.partitions),
         rejected=present(events.rejected + taken_out + Counter(item_rejects)),
         noticed=present(events.noticed + catalogue.noticed + odd_items),
         items_without_catalogue_entry=odd_items["unknown_item"],
@@ -128,6 +129,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
         user_statistics_shards=measured.user_shards,
         item_statistics_shards=measured.item_shards,
+        query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
     )
     write_report(job, manifest, measured)
     return manifest
@@ -168,7 +170,9 @@ def _order_kinds(job: Job, partitions: list[Outcome]) -> tuple[str, ...]:
 
 def _write_all(job: Job, events: _Events, event_kinds: tuple[str, ...]) -> list[Outcome]:
     first_users = np.cumsum([0, *(outcome["num_users"] for outcome in events.partitions)]).tolist()
-    tasks = [WriteTask(number, events.generation, first_users[number], event_kinds) for number in range(job.num_partitions)]
+    first_queries = np.cumsum([1, *(outcome["num_queries"] for outcome in events.partitions)]).tolist()
+    firsts = zip(first_users[:-1], first_queries[:-1], strict=True)
+    tasks = [WriteTask(number, events.generation, *first, event_kinds) for number, first in enumerate(firsts)]
     return run_pass(job, "shards", partial(write_shards, job), tasks)
 
 

@@ -148,6 +148,7 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
         "events": len(manifest.event_kinds) > 1,
         "timestamps": manifest.has_time and config.model.use_gaps,
         "values": manifest.has_values,
+        "queries": config.model.has_queries and manifest.num_queries > 0,
         "first_target": True,
     }
     return tuple(name for name, wanted in is_wanted.items() if wanted)

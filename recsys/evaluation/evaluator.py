@@ -47,7 +47,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "fairness": fairness_gaps(per_user[config.metric], judge.users, config.fairness_attributes),
     }
     if predictor.query_encoder is not None:
-        result["queries"] = evaluate_queries(judge, ranked, predictor)
+        result["queries"] = evaluate_queries(judge, ranked, predictor, dataset)
     if config.diversity:
         curve = diversity_curve(ranked, target_items(judge.users), judge.vectors, config)
         result["diversity"] = {"method": config.diversity_method, "curve": curve}

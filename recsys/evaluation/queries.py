@@ -1,35 +1,41 @@
-"""What a query adds: users' targets ranked once more with words of the target's own text asked for; not a measure of recommendation."""
+"""What a query adds: users' targets ranked once more, asked for as users typed or, where none did, by words of the target's own text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recsys.data.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words
+from recsys.data.manifest import Dataset
+from recsys.data.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
 from recsys.evaluation.judge import Judge
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, Scores, rank_users
 from recsys.evaluation.users import EvaluationUser, target_items
 from recsys.predictor import Predictor
 
-PROTOCOL = (
+TYPED_PROTOCOL = "users whose first target came after a query of theirs; it is asked for with what they typed"
+MADE_PROTOCOL = (
     f"each user's first target is asked for with 1 to {MAX_WORDS} words of its own text, which the model could not know: "
     "these figures say what a query adds, and are no measure of recommendation"
 )
 
 
-def evaluate_queries(judge: Judge, ranked: Ranked, predictor: Predictor) -> dict[str, Any]:
-    """Compare the rank of each user's first target, where it has text, with a query and without (`ranked`)."""
+def evaluate_queries(judge: Judge, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
+    """Compare the rank of each user's first target, where there is a query for it, with it and without (`ranked`)."""
     texts, has_text = predictor.catalogue.texts, predictor.catalogue.has_text.numpy()
+    typed = read_queries(dataset, Path(predictor.config.run.scratch))
+
+    def query_of(user: EvaluationUser) -> str:
+        item = int(user.targets.items[0])
+        return typed[user.query - 1] if typed else drop_words(texts[item], item, EVALUATION_VARIANT)
 
     def score(users: Sequence[EvaluationUser]) -> Scores:
-        items = [int(user.targets.items[0]) for user in users]
-        queries = [drop_words(texts[item], item, EVALUATION_VARIANT) for item in items]
-        return predictor.score_catalogue([user.history for user in users], queries).numpy()
+        return predictor.score_catalogue([user.history for user in users], [query_of(user) for user in users]).numpy()
 
-    is_asked = has_text[[user.targets.items[0] for user in judge.users]]
+    is_asked = np.array([user.query > 0 if typed else has_text[user.targets.items[0]] for user in judge.users])
     users = [user for user, asked in zip(judge.users, is_asked, strict=True) if asked]
-    result: dict[str, Any] = {"protocol": PROTOCOL, "num_users": len(users)}
+    result: dict[str, Any] = {"protocol": TYPED_PROTOCOL if typed else MADE_PROTOCOL, "num_users": len(users)}
     if not users:
         return result
     targets = target_items(users)

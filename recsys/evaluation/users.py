@@ -18,12 +18,16 @@ READ_ROWS = 4096
 
 @dataclass(frozen=True)
 class EvaluationUser:
-    """One user's history before the split's cut, and the targets after it that were not seen before."""
+    """One user's history before the split's cut, and the targets after it that were not seen before.
+
+    `query` is the index of what the user typed before the first target, 0 for nothing.
+    """
 
     user_index: int
     history: History
     targets: History
     attributes: dict[str, str]
+    query: int = 0
 
 
 def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
@@ -32,7 +36,7 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
     Raises:
         UserError: there is no such user.
     """
-    table = dataset.read_users([USER_INDEX, *SEQUENCES, "num_train", "num_validation", "attributes"])
+    table = dataset.read_users([USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"])
     users = [user for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split)]
     if not users:
         raise UserError(f"{dataset.uri}: no user has a {split} target; with data.split = leave_one_out users need 3 interactions")
@@ -42,6 +46,7 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
 def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
     """Cut some rows of the table; the users' arrays are views, so that no list of all interactions is made."""
     items, events, timestamps, values = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in SEQUENCES)
+    queries = rows["queries"].flatten().to_numpy(zero_copy_only=False)
     everything = History(items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32))
     stops = np.cumsum(rows["items"].value_lengths().to_numpy())
     num_train, num_validation = (rows[name].to_numpy() for name in ("num_train", "num_validation"))
@@ -52,10 +57,11 @@ def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
     attributes = rows["attributes"].to_pylist()
     for row, user_index in enumerate(rows[USER_INDEX].to_pylist()):
         history = everything.take(slice(starts[row], begins[row]))
-        targets = everything.take(slice(begins[row], ends[row]))
-        targets = targets.take(np.flatnonzero(~np.isin(targets.items, history.items)))
-        if len(history.items) and len(targets.items):
-            yield EvaluationUser(user_index, history, targets, dict(attributes[row] or []))
+        places = np.arange(begins[row], ends[row])
+        places = places[~np.isin(everything.items[places], history.items)]
+        if len(history.items) and len(places):
+            query = int(queries[places[0]]) if len(queries) else 0
+            yield EvaluationUser(user_index, history, everything.take(places), dict(attributes[row] or []), query)
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:

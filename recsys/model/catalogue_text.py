@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.mapped import create_array, map_array, shared_entry
-from recsys.data.queries import QueryTexts
+from recsys.data.queries import QueryTexts, read_queries
 from recsys.errors import UserError
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, tokenize
 from recsys.model_config import TextConfig
@@ -60,9 +60,9 @@ def catalogue_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return the token ids of all items (I + 1, T), int32 and right-padded, and how many are real (I + 1,), 1 at least.
 
-    With `of_queries` they are those of the catalogue's `QueryTexts`.
+    With `of_queries` they are those of the dataset's `QueryTexts`.
     """
-    texts, kind = _texts_of(catalogue, of_queries)
+    texts, kind = _texts_of(catalogue, dataset, scratch, of_queries)
 
     def build(new: Path) -> None:
         logger.info("text: tokenizing %d texts with the tokenizer of %s, once on this node", len(texts) - 1, text.backbone)
@@ -93,12 +93,12 @@ def frozen_vectors(
 ) -> Tensor:
     """Return the text vectors of all items (I + 1, H), computed once and kept with the dataset; all of `ranks` must call this.
 
-    With `of_queries` they are those of the catalogue's `QueryTexts`.
+    With `of_queries` they are those of the dataset's `QueryTexts`.
 
     Raises:
         UserError: stored vectors are damaged.
     """
-    texts, kind = _texts_of(catalogue, of_queries)
+    texts, kind = _texts_of(catalogue, dataset, scratch, of_queries)
     key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, *kind)
     uri = join(dataset.uri, "text_vectors", key)
     _encode_missing(folder, text, texts, dataset.storage, uri, device, ranks)
@@ -181,9 +181,9 @@ def _read_chunk(storage: Storage, uri: str, shape: tuple[int, ...]) -> NDArray[n
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(shape))
 
 
-def _texts_of(catalogue: ItemFeatures, of_queries: bool) -> tuple[Sequence[str], tuple[str, ...]]:
+def _texts_of(catalogue: ItemFeatures, dataset: Dataset, scratch: Path, of_queries: bool) -> tuple[Sequence[str], tuple[str, ...]]:
     """Return the items' texts or the queries', and what tells the latter's files from the former's."""
-    return (QueryTexts(catalogue.texts), (QUERIES,)) if of_queries else (catalogue.texts, ())
+    return (QueryTexts(catalogue.texts, read_queries(dataset, scratch)), (QUERIES,)) if of_queries else (catalogue.texts, ())
 
 
 def _key(*identity: str | int) -> str:

@@ -96,14 +96,15 @@ def read_training_queries(
     """Read or compute what training asks with; all of `ranks` must call this. None where the model learns no queries.
 
     Raises:
-        UserError: the catalogue has no text to make queries of.
+        UserError: there is nothing to ask with.
     """
     text, scratch = config.model.text, Path(config.run.scratch)
     if not config.model.has_queries:
         return None
-    if not bool(catalogue.has_text.any()):
+    if not dataset.manifest.num_queries and not bool(catalogue.has_text.any()):
         raise UserError(
-            f"model.query_rate = {config.model.query_rate}: the catalogue has no text to make queries of; set model.query_rate=0"
+            f"model.query_rate = {config.model.query_rate}: the events have no column of queries, and the catalogue no text to make "
+            "queries of; set model.query_rate=0"
         )
     folder = locate_backbone(text, dataset, scratch)
     if text.mode == "frozen":

@@ -14,11 +14,11 @@ from recsys.config import Config, EvaluationConfig, load_config
 from recsys.data.batch import Batch, Collator
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words
+from recsys.data.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.data.rows import Rows
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
-from recsys.evaluation.queries import PROTOCOL
+from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
 from recsys.evaluation.report.page import make_report
 from recsys.export import write_export
 from recsys.model.recommender import Recommender, build_recommender
@@ -99,21 +99,26 @@ def test_a_query_sees_its_history_and_nobody_else_sees_the_query(config: Config,
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora"])
-def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, dataset: Dataset, mode: str) -> None:
-    shaped = config.with_values({"model.text.mode": mode, "model.attention": "hstu"})
+@pytest.mark.parametrize("has_queries", [False, True])
+def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, folder: Path, mode: str, has_queries: bool) -> None:
+    dataset = make_dataset(Storage(config.storage.root), has_queries=has_queries)
+    shaped = config.with_values({"data.dataset": dataset.uri, "model.text.mode": mode, "model.attention": "hstu"})
     model = start_with_large_weights(shaped, dataset)
     predictor = build_predictor(shaped, dataset, model)
     rows, batch = rows_and_batch(dataset, model)
     asked = QueryDraws(0.999, 1, model.catalogue.has_text)(rows, 0)
-    assert asked.num_alone  # or the empty history is not tested
-    texts = QueryTexts(model.catalogue.texts)
+    is_own = np.arange(len(asked.samples)) >= len(asked.samples) - len(asked.own_lengths)
+    own_lengths = np.where(is_own, np.pad(asked.own_lengths, (len(asked.samples) - len(asked.own_lengths), 0)), asked.targets)
+    assert (own_lengths == 0).any()  # or the empty history is not tested
+    assert has_queries == bool((asked.targets < rows.lengths[asked.samples] - 1).any())
+    texts = QueryTexts(model.catalogue.texts, read_queries(dataset, Path(config.run.scratch)))
     expected = 0.0
     for number, (row, text) in enumerate(zip(asked.samples.tolist(), asked.texts.tolist(), strict=True)):
-        begin, end = rows.starts[row], rows.starts[row] + rows.lengths[row] - 1
+        begin, end = rows.starts[row], rows.starts[row] + own_lengths[number]
         history = History(*(rows.flat[name][begin:end].astype(kind) for name, kind in COLUMNS.items()))
-        is_alone = number >= len(asked.samples) - asked.num_alone
-        scores = predictor.score_catalogue([History.of([]) if is_alone else history], [texts[text]])[0]
-        expected += F.cross_entropy(scores[1:], torch.tensor(int(rows.flat["items"][end]) - 1)).item()
+        scores = predictor.score_catalogue([history], [texts[text]])[0]
+        target = int(rows.flat["items"][begin + asked.targets[number]])
+        expected += F.cross_entropy(scores[1:], torch.tensor(target - 1)).item()
     with torch.no_grad():
         whole = model(batch)["retrieval"]
         plain = model(replace(batch, target_places=batch.target_places[: -len(asked.samples)], **plain_targets(batch, len(asked.samples))))
@@ -132,7 +137,7 @@ def test_a_catalogue_without_text_has_no_queries(config: Config, dataset: Datase
     without = table.set_column(table.schema.get_field_index("text"), "text", [[""] * len(table)])
     features = ItemFeatures.from_table(without, len(dataset.manifest.category_vocabulary))
     monkeypatch.setattr(ItemFeatures, "read", lambda *_: features)
-    with pytest.raises(UserError, match=r"model.query_rate = 0.999: the catalogue has no text"):
+    with pytest.raises(UserError, match=r"model.query_rate = 0.999: the events have no column of queries, and the catalogue no text"):
         build_recommender(config, dataset, CPU)
 
 
@@ -180,12 +185,25 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     assert queries["without_query"] == {name: found["metrics"][name] for name in queries["without_query"]}
     assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.08
     page = make_report({"checkpoint": "one", **found}, "ndcg@10")
-    assert PROTOCOL[1:] in html.unescape(page)
+    assert MADE_PROTOCOL[1:] in html.unescape(page)
     assert f"{queries['with_query']['ndcg@10']:.4f}" in page
     asked = [drop_words(text, item, EVALUATION_VARIANT) for item, text in enumerate(predictor.catalogue.texts)][1:]
     scores = predictor.score_catalogue([History.of([])] * 100, asked).numpy()[:, 1:]
     ranks = (scores > scores.diagonal()[:, None]).sum(1)
     assert np.median(ranks) <= 5  # of 100, by words that training did not ask with, and with no history
+
+
+def test_what_users_typed_is_learned_and_evaluated(config: Config, dataset: Dataset) -> None:
+    """The words of a query are in no item's text, so that what they mean can be known from the events alone."""
+    data = make_dataset(Storage(config.storage.root), num_users=300, num_items=30, has_queries=True)
+    values = {"model.width": 32, "optimizer.learning_rate": 1e-2, "model.text.mode": "full", "optimizer.backbone_learning_rate": 1e-2}
+    run = run_of(config.with_values(values), "typed", data__dataset=data.uri, training__epochs=15, training__micro_batch_size=32)
+    trained, dataset, model = load_last(run, run_distributed(train_it, 1, run)[0][0])
+    found = evaluate(build_predictor(trained, dataset, model), dataset, EvaluationConfig())
+    queries = found["queries"]
+    assert queries["protocol"] == TYPED_PROTOCOL
+    assert 0 < queries["num_users"] < found["num_users"]  # a target in three came without words
+    assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.2
 
 
 @pytest.fixture(scope="module", params=["frozen", "lora", "full"])

@@ -10,7 +10,7 @@ from recsys.data.inputs.layouts import catalogue_kinds, find_column, is_amazon_r
 from recsys.data.inputs.sandbox import reading
 from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
-from recsys.schema import EVENT, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
+from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
 from recsys.storage import ObjectInfo, Storage
 
 _MISSING_NUMBERS = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")
@@ -34,7 +34,7 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
-    for optional in (EVENT, VALUE):
+    for optional in (EVENT, VALUE, QUERY):
         name = find_column(optional, columns, names)
         if name in names or name != optional:
             found[optional] = name

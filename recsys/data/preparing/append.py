@@ -93,7 +93,9 @@ def append(config: Config, storage: Storage) -> Dataset:
     ids, odd_items = number_items(job, 0, items, known_ids)
     stage_inputs(job, "users", inputs.users)
     first_users = base.manifest.num_users + np.cumsum([0, *(outcome["num_users"] for outcome in merged)])
-    tasks = [AppendTask(partition, first) for partition, first in enumerate(first_users[:-1].tolist())]
+    first_queries = 1 + base.manifest.num_queries + np.cumsum([0, *(outcome["num_queries"] for outcome in merged)])
+    firsts = zip(first_users[:-1].tolist(), first_queries[:-1].tolist(), strict=True)
+    tasks = [AppendTask(partition, *first) for partition, first in enumerate(firsts)]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items, kinds)
     noticed += catalogue.noticed + odd_items
@@ -107,6 +109,7 @@ def append(config: Config, storage: Storage) -> Dataset:
         num_items=len(ids),
         num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged) - taken_out.total(),
         num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
+        num_queries=int(first_queries[-1]) - 1,
         rejected=present(rejected + taken_out + Counter(item_rejects)),
         noticed=present(noticed),
         items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + odd_items["unknown_item"],
@@ -117,6 +120,7 @@ def append(config: Config, storage: Storage) -> Dataset:
         count_shards=write_shards_of(job, "counts", _added_counts(job, len(ids))),
         user_statistics_shards=measured.user_shards,
         item_statistics_shards=measured.item_shards,
+        query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
     )
     write_report(job, manifest, measured)
     return publish(job, manifest)

@@ -16,6 +16,7 @@ from recsys.data.preparing.partitions import (
     gather_events,
     index_events,
     nobodys_attributes,
+    number_queries,
     stage_counts,
     stage_generation,
     staged_attributes,
@@ -40,10 +41,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class AppendTask:
-    """One partition's part in writing the shards; its new users are numbered from `first_user`."""
+    """One partition's part in writing the shards; its new users and queries are numbered from the first of each."""
 
     partition: int
     first_user: int
+    first_query: int
 
 
 def merge_day(job: Job, base: Dataset, partition: int) -> Outcome:
@@ -76,7 +78,9 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     user_ids = pa.concat_arrays([known_ids, day_ids.filter(pa.array(is_new)).combine_chunks()])
     indices = np.concatenate([known["user_index"].to_numpy(), task.first_user + np.arange(int(is_new.sum()))])
     rows_of_day = pc.index_in(user_ids, value_set=day_ids.combine_chunks()).to_numpy()
-    columns = index_events(job, events, base.manifest.event_kinds) | {_PART: split_events(events, day_offsets, job.data)}
+    queries, asked = number_queries(events, task.first_query)
+    columns = index_events(job, events, base.manifest.event_kinds) | {"queries": queries}
+    columns[_PART] = split_events(events, day_offsets, job.data)
     everything, is_day = _join(known, Sequences(columns, day_offsets), rows_of_day)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(int(is_new.sum()), np.int64)])
     parts = _assign_parts(job, everything, is_day)
@@ -93,6 +97,7 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
         "rejected": {"withheld": int((parts == WITHHELD).sum())},
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
+        "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
         "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
     }
 

@@ -11,16 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.data.inputs.formats import INPUT_ORDER
-from recsys.data.preparing.cleaning import cast_ids, cast_numbers, is_negative, valid_text
+from recsys.data.preparing.cleaning import cast_ids, cast_numbers, is_negative
+from recsys.data.preparing.normalising import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, normalise_text, valid_text
 from recsys.errors import UserError
 from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, FeatureKind
 
-MAX_TEXT_CHARACTERS = 2000
-"""Longer text is cut; no backbone here reads that much of an item."""
-
 _DIGITS = re.compile(r"([0-9]+)")
-_UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
-"""Control characters, but for those that are whitespace, lone surrogates, and what readers put for broken text."""
 _LARGEST_NUMBER = 1e100
 _ROUNDING = 1e-12
 Floats = npt.NDArray[np.float64]
@@ -108,21 +104,8 @@ def build_catalogue(
     return Catalogue(table, vocabulary, tuple(raw_numbers), moments, vector_size, +(noticed + Counter(category_changed=num_changed)))
 
 
-def normalise_text(text: str) -> str:
-    """Remove control characters and lone surrogates, fold whitespace, cut at MAX_TEXT_CHARACTERS."""
-    return _cut(_folded(text))
-
-
-def _folded(text: str) -> str:
-    return " ".join(_UNPRINTABLE.sub("", text).split())
-
-
-def _cut(text: str) -> str:
-    return text[:MAX_TEXT_CHARACTERS].rstrip()
-
-
 def _joined(parts: list[str]) -> str:
-    return _cut(". ".join(part for part in parts if part))
+    return cut(". ".join(part for part in parts if part))
 
 
 def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], Counter[str]]:
@@ -130,10 +113,10 @@ def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], C
     texts: list[list[str]] = []
     noticed: Counter[str] = Counter()
     for raw in zip(*columns, strict=True) if columns else [()] * num_items:
-        folded = [_folded(text) for text in raw]
-        noticed["text_unprintable"] += any(_UNPRINTABLE.search(text) for text in raw)
+        folded = [fold(text) for text in raw]
+        noticed["text_unprintable"] += any(UNPRINTABLE.search(text) for text in raw)
         noticed["text_cut"] += len(". ".join(text for text in folded if text)) > MAX_TEXT_CHARACTERS
-        texts.append([_cut(text) for text in folded])
+        texts.append([cut(text) for text in folded])
     return texts, +noticed
 
 
@@ -156,7 +139,7 @@ def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[s
         for of_row, entry in zip(values, texts, strict=True):
             entries = (entry or []) if is_list else [entry]
             changed = {text: normalise_text(text) for text in entries if text}
-            num_changed += sum(len(text) > MAX_TEXT_CHARACTERS or bool(_UNPRINTABLE.search(text)) for text in changed)
+            num_changed += sum(len(text) > MAX_TEXT_CHARACTERS or bool(UNPRINTABLE.search(text)) for text in changed)
             of_item = sorted({f"{name}={text}" for text in changed.values() if text}, key=_natural_key)
             of_row.extend(of_item)
             found.update(of_item)

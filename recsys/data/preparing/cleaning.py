@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.data.inputs.formats import INPUT_ORDER
+from recsys.data.preparing.normalising import MAX_TEXT_CHARACTERS, cut, fold, valid_text
 from recsys.data_config import CleaningConfig
 from recsys.errors import UserError
-from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, VALUE
+from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE
 
 _LARGEST_TIME = float(2**62)
 _NEGATIVE = r"^-\d+(\.\d+)?$"
@@ -35,6 +36,7 @@ def cast_events(raw: pa.Table) -> tuple[pa.Table, Counter[str]]:
     values, bad_values = pa.nulls(raw.num_rows, pa.float32()), pa.array([False] * raw.num_rows, pa.bool_())
     if VALUE in raw.column_names:
         values, bad_values = _cast_values(raw[VALUE])
+    queries = cast_ids(raw[QUERY], QUERY) if QUERY in raw.column_names else pa.nulls(raw.num_rows, pa.string())
     faults = {
         "null_user": users.is_null(),
         "null_item": items.is_null(),
@@ -43,7 +45,7 @@ def cast_events(raw: pa.Table) -> tuple[pa.Table, Counter[str]]:
         "null_event": events.is_null(),
         "bad_value": bad_values,
     }
-    table = pa.table([users, items, times, events, values, raw[INPUT_ORDER]], schema=EVENTS_SCHEMA)
+    table = pa.table([users, items, times, events, values, queries, raw[INPUT_ORDER]], schema=EVENTS_SCHEMA)
     return _without(table, faults)
 
 
@@ -86,6 +88,17 @@ def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(ids, _NEGATIVE)
 
 
+def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
+    """Normalise what was asked, each distinct text once; count the events with a query, and those whose query is cut."""
+    encoded = events[QUERY].combine_chunks().dictionary_encode()
+    folded = [fold(text) for text in encoded.dictionary.to_pylist()]
+    texts = pa.array([cut(text) or None for text in folded], pa.string())
+    is_cut = pa.array([len(text) > MAX_TEXT_CHARACTERS for text in folded], pa.bool_())
+    queries = texts.take(encoded.indices)
+    noticed = Counter(query=len(queries) - queries.null_count, query_cut=pc.sum(is_cut.take(encoded.indices)).as_py() or 0)
+    return events.set_column(events.column_names.index(QUERY), QUERY, queries), +noticed
+
+
 def notice_ids(events: pa.Table) -> Counter[str]:
     """Count the events with odd ids, before these become pseudonyms."""
     odd = [_either(is_negative(events[USER_ID]), is_negative(events[ITEM_ID]))]
@@ -109,22 +122,6 @@ def cast_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"column '{name}': {column.type} cannot be read as text ({error})") from error
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
-
-
-def valid_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Put U+FFFD where strings, or lists of them, are not valid UTF-8, such as lone surrogates in a Parquet file."""
-    is_list = pa.types.is_list(column.type)
-    raw = column.cast(pa.list_(pa.binary()) if is_list else pa.binary())
-    try:
-        return raw.cast(column.type)
-    except pa.ArrowInvalid:
-        rows = raw.to_pylist()
-    mended = [[_decode(text) for text in row] if isinstance(row, list) else _decode(row) for row in rows]
-    return pa.chunked_array([mended], column.type)
-
-
-def _decode(text: bytes | None) -> str | None:
-    return None if text is None else text.decode("utf-8", "replace")
 
 
 def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:

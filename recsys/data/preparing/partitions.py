@@ -23,10 +23,11 @@ from recsys.data.preparing.cleaning import (
     cast_ids,
     drop_bots,
     drop_duplicates,
+    normalise_queries,
     notice_ids,
     notice_order,
-    valid_text,
 )
+from recsys.data.preparing.normalising import valid_text
 from recsys.data.preparing.pseudonyms import pseudonymise
 from recsys.data.preparing.report.counts import Limits
 from recsys.data.preparing.sequence_tables import Sequences
@@ -35,7 +36,7 @@ from recsys.data.preparing.shuffle import read_partition, read_table, write_piec
 from recsys.data.preparing.splits import TRAINING, WITHHELD, split_events
 from recsys.data.preparing.statistics import Histories, Moments
 from recsys.data_config import DataConfig
-from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
+from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
 ITEM_INDEX_NAME = "item_index.parquet"
@@ -88,7 +89,8 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
             events, broken = apply_rules(events, job.data.cleaning, job.has_time)
             num_rows += raw.num_rows
             rejected.update(faults + broken)
-            noticed.update(notice_ids(events))
+            events, of_queries = normalise_queries(events)
+            noticed.update(notice_ids(events) + of_queries)
             yield _with_pseudonyms(job, events)
 
     tables = (table for part in parts for table in cleaned(part))
@@ -165,6 +167,7 @@ def stage_generation(job: Job, generation: int, partition: int, events: pa.Table
     return {
         "rows": events.num_rows,
         "num_users": pc.count_distinct(events[USER_ID]).as_py(),
+        "num_queries": pc.count_distinct(events[QUERY]).as_py(),
         "event_kinds": sorted(pc.unique(events[EVENT]).to_pylist()),
         "rejected": rejected,
     }
@@ -177,6 +180,7 @@ class WriteTask:
     partition: int
     generation: int
     first_user: int
+    first_query: int
     event_kinds: tuple[str, ...]
 
 
@@ -184,7 +188,8 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     """Write one partition's users shard and train shard, and stage its training counts by item."""
     events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
     offsets = user_offsets(events[USER_ID])
-    everything = Sequences(index_events(job, events, task.event_kinds), offsets)
+    queries, asked = number_queries(events, task.first_query)
+    everything = Sequences(index_events(job, events, task.event_kinds) | {"queries": queries}, offsets)
     parts = without_withheld(job, split_events(events, offsets, job.data), everything)
     sequences, num_train, num_validation = everything.by_part(parts)
     user_indices = task.first_user + np.arange(len(num_train))
@@ -201,6 +206,7 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
         "rejected": {"withheld": int((parts == WITHHELD).sum())},
         "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
+        "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
         "num_targets": int(np.maximum(num_train - 1, 0).sum()),
         "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
         "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
@@ -216,6 +222,14 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
         "timestamps": events[TIMESTAMP].to_numpy(),
         "values": events[VALUE].to_numpy(),
     }
+
+
+def number_queries(events: pa.Table, first: int) -> tuple[NDArray[np.int32], pa.Table]:
+    """Number what was asked from `first` on; return each event's index, 0 for none, and the table of texts (QUERIES_SCHEMA)."""
+    encoded = events[QUERY].combine_chunks().dictionary_encode()
+    indices = pc.fill_null(pc.add(encoded.indices, first), 0).to_numpy().astype(np.int32)
+    numbers = pa.array(first + np.arange(len(encoded.dictionary)), pa.int32())
+    return indices, pa.table([numbers, encoded.dictionary], schema=QUERIES_SCHEMA)
 
 
 def without_withheld(job: Job, parts: Integers, sequences: Sequences) -> Integers:

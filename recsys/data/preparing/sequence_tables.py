@@ -13,7 +13,7 @@ from recsys.data.preparing.splits import TRAINING, VALIDATION, WITHHELD
 from recsys.data_config import DataConfig
 from recsys.schema import TRAIN_SCHEMA, USERS_SCHEMA
 
-COLUMNS = ("items", "events", "timestamps", "values")
+COLUMNS = ("items", "events", "timestamps", "values", "queries")
 
 
 @dataclass(frozen=True)

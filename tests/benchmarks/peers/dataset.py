@@ -54,6 +54,7 @@ def _rows(generator: np.random.Generator, ids: np.ndarray) -> pa.Table:
         generator.integers(0, 2, total).astype(np.int8),
         1_600_000_000 + np.arange(total) * 60,
         generator.integers(1, 6, total).astype(np.float32),
+        np.zeros(total, np.int32),
     )
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
     return pa.table([pa.array(ids), *lists, pa.array(np.ones(len(ids), np.int32))], schema=TRAIN_SCHEMA)

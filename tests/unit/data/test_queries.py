@@ -12,7 +12,7 @@ from recsys.config import load_config
 from recsys.data.batch import Batch, Collator
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.queries import ALONE_RATE, EVALUATION_VARIANT, MAX_WORDS, NUM_VARIANTS, QueryDraws, QueryTexts, drop_words
+from recsys.data.queries import ALONE_RATE, EVALUATION_VARIANT, MAX_WORDS, NUM_VARIANTS, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.data.reader import Reader, Share
 from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
@@ -74,7 +74,10 @@ def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: in
             assert batch.query_texts is not None
             assert batch.histories.query_places is not None
             targets = batch.items[batch.targets[len(batch.targets) - len(batch.query_texts) :]]
-            assert (batch.query_texts % (catalogue.num_items + 1)).tolist() == targets.tolist()
+            made = batch.query_texts < NUM_VARIANTS * (catalogue.num_items + 1)
+            assert (batch.query_texts % (catalogue.num_items + 1))[made].tolist() == targets[torch.from_numpy(made)].tolist()
+            typed = batch.query_texts[~made] - NUM_VARIANTS * (catalogue.num_items + 1)
+            assert (typed + 1).tolist() == targets[torch.from_numpy(~made)].tolist()
             is_alone = [int(place == _start(batch, int(place))) for place in batch.histories.query_places]
             found += list(zip(targets.tolist(), batch.query_texts.tolist(), is_alone, strict=True))
     return sorted(found)
@@ -90,7 +93,9 @@ def _start(batch: Batch, place: int) -> int:
     raise AssertionError(place)
 
 
-def test_the_queries_of_an_epoch_are_the_same_on_any_number_of_ranks(dataset: Dataset) -> None:
+@pytest.mark.parametrize("has_queries", [False, True])
+def test_the_queries_of_an_epoch_are_the_same_on_any_number_of_ranks(tmp_path: Path, has_queries: bool) -> None:
+    dataset = make_dataset(Storage(str(tmp_path)), num_users=70, has_queries=has_queries)
     expected = draws_of(dataset, 0, 1, 24)
     assert draws_of(dataset, 0, 2, 6) == draws_of(dataset, 0, 3, 4) == expected
     assert draws_of(dataset, 1, 1, 24) != expected
@@ -104,13 +109,14 @@ def test_as_many_samples_are_asked_as_the_rate_says() -> None:
     has_text = torch.tensor([False, True, True, True])
     asked = QueryDraws(0.3, 7, has_text)(rows, 2)
     assert len(asked.samples) / number == pytest.approx(0.3, abs=0.02)
-    assert asked.num_alone / len(asked.samples) == pytest.approx(ALONE_RATE, abs=0.02)
+    assert (asked.own_lengths == 0).all()
+    assert len(asked.own_lengths) / len(asked.samples) == pytest.approx(ALONE_RATE, abs=0.02)
     assert np.bincount(asked.texts // 4) / len(asked.texts) == pytest.approx(np.full(NUM_VARIANTS, 1 / NUM_VARIANTS), abs=0.02)
     assert len(QueryDraws(1.0, 7, has_text)(rows, 2).samples) == number
     assert len(QueryDraws(1.0, 7, ~has_text)(rows, 2).samples) == 0
 
 
-def rows_of(items: list[list[int]], first_targets: list[int]) -> Rows:
+def rows_of(items: list[list[int]], first_targets: list[int], queries: list[list[int]] | None = None) -> Rows:
     table = [
         {
             "user_index": row,
@@ -118,6 +124,7 @@ def rows_of(items: list[list[int]], first_targets: list[int]) -> Rows:
             "events": [row % 2] * len(sequence),
             "timestamps": [10 * place for place in range(len(sequence))],
             "values": [float(item) for item in sequence],
+            "queries": queries[row] if queries else [0] * len(sequence),
             "first_target": first,
         }
         for row, (sequence, first) in enumerate(zip(items, first_targets, strict=True))
@@ -135,7 +142,7 @@ def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Da
     asked = draws(rows, 3)
     batch = Collator(dataset.manifest, True, group_cost, queries=draws)(rows, *NOTHING, 3)
     num_plain = len(plain.targets)
-    assert (len(asked.samples), asked.num_alone) == (4, 1)
+    assert (len(asked.samples), asked.own_lengths.tolist()) == (4, [0])
     assert len(batch.targets) == num_plain + 4
     assert batch.valid_counts()[0] == num_plain + 4
     for name in ("targets", "labels", "label_mask"):
@@ -146,7 +153,7 @@ def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Da
     assert (batch.histories.events[batch.histories.query_places] == 0).all()
     assert batch.histories.values[batch.histories.query_places].isnan().all()
     for number, (sample, place) in enumerate(zip(asked.samples.tolist(), batch.histories.query_places.tolist(), strict=True)):
-        sequence = sequences[sample] if number < 4 - asked.num_alone else sequences[sample][-1:]
+        sequence = sequences[sample] if number < 3 else sequences[sample][-1:]
         begin = place - (len(sequence) - 1)
         assert begin == _start(batch, place)
         assert batch.histories.items[begin:place].tolist() == sequence[:-1]
@@ -155,6 +162,59 @@ def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Da
         last = np.cumsum([len(row) - first for row, first in zip(sequences, [1, 1, 5, 3], strict=True)])[sample] - 1
         assert torch.equal(batch.labels[num_plain + number], plain.labels[last])
         assert torch.equal(batch.label_mask[num_plain + number], plain.label_mask[last])
+
+
+def test_what_was_typed_is_asked_where_it_was_typed() -> None:
+    """Row 0 has two typed targets of three, row 1 none, row 2 one that is context only, row 3 a typed last one."""
+    number = 6000
+    queries = np.array([9, 5, 0, 7] + [0] * 4 + [0, 8, 0, 0] + [0, 0, 0, 6], np.int32)
+    starts, first = np.resize(np.arange(4) * 4, number), np.resize([1, 1, 2, 1], number).astype(np.int32)
+    flat = {"items": np.arange(1, 17, dtype=np.int32), "queries": queries}
+    rows = Rows(np.arange(number), first, starts, np.full(number, 4), flat)
+    has_text = torch.arange(17) > 0
+    asked = QueryDraws(0.5, 3, has_text)(rows, 1)
+    kinds, typed = asked.samples % 4, asked.texts - NUM_VARIANTS * 17 + 1
+    assert len(asked.samples) / number == pytest.approx(0.5, abs=0.03)
+    assert set(zip(asked.targets[kinds == 0].tolist(), typed[kinds == 0].tolist(), strict=True)) == {(1, 5), (3, 7)}
+    assert (asked.targets[kinds == 0] == 1).mean() == pytest.approx(0.5, abs=0.06)
+    assert set(zip(asked.targets[kinds == 3].tolist(), typed[kinds == 3].tolist(), strict=True)) == {(3, 6)}
+    for kind, last in ((1, 8), (2, 12)):
+        assert (asked.targets[kinds == kind] == 3).all()
+        assert set((asked.texts[kinds == kind] % 17).tolist()) == {last}
+        assert (asked.texts[kinds == kind] < NUM_VARIANTS * 17).all()
+    own = asked.samples[len(asked.samples) - len(asked.own_lengths) :]
+    targets = asked.targets[len(asked.samples) - len(asked.own_lengths) :]
+    assert set(asked.own_lengths[targets < 3].tolist()) == {0, 1}
+    assert (asked.own_lengths[targets == 3] == 0).all()
+    assert (asked.own_lengths == 0).mean() < 0.5 < (own % 4 == 0).mean()
+    without_text = QueryDraws(0.5, 3, ~has_text)(rows, 1)
+    assert set((without_text.samples % 4).tolist()) == {0, 3}
+
+
+def test_a_typed_query_follows_the_history_before_its_target(dataset: Dataset) -> None:
+    rows = rows_of([[1, 2, 3, 4], [5, 6, 7]], [1, 1], [[0, 0, 3, 0], [0, 0, 2]])
+    draws = QueryDraws(1.0, 5, torch.arange(41) > 0)
+    asked = draws(rows, 0)
+    assert (asked.samples.tolist(), asked.targets.tolist(), asked.own_lengths.tolist()) == ([1, 0], [2, 2], [2])
+    batch = Collator(dataset.manifest, True, queries=draws)(rows, *NOTHING)
+    places = batch.histories.query_places
+    assert places is not None
+    assert [batch.histories.items[place - 2 : place].tolist() for place in places.tolist()] == [[5, 6], [1, 2]]
+    assert batch.histories.times[places].tolist() == [10, 10]
+    assert batch.targets[-2:].tolist() == [7, 3]
+    assert batch.labels[-2:].tolist() == batch.labels[[4, 1]].tolist()
+
+
+def test_typed_queries_are_rows_behind_those_made_of_texts(tmp_path: Path) -> None:
+    dataset = make_dataset(Storage(str(tmp_path)), num_items=20, has_queries=True)
+    typed = read_queries(dataset, tmp_path / "scratch")
+    assert list(typed) == [f"wish {index}" for index in range(1, 21)]
+    texts = QueryTexts(["", "a b", "c"], typed)
+    assert len(texts) == 3 * NUM_VARIANTS + 20
+    assert texts[3 * NUM_VARIANTS - 1 : 3 * NUM_VARIANTS + 2] == ["c", "wish 1", "wish 2"]
+    assert texts[-1] == "wish 20"
+    with pytest.raises(IndexError):
+        texts[3 * NUM_VARIANTS + 20]
 
 
 def test_a_rank_without_samples_has_no_query(dataset: Dataset) -> None:

@@ -67,6 +67,7 @@ def dataset(moto_server: S3Server, tmp_path: Path) -> Dataset:
         "events": np.zeros(num_rows * LENGTH, np.int8),
         "timestamps": random.integers(0, 2**40, num_rows * LENGTH),
         "values": random.random(num_rows * LENGTH).astype(np.float32),
+        "queries": np.zeros(num_rows * LENGTH, np.int32),
     }
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in values.values()]
     rows = pa.table([pa.array(np.arange(num_rows)), *lists, pa.array(np.ones(num_rows, np.int32))], schema=TRAIN_SCHEMA)

@@ -59,7 +59,7 @@ def read_events(folder: Path, uri: Path, columns: ColumnsConfig | None = None) -
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.csv.gz", "a.jsonl", "a.jsonl.gz", "a.inter"])
 def test_every_format_gives_the_same_events(tmp_path: Path, name: str) -> None:
-    expected = [{**row, "event": "interaction", "input_order": number} for number, row in enumerate(ROWS)]
+    expected = [{**row, "event": "interaction", "query": None, "input_order": number} for number, row in enumerate(ROWS)]
     assert read_events(tmp_path, write_events(tmp_path, name, ROWS)) == expected
 
 
@@ -90,7 +90,8 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     rows = [{"what": 1, "who": 7, "when": 3, "stars": 2, "more": "x"}]
     for name in ("a.parquet", "a.csv", "a.jsonl"):
         found = read_events(tmp_path, write_events(tmp_path, name, rows), MAPPED)
-        assert found == [{"user_id": "7", "item_id": "1", "timestamp": 3, "event": "interaction", "value": 2.0, "input_order": 0}]
+        expected = {"user_id": "7", "item_id": "1", "timestamp": 3, "event": "interaction", "value": 2.0, "query": None, "input_order": 0}
+        assert found == [expected]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def events_of(storage: Storage, files: list[ObjectInfo], data: DataConfig | None
     data = data or DataConfig()
     time_column = "timestamp" if "timestamp" in find_event_columns(storage, files[0].uri, data.columns) else "position"
     raws = [raw for part in plan_parts(storage, files) for raw in import_events(storage, part, data, time_column)]
-    return [row for raw in raws for row in cast_events(raw)[0].drop_columns(["input_order", "event"]).to_pylist()]
+    return [row for raw in raws for row in cast_events(raw)[0].drop_columns(["input_order", "event", "query"]).to_pylist()]
 
 
 def items_of(storage: Storage, files: list[ObjectInfo], **features: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -34,13 +34,14 @@ def test_each_fault_is_counted_once_under_the_first_reason() -> None:
         timestamp=["5", "5", "5", "5", None, "soon", "5", "5", "5", "6.9"],
         event=["view", "view", "view", "view", "view", "view", None, "view", "view", "click"],
         value=["1", "1", "1", "1", "1", "1", "1", "good", "inf", None],
+        query=[" tent", *["lost"] * 8, " "],
     )
     events, rejected = cast_events(raw)
     assert dict(rejected) == {"null_user": 2, "null_item": 1, "null_time": 1, "bad_time": 1, "null_event": 1, "bad_value": 2}
     assert events.schema == EVENTS_SCHEMA
     assert events.to_pylist() == [
-        {"user_id": "a", "item_id": "1", "timestamp": 5, "event": "view", "value": 1.0, "input_order": 0},
-        {"user_id": "a", "item_id": "1", "timestamp": 6, "event": "click", "value": None, "input_order": 9},
+        {"user_id": "a", "item_id": "1", "timestamp": 5, "event": "view", "value": 1.0, "query": "tent", "input_order": 0},
+        {"user_id": "a", "item_id": "1", "timestamp": 6, "event": "click", "value": None, "query": None, "input_order": 9},
     ]
 
 
@@ -86,12 +87,14 @@ def test_values_that_are_not_finite_numbers_are_bad() -> None:
 def test_position_stands_in_for_time() -> None:
     raw = pa.table({"user_id": ["a"], "item_id": ["b"], "position": [3], "input_order": [0]})
     assert cast_events(raw)[0].to_pylist() == [
-        {"user_id": "a", "item_id": "b", "timestamp": 3, "event": "interaction", "value": None, "input_order": 0}
+        {"user_id": "a", "item_id": "b", "timestamp": 3, "event": "interaction", "value": None, "query": None, "input_order": 0}
     ]
 
 
 def clean_events(rows: list[tuple]) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(EVENTS_SCHEMA.names, row, strict=True)) for row in rows], schema=EVENTS_SCHEMA)
+    """Lay out rows of EVENTS_SCHEMA that nobody typed anything for."""
+    names = [name for name in EVENTS_SCHEMA.names if name != "query"]
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=EVENTS_SCHEMA)
 
 
 def test_ties_keep_the_input_order_and_duplicates_their_first() -> None:

@@ -18,7 +18,7 @@ def events_of(rows: list[tuple[str, str, int]]) -> tuple[pa.Table, np.ndarray]:
     """Lay out (user, item, time) as events sorted by user, with the users' offsets."""
     rows = sorted(rows, key=lambda row: row[0])
     columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], []]
-    extra = [[DEFAULT_EVENT] * len(rows), [None] * len(rows), list(range(len(rows)))]
+    extra = [[DEFAULT_EVENT] * len(rows), [None] * len(rows), [None] * len(rows), list(range(len(rows)))]
     _, counts = np.unique(np.array(columns[0], str), return_counts=True)
     return pa.table([*columns, *extra], schema=EVENTS_SCHEMA), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 

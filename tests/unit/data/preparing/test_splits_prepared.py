@@ -72,7 +72,9 @@ def expected_rows(events: Sequence[Event], data: DataConfig) -> Rows:
         elif data.split == "time":
             parts = [(time >= data.validation_from) + (time >= data.test_from) for _, _, time in own]
         else:
-            table = pa.table([*zip(*own, strict=True), *([value] * len(own) for value in (DEFAULT_EVENT, None, 0))], schema=EVENTS_SCHEMA)
+            table = pa.table(
+                [*zip(*own, strict=True), *([value] * len(own) for value in (DEFAULT_EVENT, None, None, 0))], schema=EVENTS_SCHEMA
+            )
             parts = split_events(table, np.array([0, len(own)]), data).tolist()
         by_part: dict[int, list[Event]] = defaultdict(list)
         for event, part in zip(own, parts, strict=True):
