@@ -71,8 +71,8 @@ class ModelConfig(Section):
 
     `attention`: `softmax`; `hstu` weighs by SiLU without normalising and gates the output; `ligr` is softmax attention with a learned
     gate on each residual. `id_buckets` above 0 makes an id's vector of `id_hashes` rows of a table of that size, for catalogues too
-    large for a row per item. In `query_rate` of the samples a target is also predicted with a query: what the user typed before it or, of the
-    last target, some words of its text; with `text.mode` "off" there are none.
+    large for a row per item. In `query_rate` of the samples a target is also predicted with a query: what the user typed before it or,
+    of the last target, some words of its text; with `text.mode` "off" there are none.
     """
 
     width: Annotated[int, Field(ge=4)] = 64
