@@ -209,10 +209,10 @@ class Predictor:
         """Load an export's folder, whose files the registry has verified; with `scratch` a node's processes share the catalogue.
 
         Raises:
-            UserError: the loaded model does not give the golden scores that it was published with.
+            UserError: the export is of another format, or the loaded model does not give the golden scores that it was published with.
         """
         config = Config.model_validate_json((folder / "config.json").read_bytes())
-        manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_bytes())
+        manifest = DatasetManifest.parse((folder / "dataset.json").read_bytes(), str(folder / "dataset.json"))
         catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
         user_encoder = UserEncoder(config, manifest)
         vectors = load_file(folder / "item_vectors.safetensors")

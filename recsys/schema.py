@@ -79,7 +79,7 @@ CATALOGUE_SCHEMA = pa.schema(
 `numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
-"""One row per text that users of one partition asked with, sorted by `query_index` from 1; each partition has its own."""
+"""One row per text that users of one partition typed, numbered from 1 over all partitions and versions, each of which has its own."""
 
 COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
 """One row per item whose interactions in the training data an appended version changes; `count` is added."""

@@ -20,13 +20,13 @@ def make_dataset(
 ) -> Dataset:
     """Write a dataset in which each user walks through the items of one genre in order, with some noise.
 
-    With queries, two interactions in three came after some words: query i, "wish i", stands for item i.
+    With queries, two interactions in three came after a word that is in no item's text (see `wish`).
     """
     generator = np.random.default_rng(seed)
     users = [_make_user(generator, index, num_items) for index in range(num_users)]
     for user in users:
         asked = (np.arange(len(user["items"])) + user["user_index"]) % 3 > 0 if has_queries else np.zeros(len(user["items"]), bool)
-        user["queries"] = (asked * np.array(user["items"])).tolist()
+        user["queries"] = (asked * (num_items + 1 - np.array(user["items"]))).tolist()
     samples = [
         {"user_index": user["user_index"], "first_target": window.first_target}
         | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values", "queries")}
@@ -35,7 +35,7 @@ def make_dataset(
     ]
     counts = np.bincount(np.concatenate([user["items"][: user["num_train"]] for user in users]), minlength=num_items + 1)
     catalogue = [_make_item(index, int(counts[index])) for index in range(1, num_items + 1)]
-    queries = [{"query_index": index, "query": f"wish {index}"} for index in range(1, num_items + 1)]
+    queries = [{"query_index": index, "query": wish(num_items + 1 - index)} for index in range(1, num_items + 1)]
     half = len(samples) // 2
     uri = storage.uri("datasets", f"tiny-{num_users}-{num_items}-{seed}" + "-queries" * has_queries)
     values = np.concatenate([user["values"][: user["num_train"]] for user in users])
@@ -70,6 +70,11 @@ def make_dataset(
     manifest = unnamed.model_copy(update={"fingerprint": content_fingerprint(unnamed.model_dump(mode="json"))})
     storage.write_bytes(join(uri, MANIFEST_NAME), manifest.model_dump_json().encode())
     return Dataset.open(storage, uri)
+
+
+def wish(item: int) -> str:
+    """What users of `make_dataset` type when they look for an item; query i is that for item `num_items` + 1 - i."""
+    return " ".join("bcfgjklpqv"[int(digit)] * 2 for digit in str(item))
 
 
 def _make_user(generator: np.random.Generator, index: int, num_items: int) -> dict[str, Any]:

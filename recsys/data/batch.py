@@ -125,7 +125,7 @@ class Collator:
         asked = None if self.queries is None else self.queries(rows, epoch)
         all_starts, all_lengths, has_query = starts, lengths, None
         if asked is not None:
-            own_samples = asked.samples[len(asked.samples) - len(asked.own_lengths) :]
+            own_samples = asked.samples[asked.num_whole :]
             all_starts, all_lengths = np.append(starts, starts[own_samples]), np.append(lengths, asked.own_lengths)
             has_query = asked.has_query(len(rows))
         histories, first_places = pack(rows.flat, all_starts, all_lengths, self.group_cost, has_query)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +90,22 @@ class DatasetManifest(BaseModel):
     item_statistics_shards: tuple[Shard, ...] = ()
     query_shards: tuple[Shard, ...] = ()
 
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> Self:
+        """Read a manifest that lies at `where`.
+
+        Raises:
+            UserError: it is none, or of another format.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise UserError(
+                f"{where}: is no manifest of format {FORMAT_VERSION} ({field}: {first['msg']}); run python -m jobs.prepare_data again"
+            ) from None
+
     @property
     def num_samples(self) -> int:
         """Training samples, which are the rows of the training shards."""
@@ -136,16 +152,7 @@ class Dataset:
             raise UserError(f"{key}: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
         if not storage.exists(join(uri, MANIFEST_NAME)):
             raise UserError(f"{key} = {uri}: has no {MANIFEST_NAME}; give the 'dataset' that python -m jobs.prepare_data printed")
-        text = storage.read_bytes(join(uri, MANIFEST_NAME))
-        try:
-            manifest = DatasetManifest.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(
-                f"{join(uri, MANIFEST_NAME)}: is no manifest of format {FORMAT_VERSION} ({where}: {first['msg']}); "
-                "run python -m jobs.prepare_data again"
-            ) from None
+        manifest = DatasetManifest.parse(storage.read_bytes(join(uri, MANIFEST_NAME)), join(uri, MANIFEST_NAME))
         return cls(storage, uri.rstrip("/"), manifest)
 
     @property

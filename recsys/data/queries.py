@@ -46,6 +46,8 @@ def drop_words(text: str, item: int, variant: int) -> str:
 
 def read_queries(dataset: Dataset, scratch: Path) -> Sequence[str]:
     """Read what users typed, by index less one, from a file below `scratch` that all processes of the node share."""
+    if not dataset.manifest.num_queries:
+        return ()
 
     def build(folder: Path) -> None:
         write_table(folder / "queries.arrow", QUERIES_SCHEMA, (dataset.read_shard(shard) for shard in dataset.manifest.query_shards))
@@ -70,9 +72,10 @@ class QueryTexts(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
-        variant, item = divmod(range(len(self))[row], len(self._texts))
-        if variant >= NUM_VARIANTS:
-            return self._typed[range(len(self))[row] - NUM_VARIANTS * len(self._texts)]
+        place = range(len(self))[row]
+        if place >= NUM_VARIANTS * len(self._texts):
+            return self._typed[place - NUM_VARIANTS * len(self._texts)]
+        variant, item = divmod(place, len(self._texts))
         return drop_words(self._texts[item], item, variant)
 
 
@@ -88,10 +91,15 @@ class Asked:
     texts: Integers  # (Q,) rows of `QueryTexts`
     own_lengths: Integers  # (E,)
 
+    @property
+    def num_whole(self) -> int:
+        """How many queries follow a whole history."""
+        return len(self.samples) - len(self.own_lengths)
+
     def has_query(self, num_samples: int) -> NDArray[np.bool_]:
         """Tell of each history, and then of the E others, whether a query follows it."""
         has_query = np.zeros(num_samples + len(self.own_lengths), np.bool_)
-        has_query[self.samples[: len(self.samples) - len(self.own_lengths)]] = True
+        has_query[self.samples[: self.num_whole]] = True
         has_query[num_samples:] = True
         return has_query
 
@@ -113,14 +121,14 @@ class QueryDraws:
         last = rows.lengths.astype(np.int64) - 1
         items = rows.flat["items"][rows.starts + last].astype(np.int64)
         draws = sample_draws(torch.from_numpy(rows.sample_ids), self.seed, epoch)
-        chance, alone, variant = (stable_hash(draws, number).numpy() for number in range(3))
-        targets, typed = _draw_typed(rows, variant) if "queries" in rows.flat else (last, np.zeros(len(rows), np.int64))
+        chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
+        targets, typed = _draw_typed(rows, choice) if "queries" in rows.flat else (last, np.zeros(len(rows), np.int64))
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))
         is_alone = alone[chosen] < ALONE_RATE * 2.0**63
         is_own = is_alone | (targets[chosen] < last[chosen])
         order = np.argsort(is_own, kind="stable")
         chosen, num_own = chosen[order], int(is_own.sum())
-        made = variant[chosen] % NUM_VARIANTS * len(self.has_text) + items[chosen]
+        made = choice[chosen] % NUM_VARIANTS * len(self.has_text) + items[chosen]
         texts = np.where(typed[chosen] > 0, NUM_VARIANTS * len(self.has_text) + typed[chosen] - 1, made)
         own_lengths = np.where(is_alone[order], 0, targets[chosen])[len(chosen) - num_own :]
         return Asked(chosen, targets[chosen], texts, own_lengths)
@@ -135,6 +143,6 @@ def _draw_typed(rows: Rows, draws: Integers) -> tuple[Integers, Integers]:
     counts = np.bincount(owners, minlength=len(rows))
     targets, typed = lengths - 1, np.zeros(len(rows), np.int64)
     has_some = counts > 0
-    picked = (np.cumsum(counts) - counts + draws // 8 % np.maximum(counts, 1))[has_some]
+    picked = (np.cumsum(counts) - counts + draws % np.maximum(counts, 1))[has_some]
     targets[has_some], typed[has_some] = places[picked], queries[picked]
     return targets, typed

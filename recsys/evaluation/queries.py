@@ -24,18 +24,19 @@ MADE_PROTOCOL = (
 def evaluate_queries(judge: Judge, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
     """Compare the rank of each user's first target, where there is a query for it, with it and without (`ranked`)."""
     texts, has_text = predictor.catalogue.texts, predictor.catalogue.has_text.numpy()
-    typed = read_queries(dataset, Path(predictor.config.run.scratch))
+    is_typed = any(user.query for user in judge.users)
+    typed = read_queries(dataset, Path(predictor.config.run.scratch)) if is_typed else ()
 
     def query_of(user: EvaluationUser) -> str:
         item = int(user.targets.items[0])
-        return typed[user.query - 1] if typed else drop_words(texts[item], item, EVALUATION_VARIANT)
+        return typed[user.query - 1] if is_typed else drop_words(texts[item], item, EVALUATION_VARIANT)
 
     def score(users: Sequence[EvaluationUser]) -> Scores:
         return predictor.score_catalogue([user.history for user in users], [query_of(user) for user in users]).numpy()
 
-    is_asked = np.array([user.query > 0 if typed else has_text[user.targets.items[0]] for user in judge.users])
+    is_asked = np.array([user.query > 0 if is_typed else has_text[user.targets.items[0]] for user in judge.users])
     users = [user for user, asked in zip(judge.users, is_asked, strict=True) if asked]
-    result: dict[str, Any] = {"protocol": TYPED_PROTOCOL if typed else MADE_PROTOCOL, "num_users": len(users)}
+    result: dict[str, Any] = {"protocol": TYPED_PROTOCOL if is_typed else MADE_PROTOCOL, "num_users": len(users)}
     if not users:
         return result
     targets = target_items(users)

@@ -27,7 +27,7 @@ class EvaluationUser:
     history: History
     targets: History
     attributes: dict[str, str]
-    query: int = 0
+    query: int
 
 
 def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
@@ -60,8 +60,8 @@ def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
         places = np.arange(begins[row], ends[row])
         places = places[~np.isin(everything.items[places], history.items)]
         if len(history.items) and len(places):
-            query = int(queries[places[0]]) if len(queries) else 0
-            yield EvaluationUser(user_index, history, everything.take(places), dict(attributes[row] or []), query)
+            targets = everything.take(places)
+            yield EvaluationUser(user_index, history, targets, dict(attributes[row] or []), int(queries[places[0]]))
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:

@@ -1,4 +1,4 @@
-"""What is made of a whole catalogue's text: tokens, once per node, and frozen vectors, once per dataset and shared out over the ranks."""
+"""What is made of all of a dataset's texts: tokens, once per node, and frozen vectors, once per dataset and shared out over the ranks."""
 
 import hashlib
 import logging
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from recsys.data.item_features import ItemFeatures, node_folder
+from recsys.data.item_features import node_folder
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.mapped import create_array, map_array, shared_entry
-from recsys.data.queries import QueryTexts, read_queries
 from recsys.errors import UserError
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, tokenize
 from recsys.model_config import TextConfig
@@ -25,9 +24,6 @@ from recsys.storage import Storage, join
 TOKENIZED_AT_ONCE = 8192
 CHUNK_ROWS = 16_384
 """Rows of one object of frozen vectors, which one rank encodes without a pause."""
-
-QUERIES = "queries-v1"
-"""Changes with how queries are made, so that none made otherwise are read."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +51,13 @@ class VectorsManifest(BaseModel):
     max_tokens: int
 
 
-def catalogue_tokens(
-    folder: str, text: TextConfig, catalogue: ItemFeatures, dataset: Dataset, scratch: Path, of_queries: bool = False
+def text_tokens(
+    folder: str, text: TextConfig, texts: Sequence[str], dataset: Dataset, scratch: Path, kind: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return the token ids of all items (I + 1, T), int32 and right-padded, and how many are real (I + 1,), 1 at least.
+    """Return the token ids of R texts (R, T), int32 and right-padded, and how many are real (R,), 1 at least.
 
-    With `of_queries` they are those of the dataset's `QueryTexts`.
+    `kind` tells the files of other texts than the items' from those.
     """
-    texts, kind = _texts_of(catalogue, dataset, scratch, of_queries)
 
     def build(new: Path) -> None:
         logger.info("text: tokenizing %d texts with the tokenizer of %s, once on this node", len(texts) - 1, text.backbone)
@@ -76,7 +71,7 @@ def catalogue_tokens(
             tokens[begin:end, : ids.shape[1]] = ids
             lengths[begin:end] = mask.sum(1)
 
-    key = _key(backbone_identity(folder, with_weights=False), text.max_tokens, *kind)
+    key = _key(backbone_identity(folder, with_weights=False), text.max_tokens, kind)
     with shared_entry(node_folder(scratch, dataset.manifest, f"tokens-{key}"), build) as entry:
         return map_array(entry / "tokens.npy"), map_array(entry / "lengths.npy")
 
@@ -84,22 +79,21 @@ def catalogue_tokens(
 def frozen_vectors(
     folder: str,
     text: TextConfig,
-    catalogue: ItemFeatures,
+    texts: Sequence[str],
     dataset: Dataset,
     scratch: Path,
     device: torch.device,
     ranks: Ranks = ALONE,
-    of_queries: bool = False,
+    kind: str = "",
 ) -> Tensor:
-    """Return the text vectors of all items (I + 1, H), computed once and kept with the dataset; all of `ranks` must call this.
+    """Return the vectors of R texts (R, H), computed once and kept with the dataset; all of `ranks` must call this.
 
-    With `of_queries` they are those of the dataset's `QueryTexts`.
+    `kind` tells the files of other texts than the items' from those.
 
     Raises:
         UserError: stored vectors are damaged.
     """
-    texts, kind = _texts_of(catalogue, dataset, scratch, of_queries)
-    key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, *kind)
+    key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, kind)
     uri = join(dataset.uri, "text_vectors", key)
     _encode_missing(folder, text, texts, dataset.storage, uri, device, ranks)
 
@@ -179,11 +173,6 @@ def _read_chunk(storage: Storage, uri: str, shape: tuple[int, ...]) -> NDArray[n
     if found != shape:
         raise UserError(f"{uri}: has vectors of shape {found} in place of {shape}; delete it, and it is made anew")
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(shape))
-
-
-def _texts_of(catalogue: ItemFeatures, dataset: Dataset, scratch: Path, of_queries: bool) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Return the items' texts or the queries', and what tells the latter's files from the former's."""
-    return (QueryTexts(catalogue.texts, read_queries(dataset, scratch)), (QUERIES,)) if of_queries else (catalogue.texts, ())
 
 
 def _key(*identity: str | int) -> str:

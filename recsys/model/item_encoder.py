@@ -175,10 +175,10 @@ def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn
 def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: Tensor, on_host: Tensor) -> Tensor:
     """Run the language model over some rows (D,) of `tokens` (R, T), like lengths together; return (D, H).
 
-    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU. The runs are as many on every rank,
-    whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
+    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU, `tokens` anywhere. The runs are as many
+    on every rank, whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
     """
-    device = tokens.device
+    device = next(encoder.parameters()).device
     group = torch.bucketize(counts[on_host], widths)
     vectors = []
     for number, width in enumerate(widths.tolist()):
@@ -186,7 +186,7 @@ def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: 
         size = int(is_member.sum())
         chosen = on_host[is_member] if size else torch.zeros(1, dtype=torch.long)
         real = counts[chosen].to(device, non_blocking=True)
-        own = tokens[chosen.to(device, non_blocking=True), :width].long()
+        own = tokens[chosen.to(tokens.device, non_blocking=True), :width].to(device, non_blocking=True).long()
         mask = torch.arange(width, device=device) < real.unsqueeze(1)
         vectors.append(encoder(own, mask.long())[:size])
     back = group.argsort(stable=True).argsort()

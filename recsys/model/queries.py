@@ -11,40 +11,39 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.data.item_features import ItemFeatures
 from recsys.data.manifest import Dataset
+from recsys.data.queries import QueryTexts, read_queries
 from recsys.data.rows import Integers
 from recsys.errors import UserError
-from recsys.model.catalogue_text import Ranks, catalogue_tokens, frozen_vectors
-from recsys.model.item_encoder import LENGTH_GROUPS, ItemEncoder, ItemText, Projection, encode_groups
+from recsys.model.catalogue_text import Ranks, frozen_vectors, text_tokens
+from recsys.model.item_encoder import LENGTH_GROUPS, ItemEncoder, Projection, encode_groups
 from recsys.model.text_encoder import TextEncoder, encode_texts, group_widths, load_frozen, load_tokenizer, locate_backbone
 
 TOKENIZER_AND_BACKBONE = "text_encoder"
 """The folder of an export that what is typed is encoded with."""
 
+QUERIES = "queries-v1"
+"""Changes with how queries are made, so that none made otherwise are read."""
 
-class TrainingQueries(nn.Module):
+
+class TrainingQueries:
     """Encodes the queries that training asks, as an item's text is encoded. Shapes: Q queries, R rows of `QueryTexts`, W width.
 
-    Like the item encoder's, the buffers may be views of files that all processes of a node share.
+    There may be more of them than a GPU holds: they stay on the CPU, in files that all processes of a node share.
     """
 
-    vectors: Tensor  # (R, H)
-    tokens: Tensor  # (R, T)
+    def __init__(self, texts: Tensor, token_counts: Tensor) -> None:
+        """Take frozen vectors (R, H) and no counts, or tokens (R, T) and how many are real (R,)."""
+        self._texts, self._token_counts = texts, token_counts
+        self._group_widths = group_widths(token_counts, LENGTH_GROUPS)
 
-    def __init__(self, text: ItemText) -> None:
-        super().__init__()
-        self.register_buffer("vectors", text.vectors, persistent=False)
-        self.register_buffer("tokens", text.tokens, persistent=False)
-        self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (R,)
-        self.group_widths = group_widths(self.token_counts, LENGTH_GROUPS)
-
-    def forward(self, item_encoder: ItemEncoder, rows: Integers) -> Tensor:
+    def __call__(self, item_encoder: ItemEncoder, rows: Integers) -> Tensor:
         """Encode rows (Q,) as (Q, W); under ZeRO-3 every rank must call this, without rows too."""
-        chosen = torch.from_numpy(rows)
+        chosen, projection = torch.from_numpy(rows), item_encoder.sources["text"]
         if item_encoder.text_encoder is None:
-            texts = self.vectors[chosen.to(self.vectors.device, non_blocking=True)]
+            texts = self._texts[chosen].to(next(projection.parameters()).device)
         else:
-            texts = encode_groups(item_encoder.text_encoder, self.tokens, self.token_counts, self.group_widths, chosen)
-        vectors: Tensor = item_encoder.sources["text"](texts)
+            texts = encode_groups(item_encoder.text_encoder, self._texts, self._token_counts, self._group_widths, chosen)
+        vectors: Tensor = projection(texts)
         return vectors
 
 
@@ -96,18 +95,17 @@ def read_training_queries(
     """Read or compute what training asks with; all of `ranks` must call this. None where the model learns no queries.
 
     Raises:
-        UserError: there is nothing to ask with.
+        UserError: the catalogue has no text, so that there is nothing to encode queries with.
     """
     text, scratch = config.model.text, Path(config.run.scratch)
     if not config.model.has_queries:
         return None
-    if not dataset.manifest.num_queries and not bool(catalogue.has_text.any()):
+    if not bool(catalogue.has_text.any()):
         raise UserError(
-            f"model.query_rate = {config.model.query_rate}: the events have no column of queries, and the catalogue no text to make "
-            "queries of; set model.query_rate=0"
+            f"model.query_rate = {config.model.query_rate}: the catalogue has no text to hold a query against; set model.query_rate=0"
         )
-    folder = locate_backbone(text, dataset, scratch)
+    folder, queries = locate_backbone(text, dataset, scratch), QueryTexts(catalogue.texts, read_queries(dataset, scratch))
     if text.mode == "frozen":
-        return TrainingQueries(ItemText(vectors=frozen_vectors(folder, text, catalogue, dataset, scratch, device, ranks, of_queries=True)))
-    tokens, lengths = catalogue_tokens(folder, text, catalogue, dataset, scratch, of_queries=True)
-    return TrainingQueries(ItemText(tokens=tokens, lengths=lengths))
+        vectors = frozen_vectors(folder, text, queries, dataset, scratch, device, ranks, QUERIES)
+        return TrainingQueries(vectors, torch.zeros(0, dtype=torch.int32))
+    return TrainingQueries(*text_tokens(folder, text, queries, dataset, scratch, QUERIES))

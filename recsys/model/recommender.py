@@ -14,7 +14,7 @@ from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
 from recsys.data.negatives import negative_items
 from recsys.model import losses
-from recsys.model.catalogue_text import ALONE, Ranks, catalogue_tokens, frozen_vectors
+from recsys.model.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
 from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.multitask import TaskLosses
@@ -54,7 +54,9 @@ class Recommender(nn.Module):
         """Return the sum of each loss over the batch's targets."""
         indices = None if self.loss.kind == "full" else batch.items
         items, texts = self.item_encoder.with_text(indices, torch.from_numpy(batch.items_on_host))  # (D, W)
-        asked = None if self.queries is None else self.queries(self.item_encoder, batch.query_texts)  # (Q, W)
+        asked = None
+        if self.queries is not None and batch.query_texts is not None:
+            asked = self.queries(self.item_encoder, batch.query_texts)  # (Q, W)
         vectors = F.embedding(batch.histories.items, items)  # (P, W)
         states = self.user_encoder(vectors, batch.histories, asked)  # (P, W)
         users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
@@ -91,8 +93,8 @@ def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, de
         return ItemText()
     folder = locate_backbone(text, dataset, scratch)
     if text.mode == "frozen":
-        return ItemText(vectors=frozen_vectors(folder, text, catalogue, dataset, scratch, device, ranks))
-    tokens, lengths = catalogue_tokens(folder, text, catalogue, dataset, scratch)
+        return ItemText(vectors=frozen_vectors(folder, text, catalogue.texts, dataset, scratch, device, ranks))
+    tokens, lengths = text_tokens(folder, text, catalogue.texts, dataset, scratch)
     return ItemText(tokens=tokens, lengths=lengths, encoder=TextEncoder(load_backbone(folder, text), text.pooling))
 
 

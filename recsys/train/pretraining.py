@@ -15,7 +15,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.pairs import Partners
 from recsys.data.plan import EpochPlan
 from recsys.data.texts import VALIDATION, HiddenTokens, Pairs, TextBatch, TextCollator, TextSplit
-from recsys.model.catalogue_text import Ranks, catalogue_tokens
+from recsys.model.catalogue_text import Ranks, text_tokens
 from recsys.model.losses import gather_from_ranks
 from recsys.model.pretraining import CONTRASTIVE, MASKED, build_pretrainer, pair_scores
 from recsys.model.text_encoder import locate_backbone
@@ -42,7 +42,7 @@ class Pretraining:
         self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
         self._split = TextSplit.read(dataset, catalogue, scratch)
         self._collate = TextCollator(
-            *catalogue_tokens(folder, text, catalogue, dataset, scratch),
+            *text_tokens(folder, text, catalogue.texts, dataset, scratch),
             split=self._split,
             hiding=hiding,
             partners=Partners.read(dataset, catalogue, settings.window, scratch) if CONTRASTIVE in settings.objectives else None,

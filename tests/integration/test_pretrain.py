@@ -96,7 +96,7 @@ def test_a_killed_pretraining_goes_on_and_training_starts_from_what_it_made(tmp_
     trained = start("jobs.train", dataset, tmp_path, "train", model__text__backbone=result["backbone"], training__epochs=1)
     assert finish(trained, tmp_path / "train")["steps"] > 0
     text, catalogue, scratch = TextConfig(backbone="tiny"), ItemFeatures.read(dataset), tmp_path / "scratch"
-    frozen_vectors(locate_backbone(text, dataset, scratch), text, catalogue, dataset, scratch, torch.device("cpu"))
+    frozen_vectors(locate_backbone(text, dataset, scratch), text, catalogue.texts, dataset, scratch, torch.device("cpu"))
     vectors = stored_vectors(dataset)
     assert vectors.keys() == {result["backbone"], "tiny"}
     assert vectors["tiny"] != vectors[result["backbone"]]

@@ -107,8 +107,7 @@ def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, f
     predictor = build_predictor(shaped, dataset, model)
     rows, batch = rows_and_batch(dataset, model)
     asked = QueryDraws(0.999, 1, model.catalogue.has_text)(rows, 0)
-    is_own = np.arange(len(asked.samples)) >= len(asked.samples) - len(asked.own_lengths)
-    own_lengths = np.where(is_own, np.pad(asked.own_lengths, (len(asked.samples) - len(asked.own_lengths), 0)), asked.targets)
+    own_lengths = np.append(asked.targets[: asked.num_whole], asked.own_lengths)
     assert (own_lengths == 0).any()  # or the empty history is not tested
     assert has_queries == bool((asked.targets < rows.lengths[asked.samples] - 1).any())
     texts = QueryTexts(model.catalogue.texts, read_queries(dataset, Path(config.run.scratch)))
@@ -132,12 +131,14 @@ def plain_targets(batch: Batch, num_queries: int) -> dict[str, torch.Tensor]:
     return {name: getattr(batch, name)[:-num_queries] for name in ("targets", "labels", "label_mask", "group_mask")}
 
 
-def test_a_catalogue_without_text_has_no_queries(config: Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_queries", [False, True])
+def test_a_catalogue_without_text_has_no_queries(config: Config, has_queries: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_dataset(Storage(config.storage.root), has_queries=has_queries)
     table = dataset.catalogue
     without = table.set_column(table.schema.get_field_index("text"), "text", [[""] * len(table)])
     features = ItemFeatures.from_table(without, len(dataset.manifest.category_vocabulary))
     monkeypatch.setattr(ItemFeatures, "read", lambda *_: features)
-    with pytest.raises(UserError, match=r"model.query_rate = 0.999: the events have no column of queries, and the catalogue no text"):
+    with pytest.raises(UserError, match=r"model.query_rate = 0.999: the catalogue has no text"):
         build_recommender(config, dataset, CPU)
 
 
@@ -165,9 +166,11 @@ def load_last(config: Config, steps: int) -> tuple[Config, Dataset, Recommender]
     return load_trained(storage, uri, config.run.scratch)[1:]
 
 
-def test_the_losses_are_the_same_on_two_ranks(config: Config) -> None:
-    one = run_of(config, "one", training__max_steps=6, training__zero_stage=0)
-    two = run_of(config, "two", training__max_steps=6, training__zero_stage=3, training__num_workers=2, training__micro_batch_size=8)
+@pytest.mark.parametrize("has_queries", [False, True])
+def test_the_losses_are_the_same_on_two_ranks(config: Config, has_queries: bool) -> None:
+    data = {"data__dataset": make_dataset(Storage(config.storage.root), has_queries=has_queries).uri, "training__max_steps": 6}
+    one = run_of(config, f"one-{has_queries}", training__zero_stage=0, **data)
+    two = run_of(config, f"two-{has_queries}", training__zero_stage=3, training__num_workers=2, training__micro_batch_size=8, **data)
     (_, expected), (_, losses) = (run_distributed(train_it, run.training.num_workers, run)[0] for run in (one, two))
     assert len(losses) == 6
     assert losses == pytest.approx(expected, rel=1e-4)
@@ -193,7 +196,7 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     assert np.median(ranks) <= 5  # of 100, by words that training did not ask with, and with no history
 
 
-def test_what_users_typed_is_learned_and_evaluated(config: Config, dataset: Dataset) -> None:
+def test_what_users_typed_is_learned_and_evaluated(config: Config) -> None:
     """The words of a query are in no item's text, so that what they mean can be known from the events alone."""
     data = make_dataset(Storage(config.storage.root), num_users=300, num_items=30, has_queries=True)
     values = {"model.width": 32, "optimizer.learning_rate": 1e-2, "model.text.mode": "full", "optimizer.backbone_learning_rate": 1e-2}

@@ -9,7 +9,7 @@ from tests.benchmarks.sequence_training import BARE, OURS, RECTOOLS, metrics_of_
 
 
 def user_of(index: int, seen: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(index, History.of(seen), History.of(targets), {})
+    return EvaluationUser(index, History.of(seen), History.of(targets), {}, 0)
 
 
 def test_lists_are_scored_by_the_place_of_the_target() -> None:

@@ -22,7 +22,8 @@ def find_event_columns(storage: Storage, uri: str, columns: ColumnsConfig) -> di
     """Tell which of the file's columns the event columns come from, as {house name: file's name}.
 
     The order comes from the timestamp where there is one and from the position otherwise. A column that the config
-    renames must be there.
+    renames must be there; `data.columns.query` may be empty, and then no queries are read. JSON lines always have queries: few events
+    may have the key, and none of those that the header is told from.
 
     Raises:
         UserError: a required column is missing; the line names the columns that exist.
@@ -34,15 +35,21 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
+    if _is_json_lines(uri):
+        names = [*names, columns.query]
     for optional in (EVENT, VALUE, QUERY):
         name = find_column(optional, columns, names)
-        if name in names or name != optional:
+        if name and (name in names or name != optional):
             found[optional] = name
     for house_name, name in found.items():
         if name not in names:
             wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
             raise _missing(uri, wanted, house_name, names)
     return found
+
+
+def _is_json_lines(uri: str) -> bool:
+    return uri.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Iterator[pa.Table]:
@@ -108,7 +115,7 @@ def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]
     for part in plan_parts(storage, files):
         names = list(read_header(storage, part.uri))
         missing = [name for name in wanted if name not in names]
-        if missing and not part.uri.lower().endswith((".jsonl", ".jsonl.gz")):
+        if missing and not _is_json_lines(part.uri):
             raise _missing(part.uri, f"'{missing[0]}'", "which the first file has", names)
         tables += read_tables(storage, part, wanted)
     if not any(table.num_rows for table in tables):

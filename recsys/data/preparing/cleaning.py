@@ -89,14 +89,13 @@ def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
-    """Normalise what was asked, each distinct text once; count the events with a query, and those whose query is cut."""
+    """Normalise what was asked, each distinct text once; count the events whose query is cut."""
     encoded = events[QUERY].combine_chunks().dictionary_encode()
     folded = [fold(text) for text in encoded.dictionary.to_pylist()]
     texts = pa.array([cut(text) or None for text in folded], pa.string())
     is_cut = pa.array([len(text) > MAX_TEXT_CHARACTERS for text in folded], pa.bool_())
-    queries = texts.take(encoded.indices)
-    noticed = Counter(query=len(queries) - queries.null_count, query_cut=pc.sum(is_cut.take(encoded.indices)).as_py() or 0)
-    return events.set_column(events.column_names.index(QUERY), QUERY, queries), +noticed
+    noticed = Counter(query_cut=pc.sum(is_cut.take(encoded.indices)).as_py() or 0)
+    return events.set_column(events.column_names.index(QUERY), QUERY, texts.take(encoded.indices)), +noticed
 
 
 def notice_ids(events: pa.Table) -> Counter[str]:

@@ -31,7 +31,6 @@ NOTICED = {
     "equal_time": "events at the same time as the one before them of the same user; the input's order decides",
     "late": "appended events that are older than what was known of their user; they are put in their place",
     "withheld_item": "items that data.withheld_items keeps out of training, so that validation and test have cold ones",
-    "query": "events that words led to; what was asked is kept as text",
     "query_cut": "events whose query is cut at 2000 characters",
     "unknown_item": "items that events name and the catalogue does not list; they have no text and no features",
     "text_cut": "items whose text is cut at 2000 characters",

@@ -17,7 +17,7 @@ from recsys.data.reader import Reader, Share
 from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
 from recsys.storage import Storage
-from tests.datasets import make_dataset
+from tests.datasets import make_dataset, wish
 
 NOTHING = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
@@ -77,7 +77,7 @@ def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: in
             made = batch.query_texts < NUM_VARIANTS * (catalogue.num_items + 1)
             assert (batch.query_texts % (catalogue.num_items + 1))[made].tolist() == targets[torch.from_numpy(made)].tolist()
             typed = batch.query_texts[~made] - NUM_VARIANTS * (catalogue.num_items + 1)
-            assert (typed + 1).tolist() == targets[torch.from_numpy(~made)].tolist()
+            assert (catalogue.num_items - typed).tolist() == targets[torch.from_numpy(~made)].tolist()
             is_alone = [int(place == _start(batch, int(place))) for place in batch.histories.query_places]
             found += list(zip(targets.tolist(), batch.query_texts.tolist(), is_alone, strict=True))
     return sorted(found)
@@ -182,8 +182,7 @@ def test_what_was_typed_is_asked_where_it_was_typed() -> None:
         assert (asked.targets[kinds == kind] == 3).all()
         assert set((asked.texts[kinds == kind] % 17).tolist()) == {last}
         assert (asked.texts[kinds == kind] < NUM_VARIANTS * 17).all()
-    own = asked.samples[len(asked.samples) - len(asked.own_lengths) :]
-    targets = asked.targets[len(asked.samples) - len(asked.own_lengths) :]
+    own, targets = asked.samples[asked.num_whole :], asked.targets[asked.num_whole :]
     assert set(asked.own_lengths[targets < 3].tolist()) == {0, 1}
     assert (asked.own_lengths[targets == 3] == 0).all()
     assert (asked.own_lengths == 0).mean() < 0.5 < (own % 4 == 0).mean()
@@ -205,14 +204,27 @@ def test_a_typed_query_follows_the_history_before_its_target(dataset: Dataset) -
     assert batch.labels[-2:].tolist() == batch.labels[[4, 1]].tolist()
 
 
+def test_in_a_shuffled_history_a_query_stays_with_its_target(tmp_path: Path) -> None:
+    dataset = make_dataset(Storage(str(tmp_path)), num_users=40, has_queries=True)
+    values = {"training.global_batch_size": 40, "training.micro_batch_size": 40, "training.num_workers": 1}
+    config = load_config().with_values({**values, "training.shuffle_histories": True, "model.use_gaps": False, "model.query_rate": 0.9})
+    catalogue = ItemFeatures.read(dataset)
+    (batch,) = next(iter(Reader(dataset, catalogue, config, Share(0, 1, 1)).steps(0)))
+    assert batch.query_texts is not None
+    typed = batch.query_texts - NUM_VARIANTS * (catalogue.num_items + 1)
+    targets = batch.items[batch.targets[-len(typed) :]].numpy()
+    assert (typed >= 0).sum() > 20
+    assert (catalogue.num_items - typed)[typed >= 0].tolist() == targets[typed >= 0].tolist()
+
+
 def test_typed_queries_are_rows_behind_those_made_of_texts(tmp_path: Path) -> None:
     dataset = make_dataset(Storage(str(tmp_path)), num_items=20, has_queries=True)
     typed = read_queries(dataset, tmp_path / "scratch")
-    assert list(typed) == [f"wish {index}" for index in range(1, 21)]
+    assert list(typed) == [wish(item) for item in range(20, 0, -1)]
     texts = QueryTexts(["", "a b", "c"], typed)
     assert len(texts) == 3 * NUM_VARIANTS + 20
-    assert texts[3 * NUM_VARIANTS - 1 : 3 * NUM_VARIANTS + 2] == ["c", "wish 1", "wish 2"]
-    assert texts[-1] == "wish 20"
+    assert texts[3 * NUM_VARIANTS - 1 : 3 * NUM_VARIANTS + 2] == ["c", wish(20), wish(19)]
+    assert texts[-1] == wish(1)
     with pytest.raises(IndexError):
         texts[3 * NUM_VARIANTS + 20]
 

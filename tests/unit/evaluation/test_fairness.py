@@ -11,7 +11,9 @@ from recsys.predictor import History
 
 def users_of(groups: list[str]) -> list[EvaluationUser]:
     nothing = History.of([])
-    return [EvaluationUser(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}) for number, group in enumerate(groups)]
+    return [
+        EvaluationUser(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}, 0) for number, group in enumerate(groups)
+    ]
 
 
 SIZES = {"a": 40, "b": 50, "c": 30, "small": MIN_GROUP_USERS - 1, "": MIN_GROUP_USERS + 5}

@@ -10,7 +10,7 @@ from recsys.predictor import History
 
 
 def user(history: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(0, History.of(history), History.of(targets), {})
+    return EvaluationUser(0, History.of(history), History.of(targets), {}, 0)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def make_users(num_users: int = 60) -> list[EvaluationUser]:
         history = [*warm[: int(generator.integers(1, 20))], *cold[: index % 2]]
         targets = [warm[25], cold[5] if index % 3 == 0 else warm[26]]
         attributes = {"shop": "a" if index % 2 else "b", "zip": str(index)} if index % 5 else {}
-        users.append(EvaluationUser(index, History.of(history), History.of(targets), attributes))
+        users.append(EvaluationUser(index, History.of(history), History.of(targets), attributes, 0))
     return users
 
 

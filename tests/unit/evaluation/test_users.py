@@ -1,13 +1,19 @@
 """Who is evaluated: users with a new target in the split, cut where the split cuts them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from recsys.config import load_config
 from recsys.data.manifest import Dataset
+from recsys.data.prepare import prepare
+from recsys.data.queries import read_queries
 from recsys.evaluation import users as module
 from recsys.evaluation.users import groups_of, read_evaluation_users, rectangle, target_items
 from recsys.storage import Storage
 from tests.datasets import make_dataset
+from tests.without_ray import patch_run_tasks, run_once
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,24 @@ def test_leave_one_out_targets(dataset: Dataset, monkeypatch: pytest.MonkeyPatch
             assert getattr(user.history, name).tolist() == rows[index][name][:-back]
             assert getattr(user.targets, name).tolist() == [rows[index][name][-back]]
         assert user.attributes == dict(rows[index]["attributes"])
+
+
+def test_the_query_is_that_of_the_first_new_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's first target of each split is an item that the history has."""
+    patch_run_tasks(monkeypatch, run_once)
+    (tmp_path / "events.csv").write_text(
+        "user_id,item_id,timestamp,query\n"
+        + "".join(f"ann,{item},{time},{query}\n" for time, (item, query) in enumerate(zip("abacdbef", "stuvwxyz", strict=True)))
+    )
+    split = ["data.split=time", "data.validation_from=2", "data.test_from=5"]
+    config = load_config(None, [f"storage.root={tmp_path / 'store'}", f"data.events={tmp_path / 'events.csv'}", *split])
+    dataset = prepare(config, Storage.from_config(config.storage))
+    texts = read_queries(dataset, tmp_path / "scratch")
+    ids = dataset.catalogue["item_id"].to_pylist()
+    for name, items, query in (("validation", "cd", "v"), ("test", "ef", "y")):
+        (user,) = read_evaluation_users(dataset, name)
+        assert [ids[item - 1] for item in user.targets.items] == list(items)
+        assert texts[user.query - 1] == query
 
 
 def test_targets_and_groups_in_the_order_of_the_users(dataset: Dataset) -> None:

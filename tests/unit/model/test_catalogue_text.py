@@ -14,7 +14,8 @@ from recsys.data.manifest import Dataset
 from recsys.data.queries import QueryTexts
 from recsys.errors import UserError
 from recsys.model import catalogue_text
-from recsys.model.catalogue_text import Ranks, VectorsManifest, catalogue_tokens, frozen_vectors
+from recsys.model.catalogue_text import Ranks, VectorsManifest, frozen_vectors, text_tokens
+from recsys.model.queries import QUERIES
 from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, locate_backbone, tokenize
 from recsys.model_config import TextConfig
 from recsys.storage import Storage
@@ -37,7 +38,7 @@ def scratch(tmp_path: Path) -> Path:
 
 def vectors_of(dataset: Dataset, scratch: Path, ranks: Ranks = catalogue_text.ALONE) -> torch.Tensor:
     folder = locate_backbone(TEXT, dataset, scratch)
-    return frozen_vectors(folder, TEXT, ItemFeatures.read(dataset, scratch), dataset, scratch, CPU, ranks)
+    return frozen_vectors(folder, TEXT, ItemFeatures.read(dataset, scratch).texts, dataset, scratch, CPU, ranks)
 
 
 def expected_vectors(dataset: Dataset, scratch: Path) -> torch.Tensor:
@@ -125,7 +126,7 @@ def test_tokens_are_made_once_and_equal_those_of_the_tokenizer(dataset: Dataset,
     monkeypatch.setattr(catalogue_text, "TOKENIZED_AT_ONCE", 7)
     folder = locate_backbone(TEXT, dataset, scratch)
     features = ItemFeatures.read(dataset, scratch)
-    tokens, lengths = catalogue_tokens(folder, TEXT, features, dataset, scratch)
+    tokens, lengths = text_tokens(folder, TEXT, features.texts, dataset, scratch)
     whole, mask = tokenize(load_tokenizer(folder), list(features.texts), 16)
     assert tokens.shape == (41, 16)
     torch.testing.assert_close(lengths.long(), mask.sum(1))
@@ -133,7 +134,7 @@ def test_tokens_are_made_once_and_equal_those_of_the_tokenizer(dataset: Dataset,
     assert whole.shape[1] < 16
     assert bool((tokens[:, whole.shape[1] :] == load_tokenizer(folder).pad_token_id).all())
     monkeypatch.setattr(catalogue_text, "load_tokenizer", lambda *_: pytest.fail("tokenized again"))
-    again, _ = catalogue_tokens(folder, TEXT, features, dataset, scratch)
+    again, _ = text_tokens(folder, TEXT, features.texts, dataset, scratch)
     torch.testing.assert_close(again, tokens)
 
 
@@ -141,14 +142,14 @@ def test_queries_are_kept_beside_the_items_texts(dataset: Dataset, scratch: Path
     monkeypatch.setattr(catalogue_text, "CHUNK_ROWS", 50)
     folder, features = locate_backbone(TEXT, dataset, scratch), ItemFeatures.read(dataset, scratch)
     texts, tokenizer = list(QueryTexts(features.texts)), load_tokenizer(folder)
-    of_items = vectors_of(dataset, scratch), catalogue_tokens(folder, TEXT, features, dataset, scratch)[1]
-    vectors = frozen_vectors(folder, TEXT, features, dataset, scratch, CPU, of_queries=True)
+    of_items = vectors_of(dataset, scratch), text_tokens(folder, TEXT, features.texts, dataset, scratch)[1]
+    vectors = frozen_vectors(folder, TEXT, QueryTexts(features.texts), dataset, scratch, CPU, kind=QUERIES)
     torch.testing.assert_close(vectors, encode_texts(load_frozen(folder, TEXT, CPU), tokenizer, texts, 16, CPU), rtol=1e-5, atol=1e-6)
-    tokens, lengths = catalogue_tokens(folder, TEXT, features, dataset, scratch, of_queries=True)
+    tokens, lengths = text_tokens(folder, TEXT, QueryTexts(features.texts), dataset, scratch, QUERIES)
     whole, mask = tokenize(tokenizer, texts, 16)
     torch.testing.assert_close(lengths.long(), mask.sum(1))
     torch.testing.assert_close(tokens[:, : whole.shape[1]].long(), whole)
-    again = vectors_of(dataset, scratch), catalogue_tokens(folder, TEXT, features, dataset, scratch)[1]
+    again = vectors_of(dataset, scratch), text_tokens(folder, TEXT, features.texts, dataset, scratch)[1]
     torch.testing.assert_close(again, of_items, rtol=0, atol=0)
 
 

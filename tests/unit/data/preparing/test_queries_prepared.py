@@ -1,6 +1,7 @@
 """What users typed, from the events to the shards, without Ray: rows against a plain reference, in one preparation and by days."""
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,22 @@ def test_queries_are_normalised_and_counted(tmp_path: Path) -> None:
     )
     expected = ["red shoes", None, None, "x" * 2000, "tent"]
     assert asked(dataset, tmp_path / "scratch") == {("ann", number): query for number, query in enumerate(expected)}
-    assert dataset.manifest.noticed == {"query": 3, "query_cut": 1}
+    assert dataset.manifest.noticed == {"query_cut": 1}
+
+
+def test_an_empty_name_leaves_queries_out(tmp_path: Path) -> None:
+    dataset = prepared(tmp_path, make_events(), 'data.columns.query=""')
+    assert dataset.manifest.num_queries == 0
+    assert read_queries(dataset, tmp_path / "scratch") == ()
+
+
+def test_a_json_key_may_first_occur_far_behind_the_beginning(tmp_path: Path) -> None:
+    rows = [{"user_id": f"u{number % 50}", "item_id": f"i{number % 70}", "timestamp": number} for number in range(1500)]
+    rows[-1]["query"] = "tent"
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(None, [f"storage.root={tmp_path / 'store'}", f"data.events={tmp_path / 'events.jsonl'}"])
+    dataset = prepare(config, Storage.from_config(config.storage))
+    assert {key: query for key, query in asked(dataset, tmp_path / "scratch").items() if query} == {("u49", 1499): "tent"}
 
 
 def test_a_column_that_the_config_names_must_be_there(tmp_path: Path) -> None:
