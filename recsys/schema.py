@@ -46,6 +46,8 @@ _SEQUENCE_FIELDS = [
 ]
 """Interactions of one user, oldest first; `queries` are indices of QUERIES_SCHEMA, 0 where no words led to the interaction."""
 
+SEQUENCE_COLUMNS = tuple(name for name, _ in _SEQUENCE_FIELDS)
+
 TRAIN_SCHEMA = pa.schema([("user_index", pa.int64()), *_SEQUENCE_FIELDS, ("first_target", pa.int32())])
 """One row per training sample: up to `max_history + 1` interactions of one user, oldest first. Interactions from
 `first_target` on are targets, those before it are context only."""

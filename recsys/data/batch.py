@@ -123,11 +123,7 @@ class Collator:
         num_targets = lengths + 1 - first_target
         samples, after = np.repeat(np.arange(len(rows)), num_targets), ranges(first_target, num_targets)  # of each target
         asked = None if self.queries is None else self.queries(rows, epoch)
-        all_starts, all_lengths, has_query = starts, lengths, None
-        if asked is not None:
-            own_samples = asked.samples[asked.num_whole :]
-            all_starts, all_lengths = np.append(starts, starts[own_samples]), np.append(lengths, asked.own_lengths)
-            has_query = asked.has_query(len(rows))
+        all_starts, all_lengths, has_query = (starts, lengths, None) if asked is None else asked.histories(starts, lengths)
         histories, first_places = pack(rows.flat, all_starts, all_lengths, self.group_cost, has_query)
         target_places = torch.from_numpy(first_places[samples] + after - 1)
         if asked is not None and histories.query_places is not None:

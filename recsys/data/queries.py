@@ -96,12 +96,12 @@ class Asked:
         """How many queries follow a whole history."""
         return len(self.samples) - len(self.own_lengths)
 
-    def has_query(self, num_samples: int) -> NDArray[np.bool_]:
-        """Tell of each history, and then of the E others, whether a query follows it."""
-        has_query = np.zeros(num_samples + len(self.own_lengths), np.bool_)
+    def histories(self, starts: Integers, lengths: Integers) -> tuple[Integers, Integers, NDArray[np.bool_]]:
+        """Add the E others behind the samples' histories: where each starts, its length, and whether a query follows it."""
+        has_query = np.zeros(len(starts) + len(self.own_lengths), np.bool_)
         has_query[self.samples[: self.num_whole]] = True
-        has_query[num_samples:] = True
-        return has_query
+        has_query[len(starts) :] = True
+        return np.append(starts, starts[self.samples[self.num_whole :]]), np.append(lengths, self.own_lengths), has_query
 
 
 @dataclass(frozen=True)

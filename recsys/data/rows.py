@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys.schema import SEQUENCE_COLUMNS
+
 Integers = NDArray[np.int64]
 SEQUENCES = ("items", "events", "timestamps", "values")
 """What a history consists of; training rows may have `queries` beside them."""
@@ -38,7 +40,7 @@ class Rows:
     def from_table(cls, table: pa.Table, sample_ids: Integers) -> "Rows":
         """View a table of `first_target` and some of the sequence columns (TRAIN_SCHEMA), which has rows and no nulls."""
         table = table.combine_chunks()
-        lists = {name: table[name].chunk(0) for name in (*SEQUENCES, "queries") if name in table.column_names}
+        lists = {name: table[name].chunk(0) for name in SEQUENCE_COLUMNS if name in table.column_names}
         offsets = lists["items"].offsets.to_numpy()
         flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
         return cls(sample_ids, table["first_target"].to_numpy(), offsets[:-1] - offsets[0], np.diff(offsets), flat)

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from recsys.data.inputs.formats import INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
 from recsys.data.inputs.layouts import catalogue_kinds, find_column, is_amazon_review, time_divisor
 from recsys.data.inputs.sandbox import reading
+from recsys.data.inputs.text_formats import is_jsonl
 from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
@@ -35,7 +36,7 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
-    if _is_json_lines(uri):
+    if is_jsonl(uri):
         names = [*names, columns.query]
     for optional in (EVENT, VALUE, QUERY):
         name = find_column(optional, columns, names)
@@ -46,10 +47,6 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
             wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
             raise _missing(uri, wanted, house_name, names)
     return found
-
-
-def _is_json_lines(uri: str) -> bool:
-    return uri.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Iterator[pa.Table]:
@@ -115,7 +112,7 @@ def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]
     for part in plan_parts(storage, files):
         names = list(read_header(storage, part.uri))
         missing = [name for name in wanted if name not in names]
-        if missing and not _is_json_lines(part.uri):
+        if missing and not is_jsonl(part.uri):
             raise _missing(part.uri, f"'{missing[0]}'", "which the first file has", names)
         tables += read_tables(storage, part, wanted)
     if not any(table.num_rows for table in tables):

@@ -25,11 +25,11 @@ from recsys.data.preparing.partitions import (
     write_shard,
 )
 from recsys.data.preparing.ray_tasks import Outcome
-from recsys.data.preparing.sequence_tables import COLUMNS, Sequences
+from recsys.data.preparing.sequence_tables import Sequences
 from recsys.data.preparing.sequences import Integers, gather_ranges
 from recsys.data.preparing.shuffle import read_table
 from recsys.data.preparing.splits import TRAINING, WITHHELD, part_by_place, split_events, split_in_order, withheld
-from recsys.schema import ITEM_ID, USER_ID, USERS_SCHEMA
+from recsys.schema import ITEM_ID, SEQUENCE_COLUMNS, USER_ID, USERS_SCHEMA
 
 KNOWN_INDEX_NAME = "known_items.parquet"
 """The staged item index of the base."""
@@ -141,7 +141,7 @@ def _join(known: pa.Table, day: Sequences, rows_of_day: Integers) -> tuple[Seque
     num_known = np.concatenate([lengths, np.zeros(len(rows_of_day) - len(lengths), np.int64)])
     ends = np.cumsum(num_known)
     shift = int(lengths.sum())
-    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in COLUMNS}
+    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in SEQUENCE_COLUMNS}
     sizes = (known[name].to_numpy() for name in ("num_train", "num_validation"))
     history[_PART] = part_by_place(np.concatenate([[0], np.cumsum(lengths)]), *sizes)
     starts = np.stack([ends - num_known, shift + day.offsets[:-1][rows_of_day]], axis=1).reshape(-1)

@@ -11,14 +11,12 @@ from numpy.typing import NDArray
 from recsys.data.preparing.sequences import Integers, cut_windows, gather_ranges
 from recsys.data.preparing.splits import TRAINING, VALIDATION, WITHHELD
 from recsys.data_config import DataConfig
-from recsys.schema import TRAIN_SCHEMA, USERS_SCHEMA
-
-COLUMNS = ("items", "events", "timestamps", "values", "queries")
+from recsys.schema import SEQUENCE_COLUMNS, TRAIN_SCHEMA, USERS_SCHEMA
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Users one after another: user u's interactions are `[offsets[u]:offsets[u + 1]]` of each of COLUMNS, oldest first."""
+    """Users one after another: user u's interactions are `[offsets[u]:offsets[u + 1]]` of each of SEQUENCE_COLUMNS, oldest first."""
 
     columns: Mapping[str, NDArray[Any]]
     offsets: Integers
@@ -55,7 +53,7 @@ class Sequences:
             [
                 pa.array(user_indices, pa.int64()),
                 user_ids,
-                *(_lists(self.columns[name], self.offsets) for name in COLUMNS),
+                *(_lists(self.columns[name], self.offsets) for name in SEQUENCE_COLUMNS),
                 pa.array(num_train, pa.int32()),
                 pa.array(num_validation, pa.int32()),
                 attributes,
@@ -78,7 +76,7 @@ class Sequences:
         return pa.table(
             [
                 pa.array(user_indices[owners], pa.int64()),
-                *(_lists(self.columns[name][positions], bounds) for name in COLUMNS),
+                *(_lists(self.columns[name][positions], bounds) for name in SEQUENCE_COLUMNS),
                 pa.array([window.first_target for _, window in windows], pa.int32()),
             ],
             schema=TRAIN_SCHEMA,
