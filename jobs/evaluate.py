@@ -11,7 +11,8 @@ from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.report.page import REPORT_NAME, make_report
 from recsys.predictor import Predictor
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointManifest, build_predictor, load_trained
+from recsys.train.checkpoint import CheckpointManifest
+from recsys.train.trained import build_predictor, load_trained
 
 logger = logging.getLogger(__name__)
 

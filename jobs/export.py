@@ -14,7 +14,8 @@ from recsys.evaluation.evaluator import evaluate
 from recsys.export import write_export
 from recsys.registry import ExportManifest, Registry, is_better
 from recsys.storage import Storage, private_folder
-from recsys.train.checkpoint import CheckpointManifest, build_predictor, load_trained, read_manifest
+from recsys.train.checkpoint import CheckpointManifest, read_manifest
+from recsys.train.trained import build_predictor, load_trained
 
 logger = logging.getLogger(__name__)
 

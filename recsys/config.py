@@ -28,10 +28,16 @@ class StorageConfig(Section):
 
 
 class RunConfig(Section):
-    """The name that a run is submitted and resumed under, and what is local to it."""
+    """The name that a run is submitted and resumed under, and what is local to it.
+
+    A run with checkpoints goes on from the newest: `resume = "never"` refuses that, `"must"` refuses to start anew. An owner on another
+    machine that gave no sign of life for `lease_seconds` is taken for dead.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")] = "default"
     scratch: str = "scratch"
+    resume: Literal["auto", "must", "never"] = "auto"
+    lease_seconds: Annotated[float, Field(gt=0)] = 30.0
     stages: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -54,7 +60,8 @@ class TrainingConfig(Section):
     Samples are shuffled within windows of `shuffle_row_groups` row groups of each of the dataset's streams; 0 keeps the shards' order.
     At most `prefetch_bytes` are read ahead; what came from S3 is kept on disk up to `cache_bytes` per node. With `shuffle_histories` each
     epoch sees a sample's interactions in another order: what is predicted is then any of a user's items from any others, as in a split
-    that knows no time.
+    that knows no time. A run is started again after a failure, but not after more than `max_failures` without a new checkpoint between;
+    a worker whose step takes longer than `hang_seconds` counts as failed.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 2
@@ -73,6 +80,7 @@ class TrainingConfig(Section):
     prefetch_bytes: Annotated[int, Field(ge=0)] = 16 << 20
     cache_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     max_failures: Annotated[int, Field(ge=0)] = 3
+    hang_seconds: Annotated[float, Field(gt=0)] = 600.0
     log_every_seconds: Annotated[float, Field(ge=0)] = 5.0
     seed: int = 0
 

@@ -1,41 +1,66 @@
 """The one door to Ray Train: a config becomes a group of workers that run the training loop, restarted when one dies."""
 
+import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, read_manifest
+from recsys.train.checkpoint import read_manifest
+from recsys.train.checkpoint_store import CheckpointStore
+from recsys.train.clock import Attempt
+from recsys.train.failures import Failure, Kind, TrainingError, delay_seconds, describe, reason_to_stop, root_cause
 from recsys.train.loop import train
+from recsys.train.ownership import Ownership
 from recsys.train.recommending import Recommending
-from recsys.train.reporter import Metrics
+from recsys.train.reporter import Metrics, Request
 from recsys.train.state import TrainingState
 from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)
+STOP_POLL_SECONDS = 1.0
+Fit = Callable[[Config, Storage, Attempt], None]
 
 
 class RayReporter:
-    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search."""
+    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self._ownership, self._is_asked = ownership, False
+        if ray.train.get_context().get_world_rank() == 0:
+            threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
         """Do nothing: reporting to Ray is a barrier, too dear for every step."""
+
+    def request(self) -> Request:
+        """Pass on what the owner was asked for."""
+        return Request.STOP if self._is_asked else Request.NONE
+
+    def _watch(self) -> None:
+        while not self._is_asked:
+            time.sleep(STOP_POLL_SECONDS)
+            with contextlib.suppress(UserError):  # a store that is out of order is found by those who need it
+                self._is_asked = self._ownership.is_asked_to_stop()
 
     def report(self, metrics: Metrics) -> None:
         """Report the metrics; Ray keeps no checkpoint of its own, the store has them."""
@@ -48,7 +73,7 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
     A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
 
     Raises:
-        UserError: the run's name is taken by another config or dataset, or the workers met a user's mistake.
+        UserError: the run's name is taken by another config or dataset, another process trains it, or the workers met a user's mistake.
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
@@ -58,7 +83,10 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
     if finished_state(checkpoints, config) is None:
         with connect(config):
             _check_resources(config)
-            _fit(config, storage, callbacks, make)
+            ownership = Ownership(storage, config.run.name)
+            with ownership.held(config.run.lease_seconds), _stopped_by_signal(ownership):
+                _check_resume(checkpoints, config)
+                _train_to_the_end(config, storage, checkpoints, ownership, partial(_fit, callbacks=callbacks, make=make))
     state = finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
@@ -71,6 +99,9 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
         "seconds": round(time.monotonic() - begin, 2),
         "samples_per_second": round(state.samples_seen / max(state.train_seconds, 1e-9), 1),
         "data_wait": round(state.data_wait_seconds / max(state.train_seconds, 1e-9), 4),
+        "checkpoint_stall": round(state.checkpoint_stall_seconds / max(state.train_seconds, 1e-9), 4),
+        "goodput": round(state.goodput, 4),
+        "incidents": [incident.model_dump() for incident in state.incidents],
         "validation": read_manifest(storage, best).state.validation,
     }
 
@@ -88,6 +119,93 @@ def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingStat
     return newest.state if newest.state.is_finished(config) else None
 
 
+@contextlib.contextmanager
+def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
+    """Turn the first SIGTERM into a request to stop; a second one ends this process at once."""
+
+    def ask(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
+        ownership.ask_to_stop()
+
+    if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
+    """Hold to `run.resume`; restarts of workers are not its concern.
+
+    Raises:
+        UserError: the run has a checkpoint and must not, or has none and must.
+    """
+    has_checkpoint, resume = bool(checkpoints.steps()), config.run.resume
+    if has_checkpoint and resume == "never":
+        raise UserError(
+            f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to go on'
+        )
+    if not has_checkpoint and resume == "must":
+        raise UserError(f'run.resume = must: run {config.run.name} has no checkpoint; correct run.name, or run.resume="auto" to start it')
+
+
+def _train_to_the_end(config: Config, storage: Storage, checkpoints: CheckpointStore, ownership: Ownership, fit: Fit) -> None:
+    """Start the workers, again where that may help, until the run is done.
+
+    Raises:
+        UserError: what went wrong can be mended by a person.
+        RuntimeError: anything else went wrong, too often or in the same way again.
+    """
+    lost = ownership.lost
+    causes = [] if lost is None else [Failure(kind="driver_lost", message=f"{lost} ended without a word")]
+    failures: list[Failure] = []
+    while True:
+        before = checkpoints.steps()
+        try:
+            fit(config, storage, Attempt(token=ownership.token, causes=(*causes, *failures)))
+            return
+        except TrainingFailedError as error:
+            failure, trouble = failure_of(error), error
+        if failure.kind in ("worker_lost", "collective") and (hung := ownership.take_hangs()):
+            failure = Failure(
+                kind="hang", message=f"no step ended within training.hang_seconds = {config.training.hang_seconds}", rank=hung[0]
+            )
+        is_further = checkpoints.steps()[-1:] != before[-1:]
+        causes, failures = ([], [failure]) if is_further else (causes, [*failures, failure])
+        reason = reason_to_stop(failures, config.training.max_failures)
+        if reason is not None:
+            if failure.is_explained:
+                raise UserError(failure.message) from None
+            raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {reason}") from trouble
+        delay = delay_seconds(failures)
+        logger.warning("%s; starting again in %.0f s from the newest checkpoint", failure, delay)
+        time.sleep(delay)
+
+
+def failure_of(error: TrainingFailedError) -> Failure:
+    """Tell what failed, out of Ray's wrappers."""
+    if isinstance(error, PreemptionError):
+        return Failure(kind="preempted", message=str(error))
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
+        return Failure(kind="exception", message=" ".join(str(error).split()))
+    return root_cause(_failure_of_worker(rank, failure) for rank, failure in error.worker_failures.items())
+
+
+def _failure_of_worker(rank: int, error: BaseException) -> Failure:
+    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error
+    if isinstance(cause, TrainingError):
+        return cause.failure
+    message = " ".join(str(cause).split())
+    if isinstance(cause, RayActorError):
+        kind: Kind = "preempted" if cause.preempted else "node_lost" if "its node has died" in message else "worker_lost"
+        return Failure(kind=kind, message=message[:300], rank=rank)
+    return describe(cause, rank, None, "")
+
+
 def _check_resources(config: Config) -> None:
     """Refuse what a private Ray will never have; a cluster may still grow.
 
@@ -102,46 +220,35 @@ def _check_resources(config: Config) -> None:
         )
 
 
-def _fit(config: Config, storage: Storage, callbacks: Sequence[Any], make: MakeTrainable) -> None:
-    """Run the workers to the end. Ray's own records go to the run's folder under a name of this attempt.
+def _fit(config: Config, storage: Storage, attempt: Attempt, callbacks: Sequence[Any], make: MakeTrainable) -> None:
+    """Run the workers until they are done or one fails. Ray's own records go to the run's folder under a name of this attempt.
 
     With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
     """
     training = config.training
-    attempt = uuid.uuid4().hex[:8]
     records = storage.uri("runs", config.run.name, "ray")
     filesystem, path = storage.locate(records)
     trainer = TorchTrainer(
         partial(_run_worker, make),
-        train_loop_config={"config": config.model_dump_json()},
+        train_loop_config={"config": config.model_dump_json(), "attempt": attempt.model_dump_json()},
         scaling_config=ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=training.use_gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=attempt,
+            name=uuid.uuid4().hex[:8],
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=training.max_failures),
+            failure_config=FailureConfig(max_failures=0),
             callbacks=list(callbacks),
         ),
         torch_config=TorchConfig(backend="nccl" if training.use_gpu else "gloo"),
     )
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            if isinstance(mistake := _cause(failure), UserError):
-                raise mistake from None
-        raise
     finally:
         storage.delete_tree(records)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what the worker raised, out of Ray's wrappers."""
-    return getattr(error, "cause", None) or error.__cause__ or error
 
 
 def _run_worker(make: MakeTrainable, settings: dict[str, str]) -> None:
@@ -149,5 +256,7 @@ def _run_worker(make: MakeTrainable, settings: dict[str, str]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     config = Config.model_validate(json.loads(settings["config"]))
+    attempt = Attempt.model_validate_json(settings["attempt"])
     storage = Storage.from_config(config.storage)
-    train(config, Dataset.open(storage, config.data.dataset), RayReporter(), make)
+    reporter = RayReporter(Ownership(storage, config.run.name, attempt.token))
+    train(config, Dataset.open(storage, config.data.dataset), reporter, make, attempt)

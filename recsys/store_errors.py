@@ -8,7 +8,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import S3TransferRetriesExceededError
 from botocore.exceptions import BotoCoreError, ClientError
 
-from recsys.errors import UserError
+from recsys.errors import StoreError, UserError
 
 _ADVICE = {
     "create the bucket or correct its name": ("NoSuchBucket", "InvalidBucketName"),
@@ -41,6 +41,8 @@ _ADVICE = {
     ),
 }
 
+_MAY_PASS = ("check storage.endpoint and the network", "the store stayed out of order through all retries; start again later")
+
 
 @contextmanager
 def explained(action: str, uri: str) -> Iterator[None]:
@@ -56,4 +58,5 @@ def explained(action: str, uri: str) -> Iterator[None]:
         elif isinstance(cause, OSError) and cause.errno is not None:
             code, message = errno.errorcode.get(cause.errno, code), cause.strerror or message
         advice = next((text for text, codes in _ADVICE.items() if code in codes), "look the code up in the store's log")
-        raise UserError(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error
+        kind = StoreError if advice in _MAY_PASS else UserError
+        raise kind(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error

@@ -1,8 +1,10 @@
 """Runs a function on several real processes with a gloo group between them: distributed tests without Ray."""
 
 import os
+import signal
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -57,3 +59,25 @@ def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: in
     except BaseException:
         answer = RankError(f"rank {rank}: {traceback.format_exc()}")
     results.put((rank, answer))
+
+
+def run_until_killed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120) -> None:
+    """Call `function(*arguments)` on every rank, one of which kills itself; the others are then killed too, as a scheduler would."""
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        died = connection.wait([process.sentinel for process in processes], timeout_seconds)
+        assert died, "no rank died"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    assert -signal.SIGKILL in codes, codes
+    assert results.empty(), results.get()

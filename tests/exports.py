@@ -15,7 +15,7 @@ from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor
 from recsys.registry import Registry
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor
+from recsys.train.trained import build_predictor
 from tests.datasets import make_dataset
 
 METRICS = {"ndcg@10": 0.25}

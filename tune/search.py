@@ -21,7 +21,7 @@ from recsys.errors import UserError
 from recsys.launch import launch
 from recsys.runtime import connect
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore
+from recsys.train.checkpoint_store import CheckpointStore
 from tune.select import Trial, concurrent_trials, leaderboard, winner
 from tune.space import search_space, trial_config
 

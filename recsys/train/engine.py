@@ -1,6 +1,11 @@
 """The one door to DeepSpeed: building the sharded engine, one step of it, its state on disk, and weights out of that state."""
 
+import errno
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,31 @@ from recsys.config import Config
 from recsys.train.trainable import MicroBatch
 
 TAG = "state"
+_FULL_BYTES = 16 << 20
+SHARED_FILE = "mp_rank_00_model_states.pt"
+"""The one file that rank 0 writes and every rank reads."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a state in host memory: what is to be written, by the file's path in the checkpoint."""
+
+    files: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write the files below `folder`.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.save(content, folder / name)
+            except RuntimeError as error:  # torch says only that its writer failed
+                if shutil.disk_usage(folder).free > _FULL_BYTES:
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 class Engine:
@@ -30,6 +60,8 @@ class Engine:
             config=deepspeed_config(config, dist.get_world_size()),
             dist_init_required=False,
         )
+        if config.training.zero_stage == 3:
+            _zero_padding(self._optimizer)
 
     @property
     def module(self) -> Any:
@@ -61,14 +93,75 @@ class Engine:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the state below `folder`, which no other rank writes to."""
-        (folder / TAG).mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    def snapshot(self) -> Snapshot:
+        """Copy this rank's part of the state, so that training can go on while it is written."""
+        copies, writer = _host_copies(), self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = copies
+        try:
+            with tempfile.TemporaryDirectory() as folder:  # DeepSpeed puts a script of its own there
+                (Path(folder) / TAG).mkdir()
+                self._engine.save_checkpoint(folder, tag=TAG, save_latest=False)
+                return Snapshot({Path(path).relative_to(folder).as_posix(): state for path, state in copies.files.items()})
+        finally:
+            self._engine.checkpoint_engine = writer
 
     def load(self, folder: Path) -> None:
         """Load the state of all ranks from `folder`; the number of ranks must be the one that saved it."""
         self._engine.load_checkpoint(str(folder), tag=TAG)
+
+
+@torch.no_grad()
+def _zero_padding(optimizer: Any) -> None:
+    """Fill what pads ZeRO-3's partitions: DeepSpeed leaves it as it was in memory, so that two equal runs would save unlike bytes."""
+    rank = dist.get_rank()
+    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        begin = 0
+        for parameter in parameters:
+            size = parameter.ds_tensor.ds_numel
+            own = min(max(parameter.ds_numel - rank * size, 0), size)
+            parameter.ds_tensor.data.view(-1)[own:] = 0
+            flat[begin + own : begin + size] = 0
+            begin += size
+
+
+def _host_copies() -> Any:
+    """Make what DeepSpeed hands its files to, which keeps copies of them in memory."""
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+    class HostCopies(CheckpointEngine):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.files: dict[str, Any] = {}
+
+        def create(self, info: Any) -> None:
+            """Do nothing."""
+
+        def save(self, state_dict: Any, path: str) -> None:
+            self.files[path] = _copied(state_dict)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            raise NotImplementedError
+
+        def commit(self, info: Any) -> bool:
+            return True
+
+        def preserves_storage_sharing(self) -> bool:
+            return False  # a copied view has a storage of its own, no larger than it is
+
+    return HostCopies()
+
+
+def _copied(state: Any) -> Any:
+    """Copy a state's tensors to host memory, and the containers that they are in; all else is shared."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copy = state.copy()  # keeps the class, such as OrderedDict
+        copy.update({key: _copied(value) for key, value in state.items()})
+        return copy
+    if isinstance(state, (list, tuple)) and type(state) in (list, tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -119,7 +212,7 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
 
     The files are pickles: only call this on files whose hashes the checkpoint's manifest confirmed.
     """
-    model_file = folder / TAG / "mp_rank_00_model_states.pt"
+    model_file = folder / TAG / SHARED_FILE
     if not list((folder / TAG).glob("*_optim_states.pt")):
         weights: dict[str, Tensor] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in weights.items()}

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -12,102 +13,161 @@ from torch import Tensor
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.model.catalogue_text import Ranks
-from recsys.train.checkpoint import CheckpointStore
+from recsys.train.checkpoint_store import CheckpointStore
+from recsys.train.clock import Attempt, Clock
 from recsys.train.engine import Engine
+from recsys.train.failures import NonFiniteLossError, StoppedError, TrainingError, describe
 from recsys.train.progress import Progress
 from recsys.train.recommending import Recommending
-from recsys.train.reporter import Reporter
+from recsys.train.reporter import Reporter, Request
 from recsys.train.state import TrainingState
-from recsys.train.trainable import MakeTrainable, MicroBatch
+from recsys.train.trainable import MakeTrainable, MicroBatch, shapes_of
+from recsys.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss is NaN or infinite; the step that gave it changed no weight."""
-
-
-def train(config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending) -> TrainingState:
+def train(
+    config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending, attempt: Attempt | None = None
+) -> TrainingState:
     """Train from the newest checkpoint, or from the start, to the end; every rank must call this.
 
     The process group must be initialised. Returns the final state; the best checkpoint is that of `best_step`.
+
+    Raises:
+        TrainingError: this rank failed; what it was, and at which step, is in its `failure`.
     """
-    return Trainer(config, dataset, reporter, make).run()
+    return Trainer(config, dataset, reporter, make, attempt).run()
 
 
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        reporter: Reporter,
+        make: MakeTrainable = Recommending,
+        attempt: Attempt | None = None,
+    ) -> None:
         self.config, self.reporter = config, reporter
+        clock = Clock(attempt or Attempt())
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
         self.trainable = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
         self.weights = self.trainable.weights
         self.engine = Engine(self.trainable.module, config, self.device)
         self.engine.train()  # a language model that was loaded comes in evaluation mode
-        self.total_steps = planned_steps(config, self.trainable.plan(0).num_steps)
-        self.checkpoints = CheckpointStore(dataset.storage, config, dataset)
+        self.steps_per_epoch = self.trainable.plan(0).num_steps
+        self.total_steps = planned_steps(config, self.steps_per_epoch)
+        self.watchdog = Watchdog(config.training.hang_seconds, config.storage, config.run.name, clock.attempt.token, self.rank)
+        self._request = Request.NONE
+        self._batch: MicroBatch | None = None  # the one under way, for whoever asks what did not fit
+        self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
         torch.manual_seed(config.training.seed + 1 + self.rank)
-        newest = self.checkpoints.newest()
-        self.state = self.checkpoints.load(self.engine, newest) if newest else TrainingState()
-        if newest and self.rank == 0:
+        resumed = self.checkpoints.load_newest(self.engine)
+        self.state = resumed.state if resumed else TrainingState()
+        clock.loaded(resumed)
+        self.clock = clock
+        if resumed and self.rank == 0:
             logger.info("resuming run %s from step %d", config.run.name, self.state.step)
         self.trainable.restore(self.state)
         self.progress = Progress(config, dataset.storage, self.total_steps, self.state.step) if self.rank == 0 else None
 
     def run(self) -> TrainingState:
         """Go through the epochs that are left; validate, save and report after each."""
-        config, state = self.config, self.state
-        steps_per_epoch = self.trainable.plan(0).num_steps
-        while not state.is_finished(config):
-            waiting_since = time.monotonic()
-            for batches in self.trainable.steps(state.epoch, state.step_in_epoch):
-                loaded_at = time.monotonic()
-                rate_factor = learning_rate_factor(config, state.step, self.total_steps)
-                self.engine.set_learning_rate(rate_factor)
-                losses = self._step(batches)
-                num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
-                if self.progress:
-                    self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
-                if state.step >= self.total_steps:
-                    break
-                if is_saving_step(state, steps_per_epoch, config.checkpoint.every_steps):
-                    self.checkpoints.save(self.engine, state)
-                waiting_since = time.monotonic()
-            if state.step_in_epoch == steps_per_epoch:
-                state.epoch, state.step_in_epoch = state.epoch + 1, 0
-            state.record_validation(self._validate(), self.trainable.metric)
-            self.trainable.after_validation(state)
-            self.checkpoints.save(self.engine, state)
-            if self.progress:
-                self.progress.validation(state, self.trainable.metric)
-            self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        try:
+            with self.checkpoints, self.watchdog:
+                while not self.state.is_finished(self.config):
+                    self._train_epoch()
+                    self._end_epoch()
+        except Exception as error:
+            raise TrainingError(describe(error, self.rank, self.state.step, shapes_of(self._batch))) from error
         if self.progress:
             self.progress.close()
-        return state
+        return self.state
+
+    def _train_epoch(self) -> None:
+        """Make the steps that are left of the epoch, or of the run."""
+        config, state = self.config, self.state
+        waiting_since = time.monotonic()
+        for batches in self.trainable.steps(state.epoch, state.step_in_epoch):
+            loaded_at = time.monotonic()
+            rate_factor = learning_rate_factor(config, state.step, self.total_steps)
+            self.engine.set_learning_rate(rate_factor)
+            losses = self._step(batches)
+            num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
+            if self.progress:
+                self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
+            if state.step >= self.total_steps:
+                break
+            if is_saving_step(state, self.steps_per_epoch, config.checkpoint.every_steps, self._request):
+                self._upload()
+                self.checkpoints.publish(state)
+                if self._request == Request.STOP:
+                    self.checkpoints.wait()
+                    raise StoppedError(f"run {config.run.name} was asked to stop; the same command goes on from step {state.step}")
+            self.watchdog.beat()
+            waiting_since = time.monotonic()
+
+    def _end_epoch(self) -> None:
+        """Validate while the checkpoint is uploaded; report when it is published."""
+        self.watchdog.rest()
+        state = self.state
+        if state.step_in_epoch == self.steps_per_epoch:
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        self._upload()
+        state.record_validation(self._validate(), self.trainable.metric)
+        self.trainable.after_validation(state)
+        self.checkpoints.publish(state)
+        with self._stall():
+            self.checkpoints.wait()
+        if self.progress:
+            self.progress.validation(state, self.trainable.metric)
+        self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        self.watchdog.beat()
+
+    def _upload(self) -> None:
+        self.watchdog.rest()
+        with self._stall():
+            self.clock.stamp(self.state)
+            self.checkpoints.upload(self.engine, self.state.step)
+
+    @contextmanager
+    def _stall(self) -> Iterator[None]:
+        """Count the block as time that a checkpoint held training up."""
+        begin = time.monotonic()
+        yield
+        self.state.checkpoint_stall_seconds += time.monotonic() - begin
 
     def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Run one optimizer step over this rank's micro batches; return the global mean of each loss.
 
         Each loss is the sum over this rank's targets divided by the number of targets on all ranks and micro batches.
         """
-        counts = self._sum_over_ranks(torch.stack([batch.valid_counts() for batch in batches]).sum(0)).clamp(min=1)
+        asked = torch.tensor([self.reporter.request() == request for request in (Request.SAVE, Request.STOP)], dtype=torch.float64)
+        counts = self._sum_over_ranks(torch.cat([torch.stack([batch.valid_counts() for batch in batches]).sum(0), asked]))
+        asked, counts = counts[-2:], counts[:-2].clamp(min=1)
         means = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, start=1):
+            self._batch = batch
             sums = self.engine.forward(batch.to(self.device))
             shares = torch.stack([sums[name] for name in self.weights]).double() / counts
             self.engine.backward((shares * torch.tensor(list(self.weights.values()), device=self.device)).sum().float())
             means += shares.detach()
             if number == len(batches):
+                is_finite_here = bool(means.isfinite().all())
                 means = self._sum_over_ranks(means)
-                self._refuse_non_finite(means, batches)
+                self._refuse_non_finite(means, is_finite_here, batches)
             self.engine.end_micro_batch()
         result = dict(zip(self.weights, means.tolist(), strict=True))
+        self._request = Request.STOP if asked[1] else Request.SAVE if asked[0] else Request.NONE
         self.reporter.step(self.state.step, result, batches)
         return result
 
     def _count_step(self, seconds: float, wait_seconds: float) -> int:
+        self.clock.stepped(self.state, wait_seconds)
         state, plan = self.state, self.trainable.plan(self.state.epoch)
         num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
         state.step += 1
@@ -119,7 +179,8 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         self.engine.train(False)
-        metrics = self.trainable.validate()
+        with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # its draws are after what was saved
+            metrics = self.trainable.validate()
         self.engine.train()
         return metrics
 
@@ -128,19 +189,20 @@ class Trainer:
         dist.all_reduce(tensor)
         return tensor
 
-    def _refuse_non_finite(self, means: Tensor, batches: Sequence[MicroBatch]) -> None:
-        """Raise before the optimizer sees the gradients of a loss that is no number."""
-        if not bool(means.isfinite().all()):
-            bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
-            ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
-            raise NonFiniteLossError(
-                f"step {self.state.step}: loss {', '.join(bad)} is not finite; rank {self.rank} had samples {ids[:20]}"
-            )
+    def _refuse_non_finite(self, means: Tensor, is_finite_here: bool, batches: Sequence[MicroBatch]) -> None:
+        """Raise on every rank, before the optimizer sees gradients of a loss that is no number; the line names the rank and its samples."""
+        if bool(means.isfinite().all()):
+            return
+        bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
+        ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
+        found: list[str] = [""] * self.world_size
+        dist.all_gather_object(found, "" if is_finite_here else f"; rank {self.rank} had samples {ids}")
+        raise NonFiniteLossError(f"step {self.state.step}: loss {', '.join(bad)} is not finite{''.join(found)}")
 
 
-def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int) -> bool:
+def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int, request: Request) -> bool:
     """Tell whether the loop saves after this step; an epoch's last step is saved later, with its validation."""
-    return state.step % every_steps == 0 and state.step_in_epoch < steps_per_epoch
+    return (state.step % every_steps == 0 or request != Request.NONE) and state.step_in_epoch < steps_per_epoch
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:

@@ -1,5 +1,6 @@
 """What the training loop asks of the thing that it trains; `recommending.py` and `pretraining.py` are the two things."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -25,6 +26,13 @@ class MicroBatch(Protocol):
 
     def valid_counts(self) -> Tensor:
         """Count the targets of each loss, in the order of `Trainable.weights`, in float64 since they are summed over ranks."""
+
+
+def shapes_of(batch: object) -> str:
+    """List the shapes of a batch's tensors, such as `targets (640,)`."""
+    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
+    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
+    return ", ".join(filter(None, shapes))
 
 
 class Trainable(Protocol):

@@ -10,9 +10,11 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, load_trained
+from recsys.train.checkpoint import read_manifest
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer
 from recsys.train.reporter import LocalReporter
+from recsys.train.trained import load_trained
 from tests.datasets import make_dataset
 from tests.distributed import RankError, run_distributed
 
@@ -81,7 +83,8 @@ def test_a_damaged_file_is_named_before_it_is_read(trained: Path, damage: str) -
     storage = Storage.from_config(config.storage)
     checkpoints = CheckpointStore(storage, config, open_dataset(config))
     uri = checkpoints.uri(checkpoints.steps()[-1])
-    files = [Path(found.uri) for found in storage.list(uri) if not found.uri.endswith("manifest.json")]
+    manifest = read_manifest(storage, uri)
+    files = [Path(uri, f"files-{manifest.attempt}", file.path) for file in manifest.files]
     generator = random.Random(damage)
     for path in files:
         whole = path.read_bytes()

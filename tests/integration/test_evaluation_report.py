@@ -16,7 +16,7 @@ from recsys.data.prepare import prepare
 from recsys.evaluation.report.page import make_report
 from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
 from tests.distributed import run_distributed

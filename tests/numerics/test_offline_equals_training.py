@@ -8,10 +8,11 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.evaluation.evaluator import evaluate
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, build_predictor, load_trained
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
 from recsys.train.state import TrainingState
+from recsys.train.trained import build_predictor, load_trained
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 

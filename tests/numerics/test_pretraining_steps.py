@@ -16,7 +16,7 @@ from recsys.data.manifest import Dataset
 from recsys.model.text_encoder import locate_backbone
 from recsys.storage import Storage
 from recsys.train.backbone import BackboneManifest, publish_backbone
-from recsys.train.checkpoint import CheckpointStore
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer, train
 from recsys.train.pretraining import Pretraining
 from recsys.train.reporter import LocalReporter, Metrics

@@ -24,9 +24,10 @@ from recsys.export import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import History, Predictor
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore, build_predictor, load_trained
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
+from recsys.train.trained import build_predictor, load_trained
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 

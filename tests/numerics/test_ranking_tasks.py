@@ -19,9 +19,9 @@ from recsys.model_config import ModelConfig
 from recsys.predictor import History, Predictor
 from recsys.schema import Task
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
+from recsys.train.trained import build_predictor
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 

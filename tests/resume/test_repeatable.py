@@ -7,7 +7,7 @@ import pytest
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointStore
+from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
 from tests.datasets import make_dataset

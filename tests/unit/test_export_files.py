@@ -14,7 +14,7 @@ from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor
+from recsys.train.trained import build_predictor
 from tests.datasets import make_dataset
 
 

@@ -14,7 +14,7 @@ from recsys.export import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import History, Predictor, top_k
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor
+from recsys.train.trained import build_predictor
 from tests.datasets import make_dataset
 
 

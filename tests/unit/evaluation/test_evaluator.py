@@ -14,7 +14,7 @@ from recsys.model.baselines import fit_baseline
 from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor, top_k
 from recsys.storage import Storage
-from recsys.train.checkpoint import build_predictor
+from recsys.train.trained import build_predictor
 from tests.datasets import make_dataset
 
 SMALL = {"data.max_history": 10, "model.width": 16, "model.text.mode": "off"}

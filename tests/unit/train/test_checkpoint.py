@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 
 from recsys.config import load_config
-from recsys.train.checkpoint import config_differences, superfluous_steps
 from recsys.train.loop import is_saving_step, learning_rate_factor, planned_steps
+from recsys.train.reporter import Request
+from recsys.train.resuming import config_differences, superfluous_steps
 from recsys.train.state import TrainingState
 
 
@@ -41,8 +42,10 @@ def test_a_run_is_finished_by_epochs_steps_or_no_improvement() -> None:
 
 
 def test_an_epochs_last_step_is_saved_with_its_validation_only() -> None:
-    saved = [step for step in range(1, 13) if is_saving_step(TrainingState(step=step, step_in_epoch=(step - 1) % 6 + 1), 6, every_steps=3)]
-    assert saved == [3, 9]
+    states = [TrainingState(step=step, step_in_epoch=(step - 1) % 6 + 1) for step in range(1, 13)]
+    assert [state.step for state in states if is_saving_step(state, 6, 3, Request.NONE)] == [3, 9]
+    for request in (Request.SAVE, Request.STOP):
+        assert [state.step for state in states if is_saving_step(state, 6, 3, request)] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
 
 
 def test_the_best_validation_is_remembered() -> None:

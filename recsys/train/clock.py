@@ -1,0 +1,64 @@
+"""Where a run's time goes: how long its whole history took, and what each return to a checkpoint cost."""
+
+import time
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from recsys.train.checkpoint import CheckpointManifest
+from recsys.train.failures import Failure
+from recsys.train.state import Incident, TrainingState
+
+
+class Attempt(BaseModel):
+    """One start of a group of workers: the owner's number, why it was started again, and when (seconds since 1970)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    token: int = 0
+    causes: tuple[Failure, ...] = ()
+    started_at: float = Field(default_factory=time.time)
+
+
+class Clock:
+    """Measures one rank's attempt, and writes into the state what is to be known of it later."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self._constructed_at = self._loaded_at = time.time()
+        self._resumed: CheckpointManifest | None = None
+        self._since, self._wall_seconds, self._has_stepped = attempt.started_at, 0.0, False
+
+    def loaded(self, resumed: CheckpointManifest | None) -> None:
+        """Note that the model is built and its state loaded, from a checkpoint or from nothing."""
+        self._loaded_at, self._resumed = time.time(), resumed
+        if resumed is not None:
+            self._wall_seconds = resumed.state.wall_seconds
+            if self._is_same_owner:
+                self._since = resumed.state.saved_at
+
+    def stamp(self, state: TrainingState) -> None:
+        """Write the time into a state that is about to be saved."""
+        state.saved_at = time.time()
+        state.wall_seconds = self._wall_seconds + state.saved_at - self._since
+
+    def stepped(self, state: TrainingState, wait_seconds: float) -> None:
+        """Note the end of a step; after the first one it is known what the return to the checkpoint cost."""
+        if self._has_stepped:
+            return
+        self._has_stepped = True
+        if not self.attempt.causes and not self._is_same_owner:
+            return
+        incident = Incident(
+            causes=self.attempt.causes,
+            step=state.step,
+            seconds=time.time() - self._since,
+            start_seconds=self._constructed_at - self.attempt.started_at,
+            load_seconds=self._loaded_at - self._constructed_at,
+            seek_seconds=wait_seconds,
+        )
+        state.incidents.append(incident)
+
+    @property
+    def _is_same_owner(self) -> bool:
+        """Whether the process that made this attempt was there when the checkpoint was saved, and all the time since."""
+        return self._resumed is not None and self._resumed.token == self.attempt.token > 0

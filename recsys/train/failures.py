@@ -1,0 +1,110 @@
+"""Telling the failures of a run apart, and what follows from each. No processes and no files here."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from recsys.errors import StoreError, UserError
+
+Kind = Literal[
+    "stopped",
+    "mistake",
+    "not_finite",
+    "out_of_memory",
+    "store",
+    "exception",
+    "preempted",
+    "hang",
+    "node_lost",
+    "worker_lost",
+    "driver_lost",
+    "collective",
+]
+"""When one rank fails, the others fail with it: what comes earlier here is the cause of what comes later."""
+
+_DETERMINISTIC = ("exception", "not_finite", "out_of_memory")
+_EXPLAINED = ("stopped", "mistake", "not_finite", "out_of_memory", "store")
+LONGEST_DELAY_SECONDS = 60.0
+
+
+class Failure(BaseModel):
+    """What ended an attempt: its kind, one line, and where that is known the rank and the step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    message: str
+    rank: int | None = None
+    step: int | None = None
+
+    @property
+    def is_explained(self) -> bool:
+        """Tell whether the message says all that a person needs, without a traceback."""
+        return self.kind in _EXPLAINED
+
+    def __str__(self) -> str:
+        """Return one line, such as `worker_lost on rank 1: ...`."""
+        place = "" if self.rank is None else f" on rank {self.rank}"
+        return f"{self.kind.replace('_', ' ')}{place}{'' if self.step is None else f' at step {self.step}'}: {self.message}"
+
+
+class TrainingError(RuntimeError):
+    """A rank's failure on its way to whoever started the rank."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
+class StoppedError(Exception):
+    """Somebody asked the run to stop; a checkpoint of its last step is published."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss is NaN or infinite; the step that gave it changed no weight."""
+
+
+def describe(error: BaseException, rank: int, step: int | None, batch: str) -> Failure:
+    """Say what an exception in the training loop is; `batch` are the shapes of what the rank had."""
+    message = " ".join(str(error).split())
+    if isinstance(error, StoreError):
+        kind: Kind = "store"
+    elif isinstance(error, UserError):
+        kind = "mistake"
+    elif isinstance(error, StoppedError):
+        kind = "stopped"
+    elif isinstance(error, NonFiniteLossError):
+        kind = "not_finite"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message:
+        kind, message = "out_of_memory", f"micro batch of {batch} does not fit in memory ({message[:200]}); halve training.micro_batch_size"
+    elif "gloo" in message or "Connection closed by peer" in message or type(error).__name__.startswith("Dist"):
+        kind = "collective"
+    else:
+        kind, message = "exception", f"{type(error).__name__}: {message}"
+    return Failure(kind=kind, message=message, rank=rank, step=step)
+
+
+def root_cause(failures: Iterable[Failure]) -> Failure:
+    """Choose among the failures of one attempt's ranks the one that the others follow from."""
+    return min(failures, key=lambda failure: (get_args(Kind).index(failure.kind), failure.rank or 0))
+
+
+def reason_to_stop(failures: Sequence[Failure], max_failures: int) -> str | None:
+    """Tell why a run should not be started again, given its failures since its newest checkpoint, or since the start; None to go on."""
+    last = failures[-1]
+    if last.kind in ("stopped", "mistake"):
+        return "to start again would not help"
+    if last.kind in _DETERMINISTIC and any(
+        (last.kind, last.step, last.message) == (old.kind, old.step, old.message) for old in failures[:-1]
+    ):
+        return "it fails at the same step in the same way again"
+    counted = [failure for failure in failures if failure.kind != "preempted"]
+    if len(counted) > max_failures:
+        return f"training.max_failures = {max_failures}: it failed {len(counted)} times without a new checkpoint between"
+    return None
+
+
+def delay_seconds(failures: Sequence[Failure]) -> float:
+    """Return how long to wait before the next start: not at all after the first failure since a checkpoint, then 1, 2, 4, ... s."""
+    return 0.0 if len(failures) <= 1 else min(2.0 ** (len(failures) - 2), LONGEST_DELAY_SECONDS)

@@ -1,0 +1,79 @@
+"""`jobs.train` whose ranks write down every sample that they train on, and kill themselves where they are told to.
+
+Run as `python -m tests.resume.ledger --set ...`. Both by files below `run.scratch`: `ledger-{rank}`, and `kill-{rank}-{step}`.
+"""
+
+import json
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys.command import run_verb
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.model.catalogue_text import Ranks
+from recsys.train.recommending import Recommending
+
+Ledger = dict[tuple[int, int], list[int]]
+"""What each rank trained on in each step of a run, by rank and step."""
+
+
+class Recording(Recommending):
+    """A recommender whose steps are written down as they are handed to the loop."""
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
+        super().__init__(config, dataset, device, ranks)
+        self._scratch, self._unrecorded = Path(config.run.scratch), self.steps
+        self.steps = self._recorded  # type: ignore[method-assign]
+
+    def _recorded(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
+        for number, batches in enumerate(self._unrecorded(epoch, first_step), epoch * self.plan(0).num_steps + first_step):
+            entry = {"step": number, "ids": [sample for batch in batches for sample in batch.sample_ids.tolist()]}
+            with (self._scratch / f"ledger-{self._ranks.rank}").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            die_where_told(self._scratch, self._ranks.rank, number)
+            yield batches
+
+
+def die_where_told(scratch: Path, rank: int, step: int) -> None:
+    """Kill this process if there is an order for its rank and step, which is then gone."""
+    order = scratch / f"kill-{rank}-{step}"
+    if order.exists():
+        order.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def order_kills(scratch: Path, kills: Sequence[tuple[int, int]]) -> None:
+    """Have each (rank, step) die as it begins the step, the first time."""
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for rank, step in kills:
+        (scratch / f"kill-{rank}-{step}").touch()
+
+
+def read_ledger(scratch: Path, world_size: int) -> tuple[Ledger, dict[int, int]]:
+    """Return what counts of the ledger, each step as it was made last, and how often each step was begun by rank 0."""
+    ledger: Ledger = {}
+    times: dict[int, int] = defaultdict(int)
+    for rank in range(world_size):
+        for line in (scratch / f"ledger-{rank}").read_text().splitlines():
+            entry = json.loads(line)
+            ledger[rank, entry["step"]] = entry["ids"]
+            times[entry["step"]] += rank == 0
+    return ledger, dict(times)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train with a ledger."""
+    from recsys.launch import launch
+    from tests.resume.ledger import Recording as Imported  # workers find it by this name, and not in their own `__main__`
+
+    return launch(config, make=Imported)
+
+
+if __name__ == "__main__":
+    run_verb(run, __doc__)

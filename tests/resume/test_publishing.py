@@ -1,0 +1,205 @@
+"""Checkpoints that are published behind the training's back: what they hold, and what is left of them after a kill at any moment."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.storage import Storage
+from recsys.train.checkpoint import read_manifest
+from recsys.train.checkpoint_store import CheckpointStore
+from recsys.train.loop import Trainer
+from recsys.train.reporter import LocalReporter, Metrics
+from recsys.train.trained import load_trained
+from tests.datasets import make_dataset
+from tests.distributed import RankError, run_distributed, run_until_killed
+
+STEPS = 14
+EVERY = 3
+
+
+def config_of(folder: Path, name: str = "run", **values: object) -> Config:
+    dataset = make_dataset(Storage(str(folder / "store")), num_users=300)
+    base = {
+        "storage.root": dataset.storage.root,
+        "run.scratch": str(folder / "scratch"),
+        "run.name": name,
+        "data.dataset": dataset.uri,
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.text.mode": "off",
+        "training.num_workers": 2,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 4,
+        "training.max_steps": STEPS,
+        "checkpoint.every_steps": EVERY,
+        "checkpoint.keep_last": 20,
+    }
+    return load_config().with_values({**base, **{key.replace("__", "."): value for key, value in values.items()}})
+
+
+def store_of(config: Config) -> CheckpointStore:
+    storage = Storage.from_config(config.storage)
+    return CheckpointStore(storage, config, Dataset.open(storage, config.data.dataset))
+
+
+class Watching(LocalReporter):
+    """Notes after each step which checkpoints are published."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        super().__init__()
+        self.store, self.published = store, dict[int, list[int]]()
+
+    def step(self, step: int, losses: Metrics, batches: Any) -> None:
+        self.published[step + 1] = self.store.steps()
+
+
+def run(config: Config, prepare: Callable[[], None] = lambda: None) -> tuple[dict[int, list[int]], dict[str, str]]:
+    """Train to the end; return what was published after each step, and the hashes of the last checkpoint."""
+    prepare()
+    store = store_of(config)
+    reporter = Watching(store)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter).run()
+    torch.distributed.barrier()
+    newest = store.newest()
+    assert newest is not None
+    assert newest.state.step == STEPS
+    return reporter.published, {file.path: file.sha256 for file in newest.files}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The hashes of an undisturbed run's last checkpoint."""
+    hashes: dict[str, str] = run_distributed(run, 2, config_of(tmp_path_factory.mktemp("undisturbed")))[0][1]
+    return hashes
+
+
+def slow_uploads() -> None:
+    upload = Storage.upload
+
+    def slow(self: Storage, path: Path, uri: str) -> None:
+        time.sleep(0.2)
+        upload(self, path, uri)
+
+    Storage.upload = slow  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
+def test_training_goes_on_while_a_checkpoint_is_uploaded_and_does_not_change_it(tmp_path: Path, zero_stage: int) -> None:
+    slow = config_of(tmp_path, "slow", training__zero_stage=zero_stage)
+    published, hashes = run_distributed(run, 2, slow, slow_uploads)[0]
+    assert EVERY not in published[EVERY + 1]  # the step after it was made without waiting
+    assert EVERY in published[2 * EVERY + 1]
+    fast = config_of(tmp_path, "fast", training__zero_stage=zero_stage)
+    assert run_distributed(run, 2, fast)[0][1] == hashes
+    for step in (EVERY, 3 * EVERY):
+        first, second = (
+            load_trained(Storage.from_config(each.storage), store_of(each).uri(step), each.run.scratch) for each in (slow, fast)
+        )
+        assert first[0].state.step == step
+        for name, tensor in first[3].state_dict().items():
+            assert torch.equal(tensor, second[3].state_dict()[name]), name
+
+
+def load_step(config: Config, step: int) -> Any:
+    return load_trained(Storage.from_config(config.storage), store_of(config).uri(step), config.run.scratch)
+
+
+class KillAt:
+    """Kills this rank at the nth call of one of the store's methods in the checkpoint of a step."""
+
+    def __init__(self, rank: int, method: str, part: str, number: int) -> None:
+        self.rank, self.method, self.part, self.number = rank, method, part, number
+
+    def __call__(self) -> None:
+        original = getattr(Storage, self.method)
+        calls = 0
+
+        def killing(storage: Storage, *arguments: Any) -> Any:
+            nonlocal calls
+            if any(f"step-{2 * EVERY:08d}" in str(argument) and self.part in str(argument) for argument in arguments):
+                calls += 1
+                if torch.distributed.get_rank() == self.rank and calls == self.number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return original(storage, *arguments)
+
+        setattr(Storage, self.method, killing)
+
+
+MOMENTS = {
+    "before the first byte": KillAt(1, "upload", "files-", 1),
+    "between two files": KillAt(0, "upload", "files-", 2),
+    "before the list of a part": KillAt(1, "write_bytes", "part-1", 1),
+    "all parts but no manifest": KillAt(0, "create", "manifest.json", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+def test_a_kill_inside_a_write_leaves_nothing_that_is_read(tmp_path: Path, expected: dict[str, str], moment: str) -> None:
+    killed = config_of(tmp_path, "killed")
+    run_until_killed(run, 2, killed, MOMENTS[moment])
+    assert store_of(killed).steps() == [EVERY]
+    published, hashes = run_distributed(run, 2, killed)[0]
+    assert min(published) == EVERY + 1
+    assert hashes == expected
+    storage, folder = Storage.from_config(killed.storage), store_of(killed).uri(2 * EVERY)
+    attempt = read_manifest(storage, folder).attempt
+    assert all(f"/files-{attempt}/" in found.uri or found.uri.endswith("manifest.json") for found in storage.list(folder))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "empty manifest"])
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+    tmp_path: Path, expected: dict[str, str], damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stopped = config_of(tmp_path, "stopped", training__max_steps=2 * EVERY + 1)
+    config = config_of(tmp_path, "stopped")
+    run_distributed(run_part, 2, stopped)
+    storage, steps = Storage.from_config(config.storage), store_of(config).steps()
+    broken = [break_one(storage, store_of(config).uri(step), damage, step) for step in steps[1:]]
+    published, hashes = run_distributed(run, 2, config)[0]
+    assert min(published) == EVERY + 1
+    assert hashes == expected
+    shown = capfd.readouterr().err
+    assert all(name in shown for name in broken)
+
+
+def test_where_all_are_damaged_the_run_stops_and_lists_them(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run_distributed(run, 2, config)
+    storage, steps = Storage.from_config(config.storage), store_of(config).steps()
+    broken = [break_one(storage, store_of(config).uri(step), "flip", step) for step in steps]
+    with pytest.raises(RankError) as error:
+        run_distributed(run, 2, config.with_values({"training.max_steps": STEPS + 1}))
+    assert UserError.__name__ in str(error.value)
+    assert all(f"step-{step:08d}: {name} is damaged" in str(error.value) for step, name in zip(steps, broken, strict=True))
+
+
+def run_part(config: Config) -> None:
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter()).run()
+
+
+def break_one(storage: Storage, uri: str, damage: str, seed: int) -> str:
+    """Break one file of a checkpoint, and return its name."""
+    if damage == "empty manifest":
+        Path(uri, "manifest.json").write_bytes(b"")
+        return "manifest.json"
+    generator = random.Random(seed)
+    manifest = read_manifest(storage, uri)
+    name = generator.choice([file.path for file in manifest.files])
+    path = Path(uri, f"files-{manifest.attempt}", name)
+    whole = bytearray(path.read_bytes())
+    if damage == "delete":
+        path.unlink()
+    else:
+        whole[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        path.write_bytes(bytes(whole) if damage == "flip" else path.read_bytes()[:-1])
+    return name
