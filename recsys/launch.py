@@ -22,7 +22,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, Wo
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.errors import UserError
+from recsys.errors import StoreError, UserError
 from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
 from recsys.train.checkpoint import read_manifest
@@ -126,7 +126,7 @@ def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
     def ask(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
-        ownership.ask_to_stop()
+        threading.Thread(target=ownership.ask_to_stop, name="stop").start()  # the interrupted code may be in the store's client
 
     if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
         yield
@@ -163,19 +163,26 @@ def _train_to_the_end(config: Config, storage: Storage, checkpoints: CheckpointS
     lost = ownership.lost
     causes = [] if lost is None else [Failure(kind="driver_lost", message=f"{lost} ended without a word")]
     failures: list[Failure] = []
+    newest, owned_since = checkpoints.steps()[-1:], time.time()
     while True:
-        before = checkpoints.steps()
+        trouble: Exception
         try:
-            fit(config, storage, Attempt(token=ownership.token, causes=(*causes, *failures)))
+            ownership.check()
+            if ownership.is_asked_to_stop():
+                raise UserError(f"run {config.run.name} was asked to stop; the same command goes on from its newest checkpoint")
+            fit(config, storage, Attempt(token=ownership.token, causes=(*causes, *failures), owned_since=owned_since))
             return
         except TrainingFailedError as error:
             failure, trouble = failure_of(error), error
-        if failure.kind in ("worker_lost", "collective") and (hung := ownership.take_hangs()):
-            failure = Failure(
-                kind="hang", message=f"no step ended within training.hang_seconds = {config.training.hang_seconds}", rank=hung[0]
-            )
-        is_further = checkpoints.steps()[-1:] != before[-1:]
-        causes, failures = ([], [failure]) if is_further else (causes, [*failures, failure])
+        except StoreError as error:
+            failure, trouble = Failure(kind="store", message=str(error)), error
+        with contextlib.suppress(StoreError):
+            if (hung := ownership.take_hangs()) and failure.kind in ("worker_lost", "collective"):
+                ranks = f"ranks {', '.join(map(str, hung))} ended no step within training.hang_seconds = {config.training.hang_seconds}"
+                failure = Failure(kind="hang", message=f"{ranks}; those that waited for another count too")
+            if (found := checkpoints.steps()[-1:]) != newest:
+                newest, causes, failures = found, [], []
+        failures = [*failures, failure]
         reason = reason_to_stop(failures, config.training.max_failures)
         if reason is not None:
             if failure.is_explained:
@@ -240,7 +247,7 @@ def _fit(config: Config, storage: Storage, attempt: Attempt, callbacks: Sequence
             name=uuid.uuid4().hex[:8],
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             callbacks=list(callbacks),
         ),
         torch_config=TorchConfig(backend="nccl" if training.use_gpu else "gloo"),
@@ -248,7 +255,8 @@ def _fit(config: Config, storage: Storage, attempt: Attempt, callbacks: Sequence
     try:
         trainer.fit()
     finally:
-        storage.delete_tree(records)
+        with contextlib.suppress(StoreError):  # it would hide what the workers met
+            storage.delete_tree(records)
 
 
 def _run_worker(make: MakeTrainable, settings: dict[str, str]) -> None:

@@ -53,10 +53,13 @@ def explained(action: str, uri: str) -> Iterator[None]:
         cause = getattr(error, "last_exception", error)
         code = type(cause).__name__
         message = str(cause)
+        status = 0
         if isinstance(cause, ClientError):
+            status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             code, message = (str(cause.response["Error"].get(key, "unknown")) for key in ("Code", "Message"))
         elif isinstance(cause, OSError) and cause.errno is not None:
             code, message = errno.errorcode.get(cause.errno, code), cause.strerror or message
         advice = next((text for text, codes in _ADVICE.items() if code in codes), "look the code up in the store's log")
-        kind = StoreError if advice in _MAY_PASS else UserError
+        may_pass = advice in _MAY_PASS or status >= 500 or status in {408, 409, 429} or code in {"EIO", "ESTALE", "ETIMEDOUT"}
+        kind = StoreError if may_pass else UserError
         raise kind(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error

@@ -80,4 +80,6 @@ def run_until_killed(function: Callable[..., Any], world_size: int, *arguments: 
             process.join()
     codes = [process.exitcode for process in processes]
     assert -signal.SIGKILL in codes, codes
-    assert results.empty(), results.get()
+    while not results.empty():
+        rank, answer = results.get()
+        assert isinstance(answer, RankError), f"rank {rank} came to its end: {answer}"

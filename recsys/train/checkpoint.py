@@ -101,6 +101,10 @@ def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder
         address = join(uri, f"files-{manifest.attempt}", file.path)
         if not storage.exists(address):
             raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
-        storage.download(address, path)
-        if path.stat().st_size != file.num_bytes or sha256_of(path) != file.sha256:
+        if not any(_fetch_whole(storage, address, path, file) for _ in range(2)):  # once more, since it may have been damaged on the way
             raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
+
+
+def _fetch_whole(storage: Storage, address: str, path: Path, file: CheckpointFile) -> bool:
+    storage.download(address, path)
+    return path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256

@@ -1,5 +1,6 @@
 """The checkpoints of one run: written behind the training's back, published last, and found again."""
 
+import hashlib
 import logging
 import shutil
 import threading
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save
 from recsys import __version__
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.errors import UserError
+from recsys.errors import StoreError, UserError
 from recsys.storage import Storage, join, private_folder, sha256_of
 from recsys.store_errors import explained
 from recsys.train.checkpoint import MANIFEST_NAME, CheckpointFile, CheckpointManifest, DamagedCheckpointError, fetch_files, read_manifest
@@ -42,7 +43,7 @@ class CheckpointStore:
         self._dataset = dataset
         self._owner = Ownership(storage, config.run.name, token)
         self._uri = storage.uri("runs", config.run.name, "checkpoints")
-        self._scratch = Path(config.run.scratch) / "checkpoints" / config.run.name
+        self._scratch = Path(config.run.scratch) / "checkpoints" / hashlib.sha256(self._uri.encode()).hexdigest()[:12]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: list[Future[None]] = []
         self._is_abandoned = threading.Event()
@@ -58,7 +59,7 @@ class CheckpointStore:
             self.wait()
         wait(self._begun, GRACE_SECONDS)
         self._is_abandoned.set()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def uri(self, step: int) -> str:
         """Return the address of the checkpoint of a step."""
@@ -120,6 +121,12 @@ class CheckpointStore:
         for work in begun:
             work.result()
 
+    def raise_failure(self) -> None:
+        """Raise what has gone wrong so far behind this rank's back, without waiting for anything."""
+        for work in self._begun:
+            if work.done():
+                work.result()
+
     def _begin(self, function: Callable[..., None], *arguments: Any) -> None:
         self._begun.append(self._thread.submit(function, *arguments))
 
@@ -132,6 +139,8 @@ class CheckpointStore:
                 (folder / f"random-{rank}.safetensors").write_bytes(save(random_state))
             files: list[CheckpointFile] = []
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                if self._is_abandoned.is_set():
+                    return
                 name = path.relative_to(folder).as_posix()
                 self._storage.upload(path, join(self._files(step), name))
                 files.append(CheckpointFile(path=name, num_bytes=path.stat().st_size, sha256=sha256_of(path), rank=rank))
@@ -149,16 +158,17 @@ class CheckpointStore:
         sizes = {found.uri: found.num_bytes for found in self._storage.list(self._files(state.step))}
         for file in files:
             if sizes.get(join(self._files(state.step), file.path)) != file.num_bytes:
-                raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} did not arrive in the store as it was sent")
+                raise StoreError(f"checkpoint {uri}: {file.path} did not arrive in the store as it was sent; start again later")
         self._owner.check()
         manifest = self._manifest(state, world_size, files).sealed()
         if not self._storage.create(join(uri, MANIFEST_NAME), manifest):
             self._replace_late_one(uri, manifest)
-        for step in superfluous_steps(self.steps(), state.best_step, self._config.checkpoint.keep_last):
+        own = [step for step in self.steps() if step <= state.step]  # what is later is another owner's
+        for step in superfluous_steps(own, state.best_step, self._config.checkpoint.keep_last):
             self._remove(step)
 
     def _replace_late_one(self, uri: str, manifest: bytes) -> None:
-        """Replace what an earlier owner published after this one began; it is fenced off by its smaller number.
+        """Replace what an earlier owner, or a dead attempt of this one, published after this attempt began.
 
         Raises:
             SupersededError: a later owner has published.
@@ -166,7 +176,7 @@ class CheckpointStore:
         published = read_manifest(self._storage, uri)
         if published.attempt == self._attempt:  # an answer of the store was lost, and the manifest sent twice
             return
-        if published.token >= self._owner.token:
+        if published.token > self._owner.token:
             raise SupersededError(f"run.name = {self._config.run.name}: another process has published {uri}; is the run submitted twice?")
         self._storage.delete(join(uri, MANIFEST_NAME))
         self._storage.create(join(uri, MANIFEST_NAME), manifest)
@@ -207,6 +217,7 @@ class CheckpointStore:
                 _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
                 shutil.rmtree(folder)
                 if rank == 0:
+                    self._owner.check()
                     self._remove_after(step)
                 return manifest
             shutil.rmtree(folder)

@@ -10,12 +10,16 @@ from recsys.train.state import Incident, TrainingState
 
 
 class Attempt(BaseModel):
-    """One start of a group of workers: the owner's number, why it was started again, and when (seconds since 1970)."""
+    """One start of a group of workers: the owner's number, since when it owns the run, and why and when they were started.
+
+    Times are seconds since 1970.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: int = 0
     causes: tuple[Failure, ...] = ()
+    owned_since: float = Field(default_factory=time.time)
     started_at: float = Field(default_factory=time.time)
 
 
@@ -26,7 +30,7 @@ class Clock:
         self.attempt = attempt
         self._constructed_at = self._loaded_at = time.time()
         self._resumed: CheckpointManifest | None = None
-        self._since, self._wall_seconds, self._has_stepped = attempt.started_at, 0.0, False
+        self._since, self._wall_seconds, self._has_stepped = attempt.owned_since, 0.0, False
 
     def loaded(self, resumed: CheckpointManifest | None) -> None:
         """Note that the model is built and its state loaded, from a checkpoint or from nothing."""

@@ -106,8 +106,8 @@ class Trainer:
                 self._upload()
                 self.checkpoints.publish(state)
                 if self._request == Request.STOP:
-                    self.checkpoints.wait()
-                    raise StoppedError(f"run {config.run.name} was asked to stop; the same command goes on from step {state.step}")
+                    self._stop()
+            self.checkpoints.raise_failure()
             self.watchdog.beat()
             waiting_since = time.monotonic()
 
@@ -121,12 +121,23 @@ class Trainer:
         state.record_validation(self._validate(), self.trainable.metric)
         self.trainable.after_validation(state)
         self.checkpoints.publish(state)
-        with self._stall():
-            self.checkpoints.wait()
+        self._wait_until_published()
         if self.progress:
             self.progress.validation(state, self.trainable.metric)
         self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        if self._request == Request.STOP and not state.is_finished(self.config):
+            self._stop()
         self.watchdog.beat()
+
+    def _stop(self) -> None:
+        self._wait_until_published()
+        raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command goes on from step {self.state.step}")
+
+    def _wait_until_published(self) -> None:
+        """Wait for the checkpoint on every rank: the manifest is rank 0's, and the first rank that ends takes the others with it."""
+        with self._stall():
+            self.checkpoints.wait()
+            dist.barrier()
 
     def _upload(self) -> None:
         self.watchdog.rest()

@@ -25,7 +25,8 @@ class Watchdog:
 
     def __init__(self, limit_seconds: float, storage: "StorageConfig", run: str, token: int, rank: int) -> None:
         arguments = [str(os.getpid()), str(limit_seconds), storage.model_dump_json(), run, str(token), str(rank)]
-        self._process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, env=environment)
 
     def beat(self) -> None:
         """Say that a step has ended and another begins."""

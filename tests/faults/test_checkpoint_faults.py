@@ -102,7 +102,7 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("place", ["scratch/checkpoints", "store/runs"])
+@pytest.mark.parametrize("place", ["scratch/checkpoints", pytest.param("store/runs", marks=pytest.mark.slow)])
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path: Path, place: str) -> None:
     expected = run_distributed(run, 1, make_config(tmp_path / "whole"))[0]
     folder = tmp_path / "full"

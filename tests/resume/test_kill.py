@@ -198,6 +198,7 @@ def test_a_run_that_is_told_to_end_saves_its_last_step_and_repeats_none(dataset:
     assert set(run.ledger()[1].values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_submitted_twice_is_trained_by_the_first(dataset: Dataset, tmp_path: Path) -> None:
     run = Run(dataset, tmp_path, "twice", training__epochs=60, training__early_stopping_patience=60)
     first = run.start()
@@ -210,7 +211,9 @@ def test_a_run_that_is_submitted_twice_is_trained_by_the_first(dataset: Dataset,
     first.kill()
 
 
-@pytest.mark.parametrize(("resume", "error"), [("must", "has no checkpoint"), ("never", "has checkpoints")])
+@pytest.mark.parametrize(
+    ("resume", "error"), [("must", "has no checkpoint"), pytest.param("never", "has checkpoints", marks=pytest.mark.slow)]
+)
 def test_whether_to_go_on_may_be_said(dataset: Dataset, undisturbed: Run, tmp_path: Path, resume: str, error: str) -> None:
     name = "absent" if resume == "must" else "undisturbed"
     run = Run(dataset, tmp_path, name, run__resume=resume, training__epochs=EPOCHS + 1)

@@ -143,7 +143,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("be")) for name in MOMENTS])
 def test_a_kill_inside_a_write_leaves_nothing_that_is_read(tmp_path: Path, expected: dict[str, str], moment: str) -> None:
     killed = config_of(tmp_path, "killed")
     run_until_killed(run, 2, killed, MOMENTS[moment])
@@ -156,7 +156,7 @@ def test_a_kill_inside_a_write_leaves_nothing_that_is_read(tmp_path: Path, expec
     assert all(f"/files-{attempt}/" in found.uri or found.uri.endswith("manifest.json") for found in storage.list(folder))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "empty manifest"])
+@pytest.mark.parametrize("damage", ["flip", "empty manifest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cut", "delete"))])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
     tmp_path: Path, expected: dict[str, str], damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
