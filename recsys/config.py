@@ -16,6 +16,7 @@ from recsys.model_config import ModelConfig
 BaselineName = Literal[
     "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorisation", "factorisation_machine", "two_tower", "sasrec"
 ]
+Workers = Annotated[int, Field(ge=1)]
 Stage = Literal["prepare_data", "train", "train_id_only", "search", "evaluate", "export", "serve"]
 
 
@@ -31,7 +32,7 @@ class RunConfig(Section):
     """The name that a run is submitted and resumed under, and what is local to it.
 
     A run with checkpoints goes on from the newest: `resume = "never"` refuses that, `"must"` refuses to start anew. An owner on another
-    machine that gave no sign of life for `lease_seconds` is taken for dead.
+    machine that gave no sign of life for `lease_seconds` is taken for dead. Each of `trackers` is sent the run's numbers, under `project`.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")] = "default"
@@ -39,6 +40,8 @@ class RunConfig(Section):
     resume: Literal["auto", "must", "never"] = "auto"
     lease_seconds: Annotated[float, Field(gt=0)] = 30.0
     stages: tuple[Stage, ...] = get_args(Stage)
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    project: str = "recsys"
 
 
 class OptimizerConfig(Section):
@@ -55,20 +58,30 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How a run is spread over workers, how its samples are read, and how long it goes on.
+    """How a run is spread over workers, what it keeps in memory, how its samples are read, and how long it goes on.
+
+    `offload_optimizer` keeps the optimizer's state in the host's memory and steps there, `offload_parameters` (ZeRO-3) also the weights;
+    `recompute_activations` keeps the inputs of the Transformers' layers alone.
 
     Samples are shuffled within windows of `shuffle_row_groups` row groups of each of the dataset's streams; 0 keeps the shards' order.
     At most `prefetch_bytes` are read ahead; what came from S3 is kept on disk up to `cache_bytes` per node. With `shuffle_histories` each
     epoch sees a sample's interactions in another order: what is predicted is then any of a user's items from any others, as in a split
     that knows no time. A run is started again after a failure, but not after more than `max_failures` without a new checkpoint between;
-    a worker whose step takes longer than `hang_seconds` counts as failed.
+    a worker whose step takes longer than `hang_seconds` counts as failed. A loss that is not finite ends the run (`on_non_finite` is
+    `stop`) or has it go back to its newest checkpoint, to try the step again once (`roll_back`) or to leave its samples out (`skip`).
+
+    `num_workers = [least, most]` takes as many workers as the cluster has at the moment, and starts again with more or fewer when that
+    changes. The global batch stays what it is; `micro_batch_size` is then the most that a micro batch holds. Of so many steps as
+    `profile_steps` says, the first worker writes down where their time goes.
     """
 
-    num_workers: Annotated[int, Field(ge=1)] = 2
+    num_workers: Workers | tuple[Workers, Workers] = 2
     use_gpu: bool = False
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     offload_optimizer: bool = False
+    offload_parameters: bool = False
+    recompute_activations: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     global_batch_size: Annotated[int, Field(ge=1)] = 128
     micro_batch_size: Annotated[int, Field(ge=1)] = 64
@@ -81,26 +94,54 @@ class TrainingConfig(Section):
     cache_bytes: Annotated[int, Field(ge=0)] = 8 << 30
     max_failures: Annotated[int, Field(ge=0)] = 3
     hang_seconds: Annotated[float, Field(gt=0)] = 600.0
+    on_non_finite: Literal["stop", "roll_back", "skip"] = "roll_back"
     log_every_seconds: Annotated[float, Field(ge=0)] = 5.0
+    profile_steps: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
-        share = self.micro_batch_size * self.num_workers
-        if self.global_batch_size % share:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"training.num_workers = [{self.min_workers}, {self.max_workers}] must be [least, most]; "
+                f"[{self.max_workers}, {self.min_workers}] would work"
+            )
+        if self.global_batch_size < self.max_workers:
+            raise ValueError(
+                f"training.global_batch_size = {self.global_batch_size} must have a sample for each of training.num_workers = "
+                f"{self.max_workers}; {self.max_workers} would work"
+            )
+        share = self.micro_batch_size * self.max_workers
+        if not self.is_elastic and self.global_batch_size % share:
             near = share * math.ceil(self.global_batch_size / share)
             raise ValueError(
                 f"training.global_batch_size = {self.global_batch_size} must be divisible by training.micro_batch_size x "
-                f"training.num_workers = {self.micro_batch_size} x {self.num_workers}; {near} would work"
+                f"training.num_workers = {self.micro_batch_size} x {self.max_workers}; {near} would work"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError("training.offload_parameters = true needs training.zero_stage = 3")
         return self
 
     @property
-    def accumulation_steps(self) -> int:
-        """Micro batches that one worker runs for one optimizer step."""
-        return self.global_batch_size // (self.micro_batch_size * self.num_workers)
+    def min_workers(self) -> int:
+        """The least workers that the run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that the run takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Tell whether the number of workers follows the cluster's size."""
+        return self.min_workers < self.max_workers
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro batches that each of `world_size` workers runs for one optimizer step."""
+        return math.ceil(self.global_batch_size / (self.micro_batch_size * world_size))
 
 
 class FairnessConfig(Section):

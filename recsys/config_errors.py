@@ -18,7 +18,11 @@ def explain(error: ValidationError, tree: type[BaseModel]) -> str:
         return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    return f"{key} = {json.dumps(first['input'], default=str)}: {first['msg']}"
+    known = set(_known_keys(tree))
+    parts = key.split(".")
+    while len(parts) > 1 and ".".join(parts) not in known:  # below a key are places in a list, and names of alternatives
+        parts.pop()
+    return f"{'.'.join(parts)} = {json.dumps(first['input'], default=str)}: {first['msg']}"
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

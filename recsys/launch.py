@@ -1,7 +1,6 @@
 """The one door to Ray Train: a config becomes a group of workers that run the training loop, restarted when one dies."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -16,9 +15,11 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
@@ -27,25 +28,33 @@ from recsys.runtime import PRIVATE, connect
 from recsys.storage import Storage
 from recsys.train.checkpoint import read_manifest
 from recsys.train.checkpoint_store import CheckpointStore
-from recsys.train.clock import Attempt
-from recsys.train.failures import Failure, Kind, TrainingError, delay_seconds, describe, reason_to_stop, root_cause
+from recsys.train.failures import Failure, Kind, TrainingError, describe, root_cause
 from recsys.train.loop import train
 from recsys.train.ownership import Ownership
 from recsys.train.recommending import Recommending
+from recsys.train.report import REPORT_NAME, make_report
 from recsys.train.reporter import Metrics, Request
+from recsys.train.restarts import Restarts
 from recsys.train.state import TrainingState
 from recsys.train.trainable import MakeTrainable, MicroBatch
 
 logger = logging.getLogger(__name__)
 STOP_POLL_SECONDS = 1.0
-Fit = Callable[[Config, Storage, Attempt], None]
+RESIZE_POLL_SECONDS = 15.0
+STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+"""After a node is lost Ray first tries to place workers on it; it gives that up after so many seconds, by default 60."""
+
+HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+"""So often the controller looks after the workers, by default every 2 s."""
+
+Fit = Callable[[Config, Restarts], None]
 
 
 class RayReporter:
-    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop."""
+    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop or to save."""
 
     def __init__(self, ownership: Ownership) -> None:
-        self._ownership, self._is_asked = ownership, False
+        self._ownership, self._is_asked, self._has_saved = ownership, False, False
         if ray.train.get_context().get_world_rank() == 0:
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
@@ -53,8 +62,16 @@ class RayReporter:
         """Do nothing: reporting to Ray is a barrier, too dear for every step."""
 
     def request(self) -> Request:
-        """Pass on what the owner was asked for."""
-        return Request.STOP if self._is_asked else Request.NONE
+        """Pass on what the owner was asked for, and once that a node will soon be taken away.
+
+        Ray's public call for the latter is a barrier of its own, too dear for every step; the loop agrees on requests in any case.
+        """
+        if self._is_asked:
+            return Request.STOP
+        if self._has_saved or get_train_context().preemption_context.preemption_info is None:
+            return Request.NONE
+        self._has_saved = True
+        return Request.SAVE
 
     def _watch(self) -> None:
         while not self._is_asked:
@@ -86,11 +103,13 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
             ownership = Ownership(storage, config.run.name)
             with ownership.held(config.run.lease_seconds), _stopped_by_signal(ownership):
                 _check_resume(checkpoints, config)
-                _train_to_the_end(config, storage, checkpoints, ownership, partial(_fit, callbacks=callbacks, make=make))
+                _train_to_the_end(config, storage, ownership, partial(_fit, callbacks=callbacks, make=make))
     state = finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
     best = checkpoints.uri(state.best_step or state.step)
+    report = storage.uri("runs", config.run.name, REPORT_NAME)
+    storage.write_bytes(report, make_report(config.run.name, state).encode())
     return {
         "run": config.run.name,
         "checkpoint": best,
@@ -102,7 +121,9 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
         "checkpoint_stall": round(state.checkpoint_stall_seconds / max(state.train_seconds, 1e-9), 4),
         "goodput": round(state.goodput, 4),
         "incidents": [incident.model_dump() for incident in state.incidents],
+        "skipped_steps": state.skipped_steps,
         "validation": read_manifest(storage, best).state.validation,
+        "report": report,
     }
 
 
@@ -153,7 +174,7 @@ def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
         raise UserError(f'run.resume = must: run {config.run.name} has no checkpoint; correct run.name, or run.resume="auto" to start it')
 
 
-def _train_to_the_end(config: Config, storage: Storage, checkpoints: CheckpointStore, ownership: Ownership, fit: Fit) -> None:
+def _train_to_the_end(config: Config, storage: Storage, ownership: Ownership, fit: Fit) -> None:
     """Start the workers, again where that may help, until the run is done.
 
     Raises:
@@ -161,40 +182,55 @@ def _train_to_the_end(config: Config, storage: Storage, checkpoints: CheckpointS
         RuntimeError: anything else went wrong, too often or in the same way again.
     """
     lost = ownership.lost
-    causes = [] if lost is None else [Failure(kind="driver_lost", message=f"{lost} ended without a word")]
-    failures: list[Failure] = []
-    newest, owned_since = checkpoints.steps()[-1:], time.time()
+    causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without a word"),)
+    restarts = Restarts(config, storage, ownership, causes)
+    restarts.begin()
     while True:
         trouble: Exception
         try:
-            ownership.check()
-            if ownership.is_asked_to_stop():
-                raise UserError(f"run {config.run.name} was asked to stop; the same command goes on from its newest checkpoint")
-            fit(config, storage, Attempt(token=ownership.token, causes=(*causes, *failures), owned_since=owned_since))
+            fit(config, restarts)
             return
-        except TrainingFailedError as error:
-            failure, trouble = failure_of(error), error
-        except StoreError as error:
-            failure, trouble = Failure(kind="store", message=str(error)), error
-        with contextlib.suppress(StoreError):
-            if (hung := ownership.take_hangs()) and failure.kind in ("worker_lost", "collective"):
-                ranks = f"ranks {', '.join(map(str, hung))} ended no step within training.hang_seconds = {config.training.hang_seconds}"
-                failure = Failure(kind="hang", message=f"{ranks}; those that waited for another count too")
-            if (found := checkpoints.steps()[-1:]) != newest:
-                newest, causes, failures = found, [], []
-        failures = [*failures, failure]
-        reason = reason_to_stop(failures, config.training.max_failures)
-        if reason is not None:
-            if failure.is_explained:
-                raise UserError(failure.message) from None
-            raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {reason}") from trouble
-        delay = delay_seconds(failures)
-        logger.warning("%s; starting again in %.0f s from the newest checkpoint", failure, delay)
-        time.sleep(delay)
+        except (TrainingFailedError, RayActorError) as error:
+            trouble = error
+        if restarts.read().given_up is None and restarts.after(failure_of(trouble)):  # it was the controller that failed
+            continue
+        attempt = restarts.read()
+        failure = attempt.causes[-1]
+        if failure.is_explained:
+            raise UserError(failure.message) from None
+        raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {attempt.given_up}") from trouble
 
 
-def failure_of(error: TrainingFailedError) -> Failure:
+class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
+    """Has Ray Train's controller, when workers fail, start others as `Restarts` says; so it need not be started again itself."""
+
+    def __init__(self, failure_config: FailureConfig, restarts: Restarts) -> None:
+        super().__init__(failure_config)
+        self._restarts = restarts
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Follow Ray's own rules where no workers could be started, since a cluster may still grow."""
+        if isinstance(training_failed_error, ControllerError):
+            return super().make_decision(training_failed_error)
+        return FailureDecision.RETRY if self._restarts.after(failure_of(training_failed_error)) else FailureDecision.RAISE
+
+
+class RestartingTrainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer with a policy of our own, for which Ray has no public place."""
+
+    def __init__(self, *arguments: Any, restarts: Restarts, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._restarts = restarts
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Result:
+        policy = RestartPolicy(self.run_config.failure_config, self._restarts)
+        return super()._initialize_and_run_controller(**settings | {"failure_policy": policy})
+
+
+def failure_of(error: Exception) -> Failure:
     """Tell what failed, out of Ray's wrappers."""
+    if isinstance(error, RayActorError):
+        return Failure(kind="driver_lost", message=f"Ray Train's controller: {' '.join(str(error).split())[:300]}")
     if isinstance(error, PreemptionError):
         return Failure(kind="preempted", message=str(error))
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
@@ -220,26 +256,30 @@ def _check_resources(config: Config) -> None:
         UserError: there are not enough GPUs.
     """
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
-    if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.num_workers:
+    if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.min_workers:
         raise UserError(
-            f"training.num_workers = {config.training.num_workers} with training.use_gpu = true: this machine has {num_gpus} GPUs; "
+            f"training.num_workers = {config.training.min_workers} with training.use_gpu = true: this machine has {num_gpus} GPUs; "
             "set training.use_gpu=false, or RAY_ADDRESS to a cluster with GPUs"
         )
 
 
-def _fit(config: Config, storage: Storage, attempt: Attempt, callbacks: Sequence[Any], make: MakeTrainable) -> None:
-    """Run the workers until they are done or one fails. Ray's own records go to the run's folder under a name of this attempt.
+def _fit(config: Config, restarts: Restarts, callbacks: Sequence[Any], make: MakeTrainable) -> None:
+    """Run the workers until they are done or are not to be started again. Ray's own records go to the run's folder under a new name.
 
     With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
     """
-    training = config.training
+    training, storage = config.training, Storage.from_config(config.storage)
+    os.environ.setdefault(*HEALTH_CHECK)
+    if training.is_elastic:
+        os.environ.setdefault(*STALE_CAPACITY)
     records = storage.uri("runs", config.run.name, "ray")
     filesystem, path = storage.locate(records)
-    trainer = TorchTrainer(
-        partial(_run_worker, make),
-        train_loop_config={"config": config.model_dump_json(), "attempt": attempt.model_dump_json()},
+    trainer = RestartingTrainer(
+        partial(_run_worker, make, config, restarts),
+        restarts=restarts,
         scaling_config=ScalingConfig(
-            num_workers=training.num_workers,
+            num_workers=(training.min_workers, training.max_workers) if training.is_elastic else training.max_workers,
+            elastic_resize_monitor_interval_s=RESIZE_POLL_SECONDS,
             use_gpu=training.use_gpu,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.use_gpu else {}),
         ),
@@ -259,12 +299,10 @@ def _fit(config: Config, storage: Storage, attempt: Attempt, callbacks: Sequence
             storage.delete_tree(records)
 
 
-def _run_worker(make: MakeTrainable, settings: dict[str, str]) -> None:
+def _run_worker(make: MakeTrainable, config: Config, restarts: Restarts) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    config = Config.model_validate(json.loads(settings["config"]))
-    attempt = Attempt.model_validate_json(settings["attempt"])
-    storage = Storage.from_config(config.storage)
+    storage, attempt = Storage.from_config(config.storage), restarts.read()
     reporter = RayReporter(Ownership(storage, config.run.name, attempt.token))
     train(config, Dataset.open(storage, config.data.dataset), reporter, make, attempt)

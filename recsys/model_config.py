@@ -8,13 +8,18 @@ from recsys.data_config import Fraction, Section
 
 
 class TextConfig(Section):
-    """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder."""
+    """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder.
+
+    One that is trained runs, for a loss over the whole catalogue, over all texts in every micro batch. With `refresh_steps` it runs over
+    those of its histories and targets alone: the others' vectors are those of the last refresh, which comes every so many steps.
+    """
 
     mode: Literal["off", "frozen", "lora", "full"] = "frozen"
     backbone: str = "minilm"
     max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
     pooling: Literal["mean", "first", "last"] = "mean"
     lora_rank: Annotated[int, Field(ge=1)] = 8
+    refresh_steps: Annotated[int, Field(ge=0)] = 0
 
 
 class LossConfig(Section):
@@ -94,6 +99,11 @@ class ModelConfig(Section):
     ranker: RankerConfig = RankerConfig()
 
     @property
+    def keeps_texts(self) -> bool:
+        """Tell whether training keeps the vectors of texts that a micro batch has not."""
+        return self.text.refresh_steps > 0
+
+    @property
     def scores_unseen_items(self) -> bool:
         """Tell whether training teaches what text and features are worth alone, which is all there is of an item that it never saw."""
         return self.id_dropout > 0 or not self.use_ids
@@ -111,5 +121,10 @@ class ModelConfig(Section):
         if not self.use_ids and self.text.mode == "off" and not self.use_features:
             raise ValueError(
                 "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
+            )
+        if self.keeps_texts and (self.text.mode not in ("lora", "full") or self.loss.kind != "full"):
+            raise ValueError(
+                f"model.text.refresh_steps = {self.text.refresh_steps} needs model.text.mode = lora or full, and model.loss.kind = full; "
+                "0 would work"
             )
         return self

@@ -31,8 +31,8 @@ PRIVATE = "RECSYS_PRIVATE_RAY"
 OWN_HEAD = "RECSYS_OWN_RAY_HEAD"
 OWN_FOLDER = "RECSYS_OWN_RAY_FOLDER"
 PR_SET_PDEATHSIG = 1
-LONGEST_FOLDER = 35
-"""Ray's sockets lie about 60 characters below its folder, and a socket's path may have 107."""
+LONGEST_FOLDER = 24
+"""A socket's path may have 107 characters: these, 13 of a folder's own name, 43 of Ray's session and 25 of its dashboard's sockets."""
 
 OBJECT_STORE_BYTES = 512 << 20
 """Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
@@ -179,7 +179,7 @@ def stop_head(process_id: int) -> None:
 
 def logical_cpus(config: Config) -> int:
     """Slots of a private head: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
-    two_trials = 2 * (1 + math.ceil(config.training.num_workers * config.training.cpus_per_worker))
+    two_trials = 2 * (1 + math.ceil(config.training.max_workers * config.training.cpus_per_worker))
     return max(two_trials, 2 * (os.cpu_count() or 1))
 
 

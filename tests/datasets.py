@@ -1,11 +1,13 @@
 """Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recsys.config import Config, load_config
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
 from recsys.data.preparing.sequences import cut_windows
 from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
@@ -72,6 +74,32 @@ def make_dataset(
     return Dataset.open(storage, uri)
 
 
+def small_settings(dataset: Dataset, folder: Path, **values: object) -> dict[str, object]:
+    """Return the settings of a small run on a dataset of `make_dataset`; `values` are spelled `section__key`, and win."""
+    return {
+        "storage.root": dataset.storage.root,
+        "run.scratch": str(folder / "scratch"),
+        "data.dataset": dataset.uri,
+        "data.max_history": 10,
+        "model.width": 16,
+        "model.text.mode": "off",
+        "training.num_workers": 1,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 16,
+        **{key.replace("__", "."): value for key, value in values.items()},
+    }
+
+
+def small_config(dataset: Dataset, folder: Path, **values: object) -> Config:
+    """Return the config of these settings."""
+    return load_config().with_values(small_settings(dataset, folder, **values))
+
+
+def open_dataset(config: Config) -> Dataset:
+    """Open the dataset that a config names."""
+    return Dataset.open(Storage.from_config(config.storage), config.data.dataset)
+
+
 def wish(item: int) -> str:
     """What users of `make_dataset` type when they look for an item; query i is that for item `num_items` + 1 - i."""
     return " ".join("bcfgjklpqv"[int(digit)] * 2 for digit in str(item))
@@ -113,7 +141,6 @@ def _make_item(index: int, train_count: int) -> dict[str, Any]:
 
 
 def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], schema: pa.Schema) -> Shard:
-    from pathlib import Path
     from tempfile import TemporaryDirectory
 
     with TemporaryDirectory() as folder:

@@ -1,7 +1,10 @@
 """Runs a function on several real processes with a gloo group between them: distributed tests without Ray."""
 
+import contextlib
 import os
+import queue
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import connection
@@ -14,21 +17,34 @@ import torch.multiprocessing as mp
 from recsys.runtime import free_port
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300) -> list[Any]:
-    """Call `function(*arguments)` on every rank and return the results by rank; a rank's error is raised here."""
-    context = mp.get_context("spawn")
-    results: Any = context.Queue()
-    port = free_port()
+def _start_ranks(function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """Start the ranks, forked from a process that has imported what each would import for seconds; return them and their answers' queue."""
+    context: Any = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    results, port = context.Queue(), free_port()
+    own = (os.getpid(), dict(os.environ))
     processes = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments, *own)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()
+    return processes, results
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300) -> list[Any]:
+    """Call `function(*arguments)` on every rank and return the results by rank; a rank's error is raised here."""
+    processes, results = _start_ranks(function, world_size, arguments)
     try:
         answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_seconds
         while len(answers) < world_size and not any(isinstance(answer, RankError) for answer in answers.values()):
-            rank, answer = results.get(timeout=timeout_seconds)
-            answers[rank] = answer
+            with contextlib.suppress(queue.Empty):
+                rank, answer = results.get(timeout=1)
+                answers[rank] = answer
+                continue
+            died = [rank for rank, process in enumerate(processes) if process.exitcode and rank not in answers]
+            if died or time.monotonic() > deadline:
+                raise RankError(f"ranks {died} died" if died else f"no answer of all ranks in {timeout_seconds} s")
     finally:
         for process in processes:
             process.join(timeout=5)
@@ -43,8 +59,19 @@ class RankError(RuntimeError):
     """What went wrong on a rank, with its traceback."""
 
 
-def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple[Any, ...]) -> None:
-    os.environ |= {
+def _run_rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    results: Any,
+    arguments: tuple[Any, ...],
+    parent: int,
+    environment: dict[str, str],
+) -> None:
+    for descriptor in (1, 2):  # those of the process that forks are as they were when it was started
+        os.dup2(os.open(f"/proc/{parent}/fd/{descriptor}", os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ |= environment | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
@@ -63,14 +90,7 @@ def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: in
 
 def run_until_killed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120) -> None:
     """Call `function(*arguments)` on every rank, one of which kills itself; the others are then killed too, as a scheduler would."""
-    context = mp.get_context("spawn")
-    results: Any = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, results, arguments)) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, results = _start_ranks(function, world_size, arguments)
     try:
         died = connection.wait([process.sentinel for process in processes], timeout_seconds)
         assert died, "no rank died"

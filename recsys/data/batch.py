@@ -27,7 +27,7 @@ class Batch:
 
     sample_ids: Tensor  # (B,)
     items: Tensor  # (D,)
-    items_on_host: NDArray[np.int64]  # (D,) the same, which stays on the CPU
+    items_on_host: NDArray[np.int64]  # (D,) the same, which stays on the CPU; where texts are kept, those of histories and targets alone
     histories: Histories
     target_places: Tensor  # (N,) the place that each target comes after
     targets: Tensor  # (N,)
@@ -111,6 +111,7 @@ class Collator:
     negative_rates: Tensor | None = None  # (T,) of the negative labels, the share that is kept
     queries: QueryDraws | None = None
     shuffle_seed: int | None = None
+    keeps_texts: bool = False
 
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
@@ -133,11 +134,12 @@ class Collator:
         labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, places) for name in ("events", "values")))
         if self.negative_rates is not None:
             label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
-        items, (history, targets, negatives) = self._index_items(histories.items, self._column(rows, "items", places).long(), negatives)
+        wanted = self._column(rows, "items", places).long()
+        items, (history, targets, negatives) = self._index_items(histories.items, wanted, negatives)
         return Batch(
             sample_ids=torch.tensor(rows.sample_ids),
             items=items,
-            items_on_host=items.numpy(),
+            items_on_host=(torch.cat([histories.items, wanted]).unique() if self.keeps_texts else items).numpy(),
             histories=dataclasses.replace(histories, items=history),
             target_places=target_places,
             targets=targets,

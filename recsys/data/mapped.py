@@ -126,7 +126,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         build(private_folder(new))
         pa.default_memory_pool().release_unused()  # or this process would keep what it read, for as long as it lives
-        for path in new.iterdir():
+        for path in filter(Path.is_file, new.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         os.replace(new, folder)

@@ -71,6 +71,7 @@ class Reader:
             rates,
             queries,
             config.training.seed if config.training.shuffle_histories else None,
+            config.model.keeps_texts,
         )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()

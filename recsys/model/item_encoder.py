@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from recsys.data.item_features import ItemFeatures
 from recsys.errors import UserError
 from recsys.model.item_ids import HashedIds, IdTable
+from recsys.model.losses import gather_from_ranks
 from recsys.model.text_encoder import TextEncoder, group_widths
 from recsys.model_config import ModelConfig
+
+ENCODE_CHUNK = 256
+"""So many texts at once does a refresh encode."""
 
 LENGTH_GROUPS = 4
 """In so many runs of the language model are a batch's texts encoded, each as wide as its longest text may be."""
@@ -49,6 +53,7 @@ class ItemEncoder(nn.Module):
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
+    kept_text: Tensor | None  # (I + 1, H) of texts that a micro batch has not, as the language model last gave them
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
@@ -64,6 +69,8 @@ class ItemEncoder(nn.Module):
             nn.init.zeros_(parameter)
         self.text_encoder = text.encoder
         self._keep(catalogue, text)
+        is_kept = config.keeps_texts and text.encoder is not None
+        self.register_buffer("kept_text", torch.zeros(catalogue.num_items + 1, text.encoder.width) if is_kept and text.encoder else None)
 
     def _keep(self, catalogue: ItemFeatures, text: ItemText) -> None:
         """Keep the catalogue's features as buffers that no checkpoint holds (the dataset has them), and texts' lengths on the CPU."""
@@ -81,7 +88,8 @@ class ItemEncoder(nn.Module):
     def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
         """Encode items (D,), or the whole catalogue in its order where they are not given; return (D, W), zero for padding.
 
-        `on_host` are the same items on the CPU; with them a device that trains a language model need not be waited for.
+        `on_host` are the same items on the CPU; with them a device that trains a language model need not be waited for. Where the whole
+        catalogue is asked for, they may be some of its items: the language model runs over their texts, and the others' are kept ones.
         """
         return self.with_text(items, on_host)[0]
 
@@ -125,7 +133,27 @@ class ItemEncoder(nn.Module):
             return _rows(self.text_vectors, items)
         if on_host is None:
             on_host = torch.arange(len(self.token_counts)) if items is None else items.cpu()
-        return encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, on_host)
+        fresh = encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, on_host)
+        if self.kept_text is None or items is not None or len(on_host) == len(self.token_counts):
+            return fresh
+        return self.kept_text.index_copy(0, on_host.to(fresh.device, non_blocking=True), fresh.to(self.kept_text.dtype))
+
+    @torch.no_grad()
+    def refresh_texts(self, rank: int, world_size: int) -> None:
+        """Run the language model as it is over all texts, shared out over the ranks, and keep the vectors; every rank must call this."""
+        if self.text_encoder is None or self.kept_text is None:
+            return
+        num_rows = len(self.token_counts)
+        rows = torch.arange(-(-num_rows // world_size)) * world_size + rank
+        rows[rows >= num_rows] = 0  # as many on every rank, since under ZeRO-3 each run is collective
+        was_training = self.training
+        self.eval()
+        chunks = [
+            encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, chunk) for chunk in rows.split(ENCODE_CHUNK)
+        ]
+        self.train(was_training)
+        vectors = gather_from_ranks(torch.cat(chunks)).unflatten(0, (world_size, -1))
+        self.kept_text.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Weigh the sources' vectors; an only one stands for itself."""

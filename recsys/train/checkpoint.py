@@ -72,6 +72,13 @@ class DamagedCheckpointError(UserError):
     """A checkpoint is not what was saved."""
 
 
+def published_steps(storage: Storage, run: str) -> list[int]:
+    """List the steps of a run that have a published checkpoint, oldest first."""
+    found = storage.list(storage.uri("runs", run, "checkpoints"))
+    names = [stored.uri.split("/")[-2] for stored in found if stored.uri.endswith(f"/{MANIFEST_NAME}")]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
 def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:
     """Read a checkpoint's manifest.
 
@@ -96,13 +103,20 @@ def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder
     for file in manifest.files:
         if rank not in (None, file.rank) and Path(file.path).name != SHARED_FILE:
             continue
-        path = folder / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        address = join(uri, f"files-{manifest.attempt}", file.path)
-        if not storage.exists(address):
-            raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
-        if not any(_fetch_whole(storage, address, path, file) for _ in range(2)):  # once more, since it may have been damaged on the way
-            raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
+        fetch_file(storage, uri, join(uri, f"files-{manifest.attempt}", file.path), file, folder / file.path)
+
+
+def fetch_file(storage: Storage, uri: str, address: str, file: CheckpointFile, path: Path) -> None:
+    """Download one file of the checkpoint at `uri` and check it.
+
+    Raises:
+        DamagedCheckpointError: it is missing or not what was saved.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not storage.exists(address):
+        raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
+    if not any(_fetch_whole(storage, address, path, file) for _ in range(2)):  # once more, since it may have been damaged on the way
+        raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
 
 
 def _fetch_whole(storage: Storage, address: str, path: Path, file: CheckpointFile) -> bool:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
@@ -21,9 +22,18 @@ from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.storage import Storage, join, private_folder, sha256_of
 from recsys.store_errors import explained
-from recsys.train.checkpoint import MANIFEST_NAME, CheckpointFile, CheckpointManifest, DamagedCheckpointError, fetch_files, read_manifest
+from recsys.train.checkpoint import (
+    MANIFEST_NAME,
+    CheckpointFile,
+    CheckpointManifest,
+    DamagedCheckpointError,
+    fetch_files,
+    published_steps,
+    read_manifest,
+)
 from recsys.train.engine import Engine, Snapshot
 from recsys.train.ownership import Ownership, SupersededError
+from recsys.train.resharding import fetch_universal, needs_conversion, offer_universal
 from recsys.train.resuming import config_differences, superfluous_steps
 from recsys.train.state import TrainingState
 
@@ -67,8 +77,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """List the steps that have a published checkpoint, oldest first."""
-        names = [stored.uri.split("/")[-2] for stored in self._storage.list(self._uri) if stored.uri.endswith(f"/{MANIFEST_NAME}")]
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        return published_steps(self._storage, self._config.run.name)
 
     def newest(self) -> CheckpointManifest | None:
         """Return the last manifest that can be read; None where the run has no checkpoint.
@@ -208,37 +217,65 @@ class CheckpointStore:
             shutil.rmtree(left)
         damaged: list[str] = []
         for step in _broadcast(self.steps()[::-1] if rank == 0 else []):
-            folder = private_folder(self._scratch / f"load-{step}-{rank}")
-            manifest, problem = self._fetch(step, rank, folder)
-            problems: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            if manifest is not None and not any(problems):
-                engine.load(folder)
-                _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
-                shutil.rmtree(folder)
+            manifest, problem = _broadcast(self._offer(step) if rank == 0 else (None, ""))
+            if manifest is not None:
+                problem = self._load(engine, manifest, rank)
+            if not problem:
                 if rank == 0:
                     self._owner.check()
                     self._remove_after(step)
                 return manifest
-            shutil.rmtree(folder)
-            damaged.append(next(filter(None, problems)))
+            damaged.append(problem)
             if rank == 0:
-                logger.warning("%s; going on from an older checkpoint", damaged[-1])
+                logger.warning("%s; going on from an older checkpoint", problem)
         if damaged:
             raise UserError(f"run.name = {self._config.run.name}: no checkpoint is whole ({'; '.join(damaged)}); choose another run.name")
         if rank == 0:
             self._remove_after(-1)
         return None
 
-    def _fetch(self, step: int, rank: int, folder: Path) -> tuple[CheckpointManifest | None, str]:
-        """Get what one rank needs of a checkpoint, or tell what is wrong with it."""
+    def _offer(self, step: int) -> tuple[CheckpointManifest | None, str]:
+        """Find out whether a checkpoint can be loaded, in a form that this number of ranks can load; or tell what is wrong with it."""
         try:
             manifest = self._read(step)
             self.check_compatible(manifest)
-            fetch_files(self._storage, self.uri(step), manifest, folder, rank)
+            if needs_conversion(manifest, dist.get_world_size()):
+                offer_universal(self._storage, self.uri(step), manifest, self._universal(manifest))
         except DamagedCheckpointError as error:
             return None, str(error)
         return manifest, ""
+
+    def _load(self, engine: Engine, manifest: CheckpointManifest, rank: int) -> str:
+        """Load a checkpoint on every rank; or, before any has begun to, tell what is wrong with it."""
+        step, is_universal = manifest.state.step, needs_conversion(manifest, dist.get_world_size())
+        folder = self._universal(manifest) if is_universal else private_folder(self._scratch / f"load-{step}-{rank}")
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, self._fetch(manifest, folder, None if is_universal else rank))
+        problem = next(filter(None, problems), "")
+        if not problem:
+            engine.load(folder, is_universal)
+            if manifest.world_size == dist.get_world_size():
+                _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
+            else:  # there is no state to go on from; but the same change of workers shall give the same run
+                torch.manual_seed(int(np.random.SeedSequence((self._config.training.seed, step, rank)).generate_state(1, np.uint64)[0]))
+            dist.barrier()
+        shutil.rmtree(folder, ignore_errors=is_universal)  # which all ranks of a node share
+        return problem
+
+    def _fetch(self, manifest: CheckpointManifest, folder: Path, rank: int | None) -> str:
+        """Get what one rank needs of a checkpoint, or of its universal form; or tell what is wrong with it."""
+        uri = self.uri(manifest.state.step)
+        try:
+            if rank is None:
+                fetch_universal(self._storage, uri, manifest, folder)
+            else:
+                fetch_files(self._storage, uri, manifest, folder, rank)
+        except DamagedCheckpointError as error:
+            return str(error)
+        return ""
+
+    def _universal(self, manifest: CheckpointManifest) -> Path:
+        return self._scratch / f"universal-{manifest.attempt}-{manifest.state.step}.node"
 
     def _remove_after(self, step: int) -> None:
         """Remove all that is newer than a checkpoint, and what attempts that died have left beside it."""
@@ -256,17 +293,15 @@ class CheckpointStore:
         """Refuse to go on from a checkpoint of something else.
 
         Raises:
-            UserError: the config, the dataset or the number of workers differs, by name.
+            UserError: the config or the dataset differs, by name.
         """
-        run, workers = self._config.run.name, self._config.training.num_workers
+        run = self._config.run.name
         advice = "set it back or choose another run.name"
         differences = config_differences(manifest.config, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(f"run.name = {run}: its checkpoint has other values ({'; '.join(differences)}); {advice}")
         if manifest.dataset_fingerprint != self._dataset.manifest.fingerprint:
             raise UserError(f"data.dataset = {self._dataset.uri}: run {run} was trained on {manifest.dataset}; {advice}")
-        if manifest.world_size != workers:
-            raise UserError(f"training.num_workers = {workers}: run {run} was saved by {manifest.world_size} workers; {advice}")
 
     def _manifest(self, state: TrainingState, world_size: int, files: list[CheckpointFile]) -> CheckpointManifest:
         return CheckpointManifest(

@@ -12,6 +12,7 @@ from recsys.train.state import Incident, TrainingState
 class Attempt(BaseModel):
     """One start of a group of workers: the owner's number, since when it owns the run, and why and when they were started.
 
+    Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
     Times are seconds since 1970.
     """
 
@@ -19,15 +20,17 @@ class Attempt(BaseModel):
 
     token: int = 0
     causes: tuple[Failure, ...] = ()
+    skip: tuple[int, ...] = ()
     owned_since: float = Field(default_factory=time.time)
     started_at: float = Field(default_factory=time.time)
+    given_up: str | None = None
 
 
 class Clock:
     """Measures one rank's attempt, and writes into the state what is to be known of it later."""
 
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
+    def __init__(self, attempt: Attempt, world_size: int) -> None:
+        self.attempt, self._world_size = attempt, world_size
         self._constructed_at = self._loaded_at = time.time()
         self._resumed: CheckpointManifest | None = None
         self._since, self._wall_seconds, self._has_stepped = attempt.owned_since, 0.0, False
@@ -50,13 +53,17 @@ class Clock:
         if self._has_stepped:
             return
         self._has_stepped = True
-        if not self.attempt.causes and not self._is_same_owner:
+        causes, started_at = self.attempt.causes, self.attempt.started_at
+        if self._resumed is not None and self._is_same_owner and self._resumed.state.saved_at > started_at:
+            message = f"{self._resumed.world_size} workers became {self._world_size}"
+            causes, started_at = (Failure(kind="resized", message=message),), self._resumed.state.saved_at
+        elif not causes and not self._is_same_owner:
             return
         incident = Incident(
-            causes=self.attempt.causes,
+            causes=causes,
             step=state.step,
             seconds=time.time() - self._since,
-            start_seconds=self._constructed_at - self.attempt.started_at,
+            start_seconds=self._constructed_at - started_at,
             load_seconds=self._loaded_at - self._constructed_at,
             seek_seconds=wait_seconds,
         )

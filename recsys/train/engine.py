@@ -1,10 +1,13 @@
-"""The one door to DeepSpeed: building the sharded engine, one step of it, its state on disk, and weights out of that state."""
+"""The one door to DeepSpeed: building the sharded engine, one step of it, its state on disk, for other ranks, and weights out of it."""
 
 import errno
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from recsys.config import Config
 from recsys.train.trainable import MicroBatch
 
 TAG = "state"
+_NOWHERE = "nowhere"
+"""The folder that DeepSpeed is told to save in, of which no file comes to be."""
+
 _FULL_BYTES = 16 << 20
+BUCKET_ELEMENTS = 500_000_000
+"""So many gradients at most does DeepSpeed send at once; it makes room for as many, 2 GB, whatever the model's size."""
+
 SHARED_FILE = "mp_rank_00_model_states.pt"
 """The one file that rank 0 writes and every rank reads."""
+
+SHARDED_SUFFIX = "_optim_states.pt"
+"""What the files are called that each rank has its own part of the optimizer's state in; without ZeRO there are none."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +66,20 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         groups = parameter_groups(model, config)
         self._peaks = [float(group["lr"]) for group in groups]
-        self._scale = dist.get_world_size() * config.training.accumulation_steps
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model.to(device),
-            optimizer=_optimizer(groups, config),
-            config=deepspeed_config(config, dist.get_world_size()),
-            dist_init_required=False,
-        )
+        self._device, self._copies = device, _host_copies()
+        self._scale = dist.get_world_size() * config.training.accumulation_steps(dist.get_world_size())
+        # Only to tell that AdamW is none of its own would DeepSpeed load a compiler; ZeRO-3 needs the module for more.
+        muon = "deepspeed.runtime.zero.muon.muon_optimizer"
+        with _not_imported(muon) if config.training.zero_stage < 3 else nullcontext():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model.to(device),
+                optimizer=_optimizer(groups, config),
+                config=deepspeed_config(
+                    config, dist.get_world_size(), sum(tensor.numel() for group in groups for tensor in group["params"])
+                ),
+                dist_init_required=False,
+            )
+        self._engine._copy_recovery_script = lambda folder: None  # a script beside each state, which nobody here runs
         if config.training.zero_stage == 3:
             _zero_padding(self._optimizer)
 
@@ -72,11 +92,13 @@ class Engine:
         """Switch between training and evaluation mode."""
         self._engine.train(mode)
 
+    @record_function("forward")
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Return the batch's loss sums by name."""
         losses: dict[str, Tensor] = self._engine(batch)
         return losses
 
+    @record_function("backward")
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this rank's share of the step's loss, already divided by global counts.
 
@@ -84,6 +106,7 @@ class Engine:
         """
         self._engine.backward(loss * self._scale)
 
+    @record_function("update")
     def end_micro_batch(self) -> None:
         """Tell DeepSpeed that a micro batch ended; the step's last one updates the weights."""
         self._engine.step()
@@ -94,20 +117,33 @@ class Engine:
             group["lr"] = peak * factor
 
     def snapshot(self) -> Snapshot:
-        """Copy this rank's part of the state, so that training can go on while it is written."""
-        copies, writer = _host_copies(), self._engine.checkpoint_engine
+        """Copy this rank's part of the state, so that training can go on while it is written.
+
+        The copy's memory is used again by the next one: the one before must be written by then.
+        """
+        copies, writer = self._copies, self._engine.checkpoint_engine
+        copies.files = {}
         self._engine.checkpoint_engine = copies
         try:
-            with tempfile.TemporaryDirectory() as folder:  # DeepSpeed puts a script of its own there
-                (Path(folder) / TAG).mkdir()
-                self._engine.save_checkpoint(folder, tag=TAG, save_latest=False)
-                return Snapshot({Path(path).relative_to(folder).as_posix(): state for path, state in copies.files.items()})
+            self._engine.save_checkpoint(_NOWHERE, tag=TAG, save_latest=False)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # copies to pinned memory do not wait for themselves
+            return Snapshot({Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in copies.files.items()})
         finally:
             self._engine.checkpoint_engine = writer
 
-    def load(self, folder: Path) -> None:
-        """Load the state of all ranks from `folder`; the number of ranks must be the one that saved it."""
+    def load(self, folder: Path, is_universal: bool = False) -> None:
+        """Load the state of all ranks from `folder`; unless it is universal, as many ranks must have saved it."""
+        settings, groups = self._engine._config, self._optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        settings.load_universal_checkpoint = is_universal
         self._engine.load_checkpoint(str(folder), tag=TAG)
+        settings.load_universal_checkpoint = False
+        for group, values in zip(groups, own, strict=True):  # of a universal state, ZeRO-3 gives all groups the first one's
+            group.update(values)
+        for moments in self._optimizer.optimizer.state.values() if is_universal else ():
+            if isinstance(moments.get("step"), Tensor):  # and one tensor, which each parameter would count up
+                moments["step"] = moments["step"].clone()
 
 
 @torch.no_grad()
@@ -132,12 +168,19 @@ def _host_copies() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.files: dict[str, Any] = {}
+            self._buffers: dict[str, list[Tensor]] = {}  # by the file's name, in the order in which it has tensors
 
         def create(self, info: Any) -> None:
             """Do nothing."""
 
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            """Do nothing, since no file is written here."""
+
         def save(self, state_dict: Any, path: str) -> None:
-            self.files[path] = _copied(state_dict)
+            name = Path(path).name
+            buffers = Buffers(self._buffers.get(name, []))
+            self.files[path] = _copied(state_dict, buffers)
+            self._buffers[name] = buffers.used
 
         def load(self, path: str, map_location: Any = None) -> Any:
             raise NotImplementedError
@@ -151,33 +194,52 @@ def _host_copies() -> Any:
     return HostCopies()
 
 
-def _copied(state: Any) -> Any:
+class Buffers:
+    """Host memory for one file's tensors after another: that of the checkpoint before, which a GPU has pinned already."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        self._before = iter(before)
+        self.used: list[Tensor] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the next buffer, or to a new one where that is of another kind."""
+        buffer = next(self._before, None)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self.used.append(buffer.copy_(tensor.detach(), non_blocking=True))
+        return buffer
+
+
+def _copied(state: Any, buffers: Buffers) -> Any:
     """Copy a state's tensors to host memory, and the containers that they are in; all else is shared."""
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        return buffers.copy(state)
     if isinstance(state, dict):
         copy = state.copy()  # keeps the class, such as OrderedDict
-        copy.update({key: _copied(value) for key, value in state.items()})
+        copy.update({key: _copied(value, buffers) for key, value in state.items()})
         return copy
     if isinstance(state, (list, tuple)) and type(state) in (list, tuple):
-        return type(state)(_copied(value) for value in state)
+        return type(state)(_copied(value, buffers) for value in state)
     return state
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """Derive DeepSpeed's own config."""
+def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[str, Any]:
+    """Derive DeepSpeed's own config for a model of so many trained parameters."""
     training = config.training
-    zero: dict[str, Any] = {"stage": training.zero_stage}
+    zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": min(num_trained, BUCKET_ELEMENTS)}
     if training.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.use_gpu}
+    if training.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": training.use_gpu}
+    num_micro_batches = training.accumulation_steps(world_size)
     return {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.global_batch_size // (world_size * training.accumulation_steps),
-        "gradient_accumulation_steps": training.accumulation_steps,
+        "train_micro_batch_size_per_gpu": math.ceil(training.global_batch_size / (world_size * num_micro_batches)),
+        "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": config.optimizer.clip_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
+        "checkpoint": {"tag_validation": "Ignore"},  # the ranks would agree on it by two collectives; it is the same word always
         "steps_per_print": 2**31,
     }
 
@@ -204,16 +266,16 @@ def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Opti
     if config.training.offload_optimizer:
         adam: torch.optim.Optimizer = _import_deepspeed(config.training.use_gpu).ops.adam.DeepSpeedCPUAdam(groups, betas=betas)
         return adam
-    return torch.optim.AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def consolidate(folder: Path) -> dict[str, Tensor]:
-    """Join the state that `Engine.save` wrote on all ranks into whole float32 weights, in one process on the CPU.
+    """Join the state that all ranks have saved into whole float32 weights, in one process on the CPU.
 
     The files are pickles: only call this on files whose hashes the checkpoint's manifest confirmed.
     """
     model_file = folder / TAG / SHARED_FILE
-    if not list((folder / TAG).glob("*_optim_states.pt")):
+    if not list((folder / TAG).glob(f"*{SHARDED_SUFFIX}")):
         weights: dict[str, Tensor] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in weights.items()}
     _import_deepspeed(use_gpu=False)
@@ -222,9 +284,53 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
 
 
+def convert_to_universal(folder: Path, target: Path) -> None:
+    """Write the state that all ranks have saved in `folder` to `target`, so that any number of ranks can load it. For one process.
+
+    The files are pickles, as for `consolidate`.
+
+    Raises:
+        RuntimeError: what came out is not what went in.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += [f"--input_folder={folder / TAG}", f"--output_folder={target / TAG}"]
+    command += ["--num_extract_workers=1", "--num_merge_workers=1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"the state in {folder} could not be made universal: {finished.stderr[-2000:]}")
+    whole = consolidate(folder)
+    shapes = torch.load(next((folder / TAG).glob("*_model_states.pt")), map_location="cpu", weights_only=False)["param_shapes"]
+    for name in (name for group in shapes for name in group):
+        weights, *moments = (_universal_part(target / TAG / "zero" / name / f"{key}.pt") for key in ("fp32", "exp_avg", "exp_avg_sq"))
+        if not torch.equal(weights, whole[name].flatten()) or any(moment.shape != weights.shape for moment in moments):
+            raise RuntimeError(f"the state in {folder} could not be made universal: {name} came out changed")
+
+
+def _universal_part(path: Path) -> Tensor:
+    """Return a parameter's tensor of a universal state, flat; ZeRO-3 writes it bare, the other stages in a dict."""
+    part = torch.load(path, map_location="cpu", weights_only=False)
+    tensor: Tensor = part["param"] if isinstance(part, dict) else part
+    return tensor.flatten()
+
+
 def _import_deepspeed(use_gpu: bool) -> Any:
     """Import DeepSpeed for the device that is asked for; by itself it takes a GPU wherever there is one."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
-    import deepspeed
+    with _not_imported("mlflow"):  # its autotuner, which nobody uses here, would
+        import deepspeed
 
     return deepspeed
+
+
+@contextmanager
+def _not_imported(module: str) -> Iterator[None]:
+    """Have the block do without a module that is optional there and takes seconds of every worker's start."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -15,6 +15,7 @@ Kind = Literal[
     "store",
     "exception",
     "preempted",
+    "resized",
     "hang",
     "node_lost",
     "worker_lost",
@@ -70,8 +71,8 @@ class NonFiniteLossError(RuntimeError):
     """A loss is NaN or infinite; the step that gave it changed no weight."""
 
 
-def describe(error: BaseException, rank: int, step: int | None, batch: str) -> Failure:
-    """Say what an exception in the training loop is; `batch` are the shapes of what the rank had."""
+def describe(error: BaseException, rank: int, step: int | None, batch: str, micro_batch_size: int = 1) -> Failure:
+    """Say what an exception in the training loop is; `batch` are the shapes of what the rank had, of at most `micro_batch_size` samples."""
     message = " ".join(str(error).split())
     if isinstance(error, StoreError):
         kind: Kind = "store"
@@ -82,7 +83,7 @@ def describe(error: BaseException, rank: int, step: int | None, batch: str) -> F
     elif isinstance(error, NonFiniteLossError):
         kind = "not_finite"
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message:
-        kind, message = "out_of_memory", f"micro batch of {batch} does not fit in memory ({message[:200]}); halve training.micro_batch_size"
+        kind, message = "out_of_memory", f"micro batch of {batch} does not fit in memory ({message[:200]}); {_way_to_fit(micro_batch_size)}"
     elif "gloo" in message or "Connection closed by peer" in message or type(error).__name__.startswith("Dist"):
         kind = "collective"
     else:
@@ -90,16 +91,32 @@ def describe(error: BaseException, rank: int, step: int | None, batch: str) -> F
     return Failure(kind=kind, message=message, rank=rank, step=step)
 
 
+def _way_to_fit(micro_batch_size: int) -> str:
+    """Name a smaller micro batch that divides this one, so that it divides the global batch too."""
+    smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
+    if smaller is None:
+        return "set training.recompute_activations=true, or raise training.zero_stage or training.num_workers"
+    return f"training.micro_batch_size={smaller} takes {smaller / micro_batch_size:.0%} of its activations"
+
+
 def root_cause(failures: Iterable[Failure]) -> Failure:
     """Choose among the failures of one attempt's ranks the one that the others follow from."""
     return min(failures, key=lambda failure: (get_args(Kind).index(failure.kind), failure.rank or 0))
 
 
-def reason_to_stop(failures: Sequence[Failure], max_failures: int) -> str | None:
+def steps_to_skip(failures: Sequence[Failure], on_non_finite: str) -> tuple[int, ...]:
+    """Return the steps of which no update is to be made when the run is started again."""
+    bad = {failure.step for failure in failures if failure.kind == "not_finite" and failure.step is not None}
+    return tuple(sorted(bad)) if on_non_finite == "skip" else ()
+
+
+def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite: str = "roll_back") -> str | None:
     """Tell why a run should not be started again, given its failures since its newest checkpoint, or since the start; None to go on."""
     last = failures[-1]
     if last.kind in ("stopped", "mistake"):
         return "to start again would not help"
+    if last.kind == "not_finite" and on_non_finite == "stop":
+        return "training.on_non_finite = stop"
     if last.kind in _DETERMINISTIC and last.what in [failure.what for failure in failures[:-1]]:
         return "it fails at the same step in the same way again"
     counted = [failure for failure in failures if failure.kind != "preempted"]

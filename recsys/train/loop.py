@@ -2,9 +2,11 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,20 @@ from torch import Tensor
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
+from recsys.model.activations import recompute_activations
 from recsys.model.catalogue_text import Ranks
+from recsys.model.text_encoder import TextEncoder
+from recsys.storage import Storage
 from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.clock import Attempt, Clock
 from recsys.train.engine import Engine
 from recsys.train.failures import NonFiniteLossError, StoppedError, TrainingError, describe
+from recsys.train.memory import device_bytes, plan_step
+from recsys.train.profiling import Profile
 from recsys.train.progress import Progress
 from recsys.train.recommending import Recommending
 from recsys.train.reporter import Reporter, Request
+from recsys.train.speed import flops_per_token, peak_flops
 from recsys.train.state import TrainingState
 from recsys.train.trainable import MakeTrainable, MicroBatch, shapes_of
 from recsys.train.watchdog import Watchdog
@@ -52,11 +60,16 @@ class Trainer:
         attempt: Attempt | None = None,
     ) -> None:
         self.config, self.reporter = config, reporter
-        clock = Clock(attempt or Attempt())
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        clock = Clock(attempt or Attempt(), self.world_size)
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
         self.trainable = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
         self.weights = self.trainable.weights
+        if config.training.recompute_activations:
+            recompute_activations(self.trainable.module)
+        self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
+        self._begun_steps: Iterator[Sequence[MicroBatch]] | None = None
+        waited_seconds = 0.0 if self.checkpoints.steps() else self._check_memory()  # what went on once fits
         self.engine = Engine(self.trainable.module, config, self.device)
         self.engine.train()  # a language model that was loaded comes in evaluation mode
         self.steps_per_epoch = self.trainable.plan(0).num_steps
@@ -64,42 +77,66 @@ class Trainer:
         self.watchdog = Watchdog(config.training.hang_seconds, config.storage, config.run.name, clock.attempt.token, self.rank)
         self._request = Request.NONE
         self._batch: MicroBatch | None = None  # the one under way, for whoever asks what did not fit
-        self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
         torch.manual_seed(config.training.seed + 1 + self.rank)
         resumed = self.checkpoints.load_newest(self.engine)
-        self.state = resumed.state if resumed else TrainingState()
+        self.state = resumed.state if resumed else TrainingState(train_seconds=waited_seconds, data_wait_seconds=waited_seconds)
         clock.loaded(resumed)
         self.clock = clock
         if resumed and self.rank == 0:
             logger.info("resuming run %s from step %d", config.run.name, self.state.step)
         self.trainable.restore(self.state)
-        self.progress = Progress(config, dataset.storage, self.total_steps, self.state.step) if self.rank == 0 else None
+        self.progress = self._progress(dataset.storage) if self.rank == 0 else None
+        self.profile = Profile(config, dataset.storage) if self.rank == 0 and config.training.profile_steps else None
 
     def run(self) -> TrainingState:
         """Go through the epochs that are left; validate, save and report after each."""
         try:
-            with self.checkpoints, self.watchdog:
+            with self.checkpoints, self.watchdog, self.profile or nullcontext():
                 while not self.state.is_finished(self.config):
                     self._train_epoch()
                     self._end_epoch()
         except Exception as error:
-            raise TrainingError(describe(error, self.rank, self.state.step, shapes_of(self._batch))) from error
+            size = self.config.training.micro_batch_size
+            raise TrainingError(describe(error, self.rank, self.state.step, shapes_of(self._batch), size)) from error
         if self.progress:
             self.progress.close()
         return self.state
+
+    def _progress(self, storage: Storage) -> Progress:
+        encoder = next((part for part in self.trainable.module.modules() if isinstance(part, TextEncoder)), None)
+        flops = 0.0 if encoder is None else flops_per_token(encoder.backbone)
+        peak = peak_flops(torch.cuda.get_device_name()) * self.world_size if self.config.training.use_gpu else 0.0
+        return Progress(self.config, storage, self.total_steps, self.state.step, flops, peak)
+
+    def _check_memory(self) -> float:
+        """Refuse, before the first step, what a worker cannot hold; return how long the step's samples were waited for."""
+        begin = time.monotonic()
+        steps = iter(self.trainable.steps(0))
+        batches = next(steps)
+        waited_seconds = time.monotonic() - begin
+        self._begun_steps = chain([batches], steps)
+        plan = plan_step(self.trainable.module, batches, self.config.training, self.world_size)
+        if self.rank == 0:
+            logger.info("memory of a worker, by part:\n%s", plan.table())
+        plan.check(*device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+        return waited_seconds
 
     def _train_epoch(self) -> None:
         """Make the steps that are left of the epoch, or of the run."""
         config, state = self.config, self.state
         waiting_since = time.monotonic()
-        for batches in self.trainable.steps(state.epoch, state.step_in_epoch):
+        steps, self._begun_steps = self._begun_steps or self.trainable.steps(state.epoch, state.step_in_epoch), None
+        for batches in steps:
             loaded_at = time.monotonic()
             rate_factor = learning_rate_factor(config, state.step, self.total_steps)
             self.engine.set_learning_rate(rate_factor)
-            losses = self._step(batches)
-            num_samples = self._count_step(time.monotonic() - waiting_since, loaded_at - waiting_since)
+            self.trainable.before_step(state.step)
+            losses = self._skip(batches) if state.step in self.clock.attempt.skip else self._step(batches)
+            self._count_step(losses, time.monotonic() - waiting_since, loaded_at - waiting_since)
             if self.progress:
-                self.progress.step(state, losses, num_samples, loaded_at - waiting_since, rate_factor * config.optimizer.learning_rate)
+                self.progress.step(state, losses, self._tokens(batches), rate_factor * config.optimizer.learning_rate)
+            if self.profile:
+                self.profile.step()
             if state.step >= self.total_steps:
                 break
             if is_saving_step(state, self.steps_per_epoch, config.checkpoint.every_steps, self._request):
@@ -152,6 +189,15 @@ class Trainer:
         yield
         self.state.checkpoint_stall_seconds += time.monotonic() - begin
 
+    def _skip(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """Pass a step's samples by, without an update."""
+        logger.warning(
+            "step %d: its loss was not finite, so its samples are left out; rank %d had %s", self.state.step, self.rank, _samples(batches)
+        )
+        self.state.skipped_steps.append(self.state.step)
+        self._request = Request.NONE
+        return {}
+
     def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Run one optimizer step over this rank's micro batches; return the global mean of each loss.
 
@@ -177,16 +223,15 @@ class Trainer:
         self.reporter.step(self.state.step, result, batches)
         return result
 
-    def _count_step(self, seconds: float, wait_seconds: float) -> int:
+    def _count_step(self, losses: dict[str, float], seconds: float, wait_seconds: float) -> None:
         self.clock.stepped(self.state, wait_seconds)
         state, plan = self.state, self.trainable.plan(self.state.epoch)
         num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
-        state.step += 1
-        state.step_in_epoch += 1
-        state.samples_seen += num_samples
-        state.train_seconds += seconds
-        state.data_wait_seconds += wait_seconds
-        return num_samples
+        state.record_step(losses, num_samples, seconds, wait_seconds)
+
+    def _tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """Count what the language model read for a step, on all ranks, by this rank's share of the samples."""
+        return self.world_size * sum(self.trainable.num_tokens(batch) for batch in batches)
 
     def _validate(self) -> dict[str, float]:
         self.engine.train(False)
@@ -205,10 +250,13 @@ class Trainer:
         if bool(means.isfinite().all()):
             return
         bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
-        ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
         found: list[str] = [""] * self.world_size
-        dist.all_gather_object(found, "" if is_finite_here else f"; rank {self.rank} had samples {ids}")
+        dist.all_gather_object(found, "" if is_finite_here else f"; rank {self.rank} had samples {_samples(batches)}")
         raise NonFiniteLossError(f"step {self.state.step}: loss {', '.join(bad)} is not finite{''.join(found)}")
+
+
+def _samples(batches: Sequence[MicroBatch]) -> list[int]:
+    return [sample for batch in batches for sample in batch.sample_ids.tolist()]
 
 
 def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int, request: Request) -> bool:

@@ -1,8 +1,8 @@
 """Who trains a run: one live owner at a time, each with a number greater than the last one's, which its checkpoints carry.
 
-Layout: `runs/{run}/owners/{token}/{owner.json, alive, stop, hang-{rank}, released}`. `owner.json` is created once, so that of racing
-owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the same machine,
-the process gone, may take over.
+Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is created once, so
+that of racing owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the
+same machine, the process gone, may take over.
 """
 
 import logging
@@ -92,6 +92,14 @@ class Ownership:
     def is_asked_to_stop(self) -> bool:
         """Tell whether this owner was asked to."""
         return self._storage.exists(self._file(self.token, "stop"))
+
+    def write_attempt(self, attempt: bytes) -> None:
+        """Put down what this owner's workers are to do."""
+        self._storage.write_bytes(self._file(self.token, "attempt.json"), attempt)
+
+    def read_attempt(self) -> bytes:
+        """Return what was last put down."""
+        return self._storage.read_bytes(self._file(self.token, "attempt.json"))
 
     def note_hang(self, rank: int) -> None:
         """Leave word that a rank made no progress and was killed for it."""

@@ -57,10 +57,17 @@ class Pretraining:
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[TextBatch]]:
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
-        plan, num_micro_batches = self.plan(epoch), self._config.training.accumulation_steps
+        plan, num_micro_batches = self.plan(epoch), self._config.training.accumulation_steps(self._ranks.world_size)
         for step in range(first_step, plan.num_steps):
             items = self._split.trained[plan.step_ids(step, self._ranks.rank, self._ranks.world_size)].astype(np.int64)
             yield [self._collate(items[number::num_micro_batches], epoch) for number in range(num_micro_batches)]
+
+    def num_tokens(self, batch: TextBatch) -> int:
+        """Count the real tokens of a micro batch."""
+        return sum(int(part.lengths.sum()) for part in (batch.hidden, batch.pairs) if part is not None)
+
+    def before_step(self, step: int) -> None:
+        """Do nothing."""
 
     def restore(self, state: TrainingState) -> None:
         """Do nothing: all that is learned are weights."""

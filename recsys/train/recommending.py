@@ -6,6 +6,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from recsys.config import Config
+from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.evaluation.fairness import MIN_GROUP_USERS
@@ -26,12 +27,14 @@ class Recommending:
         self.module = build_recommender(config, dataset, device, ranks)
         self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.ranker.task_weight for task in dataset.manifest.tasks}
         self.bound: GroupBound | None = None
+        self._has_texts = False
         self.metric = config.evaluation.metric
         self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks
         self._users = read_evaluation_users(dataset, "validation")
         self._group_metrics: list[str] = []
         self._members: dict[str, NDArray[np.int64]] = {}  # by the metric's name, places among the validation users as the ranks give them
-        reader = Reader(dataset, self.module.catalogue, config, Share(ranks.rank, ranks.world_size, config.training.accumulation_steps))
+        share = Share(ranks.rank, ranks.world_size, config.training.accumulation_steps(ranks.world_size))
+        reader = Reader(dataset, self.module.catalogue, config, share)
         self.plan, self.steps = reader.plan, reader.steps
         if reader.groups is not None:
             self.bound = self.module.bound = GroupBound(config.fairness, reader.groups)
@@ -44,6 +47,22 @@ class Recommending:
             self._members = {
                 key: places for key, places in zip(self._group_metrics, members, strict=True) if len(places) >= MIN_GROUP_USERS
             }
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Count the tokens of the texts that are encoded with a micro batch, each distinct item's once."""
+        encoder = self.module.item_encoder
+        if encoder.text_encoder is None:
+            return 0
+        return int(encoder.token_counts[batch.items_on_host].sum())
+
+    def before_step(self, step: int) -> None:
+        """Have the kept vectors of texts made anew where that is due, or where the state that was loaded has none."""
+        encoder, every = self.module.item_encoder, self._config.model.text.refresh_steps
+        if encoder.kept_text is None:
+            return
+        if step % every == 0 or not (self._has_texts or bool(encoder.kept_text.any())):
+            encoder.refresh_texts(self._ranks.rank, self._ranks.world_size)
+        self._has_texts = True
 
     def restore(self, state: TrainingState) -> None:
         """Weigh groups as the run that goes on did."""

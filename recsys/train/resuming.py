@@ -31,8 +31,12 @@ MAY_CHANGE_KEYS = (
     "training.early_stopping_patience",
     "training.max_failures",
     "training.hang_seconds",
+    "training.on_non_finite",
+    "training.recompute_activations",
     "training.log_every_seconds",
+    "training.profile_steps",
     "training.cpus_per_worker",
+    "optimizer.final_fraction",
 )
 
 
@@ -43,7 +47,7 @@ def superfluous_steps(steps: Iterable[int], best_step: int | None, keep_last: in
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """List the keys whose values forbid a resume, as `key: saved -> current`."""
-    before, after = dict(_leaves(saved)), dict(_leaves(current))
+    before, after = dict(leaves(saved)), dict(leaves(current))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
@@ -51,9 +55,10 @@ def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[s
     ]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the values of nested sections as `section.key` and value."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

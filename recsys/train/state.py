@@ -25,10 +25,24 @@ class Incident(BaseModel):
     seek_seconds: float
 
 
+class Epoch(BaseModel):
+    """What came of an epoch: up to which step it went, the means of its losses, its validation by the main metric, its speed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    losses: dict[str, float]
+    metric: str
+    validation: float
+    samples_per_second: float
+
+
 class TrainingState(BaseModel):
     """Where a run is: everything the loop needs to go on besides the engine's and the random generators' state.
 
-    Seconds are those of steps that count: what a kill took back is not among them, but in `wall_seconds`. `saved_at` is seconds since 1970.
+    `history` has an entry per epoch that came to its end; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
+    `skipped_steps` are those (from 0) whose samples made no update, since their loss was not finite. Seconds are those of steps that
+    count: what a kill took back is not among them, but in `wall_seconds`. `saved_at` is seconds since 1970.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,15 +57,36 @@ class TrainingState(BaseModel):
     wall_seconds: float = 0.0
     saved_at: float = 0.0
     incidents: list[Incident] = []
+    skipped_steps: list[int] = []
+    history: list[Epoch] = []
+    loss_sums: dict[str, float] = {}
+    epoch_samples: int = 0
+    epoch_seconds: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
     epochs_without_improvement: int = 0
     validation: dict[str, float] = {}
     duals: list[float] = []
 
+    def record_step(self, losses: dict[str, float], num_samples: int, seconds: float, wait_seconds: float) -> None:
+        """Count a step that was made, or left out, which has no losses."""
+        self.step += 1
+        self.step_in_epoch += 1
+        self.samples_seen += num_samples
+        self.train_seconds += seconds
+        self.data_wait_seconds += wait_seconds
+        self.epoch_samples += num_samples
+        self.epoch_seconds += seconds
+        for name, loss in losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss * num_samples
+
     def record_validation(self, metrics: dict[str, float], metric: str) -> None:
-        """Note an epoch's validation and whether it is the best so far."""
+        """Note an epoch's validation, what its steps came to, and whether it is the best so far."""
         self.validation = metrics
+        losses = {name: total / max(1, self.epoch_samples) for name, total in self.loss_sums.items()}
+        speed = self.epoch_samples / max(self.epoch_seconds, 1e-9)
+        self.history.append(Epoch(step=self.step, losses=losses, metric=metric, validation=metrics[metric], samples_per_second=speed))
+        self.loss_sums, self.epoch_samples, self.epoch_seconds = {}, 0, 0.0
         if self.best_metric is None or metrics[metric] > self.best_metric:
             self.best_metric, self.best_step, self.epochs_without_improvement = metrics[metric], self.step, 0
         else:

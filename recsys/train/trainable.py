@@ -59,6 +59,12 @@ class Trainable(Protocol):
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
 
+    def before_step(self, step: int) -> None:
+        """Do what is due before a step (from 0) of the run; every rank must call this."""
+
+    def num_tokens(self, batch: Any) -> int:
+        """Count the tokens that the language model reads for a micro batch; 0 where none is trained."""
+
     def restore(self, state: TrainingState) -> None:
         """Take over what the state has of a run that goes on, besides the module's weights."""
 

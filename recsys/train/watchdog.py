@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from recsys.config import StorageConfig
 
 BEAT, REST = b"b", b"r"
-LONGEST_WORD_SECONDS = 5.0
+LONGEST_WORD_SECONDS = 15.0
 
 
 class Watchdog:

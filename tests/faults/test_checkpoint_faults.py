@@ -10,15 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.storage import Storage
 from recsys.train.checkpoint import DamagedCheckpointError, fetch_files, read_manifest
-from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer
 from recsys.train.reporter import LocalReporter
-from tests.datasets import make_dataset
+from tests.checkpoints import store_of
+from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed
 
 STEPS = 6
@@ -26,26 +26,8 @@ NUM_FLIPS = 200
 
 
 def make_config(folder: Path, **values: object) -> Config:
-    dataset = make_dataset(Storage(str(folder / "store")))
-    base = {
-        "storage.root": dataset.storage.root,
-        "run.scratch": str(folder / "scratch"),
-        "data.dataset": dataset.uri,
-        "data.max_history": 10,
-        "model.width": 16,
-        "model.text.mode": "off",
-        "training.num_workers": 1,
-        "training.global_batch_size": 16,
-        "training.micro_batch_size": 16,
-        "training.max_steps": STEPS,
-        "checkpoint.every_steps": 2,
-    }
-    return load_config().with_values({**base, **{key.replace("__", "."): value for key, value in values.items()}})
-
-
-def store_of(config: Config) -> CheckpointStore:
-    storage = Storage.from_config(config.storage)
-    return CheckpointStore(storage, config, Dataset.open(storage, config.data.dataset))
+    base = {"training__max_steps": STEPS, "checkpoint__every_steps": 2}
+    return small_config(make_dataset(Storage(str(folder / "store"))), folder, **base | values)
 
 
 def run(config: Config) -> dict[str, str]:
@@ -130,7 +112,10 @@ def run_short_of_memory(config: Config) -> None:
 
 def test_a_batch_that_does_not_fit_is_named_with_its_shapes(tmp_path: Path) -> None:
     config = make_config(tmp_path, model__width=1024, model__num_heads=2)
-    with pytest.raises(RankError, match=r"out of memory on rank 0 at step 3: micro batch of .*targets \(\d+,\).* does not fit .* halve"):
+    says = (
+        r"out of memory on rank 0 at step 3: micro batch of .*targets \(\d+,\).* does not fit .*training\.micro_batch_size=\d+ takes 50% of"
+    )
+    with pytest.raises(RankError, match=says):
         run_distributed(run_short_of_memory, 1, config)
     assert store_of(config).steps() == [2]
 

@@ -12,7 +12,7 @@ from recsys.errors import UserError
 from recsys.storage import ReplacedError, Storage
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 
-RATES = (0.01, 0.1, 0.3)
+RATES = (pytest.param(0.01, marks=pytest.mark.slow), 0.1, 0.3)  # the least takes the most requests until it shows
 MAX_CALLS = 1500
 LIMIT_SECONDS = 15.0
 """Ten attempts that each wait for the short timeout of these tests, and their pauses, with room for a busy machine."""

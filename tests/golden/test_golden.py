@@ -15,7 +15,7 @@ from recsys.data.manifest import Dataset
 from recsys.storage import Storage
 from recsys.train.loop import train
 from recsys.train.reporter import LocalReporter
-from tests.datasets import make_dataset
+from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 
 FOLDER = Path(__file__).parent
@@ -30,19 +30,7 @@ def resolved_config() -> dict[str, Any]:
 def loss_curve(folder: Path) -> list[list[float]]:
     """Train ten steps on a small dataset."""
     dataset = make_dataset(Storage(str(folder / "store")))
-    values = {
-        "storage.root": dataset.storage.root,
-        "run.scratch": str(folder / "scratch"),
-        "data.dataset": dataset.uri,
-        "data.max_history": 10,
-        "model.width": 16,
-        "model.text.mode": "off",
-        "training.num_workers": 1,
-        "training.global_batch_size": 16,
-        "training.micro_batch_size": 16,
-        "training.max_steps": 10,
-    }
-    return run_distributed(run, 1, load_config().with_values(values))[0]
+    return run_distributed(run, 1, small_config(dataset, folder, training__max_steps=10))[0]
 
 
 def run(config: Config) -> list[list[float]]:

@@ -59,6 +59,7 @@ def prepared(storage: Storage, **data: str) -> Dataset:
     return prepare(load_config().with_values(values), storage)
 
 
+@pytest.mark.parametrize("any_storage", ["local", "moto", pytest.param("rclone", marks=pytest.mark.slow)], indirect=True)
 def test_the_version_has_all_events_and_the_base_is_untouched(any_storage: Storage, logs: Path) -> None:
     base = prepared(any_storage, events=f"{logs}/before.parquet", items=f"{logs}/items.parquet")
     before = {found.uri: found.etag for found in any_storage.list(base.uri)}

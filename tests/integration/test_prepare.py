@@ -42,6 +42,7 @@ def test_synthetic_end_to_end_is_the_same_under_two_roots_and_skipped_when_made(
     assert {entry.uri: entry.etag for entry in first.storage.list(first.uri)} == before
 
 
+@pytest.mark.parametrize("s3_storage", ["moto", pytest.param("rclone", marks=pytest.mark.slow)], indirect=True)
 def test_s3_gives_what_a_folder_gives(tmp_path: Path, s3_storage: Storage) -> None:
     local = prepared(tmp_path, *TINY)
     made = load_config(None, [f"storage.root={s3_storage.root}", f"storage.endpoint={s3_storage.endpoint}", *TINY])

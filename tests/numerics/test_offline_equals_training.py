@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (0, "fp32", "off", "full"),
         (1, "bf16", "frozen", "full"),
         (2, "fp32", "full", "sampled"),
-        (3, "fp32", "lora", "full"),
+        pytest.param(3, "fp32", "lora", "full", marks=pytest.mark.slow),
         pytest.param(3, "bf16", "full", "full", marks=pytest.mark.slow),
     ],
 )

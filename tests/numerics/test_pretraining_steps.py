@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import BertConfig
 
 from recsys.config import Config, load_config
-from recsys.data.manifest import Dataset
 from recsys.model.text_encoder import locate_backbone
 from recsys.storage import Storage
 from recsys.train.backbone import BackboneManifest, publish_backbone
@@ -21,7 +20,7 @@ from recsys.train.loop import Trainer, train
 from recsys.train.pretraining import Pretraining
 from recsys.train.reporter import LocalReporter, Metrics
 from recsys.train.trainable import MicroBatch
-from tests.datasets import make_dataset
+from tests.datasets import make_dataset, open_dataset
 from tests.distributed import RankError, run_distributed
 
 
@@ -50,10 +49,6 @@ def make_config(folder: Path, name: str, **values: Any) -> Config:
         "training.epochs": 2,
     }
     return load_config().with_values(base | {key.replace("__", "."): value for key, value in values.items()})
-
-
-def open_dataset(config: Config) -> Dataset:
-    return Dataset.open(Storage.from_config(config.storage), config.data.dataset)
 
 
 class DyingReporter(LocalReporter):

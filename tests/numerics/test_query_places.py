@@ -167,7 +167,7 @@ def load_last(config: Config, steps: int) -> tuple[Config, Dataset, Recommender]
     return load_trained(storage, uri, config.run.scratch)[1:]
 
 
-@pytest.mark.parametrize("has_queries", [False, True])
+@pytest.mark.parametrize("has_queries", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_losses_are_the_same_on_two_ranks(config: Config, has_queries: bool) -> None:
     data = {"data__dataset": make_dataset(Storage(config.storage.root), has_queries=has_queries).uri, "training__max_steps": 6}
     one = run_of(config, f"one-{has_queries}", training__zero_stage=0, **data)
@@ -210,7 +210,7 @@ def test_what_users_typed_is_learned_and_evaluated(config: Config) -> None:
     assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.2
 
 
-@pytest.fixture(scope="module", params=["frozen", "lora", "full"])
+@pytest.fixture(scope="module", params=["frozen", "lora", pytest.param("full", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, config: Config) -> tuple[Config, Dataset, Recommender]:
     mode = {"model.text.mode": request.param, "optimizer.learning_rate": 1e-2, "optimizer.backbone_learning_rate": 1e-2}
     run = run_of(

@@ -88,7 +88,7 @@ def test_balanced_training_gives_back_the_probabilities_of_the_data(imbalance: s
         assert float(ranker(users, items).detach().sigmoid().mean()) > 3 * float(labels.mean())
 
 
-@pytest.mark.parametrize("kind", ["additive", "regression"])
+@pytest.mark.parametrize("kind", ["regression", pytest.param("additive", marks=pytest.mark.slow)])
 def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset, kind: str) -> None:
     values = EVERYTHING | {
         "model.ranker.kind": kind,

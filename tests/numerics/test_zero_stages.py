@@ -1,6 +1,7 @@
 """ZeRO must not change what is learned: one loss curve for every stage, number of workers and micro batch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,14 +37,23 @@ def test_two_workers_learn_as_one(folder: Path, reference: np.ndarray, zero_stag
     assert curve[-5:, 0].mean() < 0.9 * curve[:5, 0].mean(), "nothing was learned, so equal curves say little"
 
 
+@pytest.mark.slow
+def test_weights_and_optimizer_in_host_memory_learn_the_same(folder: Path, reference: np.ndarray) -> None:
+    values = {"training.offload_parameters": True, "training.offload_optimizer": True, "training.recompute_activations": True}
+    curve = loss_curve(folder, "offloaded", num_workers=2, zero_stage=3, micro_batch_size=8, values=values)
+    np.testing.assert_allclose(curve, reference, rtol=1e-4)
+
+
 def test_accumulation_is_a_large_batch(folder: Path, reference: np.ndarray) -> None:
     curve = loss_curve(folder, "accumulated", num_workers=1, zero_stage=0, micro_batch_size=4)
     np.testing.assert_allclose(curve, reference, rtol=1e-4)
 
 
-def loss_curve(folder: Path, name: str, num_workers: int, zero_stage: int, micro_batch_size: int) -> np.ndarray:
+def loss_curve(
+    folder: Path, name: str, num_workers: int, zero_stage: int, micro_batch_size: int, values: dict[str, Any] | None = None
+) -> np.ndarray:
     """Train 50 steps without dropout; return the losses, (steps, losses)."""
-    values = {
+    base = {
         "storage.root": str(folder / "store"),
         "run.scratch": str(folder / "scratch"),
         "run.name": name,
@@ -61,7 +71,7 @@ def loss_curve(folder: Path, name: str, num_workers: int, zero_stage: int, micro
         "training.max_steps": NUM_STEPS,
         "training.early_stopping_patience": None,
     }
-    return run_distributed(train_and_record, num_workers, load_config().with_values(values))[0]
+    return run_distributed(train_and_record, num_workers, load_config().with_values({**base, **(values or {})}))[0]
 
 
 def train_and_record(config: Config) -> np.ndarray:

@@ -1,11 +1,13 @@
 """`jobs.train` whose ranks write down every sample that they train on, and kill themselves where they are told to.
 
-Run as `python -m tests.resume.ledger --set ...`. Both by files below `run.scratch`: `ledger-{rank}`, and `kill-{rank}-{step}`.
+Run as `python -m tests.resume.ledger --set ...`. All by files below `run.scratch`: `ledger-{rank}`, `kill-{rank}-{step}`, `pace`, the
+seconds that a step shall take at least, and `poison-{step}`, which makes the step's loss no number.
 """
 
 import json
 import os
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,14 +32,24 @@ class Recording(Recommending):
         super().__init__(config, dataset, device, ranks)
         self._scratch, self._unrecorded = Path(config.run.scratch), self.steps
         self.steps = self._recorded  # type: ignore[method-assign]
+        self._number = 0
+        self.module.register_forward_hook(self._poison_where_told)
 
     def _recorded(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
         for number, batches in enumerate(self._unrecorded(epoch, first_step), epoch * self.plan(0).num_steps + first_step):
-            entry = {"step": number, "ids": [sample for batch in batches for sample in batch.sample_ids.tolist()]}
+            ids = [sample for batch in batches for sample in batch.sample_ids.tolist()]
+            entry = {"step": number, "ids": ids, "time": time.time()}
             with (self._scratch / f"ledger-{self._ranks.rank}").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             die_where_told(self._scratch, self._ranks.rank, number)
+            if (self._scratch / "pace").exists():
+                time.sleep(float((self._scratch / "pace").read_text() or 0))
+            self._number = number
             yield batches
+
+    def _poison_where_told(self, module: object, inputs: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        is_poisoned = self.module.training and (self._scratch / f"poison-{self._number}").exists()
+        return {name: loss * float("nan") for name, loss in losses.items()} if is_poisoned else losses
 
 
 def die_where_told(scratch: Path, rank: int, step: int) -> None:

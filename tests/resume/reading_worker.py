@@ -31,7 +31,7 @@ def main() -> None:
         "training.prefetch_bytes": 20_000,
     }
     config = load_config().with_values(values)
-    share = Share(order["rank"], order["world_size"], config.training.accumulation_steps)
+    share = Share(order["rank"], order["world_size"], config.training.accumulation_steps(order["world_size"]))
     reader = Reader(dataset, ItemFeatures.read(dataset), config, share)
     folder = Path(order["folder"])
     ledger = os.open(folder / f"ledger-{order['rank']}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

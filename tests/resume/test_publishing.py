@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.storage import Storage
@@ -20,7 +20,8 @@ from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer
 from recsys.train.reporter import LocalReporter, Metrics
 from recsys.train.trained import load_trained
-from tests.datasets import make_dataset
+from tests.checkpoints import store_of
+from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed, run_until_killed
 
 STEPS = 14
@@ -28,28 +29,15 @@ EVERY = 3
 
 
 def config_of(folder: Path, name: str = "run", **values: object) -> Config:
-    dataset = make_dataset(Storage(str(folder / "store")), num_users=300)
     base = {
-        "storage.root": dataset.storage.root,
-        "run.scratch": str(folder / "scratch"),
-        "run.name": name,
-        "data.dataset": dataset.uri,
-        "data.max_history": 10,
-        "model.width": 16,
-        "model.text.mode": "off",
-        "training.num_workers": 2,
-        "training.global_batch_size": 16,
-        "training.micro_batch_size": 4,
-        "training.max_steps": STEPS,
-        "checkpoint.every_steps": EVERY,
-        "checkpoint.keep_last": 20,
+        "run__name": name,
+        "training__num_workers": 2,
+        "training__micro_batch_size": 4,
+        "training__max_steps": STEPS,
+        "checkpoint__every_steps": EVERY,
+        "checkpoint__keep_last": 20,
     }
-    return load_config().with_values({**base, **{key.replace("__", "."): value for key, value in values.items()}})
-
-
-def store_of(config: Config) -> CheckpointStore:
-    storage = Storage.from_config(config.storage)
-    return CheckpointStore(storage, config, Dataset.open(storage, config.data.dataset))
+    return small_config(make_dataset(Storage(str(folder / "store")), num_users=300), folder, **base | values)
 
 
 class Watching(LocalReporter):
@@ -93,7 +81,7 @@ def slow_uploads() -> None:
     Storage.upload = slow  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2, 3])
+@pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 3))])
 def test_training_goes_on_while_a_checkpoint_is_uploaded_and_does_not_change_it(tmp_path: Path, zero_stage: int) -> None:
     slow = config_of(tmp_path, "slow", training__zero_stage=zero_stage)
     published, hashes = run_distributed(run, 2, slow, slow_uploads)[0]

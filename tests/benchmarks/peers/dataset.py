@@ -68,7 +68,7 @@ def _note_etags(dataset: Dataset) -> Dataset:
         return tuple(shard.model_copy(update={"etag": found[join(dataset.uri, shard.path)]}) for shard in shards)
 
     old = dataset.manifest
-    shards = {"train_shards": noted(old.train_shards), "catalogue_shards": noted(old.catalogue_shards), "users_shards": ()}
+    shards = {name: noted(getattr(old, name)) for name in ("train_shards", "catalogue_shards", "users_shards")}
     manifest = old.model_copy(update=shards)
     dataset.storage.write_bytes(join(dataset.uri, MANIFEST_NAME), manifest.model_dump_json().encode())
     return Dataset(dataset.storage, dataset.uri, manifest)

@@ -30,9 +30,7 @@ def flat(plan: EpochPlan) -> list[int]:
     return [sample for step in all_ids(plan) for sample in step]
 
 
-@settings(max_examples=10_000, deadline=None)
-@given(plan=plans, world_size=st.sampled_from(WORLD_SIZES), data=st.data())
-def test_every_sample_once_and_every_step_the_same_for_any_number_of_ranks(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
+def check_every_sample_once_and_every_step_the_same(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
     steps = all_ids(plan)
     assert sorted(sample for step in steps for sample in step) == list(range(plan.num_samples))
     assert all(len(step) == plan.global_batch_size for step in steps[:-1])
@@ -41,6 +39,22 @@ def test_every_sample_once_and_every_step_the_same_for_any_number_of_ranks(plan:
     shares = [fresh.step_ids(step, rank, world_size).tolist() for rank in range(world_size)]
     assert sorted(sample for share in shares for sample in share) == sorted(steps[step])
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+on_drawn_plans = given(plan=plans, world_size=st.sampled_from(WORLD_SIZES), data=st.data())
+
+
+@settings(max_examples=1_000, deadline=None)
+@on_drawn_plans
+def test_every_sample_once_and_every_step_the_same_for_any_number_of_ranks(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
+    check_every_sample_once_and_every_step_the_same(plan, world_size, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@on_drawn_plans
+def test_so_it_is_for_ten_thousand_plans(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
+    check_every_sample_once_and_every_step_the_same(plan, world_size, data)
 
 
 @pytest.mark.parametrize("world_size", [*WORLD_SIZES, 5, 7, 16, 24, 48])

@@ -69,7 +69,7 @@ def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: in
     config = load_config().with_values({**values, "model.query_rate": rate})
     catalogue, found = ItemFeatures.read(dataset), []
     for rank in range(world_size):
-        reader = Reader(dataset, catalogue, config, Share(rank, world_size, config.training.accumulation_steps))
+        reader = Reader(dataset, catalogue, config, Share(rank, world_size, config.training.accumulation_steps(world_size)))
         for batch in (batch for batches in reader.steps(epoch) for batch in batches):
             assert batch.query_texts is not None
             assert batch.histories.query_places is not None

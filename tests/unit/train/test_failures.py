@@ -14,6 +14,7 @@ from recsys.train.failures import (
     describe,
     reason_to_stop,
     root_cause,
+    steps_to_skip,
 )
 
 
@@ -34,12 +35,13 @@ def failure(kind: Kind, step: int | None = None, message: str = "it failed", ran
     ],
 )
 def test_what_an_exception_of_the_loop_is(error: Exception, kind: str) -> None:
-    found = describe(error, 1, 7, "items (64, 50)")
+    found = describe(error, 1, 7, "items (64, 50)", micro_batch_size=9)
     assert (found.kind, found.rank, found.step) == (kind, 1, 7)
     assert "\n" not in found.message
     if kind == "out_of_memory":
         assert "items (64, 50)" in found.message
-        assert "training.micro_batch_size" in found.message
+        assert "training.micro_batch_size=3 takes 33% of its activations" in found.message
+        assert "training.recompute_activations=true" in describe(error, 1, 7, "items (1, 50)", micro_batch_size=1).message
 
 
 def test_the_error_of_a_rank_travels_whole() -> None:
@@ -64,6 +66,15 @@ def test_the_same_error_at_the_same_step_is_tried_once_more_only(kind: Kind) -> 
     assert reason_to_stop([failure(kind, 5)], 3) is None
     assert "again" in str(reason_to_stop([failure(kind, 5), failure("worker_lost"), failure(kind, 5, rank=1)], 9))
     assert reason_to_stop([failure(kind, 5), failure(kind, 6)], 3) is None
+
+
+def test_what_follows_from_a_loss_that_is_no_number_can_be_chosen() -> None:
+    bad = failure("not_finite", 5)
+    assert reason_to_stop([bad], 3, "stop") == "training.on_non_finite = stop"
+    assert reason_to_stop([bad], 3, "roll_back") is None
+    assert reason_to_stop([bad], 3, "skip") is None
+    assert steps_to_skip([bad, failure("worker_lost"), failure("not_finite", 3)], "skip") == (3, 5)
+    assert steps_to_skip([bad], "roll_back") == ()
 
 
 def test_exceptions_are_told_apart_by_their_types_since_texts_hold_addresses() -> None:

@@ -130,7 +130,7 @@ def test_a_renamed_optional_column_must_be_there(tmp_path: Path) -> None:
         ("a.jsonl", b'{"user_id": 1, "item_id": 2, "timestamp": 3}\n{"user_id": \n'),
         ("a.jsonl", b"[1, 2, 3]\n"),
         ("a.jsonl", b"[" * 100_000),
-        ("a.jsonl.gz", gzip.compress(b'{"user_id": 1, "item_id": 2, "timestamp": 3}\n' * 1000)[:40]),
+        ("a.jsonl.gz", gzip.compress(b'{"user_id": 1, "item_id": 2, "timestamp": 3}\n' * 1000, mtime=0)[:40]),
         ("a.inter", b"user_id\titem_id\n1\t2\n"),
         ("a.inter", b"user_id:token\titem_id:token\ttimestamp:float\n1\n"),
     ],

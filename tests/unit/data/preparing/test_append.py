@@ -205,13 +205,7 @@ def cut(rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool) -
         yield [(user, f"i{item}", time, kind, str(time % 5)) for user, item, time, kind in rows[begin : begin + size]]
 
 
-@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    rows=events_of_a_log, num_days=st.integers(1, 4), is_sorted=st.booleans(), split=st.sampled_from(["leave_one_out", "time", "random"])
-)
-def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
-    rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str
-) -> None:
+def check_days_add_up(rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str) -> None:
     folder = Path(tempfile.mkdtemp())
     everything: list[Event] = [("z", f"i{index}", index, KINDS[index % 2], "1") for index in range(4)]
     how = [f"data.split={split}", *(["data.validation_from=20", "data.test_from=30"] if split == "time" else [])]
@@ -243,6 +237,27 @@ def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
             row["num_train"] + row["num_validation"],
         )
     shutil.rmtree(folder)
+
+
+on_drawn_days = given(
+    rows=events_of_a_log, num_days=st.integers(1, 4), is_sorted=st.booleans(), split=st.sampled_from(["leave_one_out", "time", "random"])
+)
+phases = [Phase.explicit, Phase.reuse, Phase.generate]  # what fails is not made smaller: each try takes seconds
+
+
+@settings(max_examples=4, deadline=None, phases=phases)
+@on_drawn_days
+def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
+    rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str
+) -> None:
+    check_days_add_up(rows, num_days, is_sorted, split)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, phases=phases)
+@on_drawn_days
+def test_so_do_many_more_days(rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str) -> None:
+    check_days_add_up(rows, num_days, is_sorted, split)
 
 
 def targets_of(known: dict[str, dict[str, Any]], version: Dataset) -> list[tuple[Any, ...]]:

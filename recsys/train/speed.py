@@ -1,0 +1,27 @@
+"""How much of a GPU a run uses: floating-point operations of the language model per token, over what the GPU can do."""
+
+from typing import Any
+
+from torch import nn
+
+DENSE_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+"""Dense bf16 operations per second by a part of a GPU's name, from its maker's data sheet; the first that fits counts."""
+
+
+def peak_flops(device_name: str) -> float:
+    """Return what a GPU can do in bf16; 0 for one that is not known here."""
+    return next((flops for name, flops in DENSE_BF16_FLOPS.items() if name in device_name), 0.0)
+
+
+def flops_per_token(backbone: Any, mean_tokens: float = 0.0) -> float:
+    """Return the operations of a forward and backward pass per token, for texts of `mean_tokens`; at 0 without attention.
+
+    6 for each weight that is trained and 4 for each that is not, embeddings aside, plus 12 x layers x width x tokens of attention
+    (Chowdhery et al. 2022, appendix B), which is counted whole for decoders too, as is usual.
+    """
+    config = backbone.config
+    embeddings = {id(module.weight) for module in backbone.modules() if isinstance(module, nn.Embedding)}
+    matrices = [weight for weight in backbone.parameters() if weight.ndim >= 2 and id(weight) not in embeddings]
+    dense = sum((6 if weight.requires_grad else 4) * getattr(weight, "ds_numel", weight.numel()) for weight in matrices)
+    heads = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return float(dense + 12 * config.num_hidden_layers * heads * mean_tokens)

@@ -1,0 +1,103 @@
+"""Runs that are killed again and again: whether they end as the undisturbed one, how much of their time was of use, what each kill cost.
+
+`python -m tests.benchmarks.kills [--kills 20] [--ends 10]`: workers of one run are killed at random steps; of another, everything
+(the workers and the process that started them), so that the same command is given again each time.
+"""
+
+import argparse
+import json
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from recsys.storage import Storage
+from tests.benchmarks.reading import show
+from tests.conftest import kill_descendants
+from tests.datasets import make_dataset
+from tests.resume.ledger import order_kills
+from tests.resume.runs import Run, assert_same, steps_per_epoch, workers_of
+
+PACE_SECONDS = 0.05
+"""So long takes a step at least: with steps of milliseconds a run would be nothing but its restarts."""
+
+
+def main() -> None:
+    """Run them all; each's row as it comes and a table on stderr, one JSON line on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ends", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    generator = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = make_dataset(Storage(str(folder / "store")), num_users=2000)
+        runs = {kind: Run(dataset, folder, kind) for kind in ("undisturbed", "workers", "everything")}
+        for run in runs.values():
+            (run.scratch / "pace").write_text(str(PACE_SECONDS))
+        try:
+            undisturbed, results = runs["undisturbed"], []
+            for run, num_kills, disturb in (
+                (undisturbed, 0, run_to_the_end),
+                (runs["everything"], arguments.ends, kill_everything),
+                (runs["workers"], arguments.kills, kill_workers),
+            ):
+                results.append(row_of(disturb(run, num_kills, generator), num_kills))
+                assert_same(run, undisturbed)
+                print(results[-1], file=sys.stderr, flush=True)
+        finally:
+            kill_descendants("tests.resume.ledger")
+    show("killed runs, each equal to the undisturbed one: weights, optimizer, random generators, every sample once an epoch", results)
+    print(json.dumps(results))
+
+
+def run_to_the_end(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
+    """Disturb nothing."""
+    return run.finish()
+
+
+def kill_workers(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
+    """Kill one of the two workers at so many random steps."""
+    order_kills(run.scratch, [(generator.randrange(2), step) for step in generator.sample(range(1, run_steps(run)), num_kills)])
+    return run.finish(timeout_seconds=60 * (num_kills + 5))
+
+
+def kill_everything(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
+    """Kill workers and the driver some time after each new checkpoint, and give the same command again."""
+    for number in range(num_kills):
+        process = run.start()
+        run.wait_for_checkpoint(process, above_step=number * run_steps(run) // (num_kills + 1))
+        time.sleep(generator.random())
+        for victim in (*workers_of(process), process):
+            victim.send_signal(signal.SIGKILL)
+        process.wait()
+    return run.finish()
+
+
+def run_steps(run: Run) -> int:
+    """Return the steps of a whole run."""
+    return 4 * steps_per_epoch(run.dataset)
+
+
+def row_of(result: dict[str, Any], num_kills: int) -> dict[str, Any]:
+    """Sum up what a run printed.
+
+    Raises:
+        RuntimeError: not every kill is among its incidents.
+    """
+    incidents = result["incidents"]  # two kills without a new checkpoint between are two causes of one
+    if (found := sum(len(incident["causes"]) for incident in incidents)) != num_kills:
+        raise RuntimeError(f"{num_kills} kills, but {found} causes of incidents")
+    row: dict[str, Any] = {"run": result["run"], "kills": num_kills, "steps": result["steps"], "goodput": result["goodput"]}
+    for part in ("seconds", "start_seconds", "load_seconds", "seek_seconds"):
+        row[part] = statistics.median(incident[part] for incident in incidents) if incidents else 0.0
+    return row
+
+
+if __name__ == "__main__":
+    main()

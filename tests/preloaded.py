@@ -1,0 +1,9 @@
+"""What every rank of a test would import for seconds; `distributed.py` forks its ranks from a process that has imported this."""
+
+import importlib
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+for name in ("deepspeed", "peft", "transformers.models.bert.modeling_bert", "recsys.train.loop"):
+    importlib.import_module(name)
