@@ -27,13 +27,20 @@ def bucket(faulty_storage: Storage) -> str:
 
 @pytest.fixture
 def client(bucket: str, s3_proxy: FaultProxy) -> Iterator[Any]:
-    """A client that repeats nothing, so that it meets each fault."""
-    config = Config(
-        retries={"total_max_attempts": 1}, read_timeout=1, s3={"addressing_style": "path"}, response_checksum_validation="when_required"
-    )
     s3_proxy.counts.clear()
-    yield boto3.Session().client("s3", endpoint_url=s3_proxy.endpoint, region_name="us-east-1", config=config)
+    yield _client(s3_proxy, patience_seconds=30)
     s3_proxy.faults = Faults()
+
+
+def _client(proxy: FaultProxy, patience_seconds: float) -> Any:
+    """Give a client that repeats nothing, so that it meets each fault."""
+    config = Config(
+        retries={"total_max_attempts": 1},
+        read_timeout=patience_seconds,
+        s3={"addressing_style": "path"},
+        response_checksum_validation="when_required",
+    )
+    return boto3.Session().client("s3", endpoint_url=proxy.endpoint, region_name="us-east-1", config=config)
 
 
 def _bucket_of(storage: Storage) -> str:
@@ -108,7 +115,7 @@ def test_a_stall_outlasts_the_clients_patience_and_a_short_one_is_borne(
 ) -> None:
     s3_proxy.faults = Faults({fault: 1}, stall_seconds=3)
     with pytest.raises(HTTPClientError, match=r"timeout|timed out"):
-        _get(client, bucket)
+        _get(_client(s3_proxy, patience_seconds=1), bucket)
     s3_proxy.faults = Faults({fault: 1}, stall_seconds=0.2)
     begin = time.monotonic()
     assert _get(client, bucket) == BODY
@@ -136,7 +143,7 @@ def test_all_connections_share_one_bandwidth(client: Any, bucket: str, s3_proxy:
     begin = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         assert all(body == BODY for body in pool.map(lambda _: _get(client, bucket), range(4)))
-    assert 0.9 < time.monotonic() - begin < 5  # 1,024,000 bytes
+    assert 0.9 < time.monotonic() - begin < 15  # 1,024,000 bytes
 
 
 def test_a_listing_is_shuffled_and_has_strays(client: Any, bucket: str, s3_proxy: FaultProxy) -> None:

@@ -76,7 +76,7 @@ def test_a_server_that_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pyt
     trackers = Trackers(config_of(tmp_path, "mlflow"))
     begin = time.monotonic()
     trackers.send({"loss/retrieval": 1.0}, 1)
-    assert time.monotonic() - begin < 0.1
+    assert time.monotonic() - begin < 1
     with caplog.at_level(logging.WARNING):
         trackers.close()
     assert [line for line in caplog.messages if line.startswith("run.trackers = mlflow: is left out from now on (")]
