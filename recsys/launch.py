@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private.state import actors
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -46,6 +48,12 @@ STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 """So often the controller looks after the workers, by default every 2 s."""
+
+WORKER = "RayTrainWorker"
+"""What Ray Train calls the class of its workers."""
+
+DOOR_SECONDS = 1.0
+"""A node that takes no connection for so long is gone."""
 
 Fit = Callable[[Config, Restarts], None]
 
@@ -235,7 +243,10 @@ def failure_of(error: Exception) -> Failure:
         return Failure(kind="preempted", message=str(error))
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return Failure(kind="exception", message=" ".join(str(error).split()))
-    return root_cause(_failure_of_worker(rank, failure) for rank, failure in error.worker_failures.items())
+    failure = root_cause(_failure_of_worker(rank, failure) for rank, failure in error.worker_failures.items())
+    if failure.kind in ("worker_lost", "collective") and (lost := _lost_node()):
+        return Failure(kind="node_lost", message=lost)
+    return failure
 
 
 def _failure_of_worker(rank: int, error: BaseException) -> Failure:
@@ -247,6 +258,18 @@ def _failure_of_worker(rank: int, error: BaseException) -> Failure:
         kind: Kind = "preempted" if cause.preempted else "node_lost" if "its node has died" in message else "worker_lost"
         return Failure(kind=kind, message=message[:300], rank=rank)
     return describe(cause, rank, None, "")
+
+
+def _lost_node() -> str | None:
+    """Name a node with workers of this job that is gone: Ray learns that only after a while, but its door is closed at once."""
+    job = ray.get_runtime_context().get_job_id()
+    hosts = {actor["Address"]["NodeID"] for actor in actors().values() if (actor["JobID"], actor["ActorClassName"]) == (job, WORKER)}
+    for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=DOOR_SECONDS).close()
+        except OSError as error:
+            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} takes no connection ({error})"
+    return None
 
 
 def _check_resources(config: Config) -> None:

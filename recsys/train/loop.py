@@ -22,7 +22,7 @@ from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.clock import Attempt, Clock
 from recsys.train.engine import Engine
 from recsys.train.failures import NonFiniteLossError, StoppedError, TrainingError, describe
-from recsys.train.memory import device_bytes, plan_step
+from recsys.train.memory import MemoryPlan, device_bytes, plan_step
 from recsys.train.profiling import Profile
 from recsys.train.progress import Progress
 from recsys.train.recommending import Recommending
@@ -68,6 +68,7 @@ class Trainer:
         if config.training.recompute_activations:
             recompute_activations(self.trainable.module)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
+        self.memory_plan: MemoryPlan | None = None
         self._begun_steps: Iterator[Sequence[MicroBatch]] | None = None
         waited_seconds = 0.0 if self.checkpoints.steps() else self._check_memory()  # what went on once fits
         self.engine = Engine(self.trainable.module, config, self.device)
@@ -115,10 +116,10 @@ class Trainer:
         batches = next(steps)
         waited_seconds = time.monotonic() - begin
         self._begun_steps = chain([batches], steps)
-        plan = plan_step(self.trainable.module, batches, self.config.training, self.world_size)
+        self.memory_plan = plan_step(self.trainable.module, batches, self.config.training, self.world_size)
         if self.rank == 0:
-            logger.info("memory of a worker, by part:\n%s", plan.table())
-        plan.check(*device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+            logger.info("memory of a worker, by part:\n%s", self.memory_plan.table())
+        self.memory_plan.check(*device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
         return waited_seconds
 
     def _train_epoch(self) -> None:

@@ -51,6 +51,7 @@ TINY = {
     "vocab_size": 512,
 }
 WARM_UP_BLOCKS = 1
+CHECKPOINT_EVERY = 100
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def config_of(arguments: argparse.Namespace, folder: Path, dataset: Dataset, mod
         "training.micro_batch_size": arguments.users,
         "training.max_steps": arguments.blocks * arguments.steps,
         "training.epochs": 1000,
-        "checkpoint.every_steps": 100,
+        "checkpoint.every_steps": CHECKPOINT_EVERY,
     }
     return load_config().with_values(values)
 
@@ -129,6 +130,7 @@ def measure(config: Config, dataset: Dataset, steps_per_block: int) -> dict[str,
     pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[WARM_UP_BLOCKS:]
     tokens, per_text = sum(beside.tokens[WARM_UP_BLOCKS:]), beside.mean_tokens
     seconds = sum(ours for ours, _ in pairs)
+    between = CHECKPOINT_EVERY * seconds / (len(pairs) * steps_per_block)
     backbone = next(part for part in trainer.trainable.module.modules() if hasattr(part, "backbone")).backbone
     peak = peak_flops(torch.cuda.get_device_name()) if config.training.use_gpu else 0.0
     return {
@@ -137,7 +139,7 @@ def measure(config: Config, dataset: Dataset, steps_per_block: int) -> dict[str,
         "tokens_per_second": tokens / seconds,
         "mfu_percent": 100 * tokens / seconds * flops_per_token(backbone, per_text) / peak if peak else None,
         "data_wait_percent": 100 * state.data_wait_seconds / state.train_seconds,
-        "checkpoint_stall_percent": 100 * statistics.median(beside.stalls) / (100 * seconds / (len(pairs) * steps_per_block)),
+        "checkpoint_stall_percent": 100 * statistics.median(beside.stalls) / between if beside.stalls else None,
         "bare_over_ours": statistics.median(bare / ours for ours, bare in pairs),
     }
 
@@ -159,7 +161,7 @@ class Beside(LocalReporter):
         self._batches: list[Sequence[MicroBatch]] = []
         self.seconds: dict[str, list[float]] = {"ours": [], "bare": []}
         self.tokens: list[int] = []
-        self.stalls: list[float] = [0.0]
+        self.stalls: list[float] = []
         self._stalled = 0.0
         self._begin = time.perf_counter()
 

@@ -14,7 +14,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.storage import Storage
 from recsys.train.loop import Trainer
-from recsys.train.memory import ModelSize, plan_memory, plan_step
+from recsys.train.memory import ModelSize, plan_memory
 from recsys.train.reporter import LocalReporter
 from tests.benchmarks.gpu_training import TINY, make_decoder
 from tests.datasets import make_dataset, small_settings
@@ -51,7 +51,7 @@ def config_of(folder: Path, values: dict[str, Any]) -> Config:
 def planned_and_measured(config: Config) -> tuple[int, int]:
     """Return the planned peak and the most bytes of tensors alive at once in two steps, of this rank."""
     trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter())
-    before = plan_before(config)
+    assert trainer.memory_plan is not None
     gc.collect()
     held = bytes_of([tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -63,23 +63,7 @@ def planned_and_measured(config: Config) -> tuple[int, int]:
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in memory_events(profiler)):
         total += size
         most = max(most, total)
-    return before, most
-
-
-def plan_before(config: Config) -> int:
-    """Return the planned peak by a model and a step of its own, which nothing was done to."""
-    import torch.distributed as dist
-
-    from recsys.model.activations import recompute_activations
-    from recsys.model.catalogue_text import Ranks
-    from recsys.train.recommending import Recommending
-
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier)
-    dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
-    trainable = Recommending(config, dataset, torch.device("cpu"), ranks)
-    if config.training.recompute_activations:
-        recompute_activations(trainable.module)
-    return plan_step(trainable.module, next(iter(trainable.steps(0))), config.training, ranks.world_size).peak_bytes
+    return trainer.memory_plan.peak_bytes, most
 
 
 def memory_events(profiler: Any) -> list[Any]:
