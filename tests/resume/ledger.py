@@ -1,7 +1,7 @@
 """`jobs.train` whose ranks write down every sample that they train on, and kill themselves where they are told to.
 
 Run as `python -m tests.resume.ledger --set ...`. All by files below `run.scratch`: `ledger-{rank}`, `kill-{rank}-{step}`, `pace`, the
-seconds that a step shall take at least, and `poison-{step}`, which makes the step's loss no number.
+seconds that a micro batch shall take at least, and `poison-{step}`, which makes the step's loss no number.
 """
 
 import json
@@ -33,6 +33,7 @@ class Recording(Recommending):
         self._scratch, self._unrecorded = Path(config.run.scratch), self.steps
         self.steps = self._recorded  # type: ignore[method-assign]
         self._number = 0
+        self.module.register_forward_pre_hook(self._pace_where_told)
         self.module.register_forward_hook(self._poison_where_told)
 
     def _recorded(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
@@ -42,10 +43,12 @@ class Recording(Recommending):
             with (self._scratch / f"ledger-{self._ranks.rank}").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             die_where_told(self._scratch, self._ranks.rank, number)
-            if (self._scratch / "pace").exists():
-                time.sleep(float((self._scratch / "pace").read_text() or 0))
             self._number = number
             yield batches
+
+    def _pace_where_told(self, module: object, inputs: object) -> None:
+        if self.module.training and (self._scratch / "pace").exists():
+            time.sleep(float((self._scratch / "pace").read_text() or 0))
 
     def _poison_where_told(self, module: object, inputs: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         is_poisoned = self.module.training and (self._scratch / f"poison-{self._number}").exists()
