@@ -19,6 +19,7 @@ from ray._private.state import actors
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
@@ -84,7 +85,7 @@ class RayReporter:
     def _watch(self) -> None:
         while not self._is_asked:
             time.sleep(STOP_POLL_SECONDS)
-            with contextlib.suppress(UserError):  # a store that is out of order is found by those who need it
+            with contextlib.suppress(Exception):  # a store that is out of order is found by those who need it
                 self._is_asked = self._ownership.is_asked_to_stop()
 
     def report(self, metrics: Metrics) -> None:
@@ -105,6 +106,7 @@ def launch(config: Config, callbacks: Sequence[Any] = (), make: MakeTrainable = 
     config = dataset.adopt(config)
     checkpoints = CheckpointStore(storage, config, dataset)
     begin = time.monotonic()
+    _check_resume(checkpoints, config)
     if finished_state(checkpoints, config) is None:
         with connect(config):
             _check_resources(config)
@@ -155,7 +157,7 @@ def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
     def ask(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
-        threading.Thread(target=ownership.ask_to_stop, name="stop").start()  # the interrupted code may be in the store's client
+        threading.Thread(target=_ask_to_stop, args=(ownership,), name="stop").start()  # the interrupted code may be in the store's client
 
     if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
         yield
@@ -165,6 +167,15 @@ def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _ask_to_stop(ownership: Ownership) -> None:
+    while True:
+        try:
+            return ownership.ask_to_stop()
+        except UserError as error:  # the store may come back before the time to end is over
+            logger.warning("SIGTERM: %s", error)
+            time.sleep(STOP_POLL_SECONDS)
 
 
 def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
@@ -257,6 +268,8 @@ def _failure_of_worker(rank: int, error: BaseException) -> Failure:
     if isinstance(cause, RayActorError):
         kind: Kind = "preempted" if cause.preempted else "node_lost" if "its node has died" in message else "worker_lost"
         return Failure(kind=kind, message=message[:300], rank=rank)
+    if isinstance(cause, WorkerHealthCheckTimeoutError):
+        return Failure(kind="hang", message=message[:300], rank=rank)
     return describe(cause, rank, None, "")
 
 

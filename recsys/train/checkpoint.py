@@ -5,6 +5,8 @@ has left is never read.
 """
 
 import hashlib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -75,8 +77,13 @@ class DamagedCheckpointError(UserError):
 def published_steps(storage: Storage, run: str) -> list[int]:
     """List the steps of a run that have a published checkpoint, oldest first."""
     found = storage.list(storage.uri("runs", run, "checkpoints"))
-    names = [stored.uri.split("/")[-2] for stored in found if stored.uri.endswith(f"/{MANIFEST_NAME}")]
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    return sorted(steps_in(stored.uri for stored in found if stored.uri.endswith(f"/{MANIFEST_NAME}")))
+
+
+def steps_in(addresses: Iterable[str]) -> set[int]:
+    """Return the steps whose folders these addresses are in; what is not named as a checkpoint is not one."""
+    found = (re.search(r"/checkpoints/step-(\d{8,})/", address) for address in addresses)
+    return {int(match[1]) for match in found if match}
 
 
 def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:

@@ -30,6 +30,7 @@ from recsys.train.checkpoint import (
     fetch_files,
     published_steps,
     read_manifest,
+    steps_in,
 )
 from recsys.train.engine import Engine, Snapshot
 from recsys.train.ownership import Ownership, SupersededError
@@ -96,6 +97,15 @@ class CheckpointStore:
                 f"run.name = {self._config.run.name}: the manifests of all its checkpoints are damaged; choose another run.name"
             )
         return None
+
+    def newest_world_size(self) -> int:
+        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this.
+
+        Raises:
+            UserError: no checkpoint's manifest can be read.
+        """
+        newest = self.newest() if dist.get_rank() == 0 else None
+        return _broadcast(newest.world_size if newest else 0)
 
     def _read(self, step: int) -> CheckpointManifest:
         manifest = read_manifest(self._storage, self.uri(step))
@@ -169,26 +179,22 @@ class CheckpointStore:
             if sizes.get(join(self._files(state.step), file.path)) != file.num_bytes:
                 raise StoreError(f"checkpoint {uri}: {file.path} did not arrive in the store as it was sent; start again later")
         self._owner.check()
-        manifest = self._manifest(state, world_size, files).sealed()
-        if not self._storage.create(join(uri, MANIFEST_NAME), manifest):
-            self._replace_late_one(uri, manifest)
+        manifest = self._manifest(state, world_size, files)
+        if not self._storage.create(join(uri, MANIFEST_NAME), manifest.sealed()):
+            self._replace_earlier_one(uri, manifest)
         own = [step for step in self.steps() if step <= state.step]  # what is later is another owner's
         for step in superfluous_steps(own, state.best_step, self._config.checkpoint.keep_last):
             self._remove(step)
 
-    def _replace_late_one(self, uri: str, manifest: bytes) -> None:
-        """Replace what an earlier owner, or a dead attempt of this one, published after this attempt began.
+    def _replace_earlier_one(self, uri: str, manifest: CheckpointManifest) -> None:
+        """Replace what was published before the epoch's validation, or late by a dead attempt or an earlier owner.
 
         Raises:
             SupersededError: a later owner has published.
         """
-        published = read_manifest(self._storage, uri)
-        if published.attempt == self._attempt:  # an answer of the store was lost, and the manifest sent twice
-            return
-        if published.token > self._owner.token:
+        if read_manifest(self._storage, uri).token > self._owner.token:
             raise SupersededError(f"run.name = {self._config.run.name}: another process has published {uri}; is the run submitted twice?")
-        self._storage.delete(join(uri, MANIFEST_NAME))
-        self._storage.create(join(uri, MANIFEST_NAME), manifest)
+        self._storage.write_bytes(join(uri, MANIFEST_NAME), manifest.sealed())
 
     def _wait_for_part(self, step: int, rank: int) -> list[CheckpointFile]:
         """Wait for another rank; a rank that died ends the whole group, and this with it."""
@@ -280,8 +286,7 @@ class CheckpointStore:
     def _remove_after(self, step: int) -> None:
         """Remove all that is newer than a checkpoint, and what attempts that died have left beside it."""
         published = self.steps()
-        for folder in {found.uri.removeprefix(self._uri).split("/")[1] for found in self._storage.list(self._uri)}:
-            number = int(folder.removeprefix("step-"))
+        for number in steps_in(found.uri for found in self._storage.list(self._uri)):
             if number > step or number not in published:
                 self._remove(number)
 

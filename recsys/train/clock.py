@@ -12,6 +12,8 @@ from recsys.train.state import Incident, TrainingState
 class Attempt(BaseModel):
     """One start of a group of workers: the owner's number, since when it owns the run, and why and when they were started.
 
+    `lost_at` is when the owner before, if it died, gave its last sign of life.
+
     Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
     Times are seconds since 1970.
     """
@@ -22,6 +24,7 @@ class Attempt(BaseModel):
     causes: tuple[Failure, ...] = ()
     skip: tuple[int, ...] = ()
     owned_since: float = Field(default_factory=time.time)
+    lost_at: float | None = None
     started_at: float = Field(default_factory=time.time)
     given_up: str | None = None
 
@@ -34,6 +37,7 @@ class Clock:
         self._constructed_at = self._loaded_at = time.time()
         self._resumed: CheckpointManifest | None = None
         self._since, self._wall_seconds, self._has_stepped = attempt.owned_since, 0.0, False
+        self._lost_seconds = 0.0  # from the checkpoint to the end of the owner before
 
     def loaded(self, resumed: CheckpointManifest | None) -> None:
         """Note that the model is built and its state loaded, from a checkpoint or from nothing."""
@@ -42,6 +46,9 @@ class Clock:
             self._wall_seconds = resumed.state.wall_seconds
             if self._is_same_owner:
                 self._since = resumed.state.saved_at
+            elif self.attempt.lost_at is not None:
+                self._lost_seconds = max(0.0, self.attempt.lost_at - resumed.state.saved_at)
+                self._wall_seconds += self._lost_seconds
 
     def stamp(self, state: TrainingState) -> None:
         """Write the time into a state that is about to be saved."""
@@ -62,7 +69,7 @@ class Clock:
         incident = Incident(
             causes=causes,
             step=state.step,
-            seconds=time.time() - self._since,
+            seconds=self._lost_seconds + time.time() - self._since,
             start_seconds=self._constructed_at - started_at,
             load_seconds=self._loaded_at - self._constructed_at,
             seek_seconds=wait_seconds,

@@ -67,6 +67,8 @@ class Engine:
         groups = parameter_groups(model, config)
         self._peaks = [float(group["lr"]) for group in groups]
         self._device, self._copies = device, _host_copies()
+        # Every other of DeepSpeed's optimizers leaves the weights alone where a gradient is not finite.
+        self._updates_blindly = config.training.zero_stage == 0 and config.training.precision == "fp32"
         self._scale = dist.get_world_size() * config.training.accumulation_steps(dist.get_world_size())
         # Only to tell that AdamW is none of its own would DeepSpeed load a compiler; ZeRO-3 needs the module for more.
         muon = "deepspeed.runtime.zero.muon.muon_optimizer"
@@ -107,9 +109,19 @@ class Engine:
         self._engine.backward(loss * self._scale)
 
     @record_function("update")
-    def end_micro_batch(self) -> None:
-        """Tell DeepSpeed that a micro batch ended; the step's last one updates the weights."""
+    def end_micro_batch(self) -> bool:
+        """Tell DeepSpeed that a micro batch ended; the step's last one updates the weights, unless a gradient is NaN or infinite.
+
+        Returns whether the weights were updated.
+        """
+        if self._updates_blindly and self._engine.is_gradient_accumulation_boundary() and not self._has_finite_gradients():
+            return False
         self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def _has_finite_gradients(self) -> bool:
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return bool(nn.utils.get_total_norm(gradients).isfinite())
 
     def set_learning_rate(self, factor: float) -> None:
         """Set each parameter group's rate to its peak times `factor`."""
@@ -199,9 +211,17 @@ class Buffers:
 
     def __init__(self, before: list[Tensor]) -> None:
         self._before = iter(before)
+        self._copies: dict[tuple[Any, ...], Tensor] = {}
         self.used: list[Tensor] = []
 
     def copy(self, tensor: Tensor) -> Tensor:
+        """Return the tensor's copy, which one of the same memory shares: frozen weights are named twice by ZeRO-2, tied ones anywhere."""
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in self._copies or not tensor.numel():
+            self._copies[place] = self._copy_to_next(tensor)
+        return self._copies[place]
+
+    def _copy_to_next(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to the next buffer, or to a new one where that is of another kind."""
         buffer = next(self._before, None)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):

@@ -24,7 +24,6 @@ Kind = Literal[
 ]
 """When one rank fails, the others fail with it: what comes earlier here is the cause of what comes later."""
 
-_DETERMINISTIC = ("exception", "not_finite", "out_of_memory")
 _EXPLAINED = ("stopped", "mistake", "not_finite", "out_of_memory", "store")
 LONGEST_DELAY_SECONDS = 60.0
 
@@ -43,6 +42,11 @@ class Failure(BaseModel):
     def is_explained(self) -> bool:
         """Tell whether the message says all that a person needs, without a traceback."""
         return self.kind in _EXPLAINED
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Tell whether the same cause would have the same effect; a machine may lack memory for what others do on it."""
+        return self.kind in ("exception", "not_finite") or (self.kind == "out_of_memory" and self.step is not None)
 
     @property
     def what(self) -> tuple[str, str, int | None]:
@@ -67,8 +71,8 @@ class StoppedError(Exception):
     """Somebody asked the run to stop; a checkpoint of its last step is published."""
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss is NaN or infinite; the step that gave it changed no weight."""
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite; the step that gave it changed no weight."""
 
 
 def describe(error: BaseException, rank: int, step: int | None, batch: str, micro_batch_size: int = 1) -> Failure:
@@ -80,10 +84,11 @@ def describe(error: BaseException, rank: int, step: int | None, batch: str, micr
         kind = "mistake"
     elif isinstance(error, StoppedError):
         kind = "stopped"
-    elif isinstance(error, NonFiniteLossError):
+    elif isinstance(error, NonFiniteError):
         kind = "not_finite"
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message:
-        kind, message = "out_of_memory", f"micro batch of {batch} does not fit in memory ({message[:200]}); {_way_to_fit(micro_batch_size)}"
+        what = f"micro batch of {batch} does not fit in memory" if batch else "the worker does not fit in memory"
+        kind, message = "out_of_memory", f"{what} ({message[:200]}); {_way_to_fit(micro_batch_size)}"
     elif "gloo" in message or "Connection closed by peer" in message or type(error).__name__.startswith("Dist"):
         kind = "collective"
     else:
@@ -117,7 +122,7 @@ def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite
         return "to start again would not help"
     if last.kind == "not_finite" and on_non_finite == "stop":
         return "training.on_non_finite = stop"
-    if last.kind in _DETERMINISTIC and last.what in [failure.what for failure in failures[:-1]]:
+    if last.is_deterministic and last.what in [failure.what for failure in failures[:-1]]:
         return "it fails at the same step in the same way again"
     counted = [failure for failure in failures if failure.kind != "preempted"]
     if len(counted) > max_failures:

@@ -21,7 +21,7 @@ from recsys.storage import Storage
 from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.clock import Attempt, Clock
 from recsys.train.engine import Engine
-from recsys.train.failures import NonFiniteLossError, StoppedError, TrainingError, describe
+from recsys.train.failures import NonFiniteError, StoppedError, TrainingError, describe
 from recsys.train.memory import MemoryPlan, device_bytes, plan_step
 from recsys.train.profiling import Profile
 from recsys.train.progress import Progress
@@ -70,7 +70,8 @@ class Trainer:
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
         self.memory_plan: MemoryPlan | None = None
         self._begun_steps: Iterator[Sequence[MicroBatch]] | None = None
-        waited_seconds = 0.0 if self.checkpoints.steps() else self._check_memory()  # what went on once fits
+        has_fitted = self.checkpoints.newest_world_size() == self.world_size
+        waited_seconds = 0.0 if has_fitted else self._check_memory()
         self.engine = Engine(self.trainable.module, config, self.device)
         self.engine.train()  # a language model that was loaded comes in evaluation mode
         self.steps_per_epoch = self.trainable.plan(0).num_steps
@@ -80,6 +81,8 @@ class Trainer:
         self._batch: MicroBatch | None = None  # the one under way, for whoever asks what did not fit
         torch.manual_seed(config.training.seed + 1 + self.rank)
         resumed = self.checkpoints.load_newest(self.engine)
+        if resumed:
+            self._begun_steps = None
         self.state = resumed.state if resumed else TrainingState(train_seconds=waited_seconds, data_wait_seconds=waited_seconds)
         clock.loaded(resumed)
         self.clock = clock
@@ -107,7 +110,7 @@ class Trainer:
         encoder = next((part for part in self.trainable.module.modules() if isinstance(part, TextEncoder)), None)
         flops = 0.0 if encoder is None else flops_per_token(encoder.backbone)
         peak = peak_flops(torch.cuda.get_device_name()) * self.world_size if self.config.training.use_gpu else 0.0
-        return Progress(self.config, storage, self.total_steps, self.state.step, flops, peak)
+        return Progress(self.config, storage, self.total_steps, self.state, flops, peak)
 
     def _check_memory(self) -> float:
         """Refuse, before the first step, what a worker cannot hold; return how long the step's samples were waited for."""
@@ -119,8 +122,14 @@ class Trainer:
         self.memory_plan = plan_step(self.trainable.module, batches, self.config.training, self.world_size)
         if self.rank == 0:
             logger.info("memory of a worker, by part:\n%s", self.memory_plan.table())
-        self.memory_plan.check(*device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))))
+        self.memory_plan.check(*self._capacity())
         return waited_seconds
+
+    def _capacity(self) -> tuple[int, str]:
+        """Return how many bytes of the plan this rank can hold, with the weights that it holds already, and where."""
+        free, where = device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+        is_held = not self.config.training.use_gpu
+        return free + is_held * sum(parameter.nbytes for parameter in self.trainable.module.parameters()), where
 
     def _train_epoch(self) -> None:
         """Make the steps that are left of the epoch, or of the run."""
@@ -158,17 +167,18 @@ class Trainer:
         self._upload()
         state.record_validation(self._validate(), self.trainable.metric)
         self.trainable.after_validation(state)
+        self.clock.stamp(state)
         self.checkpoints.publish(state)
         self._wait_until_published()
         if self.progress:
             self.progress.validation(state, self.trainable.metric)
         self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
-        if self._request == Request.STOP and not state.is_finished(self.config):
-            self._stop()
         self.watchdog.beat()
 
     def _stop(self) -> None:
         self._wait_until_published()
+        if self.progress:
+            self.progress.close()
         raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command goes on from step {self.state.step}")
 
     def _wait_until_published(self) -> None:
@@ -204,7 +214,8 @@ class Trainer:
 
         Each loss is the sum over this rank's targets divided by the number of targets on all ranks and micro batches.
         """
-        asked = torch.tensor([self.reporter.request() == request for request in (Request.SAVE, Request.STOP)], dtype=torch.float64)
+        wanted = self.reporter.request()
+        asked = torch.tensor([wanted == request for request in (Request.SAVE, Request.STOP)], dtype=torch.float64)
         counts = self._sum_over_ranks(torch.cat([torch.stack([batch.valid_counts() for batch in batches]).sum(0), asked]))
         asked, counts = counts[-2:], counts[:-2].clamp(min=1)
         means = torch.zeros(len(self.weights), dtype=torch.float64, device=self.device)
@@ -218,7 +229,9 @@ class Trainer:
                 is_finite_here = bool(means.isfinite().all())
                 means = self._sum_over_ranks(means)
                 self._refuse_non_finite(means, is_finite_here, batches)
-            self.engine.end_micro_batch()
+            is_updated = self.engine.end_micro_batch()
+        if not is_updated:
+            raise NonFiniteError(f"step {self.state.step}: a gradient is not finite, though the loss is{self._name_samples(batches)}")
         result = dict(zip(self.weights, means.tolist(), strict=True))
         self._request = Request.STOP if asked[1] else Request.SAVE if asked[0] else Request.NONE
         self.reporter.step(self.state.step, result, batches)
@@ -247,13 +260,19 @@ class Trainer:
         return tensor
 
     def _refuse_non_finite(self, means: Tensor, is_finite_here: bool, batches: Sequence[MicroBatch]) -> None:
-        """Raise on every rank, before the optimizer sees gradients of a loss that is no number; the line names the rank and its samples."""
+        """Raise on every rank, before the optimizer sees gradients of a loss that is no number."""
         if bool(means.isfinite().all()):
             return
         bad = [name for name, mean in zip(self.weights, means.tolist(), strict=True) if not math.isfinite(mean)]
+        raise NonFiniteError(
+            f"step {self.state.step}: loss {', '.join(bad)} is not finite{self._name_samples([] if is_finite_here else batches)}"
+        )
+
+    def _name_samples(self, batches: Sequence[MicroBatch]) -> str:
+        """Say which ranks had which of a step's samples, of those that give any; every rank must call this."""
         found: list[str] = [""] * self.world_size
-        dist.all_gather_object(found, "" if is_finite_here else f"; rank {self.rank} had samples {_samples(batches)}")
-        raise NonFiniteLossError(f"step {self.state.step}: loss {', '.join(bad)} is not finite{''.join(found)}")
+        dist.all_gather_object(found, f"; rank {self.rank} had samples {_samples(batches)}" if batches else "")
+        return "".join(found)
 
 
 def _samples(batches: Sequence[MicroBatch]) -> list[int]:
@@ -261,8 +280,8 @@ def _samples(batches: Sequence[MicroBatch]) -> list[int]:
 
 
 def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int, request: Request) -> bool:
-    """Tell whether the loop saves after this step; an epoch's last step is saved later, with its validation."""
-    return (state.step % every_steps == 0 or request != Request.NONE) and state.step_in_epoch < steps_per_epoch
+    """Tell whether the loop saves after this step; an epoch's last step is saved later, with its validation, unless that is asked for."""
+    return request != Request.NONE or (state.step % every_steps == 0 and state.step_in_epoch < steps_per_epoch)
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -116,6 +117,8 @@ def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, acti
         "buffers": size.buffer_bytes if is_apart else 0,  # on a CPU they are files that all processes of the machine share
         "bucket of gradients": bucket if stage == 3 else 0,
     }
+    saved = parts["weights"] if stage < 3 else size.frozen * element // world_size  # by rank 0, who has most
+    parts["checkpoint's copy"] = 0 if is_apart else saved + (12 if has_master else 8) * size.trained // share
     computing = {
         "gathered weights": gathered,
         "gradients": kept if stage >= 2 or training.accumulation_steps(world_size) > 1 else 0,
@@ -162,7 +165,7 @@ def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingCo
         elif tensor.requires_grad and accumulates:
             tensor.grad = torch.empty_like(tensor)
     empty = batch.to(META)
-    with Allocations() as allocations, Attention(training.use_gpu), torch.random.fork_rng([]):
+    with Allocations() as allocations, fused_attention(training.use_gpu), Undecided(), torch.random.fork_rng([]):
         torch.func.functional_call(_Pass(module), {f"module.{name}": tensor for name, tensor in state.items()}, (empty,))
     return allocations.peak_bytes
 
@@ -231,21 +234,34 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-class Attention(TorchFunctionMode):
-    """Has attention allocate what its kernel does: on a GPU it is fused; on a CPU too, but with dropout or a mask that learns."""
+@contextmanager
+def fused_attention(use_gpu: bool) -> Iterator[None]:
+    """Have attention allocate what its kernel does: on a GPU it is fused; on a CPU too, but with dropout or a mask that learns.
 
-    def __init__(self, use_gpu: bool) -> None:
-        super().__init__()
-        self._use_gpu = use_gpu
+    By its name, since PyTorch's modes for functions end where the backward pass computes a layer again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:
+        if use_gpu or not options.get("dropout_p"):
+            return _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return plain(query, key, value, *arguments, **options)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class Undecided(TorchFunctionMode):
+    """Answers no where a model asks whether a mask hides nothing, which no tensor without content can tell."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Replace attention; and answer no where a model asks whether a mask hides nothing, which no tensor without content can tell."""
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and (self._use_gpu or not kwargs.get("dropout_p")):
-            return _Fused.apply(*args[:3])  # type: ignore[no-untyped-call]
+        """Call a function, but for those questions."""
         if func in (Tensor.__bool__, Tensor.item) and args[0].device.type == "meta":
             return False
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _without_content(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,5 +277,19 @@ def device_bytes(use_gpu: bool, local_workers: int) -> tuple[int, str]:
     """Return how much memory each of a machine's workers has, and what that is called; on a CPU what is free now is shared."""
     if use_gpu:
         return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
-    free = next(line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
-    return (int(free.split()[1]) << 10) // local_workers, f"free memory for each of {local_workers} workers on this machine"
+    return free_host_bytes() // local_workers, f"free memory for each of {local_workers} workers on this machine"
+
+
+def free_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what the machine has free, or what its container has where that is less; the kernel gives file caches back."""
+    free = _numbers(meminfo)["MemAvailable:"] << 10
+    limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
+    if limit == "max":
+        return free
+    cached = sum(size for name, size in _numbers(cgroup / "memory.stat").items() if name in ("active_file", "inactive_file"))
+    return min(free, int(limit) - int((cgroup / "memory.current").read_text()) + cached)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}

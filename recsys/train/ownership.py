@@ -64,6 +64,7 @@ class Ownership:
     def __init__(self, storage: Storage, run: str, token: int = 0) -> None:
         self._storage, self._run, self.token = storage, run, token
         self.lost: Owner | None = None
+        self.lost_at: float | None = None
         self._uri = storage.uri("runs", run, "owners")
 
     def newest(self) -> int:
@@ -115,7 +116,9 @@ class Ownership:
 
     @contextmanager
     def held(self, lease_seconds: float) -> Iterator[int]:
-        """Own the run for the block; yields the owner's number. `lost` is then the owner before, if it died.
+        """Own the run for the block; yields the owner's number.
+
+        `lost` is then the owner before, if it died, and `lost_at` its last sign of life, in seconds since 1970.
 
         Raises:
             UserError: the run has a live owner; the line names it.
@@ -140,6 +143,7 @@ class Ownership:
                     f"run.name = {self._run}: is trained by {self.owner(last)}; wait for it, stop it, or choose another run.name"
                 )
             self.lost = self.owner(last) if last and not self._is_released(last) else None
+            self.lost_at = float(self._last_beat(last) or 0) or None if self.lost else None
             self.token = last + 1
             if self._storage.create(self._file(self.token, "owner.json"), Owner.this_process().model_dump_json().encode()):
                 return
@@ -162,13 +166,11 @@ class Ownership:
         return self._storage.exists(self._file(token, "released"))
 
     def _beat(self, ended: threading.Event, seconds: float) -> None:
-        number = 0
         while True:
             try:
-                self._storage.write_bytes(self._file(self.token, "alive"), str(number).encode())
-            except UserError as error:
+                self._storage.write_bytes(self._file(self.token, "alive"), str(time.time()).encode())
+            except Exception as error:  # whatever it is, the next one may be given
                 logger.warning("run %s: no sign of life could be given: %s", self._run, error)
-            number += 1
             if ended.wait(seconds):
                 return
 

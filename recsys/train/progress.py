@@ -3,11 +3,13 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from recsys.config import Config
+from recsys.errors import StoreError
 from recsys.storage import Storage, private_folder
 from recsys.train.state import TrainingState
 from recsys.train.trackers import Trackers
@@ -22,7 +24,13 @@ class Progress:
     """
 
     def __init__(
-        self, config: Config, storage: Storage, total_steps: int, first_step: int, flops_per_token: float = 0.0, peak_flops: float = 0.0
+        self,
+        config: Config,
+        storage: Storage,
+        total_steps: int,
+        state: TrainingState,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
     ) -> None:
         self._every, self._metric = config.training.log_every_seconds, config.evaluation.metric
         self._epochs = config.training.epochs
@@ -31,10 +39,10 @@ class Progress:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._target = storage.uri("runs", config.run.name, "tensorboard")
         self._folder = private_folder(Path(config.run.scratch) / "tensorboard" / config.run.name)
-        self._writer, self._trackers = SummaryWriter(str(self._folder)), Trackers(config)
-        self._first_step = first_step
+        self._writer = SummaryWriter(str(self._folder), purge_step=state.step or None)  # steps that are made again are drawn once
+        self._trackers = Trackers(config)
+        self._first_step, self._since = state.step, state.model_copy()
         self._begin = self._last_line = time.monotonic()
-        self._since = TrainingState()
         self._tokens = 0
 
     def step(self, state: TrainingState, losses: dict[str, float], num_tokens: int, learning_rate: float) -> None:
@@ -54,13 +62,18 @@ class Progress:
         best = " (best)" if state.best_step == state.step else ""
         logger.info("epoch %d/%d | validation %s %.4f%s", state.epoch, self._epochs, metric, state.validation[metric], best)
         self._writer.flush()
-        for path in filter(Path.is_file, self._folder.iterdir()):
-            self._storage.upload(path, f"{self._target}/{path.name}")
+        self._upload()
 
     def close(self) -> None:
-        """End the TensorBoard file and the trackers' records."""
+        """End the TensorBoard file and the trackers' records; send what of the former the store has not."""
         self._writer.close()
+        self._upload()
         self._trackers.close()
+
+    def _upload(self) -> None:
+        with suppress(StoreError):  # the next time takes all of it along
+            for path in filter(Path.is_file, self._folder.iterdir()):
+                self._storage.upload(path, f"{self._target}/{path.name}")
 
     def _write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

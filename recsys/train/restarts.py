@@ -22,7 +22,7 @@ class Restarts:
         self._config, self._storage, self._ownership, self._causes = config, storage, ownership, causes
         self._failures: list[Failure] = []  # since the newest checkpoint
         self._newest: list[int] = []
-        self._owned_since = time.time()
+        self._owned_since, self._lost_at = time.time(), ownership.lost_at
 
     def begin(self) -> None:
         """Let workers be started for the first time."""
@@ -69,6 +69,7 @@ class Restarts:
             causes=(*self._causes, *self._failures),
             skip=steps_to_skip(self._failures, self._config.training.on_non_finite),
             owned_since=self._owned_since,
+            lost_at=self._lost_at,
             given_up=given_up,
         )
 

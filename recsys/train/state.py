@@ -11,8 +11,8 @@ from recsys.train.failures import Failure
 class Incident(BaseModel):
     """A return to a checkpoint: why, to which step, and what it cost.
 
-    `seconds` runs from that checkpoint, or from the start of the process that trains since then where that is another one, to the end of
-    the first new step: work that was lost, and the parts of the restart that follow.
+    `seconds` runs from that checkpoint to the end of the first new step: work that was lost, and the parts of the restart that follow. If
+    the process that trained was lost too, the time between its last sign of life and the next one's start is not among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -18,10 +20,15 @@ if TYPE_CHECKING:
 
 BEAT, REST = b"b", b"r"
 LONGEST_WORD_SECONDS = 15.0
+LONGEST_LOOK_SECONDS = 1.0
 
 
 class Watchdog:
-    """Watches the calling process for the block: from each `beat` on, the next `beat` or `rest` must come within the limit."""
+    """Watches the calling process for the block: from each `beat` on, the next `beat` or `rest` must come within the limit.
+
+    At rest it may take any time, but must not be stopped for as long. Two ranks that wait for each other there are ended by their
+    collective's own limit.
+    """
 
     def __init__(self, limit_seconds: float, storage: "StorageConfig", run: str, token: int, rank: int) -> None:
         arguments = [str(os.getpid()), str(limit_seconds), storage.model_dump_json(), run, str(token), str(rank)]
@@ -52,37 +59,50 @@ class Watchdog:
         self._process.wait()
 
 
-def is_silent(limit_seconds: float) -> bool:
+def is_silent(process_id: int, limit_seconds: float) -> bool:
     """Read what the watched process says on stdin, until it ends, which is False, or is silent for too long, which is True."""
-    word = REST
-    while True:
-        ready, _, _ = select.select([sys.stdin], [], [], limit_seconds if word == BEAT else None)
-        if not ready:
-            return True
-        said = os.read(sys.stdin.fileno(), 4096)
-        if not said:
-            return False
-        word = said[-1:]
+    word, silent_since = REST, time.monotonic()
+    while time.monotonic() - silent_since < limit_seconds:
+        ready, _, _ = select.select([sys.stdin], [], [], min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
+        if ready:
+            said = os.read(sys.stdin.fileno(), 4096)
+            if not said:
+                return False
+            word = said[-1:]
+        if ready or (word == REST and not is_stopped(process_id)):
+            silent_since = time.monotonic()
+    return os.getppid() == process_id
+
+
+def is_stopped(process_id: int) -> bool:
+    """Tell whether a process of this machine is held up by a signal."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 def main() -> None:
     """Watch, and leave word for the run's owner of what was killed."""
     process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
-    if is_silent(float(limit_seconds)):
+    if is_silent(int(process_id), float(limit_seconds)):
         print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
-        word = threading.Thread(target=leave_word, args=(storage, run, int(token), int(rank)), daemon=True)
+        word = threading.Thread(target=leave_word, args=(int(process_id), storage, run, int(token), int(rank)), daemon=True)
         word.start()
         word.join(LONGEST_WORD_SECONDS)
-        os.kill(int(process_id), signal.SIGKILL)
+        if os.getppid() == int(process_id):
+            os.kill(int(process_id), signal.SIGKILL)
 
 
-def leave_word(storage: str, run: str, token: int, rank: int) -> None:
+def leave_word(process_id: int, storage: str, run: str, token: int, rank: int) -> None:
     """Note in the store that this rank was found hanging."""
     from recsys.config import StorageConfig
     from recsys.storage import Storage
     from recsys.train.ownership import Ownership
 
-    Ownership(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token).note_hang(rank)
+    ownership = Ownership(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token)
+    if os.getppid() == process_id:  # or others have ended it meanwhile
+        ownership.note_hang(rank)
 
 
 if __name__ == "__main__":

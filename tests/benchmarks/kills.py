@@ -39,7 +39,7 @@ def main() -> None:
         dataset = make_dataset(Storage(str(folder / "store")), num_users=2000)
         runs = {kind: Run(dataset, folder, kind) for kind in ("undisturbed", "workers", "everything")}
         for run in runs.values():
-            (run.scratch / "pace").write_text(str(PACE_SECONDS))
+            run.set_pace(PACE_SECONDS)
         try:
             undisturbed, results = runs["undisturbed"], []
             for run, num_kills, disturb in (

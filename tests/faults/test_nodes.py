@@ -97,13 +97,13 @@ def test_a_run_waits_for_another_node_where_one_was_killed(dataset: Dataset, nod
     undisturbed = Run(dataset, tmp_path, "undisturbed")
     undisturbed.finish()
     run = Run(dataset, tmp_path, "node-killed")
-    (run.scratch / "pace").write_text("0.1")
+    run.set_pace(0.1)
     process = start(run, nodes)
     run.wait_for_checkpoint(process, above_step=0)
     kill_node(nodes.others[0])
     time.sleep(2)
     nodes.add()
-    (run.scratch / "pace").unlink()
+    run.set_pace(0)
     result = run.finish(process)
     assert_same(run, undisturbed)
     incidents = result["incidents"]
@@ -116,8 +116,7 @@ def test_notice_that_a_node_will_be_taken_away_saves_the_step_under_way(dataset:
     undisturbed = Run(dataset, tmp_path, "undisturbed-too")
     undisturbed.finish()
     run = Run(dataset, tmp_path, "noticed", checkpoint__every_steps=10_000)
-    pace = run.scratch / "pace"
-    pace.write_text("0.5")
+    run.set_pace(0.5)
     process = start(run, nodes)
     wait_until(run, lambda: num_ranks(run, 2) == 2)
     noticed = last_step(run.scratch / "ledger-0")
@@ -125,7 +124,7 @@ def test_notice_that_a_node_will_be_taken_away_saves_the_step_under_way(dataset:
     run.wait_for_checkpoint(process, above_step=noticed)
     kill_node(nodes.others[0])
     nodes.add()
-    pace.unlink()
+    run.set_pace(0)
     result = run.finish(process)
     assert_same(run, undisturbed)
     assert noticed < run.resumed_steps()[0] < steps_per_epoch(dataset)  # where no checkpoint was due
@@ -144,8 +143,7 @@ def give_notice(nodes: Nodes, seconds: int) -> None:
 
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_there(dataset: Dataset, nodes: Nodes, tmp_path: Path) -> None:
     run = Run(dataset, tmp_path, "elastic", **{"training__num_workers": "[1, 2]", "model__dropout": 0.0})
-    pace = run.scratch / "pace"
-    pace.write_text("0.2")
+    run.set_pace(0.2)
     process = start(run, nodes)
     wait_until(run, lambda: num_ranks(run, 2) == 2)
     run.wait_for_checkpoint(process, above_step=0)
@@ -154,9 +152,9 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_there(dataset: Dataset, 
     wait_until(run, lambda: num_ranks(run, before) == 1 and last_step(run.scratch / "ledger-0") > before + 5)
     nodes.add()
     alone = last_step(run.scratch / "ledger-1")
-    pace.write_text("1")
+    run.set_pace(1)
     wait_until(run, lambda: last_step(run.scratch / "ledger-1") > alone)
-    pace.unlink()
+    run.set_pace(0)
     result: dict[str, Any] = run.finish(process)
     kinds = [incident["causes"][-1]["kind"] for incident in result["incidents"]]
     assert kinds[-1] == "resized"

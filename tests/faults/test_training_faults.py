@@ -1,6 +1,7 @@
 """Faults inside training: a loss that is no number, and checkpoints that are damaged or of something else."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from recsys.train.trained import load_trained
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import RankError, run_distributed
 
+Poison = Callable[[torch.Tensor], torch.Tensor]
+
 
 def make_config(folder: Path, **values: object) -> Config:
     storage = Storage(str(folder / "store"))
@@ -38,15 +41,20 @@ def run(config: Config) -> int:
     return Trainer(config, open_dataset(config), LocalReporter()).run().step
 
 
-def run_poisoned(config: Config, skip: tuple[int, ...] = ()) -> TrainingState:
-    """Make the loss NaN at step 2 on rank 1, and check that no weight took it in."""
+def without_gradient(loss: torch.Tensor) -> torch.Tensor:
+    """Return a loss of the same value, whose gradient is NaN."""
+    return loss + (0 * loss).sqrt()
+
+
+def run_poisoned(config: Config, skip: tuple[int, ...] = (), poison: Poison = lambda loss: loss * float("nan")) -> TrainingState:
+    """Poison the loss at step 2 on rank 1, and check that no weight took it in."""
     trainer = Trainer(config, open_dataset(config), LocalReporter(), attempt=Attempt(skip=skip))
     healthy_forward = trainer.engine.forward
 
     def forward(batch: object) -> dict[str, torch.Tensor]:
         losses = healthy_forward(batch)  # type: ignore[arg-type]
         is_poisoned = trainer.state.step == 2 and trainer.rank == 1
-        return {name: loss * float("nan") if is_poisoned else loss for name, loss in losses.items()}
+        return {name: poison(loss) if is_poisoned else loss for name, loss in losses.items()}
 
     trainer.engine.forward = forward  # type: ignore[method-assign]
     try:
@@ -62,6 +70,24 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(tmp_path: Path
         run_distributed(run_poisoned, 2, make_config(tmp_path, **values))
     checkpoints = CheckpointStore(Storage(str(tmp_path / "store")), make_config(tmp_path, **values), open_dataset(make_config(tmp_path)))
     assert checkpoints.steps()[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [
+        (0, "fp32"),
+        (2, "fp32"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"))),
+    ],
+)
+def test_a_gradient_that_is_no_number_stops_the_run_too(tmp_path: Path, zero_stage: int, precision: str) -> None:
+    make_dataset(Storage(str(tmp_path / "store")))
+    values = {"training__num_workers": 2, "training__micro_batch_size": 4, "checkpoint__every_steps": 1}
+    config = make_config(tmp_path, **values, training__zero_stage=zero_stage, training__precision=precision)
+    says = r"not finite on rank \d at step 2: step 2: a gradient is not finite, though the loss is; rank 0 had samples \["
+    with pytest.raises(RankError, match=says):
+        run_distributed(run_poisoned, 2, config, (), without_gradient)
+    assert CheckpointStore(Storage.from_config(config.storage), config, open_dataset(config)).steps()[-1] == 2
 
 
 def test_a_step_that_is_to_be_skipped_changes_nothing_but_the_place_in_the_data(tmp_path: Path) -> None:

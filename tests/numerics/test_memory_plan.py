@@ -14,7 +14,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.storage import Storage
 from recsys.train.loop import Trainer
-from recsys.train.memory import ModelSize, plan_memory
+from recsys.train.memory import ModelSize, free_host_bytes, plan_memory
 from recsys.train.reporter import LocalReporter
 from tests.benchmarks.gpu_training import TINY, make_decoder
 from tests.datasets import make_dataset, small_settings
@@ -59,6 +59,7 @@ def planned_and_measured(config: Config) -> tuple[int, int]:
             trainer._step(batches)
             if number == 1:
                 break
+            trainer.engine.snapshot()
     most = total = held
     for _, size in sorted((event.start_ns(), event.nbytes()) for event in memory_events(profiler)):
         total += size
@@ -80,9 +81,9 @@ def bytes_of(tensors: list[torch.Tensor]) -> int:
 )
 def test_the_plan_is_within_a_tenth_of_what_training_takes(tmp_path: Path, name: str) -> None:
     config = config_of(tmp_path, CONFIGURATIONS[name])
-    for planned, measured in run_distributed(planned_and_measured, config.training.max_workers, config):
-        print(f"{name}: planned {planned / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {planned / measured:.3f}")
-        assert planned == pytest.approx(measured, rel=0.1)
+    planned, measured = max(run_distributed(planned_and_measured, config.training.max_workers, config), key=lambda found: found[1])
+    print(f"{name}: planned {planned / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB, {planned / measured:.3f}")
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_a_decoder_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -95,7 +96,7 @@ def test_a_decoder_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def test_shares_shrink_with_more_workers() -> None:
     size = ModelSize(trained=1000, frozen=0, buffer_bytes=0)
-    for stage, shared in ((1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer", "weights"])):
+    for stage, shared in ((1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer", "weights", "checkpoint's copy"])):
         training = TrainingConfig(zero_stage=stage, global_batch_size=64, micro_batch_size=8)
         two, four = (plan_memory(size, training, workers, 0).parts for workers in (2, 4))
         assert [name for name in two if two[name] == 2 * four[name] > 0] == sorted(shared, key=list(two).index)
@@ -104,21 +105,33 @@ def test_shares_shrink_with_more_workers() -> None:
 def test_what_is_offloaded_leaves_the_gpu() -> None:
     size = ModelSize(trained=1000, frozen=0, buffer_bytes=0)
     training = TrainingConfig(zero_stage=3, use_gpu=True, offload_optimizer=True, offload_parameters=True)
-    assert plan_memory(size, training, 2, 0).parts == {"weights": 0, "optimizer": 0, "buffers": 0, "bucket of gradients": 4000}
+    parts = plan_memory(size, training, 2, 0).parts
+    assert {name: bytes for name, bytes in parts.items() if bytes} == {"bucket of gradients": 4000}
 
 
 def test_a_refusal_names_parts_and_what_would_fit() -> None:
     size = ModelSize(trained=1 << 20, frozen=0, buffer_bytes=0)
     plan = plan_memory(size, TrainingConfig(zero_stage=0, global_batch_size=128, micro_batch_size=64), 2, 64 << 20)
-    assert plan.peak_bytes == (4 + 8 + 64) << 20
+    assert plan.peak_bytes == (4 + 8 + 12 + 64) << 20
     plan.check(plan.peak_bytes, "a GPU")
     with pytest.raises(
         UserError, match=r"micro_batch_size = 64: .* of a GPU \(activations 0.06, .*\); training.micro_batch_size=32 would fit"
     ):
         plan.check(plan.peak_bytes - 1, "a GPU")
-    assert plan.fitting_micro_batch((12 + 8) << 20) == 8
+    assert plan.fitting_micro_batch((24 + 8) << 20) == 8
     with pytest.raises(UserError, match=r"raise training.zero_stage or training.num_workers"):
-        plan.check(12 << 20, "a GPU")
+        plan.check(24 << 20, "a GPU")
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert free_host_bytes(tmp_path / "meminfo", tmp_path) == 4000 << 10
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_host_bytes(tmp_path / "meminfo", tmp_path) == 4000 << 10
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1500000\nactive_file 200000\ninactive_file 100000\n")
+    assert free_host_bytes(tmp_path / "meminfo", tmp_path) == 1_300_000
 
 
 def refused(config: Config) -> str:

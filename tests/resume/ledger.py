@@ -10,6 +10,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ class Recording(Recommending):
             yield batches
 
     def _pace_where_told(self, module: object, inputs: object) -> None:
-        if self.module.training and (self._scratch / "pace").exists():
-            time.sleep(float((self._scratch / "pace").read_text() or 0))
+        with suppress(FileNotFoundError):
+            if self.module.training:
+                time.sleep(float((self._scratch / "pace").read_text() or 0))
 
     def _poison_where_told(self, module: object, inputs: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         is_poisoned = self.module.training and (self._scratch / f"poison-{self._number}").exists()

@@ -42,6 +42,10 @@ class Run:
         self.scratch.mkdir(mode=0o700)
         self.log = self.scratch / "log"
 
+    def set_pace(self, seconds: float) -> None:
+        """Have each micro batch take so long at least from now on."""
+        (self.scratch / "pace").write_text(str(seconds))
+
     def start(self) -> "subprocess.Popen[str]":
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         return subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True)

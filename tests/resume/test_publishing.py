@@ -5,6 +5,8 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from recsys.errors import UserError
 from recsys.storage import Storage
 from recsys.train.checkpoint import read_manifest
 from recsys.train.checkpoint_store import CheckpointStore
+from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter, Metrics
+from recsys.train.reporter import LocalReporter, Metrics, Request
 from recsys.train.trained import load_trained
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
@@ -75,7 +78,7 @@ def slow_uploads() -> None:
     upload = Storage.upload
 
     def slow(self: Storage, path: Path, uri: str) -> None:
-        time.sleep(0.2)
+        time.sleep(0.5)
         upload(self, path, uri)
 
     Storage.upload = slow  # type: ignore[method-assign]
@@ -98,15 +101,54 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_does_not_change_it(
             assert torch.equal(tensor, second[3].state_dict()[name]), name
 
 
+class Asking(LocalReporter):
+    """Asks for something once, in the last step of the first epoch."""
+
+    def __init__(self, asked: Request, last_step: int) -> None:
+        super().__init__()
+        self.asked, self.last_step, self.num_steps = asked, last_step, 0
+
+    def request(self) -> Request:
+        self.num_steps += 1
+        return self.asked if self.num_steps == self.last_step else Request.NONE
+
+
+def run_asking(config: Config, asked: Request) -> int:
+    """Train with such a reporter; return the steps of an epoch."""
+    dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
+    last_step = -(-dataset.manifest.num_samples // config.training.global_batch_size)
+    with pytest.raises(TrainingError, match=r"^stopped") if asked == Request.STOP else nullcontext():
+        Trainer(config, dataset, Asking(asked, last_step)).run()
+    return last_step
+
+
+@pytest.mark.parametrize("asked", [Request.SAVE, Request.STOP])
+def test_what_is_asked_for_in_an_epochs_last_step_is_done_before_its_validation(tmp_path: Path, asked: Request) -> None:
+    values = {"training__num_workers": 1, "checkpoint__every_steps": 10_000, "training__epochs": 2, "training__max_steps": 10_000}
+    plain, config = (config_of(tmp_path, name, **values) for name in ("plain", "asked"))
+    last_step = run_distributed(run_asking, 1, plain, Request.NONE)[0]
+    run_distributed(run_asking, 1, config, asked)
+    if asked == Request.STOP:
+        newest = store_of(config).newest()
+        assert newest is not None
+        assert (newest.state.step, newest.state.validation) == (last_step, {})
+        run_distributed(run_asking, 1, config, Request.NONE)
+    assert store_of(plain).steps() == [last_step, 2 * last_step]
+    for step in store_of(plain).steps():
+        first, second = (read_manifest(Storage.from_config(each.storage), store_of(each).uri(step)) for each in (plain, config))
+        assert first.state.validation == second.state.validation != {}
+        assert {file.path: file.sha256 for file in first.files} == {file.path: file.sha256 for file in second.files}
+
+
 def load_step(config: Config, step: int) -> Any:
     return load_trained(Storage.from_config(config.storage), store_of(config).uri(step), config.run.scratch)
 
 
 class KillAt:
-    """Kills this rank at the nth call of one of the store's methods in the checkpoint of a step."""
+    """Kills this rank before the nth call of one of the store's methods in the checkpoint of a step, or inside it, before the rename."""
 
-    def __init__(self, rank: int, method: str, part: str, number: int) -> None:
-        self.rank, self.method, self.part, self.number = rank, method, part, number
+    def __init__(self, rank: int, method: str, part: str, number: int, is_inside: bool = False) -> None:
+        self.rank, self.method, self.part, self.number, self.is_inside = rank, method, part, number, is_inside
 
     def __call__(self) -> None:
         original = getattr(Storage, self.method)
@@ -117,7 +159,10 @@ class KillAt:
             if any(f"step-{2 * EVERY:08d}" in str(argument) and self.part in str(argument) for argument in arguments):
                 calls += 1
                 if torch.distributed.get_rank() == self.rank and calls == self.number:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+                    if not self.is_inside:
+                        kill()
+                    os.fsync = lambda descriptor: kill()
             return original(storage, *arguments)
 
         setattr(Storage, self.method, killing)
@@ -125,13 +170,16 @@ class KillAt:
 
 MOMENTS = {
     "before the first byte": KillAt(1, "upload", "files-", 1),
+    "inside a file": KillAt(1, "upload", "files-", 1, is_inside=True),
     "between two files": KillAt(0, "upload", "files-", 2),
     "before the list of a part": KillAt(1, "write_bytes", "part-1", 1),
     "all parts but no manifest": KillAt(0, "create", "manifest.json", 1),
+    "inside the manifest": KillAt(0, "create", "manifest.json", 1, is_inside=True),
 }
+QUICK = ("inside a file", "all parts but no manifest")
 
 
-@pytest.mark.parametrize("moment", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("be")) for name in MOMENTS])
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in MOMENTS])
 def test_a_kill_inside_a_write_leaves_nothing_that_is_read(tmp_path: Path, expected: dict[str, str], moment: str) -> None:
     killed = config_of(tmp_path, "killed")
     run_until_killed(run, 2, killed, MOMENTS[moment])

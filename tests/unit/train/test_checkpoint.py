@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from recsys.config import load_config
+from recsys.train.checkpoint import steps_in
 from recsys.train.loop import is_saving_step, learning_rate_factor, planned_steps
 from recsys.train.reporter import Request
 from recsys.train.resuming import config_differences, superfluous_steps
@@ -41,11 +42,17 @@ def test_a_run_is_finished_by_epochs_steps_or_no_improvement() -> None:
     assert TrainingState(epochs_without_improvement=2).is_finished(config)
 
 
-def test_an_epochs_last_step_is_saved_with_its_validation_only() -> None:
+def test_an_epochs_last_step_is_saved_with_its_validation_unless_it_is_asked_for() -> None:
     states = [TrainingState(step=step, step_in_epoch=(step - 1) % 6 + 1) for step in range(1, 13)]
     assert [state.step for state in states if is_saving_step(state, 6, 3, Request.NONE)] == [3, 9]
     for request in (Request.SAVE, Request.STOP):
-        assert [state.step for state in states if is_saving_step(state, 6, 3, request)] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+        assert [state.step for state in states if is_saving_step(state, 6, 3, request)] == list(range(1, 13))
+
+
+def test_what_is_not_named_as_a_checkpoint_is_none() -> None:
+    folder = "s3://bucket/runs/a/checkpoints"
+    names = ["step-00000010/manifest.json", "step-00000010-copy/manifest.json", "notes.txt", "step-123456789/x/y", "step-1/manifest.json"]
+    assert steps_in(f"{folder}/{name}" for name in names) == {10, 123456789}
 
 
 def test_the_best_validation_is_remembered() -> None:

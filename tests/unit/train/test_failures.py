@@ -8,7 +8,7 @@ from recsys.errors import StoreError, UserError
 from recsys.train.failures import (
     Failure,
     Kind,
-    NonFiniteLossError,
+    NonFiniteError,
     TrainingError,
     delay_seconds,
     describe,
@@ -27,7 +27,7 @@ def failure(kind: Kind, step: int | None = None, message: str = "it failed", ran
     [
         (UserError("data.dataset = x: is gone"), "mistake"),
         (StoreError("cannot read s3://b/k: 503"), "store"),
-        (NonFiniteLossError("step 3: loss retrieval is not finite"), "not_finite"),
+        (NonFiniteError("step 3: loss retrieval is not finite"), "not_finite"),
         (MemoryError(), "out_of_memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:119] data. DefaultCPUAllocator: can't allocate memory: 99 bytes"), "out_of_memory"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1"), "collective"),
@@ -75,6 +75,12 @@ def test_what_follows_from_a_loss_that_is_no_number_can_be_chosen() -> None:
     assert reason_to_stop([bad], 3, "skip") is None
     assert steps_to_skip([bad, failure("worker_lost"), failure("not_finite", 3)], "skip") == (3, 5)
     assert steps_to_skip([bad], "roll_back") == ()
+
+
+def test_lack_of_memory_outside_of_a_step_may_pass() -> None:
+    failure = describe(MemoryError("no room"), rank=1, step=None, batch="")
+    assert str(failure).startswith("out of memory on rank 1: the worker does not fit in memory (no room)")
+    assert reason_to_stop([failure, failure], 3) is None
 
 
 def test_exceptions_are_told_apart_by_their_types_since_texts_hold_addresses() -> None:

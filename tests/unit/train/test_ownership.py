@@ -57,6 +57,9 @@ def test_a_killed_owner_is_followed_at_once_on_the_same_machine(storage: Storage
     with pytest.raises(UserError, match=f"process {process.pid}"), Ownership(storage, "run").held(60):
         pass
     assert process.pid is not None
+    begun = time.time()
+    while not storage.exists(storage.uri("runs", "run", "owners", "00000001", "alive")):
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     ownership = Ownership(storage, "run")
@@ -65,6 +68,7 @@ def test_a_killed_owner_is_followed_at_once_on_the_same_machine(storage: Storage
         assert time.monotonic() - begin < 5
         assert ownership.lost is not None
         assert ownership.lost.process_id == process.pid
+        assert ownership.lost_at == pytest.approx(begun, abs=60)
 
 
 def test_an_owner_of_another_machine_is_followed_when_it_gives_no_sign_of_life(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,24 +95,24 @@ def test_where_processes_cannot_be_looked_up_the_lease_decides(monkeypatch: pyte
     assert not Owner.this_process().is_gone()
 
 
-def race(storage: Storage, start: Any, results: Any) -> None:
-    start.wait()
+def race(storage: Storage, start: Any, results: Any, have_all_answered: Any) -> None:
+    start.wait(60)
     try:
         with Ownership(storage, "run").held(LEASE) as token:
             results.put(token)
-            time.sleep(3)
+            assert have_all_answered.wait(60)
     except UserError as error:
         results.put(str(error))
 
 
 def test_of_racing_owners_one_wins(storage: Storage) -> None:
     context = multiprocessing.get_context("spawn")
-    start, results = context.Event(), context.Queue()
-    processes = [context.Process(target=race, args=(storage, start, results)) for _ in range(4)]
+    start, results, have_all_answered = context.Barrier(4), context.Queue(), context.Event()
+    processes = [context.Process(target=race, args=(storage, start, results, have_all_answered)) for _ in range(4)]
     for process in processes:
         process.start()
-    start.set()
     answers = [results.get(timeout=60) for _ in processes]
+    have_all_answered.set()
     for process in processes:
         process.join()
     assert answers.count(1) == 1, answers

@@ -30,7 +30,9 @@ def test_a_line_has_speed_waiting_and_what_is_left(
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     config = load_config().with_values({"run.scratch": str(tmp_path), "training.log_every_seconds": 10, "training.epochs": 2})
-    progress = Progress(config, Storage(str(tmp_path / "store")), total_steps=40, first_step=0, flops_per_token=1e6, peak_flops=1e9)
+    progress = Progress(
+        config, Storage(str(tmp_path / "store")), total_steps=40, state=TrainingState(), flops_per_token=1e6, peak_flops=1e9
+    )
     state = TrainingState(validation={"ndcg@10": 0.25})
     with caplog.at_level(logging.INFO):
         for _ in range(10):
@@ -53,7 +55,7 @@ def test_a_line_has_speed_waiting_and_what_is_left(
 
 def test_without_a_language_model_nothing_is_said_of_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = load_config().with_values({"run.scratch": str(tmp_path), "training.log_every_seconds": 0})
-    progress, state = Progress(config, Storage(str(tmp_path / "store")), 4, 0), TrainingState()
+    progress, state = Progress(config, Storage(str(tmp_path / "store")), 4, TrainingState()), TrainingState()
     with caplog.at_level(logging.INFO):
         state.record_step({"retrieval": 2.0}, 50, 1.0, 0.1)
         progress.step(state, {"retrieval": 2.0}, 0, 1e-3)

@@ -13,6 +13,7 @@ from recsys.storage import Storage
 from recsys.train.ownership import Ownership
 
 LIMIT = 1.0
+PATIENT = 4.0
 PROGRAM = """
 import sys, time
 from recsys.config import StorageConfig
@@ -23,31 +24,35 @@ print("ended")
 """
 
 
-def run(storage: Storage, body: str) -> "subprocess.Popen[str]":
-    program = PROGRAM.format(limit=LIMIT, body=body)
+def run(storage: Storage, body: str, limit: float = LIMIT) -> "subprocess.Popen[str]":
+    program = PROGRAM.format(limit=limit, body=body)
     return subprocess.Popen([sys.executable, "-c", program, storage.root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        "time.sleep(2)",
-        "watchdog.beat(); watchdog.rest(); time.sleep(2)",
-        "[(watchdog.beat(), time.sleep(0.3)) for _ in range(8)]",
+        "time.sleep(5)",
+        "watchdog.beat(); watchdog.rest(); time.sleep(5)",
+        "[(watchdog.beat(), time.sleep(0.5)) for _ in range(10)]",
         "watchdog.beat()",
     ],
     ids=["before the first beat", "at rest", "beating", "ended"],
 )
 def test_who_is_not_silent_lives(tmp_path: Path, body: str) -> None:
-    process = run(Storage(str(tmp_path)), body)
+    process = run(Storage(str(tmp_path)), body, PATIENT)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "ended\n"), errors
     assert Ownership(Storage(str(tmp_path)), "run", 3).take_hangs() == []
 
 
-@pytest.mark.parametrize("is_stopped", [False, True], ids=["deadlocked", "stopped"])
-def test_who_is_silent_is_killed_and_named(tmp_path: Path, is_stopped: bool) -> None:
-    process = run(Storage(str(tmp_path)), "watchdog.beat(); print('begun', flush=True); time.sleep(60)")
+@pytest.mark.parametrize(
+    ("word", "is_stopped"),
+    [("beat", False), ("beat", True), ("rest", True)],
+    ids=["deadlocked", "stopped in a step", "stopped at rest"],
+)
+def test_who_is_silent_is_killed_and_named(tmp_path: Path, word: str, is_stopped: bool) -> None:
+    process = run(Storage(str(tmp_path)), f"watchdog.{word}(); print('begun', flush=True); time.sleep(60)")
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     if is_stopped:
