@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,11 +62,12 @@ def kill_node(node: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.fixture
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    found = Nodes(tmp_path_factory.mktemp("ray", numbered=True))
-    found.add()
-    yield found
-    found.close()
+def nodes() -> Iterator[Nodes]:
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # pytest's paths may be too long for sockets
+        found = Nodes(Path(folder))
+        found.add()
+        yield found
+        found.close()
     kill_descendants("tests.resume.ledger")
 
 
