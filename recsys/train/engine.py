@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,13 @@ class Engine:
         # Every other of DeepSpeed's optimizers leaves the weights alone where a gradient is not finite.
         self._updates_blindly = config.training.zero_stage == 0 and config.training.precision == "fp32"
         self._scale = dist.get_world_size() * config.training.accumulation_steps(dist.get_world_size())
-        # Only to tell that AdamW is none of its own would DeepSpeed load a compiler; ZeRO-3 needs the module for more.
-        muon = "deepspeed.runtime.zero.muon.muon_optimizer"
-        with _not_imported(muon) if config.training.zero_stage < 3 else nullcontext():
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model.to(device),
-                optimizer=_optimizer(groups, config),
-                config=deepspeed_config(
-                    config, dist.get_world_size(), sum(tensor.numel() for group in groups for tensor in group["params"])
-                ),
-                dist_init_required=False,
-            )
+        num_trained = sum(tensor.numel() for group in groups for tensor in group["params"])
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=_optimizer(groups, config),
+            config=deepspeed_config(config, dist.get_world_size(), num_trained),
+            dist_init_required=False,
+        )
         self._engine._copy_recovery_script = lambda folder: None  # a script beside each state, which nobody here runs
         if config.training.zero_stage == 3:
             _zero_padding(self._optimizer)
@@ -339,8 +335,20 @@ def _import_deepspeed(use_gpu: bool) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     with _not_imported("mlflow"):  # its autotuner, which nobody uses here, would
         import deepspeed
+    with _nothing_compiled():  # all stages look at Muon, which nobody uses here, and whose functions load a compiler
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     return deepspeed
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Leave functions that are made in the block as they are, where they ask to be compiled."""
+    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class Saves:
 
     def __init__(self, trainer: Trainer, every_steps: int) -> None:
         self.seconds: dict[str, list[float]] = {"blocked": [], "waited": []}
-        self._store, self._every = trainer.checkpoints, every_steps
+        self._store, self._every, self._last = trainer.checkpoints, every_steps, trainer.total_steps
         self._upload, self._publish = trainer.checkpoints.upload, trainer.checkpoints.publish
         self._begin = 0.0
         trainer.checkpoints.upload = self._timed_upload  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ class Saves:
     def _timed_publish(self, state: TrainingState) -> None:
         number = state.step // self._every
         self._publish(state)
-        if state.step % self._every:  # an epoch's end, which is validated between the two
+        if state.step % self._every or state.step_in_epoch == 0 or state.step == self._last:  # an end, validated between the two
             return
         if number % 2:
             self._store.wait()
