@@ -184,7 +184,10 @@ def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
     Raises:
         UserError: the run has a checkpoint and must not, or has none and must.
     """
-    has_checkpoint, resume = bool(checkpoints.steps()), config.run.resume
+    resume = config.run.resume
+    if resume == "auto":
+        return
+    has_checkpoint = bool(checkpoints.steps())
     if has_checkpoint and resume == "never":
         raise UserError(
             f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to go on'

@@ -151,7 +151,7 @@ class Trainer:
                 break
             if is_saving_step(state, self.steps_per_epoch, config.checkpoint.every_steps, self._request):
                 self._upload()
-                self.checkpoints.publish(state)
+                self._publish()
                 if self._request == Request.STOP:
                     self._stop()
             self.checkpoints.raise_failure()
@@ -167,8 +167,7 @@ class Trainer:
         self._upload()
         state.record_validation(self._validate(), self.trainable.metric)
         self.trainable.after_validation(state)
-        self.clock.stamp(state)
-        self.checkpoints.publish(state)
+        self._publish()
         self._wait_until_published()
         if self.progress:
             self.progress.validation(state, self.trainable.metric)
@@ -190,8 +189,11 @@ class Trainer:
     def _upload(self) -> None:
         self.watchdog.rest()
         with self._stall():
-            self.clock.stamp(self.state)
             self.checkpoints.upload(self.engine, self.state.step)
+
+    def _publish(self) -> None:
+        self.clock.stamp(self.state)
+        self.checkpoints.publish(self.state)
 
     @contextmanager
     def _stall(self) -> Iterator[None]:

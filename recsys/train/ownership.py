@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from recsys.errors import UserError
 from recsys.storage import Storage, join
+from recsys.train.processes import stat_of
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +192,5 @@ def _machine() -> str:
 
 def _start_of(process_id: int) -> str | None:
     """Return when a process of this machine started, in the kernel's ticks; None where there is none or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+    fields = stat_of(process_id)
+    return None if fields[:1] in ([], ["Z"]) else fields[19]

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+from recsys.train.processes import stat_of
 
 if TYPE_CHECKING:
     from recsys.config import StorageConfig
@@ -69,17 +70,9 @@ def is_silent(process_id: int, limit_seconds: float) -> bool:
             if not said:
                 return False
             word = said[-1:]
-        if ready or (word == REST and not is_stopped(process_id)):
+        if ready or (word == REST and stat_of(process_id)[:1] not in (["T"], ["t"])):  # at rest, but not held up by a signal
             silent_since = time.monotonic()
     return os.getppid() == process_id
-
-
-def is_stopped(process_id: int) -> bool:
-    """Tell whether a process of this machine is held up by a signal."""
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
 
 
 def main() -> None:

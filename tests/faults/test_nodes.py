@@ -71,12 +71,6 @@ def nodes() -> Iterator[Nodes]:
     kill_descendants("tests.resume.ledger")
 
 
-def start(run: Run, nodes: Nodes) -> "subprocess.Popen[str]":
-    """Start a run on the nodes."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | nodes.head.environment
-    return subprocess.Popen(run.command, env=environment, stdout=subprocess.PIPE, stderr=run.log.open("a"), text=True)
-
-
 def wait_until(run: Run, what: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not what():
@@ -100,7 +94,7 @@ def test_a_run_waits_for_another_node_where_one_was_killed(dataset: Dataset, nod
     undisturbed.finish()
     run = Run(dataset, tmp_path, "node-killed")
     run.set_pace(0.1)
-    process = start(run, nodes)
+    process = run.start(nodes.head.environment)
     run.wait_for_checkpoint(process, above_step=0)
     kill_node(nodes.others[0])
     time.sleep(2)
@@ -119,7 +113,7 @@ def test_notice_that_a_node_will_be_taken_away_saves_the_step_under_way(dataset:
     undisturbed.finish()
     run = Run(dataset, tmp_path, "noticed", checkpoint__every_steps=10_000)
     run.set_pace(0.5)
-    process = start(run, nodes)
+    process = run.start(nodes.head.environment)
     wait_until(run, lambda: num_ranks(run, 2) == 2)
     noticed = last_step(run.scratch / "ledger-0")
     give_notice(nodes, seconds=120)
@@ -146,7 +140,7 @@ def give_notice(nodes: Nodes, seconds: int) -> None:
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_there(dataset: Dataset, nodes: Nodes, tmp_path: Path) -> None:
     run = Run(dataset, tmp_path, "elastic", **{"training__num_workers": "[1, 2]", "model__dropout": 0.0})
     run.set_pace(0.2)
-    process = start(run, nodes)
+    process = run.start(nodes.head.environment)
     wait_until(run, lambda: num_ranks(run, 2) == 2)
     run.wait_for_checkpoint(process, above_step=0)
     kill_node(nodes.others[0])

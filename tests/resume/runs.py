@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class Run:
         """Have each micro batch take so long at least from now on."""
         (self.scratch / "pace").write_text(str(seconds))
 
-    def start(self) -> "subprocess.Popen[str]":
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    def start(self, cluster: Mapping[str, str] = {}) -> "subprocess.Popen[str]":
+        """Start it on a private Ray, or on the one that these variables of the environment tell of."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(cluster)
         return subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True)
 
     def finish(self, process: "subprocess.Popen[str] | None" = None, timeout_seconds: float = 500) -> dict[str, Any]:
