@@ -79,7 +79,7 @@ def _point(judge: Judge, ranked: Ranked, predictor: Predictor, address: str) -> 
     gaps = fairness_gaps(values, judge.users, judge.config.fairness_attributes)
     return {
         "checkpoint": address,
-        "bound": {"attribute": bound.attribute, "max_gap": bound.max_gap} if bound.attribute else None,
+        "bound": bound.model_dump() if bound.attribute else None,
         judge.config.metric: float(values.mean()),
         "gaps": {name: found["gap"] for name, found in gaps.items()},
     }

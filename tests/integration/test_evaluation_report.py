@@ -133,6 +133,15 @@ def test_a_plain_evaluation_says_what_could_be_asked_for(browser: Browser, confi
     assert "evaluation.diversity" in page.locator("#diversity").inner_text()
 
 
+def test_bounds_of_unlike_rates_are_told_apart(browser: Browser, result: dict[str, Any], tmp_path: Path) -> None:
+    point, bound = result["curve"][0], {"attribute": "group", "max_gap": 0.0}
+    bounds = [None, {**bound, "dual_rate": 0.5}, {**bound, "dual_rate": 2.0}]
+    curve = [{**point, "bound": each, "gaps": {"group": 0.1 / (1 + number)}} for number, each in enumerate(bounds)]
+    (tmp_path / "curve.html").write_text(make_report({**result, "curve": curve}, "ndcg@10"))
+    drawn = opened(browser, (tmp_path / "curve.html").as_uri()).locator("#fairness-0 svg text").all_text_contents()
+    assert {"no bound", "0, rate 0.5", "0, rate 2"} <= set(drawn)
+
+
 def test_what_comes_from_data_is_shown_and_never_run(browser: Browser, result: dict[str, Any], tmp_path: Path) -> None:
     bad = "<script>document.title='run'</script>"
     groups = {f"{bad}{number}": group for number, group in enumerate(result["fairness"]["group"]["groups"].values())}

@@ -120,11 +120,18 @@ def _fairness_curves(curve: Sequence[Mapping[str, Any]] | None, metric: str) -> 
         draw = partial(
             plots.draw_curve,
             places=[(point["gaps"][attribute], point[metric]) for point in points],
-            labels=[f"{point['bound']['max_gap']:g}" if point["bound"] else "no bound" for point in points],
+            labels=[_bound_name(point["bound"]) for point in points],
             across=f"gap in {metric} by {attribute}",
             up=metric,
             own=points.index(curve[0]),
         )
-        caption = "One point per checkpoint, this one larger; labels are the bounds that they were trained under. Up and left is better."
+        caption = (
+            "One point per checkpoint, this one larger; labels are what it was trained under: fairness.max_gap and fairness.dual_rate. "
+            "Up and left is better."
+        )
         figures.append(figure(f"fairness-{number}", f"{title} by {attribute}", caption, draw))
     return figures
+
+
+def _bound_name(bound: Mapping[str, Any] | None) -> str:
+    return f"{bound['max_gap']:g}, rate {bound['dual_rate']:g}" if bound else "no bound"

@@ -67,9 +67,10 @@ def test_a_model_compared_with_itself_and_with_another(config: Config, dataset: 
 
 
 def test_the_bound_of_a_point_is_that_of_its_training(config: Config, dataset: Dataset, predictor: Predictor) -> None:
-    bound = predictor_of(config.with_values({"fairness.attribute": "group", "fairness.max_gap": 0.25}), dataset, seed=0)
+    values = {"fairness.attribute": "group", "fairness.max_gap": 0.25, "fairness.dual_rate": 2.0}
+    bound = predictor_of(config.with_values(values), dataset, seed=0)
     curve = evaluate(predictor, dataset, EvaluationConfig(curve=("bound",)), lambda address: bound)["curve"]
-    assert [point["bound"] for point in curve] == [None, {"attribute": "group", "max_gap": 0.25}]
+    assert [point["bound"] for point in curve] == [None, {"attribute": "group", "max_gap": 0.25, "dual_rate": 2.0}]
 
 
 def test_a_checkpoint_of_another_dataset_is_no_peer(storage: Storage, config: Config, dataset: Dataset, predictor: Predictor) -> None:
