@@ -27,12 +27,13 @@ ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
 class Ranked:
     """Per user: the ranks of the distinct targets, by index, and the best items.
 
-    Ranks run from 1 and are 0 where a user has fewer targets. `cold_ranks` are those of cold targets among the cold items alone, 0 for
-    the others. `top` is 0 where there are fewer items; it is longer than the longest list where lists are to be re-ranked.
+    Ranks run from 1 and are 0 where a user has fewer targets. `like_ranks` are those among the target's like alone: a cold target's among
+    the cold items, another's among the warm ones. `top` is 0 where there are fewer items; it is longer than the longest list where lists
+    are to be re-ranked.
     """
 
     ranks: Indices  # (users, targets)
-    cold_ranks: Indices  # (users, targets)
+    like_ranks: Indices  # (users, targets)
     top: Indices  # (users, k)
     top_scores: Scores  # (users, k)
 
@@ -68,7 +69,7 @@ def rank_users(
 
 
 def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_] | None = None) -> tuple[Indices, Indices]:
-    """Rank each distinct target, by index, among all unseen items and, if it is cold itself, among the cold ones.
+    """Rank each distinct target, by index, among all unseen items and among those that are cold as it is, or warm as it is.
 
     A rank is 1 + the number of candidates that score higher, or the same at a lower index.
     """
@@ -80,8 +81,8 @@ def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_
     is_before = is_unseen & ((scores > own) | ((scores == own) & (np.arange(len(scores)) < targets[:, None])))  # (T, I + 1)
     ranks: Indices = 1 + is_before.sum(1)
     if is_cold is None:
-        return ranks, np.zeros_like(ranks)
-    return ranks, np.where(is_cold[targets], 1 + is_before[:, is_cold].sum(1), 0)
+        return ranks, ranks
+    return ranks, 1 + (is_before & (is_cold == is_cold[targets][:, None])).sum(1)
 
 
 def summarise(ranked: Ranked, config: EvaluationConfig, num_items: int) -> dict[str, float]:

@@ -15,7 +15,8 @@ from recsys.evaluation.users import EvaluationUser, groups_of, target_items
 
 MIN_SLICE_USERS = 10
 NUM_DECILES = 10
-COLD, COLD_AMONG_COLD, WARM = "cold target", "cold target among cold items", "warm target"
+COLD, COLD_AMONG_COLD = "cold target", "cold target among cold items"
+WARM, WARM_AMONG_WARM = "warm target", "warm target among warm items"
 
 Mask = NDArray[np.bool_]
 
@@ -26,7 +27,7 @@ class Slice:
 
     is_target: Mask  # (U, T)
     num_candidates: Integers  # (U,)
-    is_among_cold: bool = False
+    is_among_like: bool = False  # an item that training saw among such items, one that it did not among such
 
     @property
     def is_member(self) -> Mask:
@@ -35,7 +36,7 @@ class Slice:
 
     def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Values]:
         """Compute each metric of the slice's users (members,)."""
-        ranks = ranked.cold_ranks if self.is_among_cold else ranked.ranks
+        ranks = ranked.like_ranks if self.is_among_like else ranked.ranks
         return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
 
     def random(self, cutoff: int) -> dict[str, Values]:
@@ -60,14 +61,17 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
             by_user |= {f"{attribute} {group or 'unknown'}": values == group for group in groups}
     is_real = targets > 0
     is_cold = is_real & (train_count[targets] == 0)
+    is_warm = is_real & ~is_cold
     deciles = popularity_deciles(train_count)[targets]
-    by_target = {WARM: is_real & ~is_cold} | {f"popularity decile {decile}": deciles == decile for decile in range(1, NUM_DECILES + 1)}
+    by_target = {WARM: is_warm} | {f"popularity decile {decile}": deciles == decile for decile in range(1, NUM_DECILES + 1)}
     slices = {
         COLD: Slice(is_cold, num_unseen),
-        COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_among_cold=True),
+        COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_among_like=True),
         **{name: Slice(is_target, num_unseen) for name, is_target in by_target.items()},
         **{name: Slice(is_real & is_member[:, None], num_unseen) for name, is_member in by_user.items()},
     }
+    if num_unseen_cold.any():
+        slices[WARM_AMONG_WARM] = Slice(is_warm, num_unseen - num_unseen_cold, is_among_like=True)
     return {name: each for name, each in slices.items() if each.is_member.sum() >= MIN_SLICE_USERS}
 
 

@@ -14,7 +14,7 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.data.prepare import prepare
 from recsys.evaluation.report.page import make_report
-from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM
+from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM, WARM_AMONG_WARM
 from recsys.storage import Storage
 from recsys.train.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
@@ -94,6 +94,7 @@ def test_what_is_printed(result: dict[str, Any], config: Config) -> None:
     slices = result["slices"]
     assert slices[COLD]["num_users"] == slices[COLD_AMONG_COLD]["num_users"] == result["num_users"] - slices[WARM]["num_users"]
     assert slices[COLD_AMONG_COLD]["random"]["hr@10"] > 3 * slices[COLD]["random"]["hr@10"]
+    assert slices[WARM_AMONG_WARM]["hr@10"] >= slices[WARM]["hr@10"]
     compared = result["compare"]
     assert compared["checkpoint"] == config.evaluation.compare
     assert compared["metrics"]["ndcg@10"]["difference"] == pytest.approx(metrics["ndcg@10"] - compared["metrics"]["ndcg@10"]["other"])

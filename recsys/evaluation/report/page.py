@@ -7,7 +7,7 @@ from typing import Any
 
 from recsys.evaluation.report import plots, tables
 from recsys.evaluation.report.plots import Point
-from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM
+from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM, WARM_AMONG_WARM
 from recsys.report.page import figure, grid, header, page, section
 
 REPORT_NAME = "evaluation.html"
@@ -41,7 +41,7 @@ def _header(result: Mapping[str, Any], metric: str) -> str:
 
 
 def _slices(slices: Mapping[str, Any], metric: str) -> list[str]:
-    names = {WARM: "warm", COLD: "cold", COLD_AMONG_COLD: "cold, among the cold"}
+    names = {WARM: "warm", WARM_AMONG_WARM: "warm, among the warm", COLD: "cold", COLD_AMONG_COLD: "cold, among the cold"}
     cold = [Point.of_slice(label, slices[name], metric, shows_random=True) for name, label in names.items() if name in slices]
     lengths, deciles = (
         [Point.of_slice(name, found, metric) for name, found in slices.items() if name.startswith(kind)] for kind in (_HISTORY, _DECILE)
@@ -51,7 +51,7 @@ def _slices(slices: Mapping[str, Any], metric: str) -> list[str]:
         figure(
             "cold",
             "Items that training saw, and items that it did not",
-            "A cold target has no training interaction; it is ranked among all items and among the cold ones. Bars are 95 % intervals.",
+            "A cold target has no training interaction. Each is ranked among all items and among its like; bars are 95 % intervals.",
             partial(plots.draw_rows, points=cold, metric=metric) if cold else nothing,
             plots.points_height(cold) + 0.3,
         ),

@@ -31,12 +31,12 @@ def test_target_ranks(scores: list[float], history: list[int], targets: list[int
     assert target_ranks(row, user(history, targets))[0].tolist() == ranks
 
 
-def test_cold_targets_are_ranked_among_the_unseen_cold_items_too() -> None:
+def test_targets_are_ranked_among_the_unseen_items_of_their_like_too() -> None:
     scores = np.array([9, 5, 4, 4, 2, 1, 7], np.float32)
     is_cold = np.array([False, False, True, True, True, False, True])
-    ranks, cold_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
+    ranks, like_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
     assert ranks.tolist() == [3, 4, 5]
-    assert cold_ranks.tolist() == [2, 3, 0]  # of the cold items 6 is seen; 2 ties with 3 and comes first
+    assert like_ranks.tolist() == [2, 3, 2]  # of the cold items 6 is seen; 2 ties with 3 and comes first; of the warm ones 1 is before 5
 
 
 def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:
@@ -50,8 +50,8 @@ def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:
         order = [item for item in sorted(range(1, 31), key=lambda item: (-row[item], item)) if item not in one.history.items]
         target = int(one.targets.items[0])
         assert ranked.ranks[number].tolist() == [order.index(target) + 1]
-        cold_order = [item for item in order if is_cold[item]]
-        assert ranked.cold_ranks[number].tolist() == [cold_order.index(target) + 1 if is_cold[target] else 0]
+        like = [item for item in order if is_cold[item] == is_cold[target]]
+        assert ranked.like_ranks[number].tolist() == [like.index(target) + 1]
         assert ranked.top[number].tolist() == order[:20]
         assert ranked.top_scores[number].tolist() == row[order[:20]].tolist()
 

@@ -11,6 +11,7 @@ from recsys.evaluation.slices import (
     COLD_AMONG_COLD,
     MIN_SLICE_USERS,
     WARM,
+    WARM_AMONG_WARM,
     evaluate_slices,
     find_slices,
     popularity_deciles,
@@ -48,7 +49,7 @@ def test_cold_targets_count_by_themselves_among_all_and_among_the_cold() -> None
     members = [index for index in range(len(users)) if index % 3 == 0]
     assert np.flatnonzero(slices[COLD].is_member).tolist() == members
     found = evaluate_slices(slices, ranked, "ndcg@10")
-    for name, ranks in ((COLD, ranked.ranks), (COLD_AMONG_COLD, ranked.cold_ranks)):
+    for name, ranks in ((COLD, ranked.ranks), (COLD_AMONG_COLD, ranked.like_ranks)):
         own = [[int(ranks[index][np.unique(users[index].targets.items) <= 8][0])] for index in members]
         expected = ranking_metrics(np.array(own), (10,))
         assert found[name]["num_users"] == len(members)
@@ -62,7 +63,7 @@ def test_what_a_random_order_gives_is_what_random_scores_come_near() -> None:
     users = make_users(3000)
     found = evaluate_slices(find_slices(users, TRAIN_COUNT), ranked_at_random(users), "ndcg@5")
     assert found[COLD_AMONG_COLD]["random"]["hr@5"] > 3 * found[COLD]["random"]["hr@5"]
-    for name in (COLD, COLD_AMONG_COLD, WARM):
+    for name in (COLD, COLD_AMONG_COLD, WARM, WARM_AMONG_WARM):
         for metric in ("ndcg@5", "hr@5"):
             assert abs(found[name][metric] - found[name]["random"][metric]) < 0.03, name
 
@@ -82,8 +83,11 @@ def test_warm_targets_are_the_others() -> None:
     users = make_users()
     slices = find_slices(users, TRAIN_COUNT)
     expected = [int((user.targets.items > 8).sum()) for user in users]
-    assert slices[WARM].is_target.sum(1).tolist() == expected
+    assert slices[WARM].is_target.sum(1).tolist() == slices[WARM_AMONG_WARM].is_target.sum(1).tolist() == expected
     assert not (slices[WARM].is_target & slices[COLD].is_target).any()
+    no_cold = find_slices(users, TRAIN_COUNT + 1)
+    assert WARM in no_cold
+    assert not {COLD, COLD_AMONG_COLD, WARM_AMONG_WARM} & no_cold.keys()  # nothing to tell apart
 
 
 def test_users_by_history_and_attribute() -> None:
