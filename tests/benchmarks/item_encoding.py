@@ -49,7 +49,7 @@ def main() -> None:
     movies = read_movies(Path(arguments.folder))
     model, manifest = build(config, movies)
     batches = sample_batches(manifest, config, movies, arguments)
-    difference, exact_difference = (gradient_difference(each, batches[0]) for each in (model, copy.deepcopy(model).double()))
+    differences = gradient_differences(model, batches[0])
     seconds = time_in_turn(model, batches, config)
     ratios = [every / once for once, every in zip(*seconds.values(), strict=True)]
     result = {
@@ -61,8 +61,7 @@ def main() -> None:
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "gradient_difference": difference,
-        "gradient_difference_float64": exact_difference,
+        **differences,
     }
     for name, value in result.items():
         print(f"{name:<36}{value:>12.4g}", file=sys.stderr)
@@ -180,20 +179,29 @@ def encode_every_position(batch: Batch) -> Batch:
     )
 
 
-def gradient_difference(model: Recommender, batch: Batch) -> float:
-    """Return the largest difference of the two gradients, as a share of the greatest entry of the parameter's gradient."""
-    model.eval()
-    found = []
-    for variant in (batch, encode_every_position(batch)):
-        model.zero_grad()
-        _loss(model, variant).backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+def gradient_differences(model: Recommender, batch: Batch) -> dict[str, float]:
+    """Compare the two gradients with each other, in float32 and in float64, and each in float32 with the exact one."""
+    variants, exact = (batch, encode_every_position(batch)), copy.deepcopy(model).double()
+    once, every = (_gradients(model, variant) for variant in variants)
+    exact_once, exact_every = (_gradients(exact, variant) for variant in variants)
+    return {
+        "gradient_difference": _difference(once, every),
+        "gradient_difference_float64": _difference(exact_once, exact_every),
+        "once_from_exact": _difference(once, exact_every),
+        "every_position_from_exact": _difference(every, exact_every),
+    }
+
+
+def _gradients(model: Recommender, batch: Batch) -> dict[str, Tensor]:
+    model.eval().zero_grad()
+    _loss(model, batch).backward()
     model.train()
-    return max(_relative(gradient, found[1][name]) for name, gradient in found[0].items())
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Return the largest difference, as a share of the greatest entry of the parameter's gradient."""
+    return max(float((ours[name] - other).abs().max() / other.abs().max().clamp(min=1e-12)) for name, other in theirs.items())
 
 
 def _loss(model: Recommender, batch: Batch) -> Tensor:
