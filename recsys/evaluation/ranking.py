@@ -82,7 +82,8 @@ def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_
     ranks: Indices = 1 + is_before.sum(1)
     if is_cold is None:
         return ranks, ranks
-    return ranks, 1 + (is_before & (is_cold == is_cold[targets][:, None])).sum(1)
+    num_cold_before = is_before[:, is_cold].sum(1)
+    return ranks, np.where(is_cold[targets], 1 + num_cold_before, ranks - num_cold_before)
 
 
 def summarise(ranked: Ranked, config: EvaluationConfig, num_items: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Slice:
 
     is_target: Mask  # (U, T)
     num_candidates: Integers  # (U,)
-    is_among_like: bool = False  # an item that training saw among such items, one that it did not among such
+    is_among_like: bool = False  # ranked by `like_ranks`
 
     @property
     def is_member(self) -> Mask:
