@@ -1,10 +1,14 @@
 """The config's section `data`: input tables, cleaning, features, splits and shards; the other sections are `config.py`'s."""
 
-from typing import Annotated, Literal, Self
+import codecs
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+AUTO = "auto"
+CSV_SEPARATORS = (",", ";", "\t", "|")
+"""Those that are told from a file; others can be given."""
 
 
 class Section(BaseModel):
@@ -25,15 +29,52 @@ class ColumnsConfig(Section):
     query: str = "query"
 
 
+class CsvConfig(Section):
+    r"""How CSV files write fields; `auto` tells it from the beginning of each file.
+
+    `separator` is one character, `\t` a tab. `quote` is what fields are put in, empty: nothing; `escape` stands before a quote within
+    quotes, empty: it is doubled. `encoding` is one of Python's names, such as `cp1252`.
+    """
+
+    separator: str = AUTO
+    quote: str = AUTO
+    escape: str = AUTO
+    encoding: str = AUTO
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _name_tab(cls, value: Any) -> Any:
+        return "\t" if value in ("\\t", "tab") else value
+
+    @model_validator(mode="after")
+    def _check_characters(self) -> Self:
+        for name, examples in (("separator", CSV_SEPARATORS), ("quote", ('"', "'", "")), ("escape", ("\\", ""))):
+            value = getattr(self, name)
+            if value != AUTO and (value not in examples if not value else len(value) > 1 or not value.isascii() or value in "\r\n"):
+                raise ValueError(f"data.csv.{name} = {value!r}: must be one ASCII character or 'auto'; {examples[0]!r} would work")
+        if self.encoding != AUTO:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(f"data.csv.encoding = {self.encoding!r}: is unknown to Python; 'utf-8' or 'cp1252' would work") from None
+        return self
+
+
 class ItemFeaturesConfig(Section):
-    """Which catalogue columns are what. All empty: told by type (see `recsys.schema.infer_item_features`)."""
+    """Which catalogue columns are what. All empty: told by type (see `recsys.data.inputs.item_columns`), but for those `ignored`."""
 
     text: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     separator: str = "|"
     statistics: bool = False
+
+    @property
+    def names_columns(self) -> bool:
+        """Tell whether the config says which columns are features."""
+        return bool(self.text or self.categories or self.numbers or self.vectors)
 
 
 class CleaningConfig(Section):
@@ -80,6 +121,7 @@ class DataConfig(Section):
     dataset: str = ""
     base: str = ""
     columns: ColumnsConfig = ColumnsConfig()
+    csv: CsvConfig = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
     time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
     cleaning: CleaningConfig = CleaningConfig()

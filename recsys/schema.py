@@ -1,5 +1,6 @@
 """The one vocabulary: column names, event kinds, tasks, feature kinds and the Arrow schemas of a dataset's tables."""
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,9 @@ QUERY = "query"
 
 PADDING_ITEM = 0
 """Catalogue index that stands for "no item"; real items are numbered from 1."""
+
+MAX_ID_CHARACTERS = 512
+"""The longest id of a user, an item or an event kind, wherever it is read."""
 
 DEFAULT_EVENT = "interaction"
 KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
@@ -154,20 +158,6 @@ def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: 
     return tuple(tasks)
 
 
-def infer_item_features(schema: pa.Schema, distinct_ratio: dict[str, float]) -> dict[str, FeatureKind]:
-    """Tell each catalogue column's kind by its type.
-
-    Lists of floats are vectors, other lists (strings, whole numbers) categories, numbers numbers; a string column is text where most of
-    its values differ (`distinct_ratio` > 0.5) and a category otherwise.
-    """
-    kinds: dict[str, FeatureKind] = {}
-    for field in schema:
-        if field.name == ITEM_ID:
-            continue
-        if pa.types.is_list(field.type) or pa.types.is_large_list(field.type) or pa.types.is_fixed_size_list(field.type):
-            kinds[field.name] = "vectors" if pa.types.is_floating(field.type.value_type) else "categories"
-        elif pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            kinds[field.name] = "text" if distinct_ratio[field.name] > 0.5 else "categories"
-        elif pa.types.is_integer(field.type) or pa.types.is_floating(field.type):
-            kinds[field.name] = "numbers"
-    return kinds
+def normalise_id(text: str) -> str:
+    """Return an id as tables, settings and requests all spell it: in Unicode's NFC, without blanks around it."""
+    return unicodedata.normalize("NFC", text).strip()

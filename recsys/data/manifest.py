@@ -17,7 +17,7 @@ from recsys.schema import Task
 from recsys.storage import Storage, join
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 """Goes up whenever the same input and config would give another dataset."""
 
 USER_INDEX = "user_index"
@@ -45,6 +45,31 @@ class Shard(BaseModel):
         return sum(self.row_groups)
 
 
+class ColumnUse(BaseModel):
+    """A column of an input table and what it is used as: an id, an event's part, an attribute or a feature's kind; empty: it is not used.
+
+    `type` is what the file declares, `reason` why it is not used, or what else there is to say of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: str
+    name: str
+    type: str
+    use: str
+    reason: str = ""
+
+
+class Example(BaseModel):
+    """A refused row: its file, its number in it from 1 (a header is no row), and the value that the rule is about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    row: int
+    value: str
+
+
 class DatasetManifest(BaseModel):
     """Everything that a reader needs to know of a dataset without opening a shard.
 
@@ -52,12 +77,14 @@ class DatasetManifest(BaseModel):
     oldest first, its totals count them all, and `inputs`, `rejected` and `noticed` tell of what was appended. Of users, catalogue and
     statistics the last row of an index counts; `count_shards` hold the training interactions that a later version adds to the
     catalogue's `train_count`; `query_shards` hold what users typed, in the order of its indices. `noticed` counts what was kept but is
-    odd; `number_moments` are mean and standard deviation of each number column before it was standardised.
+    odd, `rejected_examples` are up to three rows of each rule, `columns` say what became of each input column, `warnings` what to look
+    at in the input, `time_unit` what times that are numbers were read as. `number_moments` are mean and standard deviation of each
+    number column before it was standardised.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[4] = FORMAT_VERSION
+    format_version: Literal[5] = FORMAT_VERSION
     fingerprint: str
     version: int = 1
     base: str = ""
@@ -71,6 +98,10 @@ class DatasetManifest(BaseModel):
     num_queries: int = 0
     rejected: dict[str, int]
     noticed: dict[str, int] = {}
+    rejected_examples: dict[str, tuple[Example, ...]] = {}
+    columns: tuple[ColumnUse, ...] = ()
+    warnings: tuple[str, ...] = ()
+    time_unit: str = ""
     items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -117,9 +148,12 @@ class DatasetManifest(BaseModel):
         return any(task.event is None for task in self.tasks)
 
 
+_NOT_CONTENT = ("fingerprint", "inputs", "base", "rejected_examples", "columns", "warnings", "time_unit")
+
+
 def content_fingerprint(fields: dict[str, Any]) -> str:
-    """Hash what a dataset contains: every manifest field but the fingerprint and all that follows from where something lies."""
-    content = {key: _without_place(value) for key, value in fields.items() if key not in ("fingerprint", "inputs", "base")}
+    """Hash what a dataset contains: the manifest but for the fingerprint, where something lies, and what is told of the input."""
+    content = {key: _without_place(value) for key, value in fields.items() if key not in _NOT_CONTENT}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,7 +1,6 @@
 """Raw tables to a Dataset: which passes run in which order, and the manifest at the end; a pass's work is in `partitions.py`."""
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,11 +17,13 @@ from recsys.data.preparing.partitions import Job, WriteTask, core_round, merge_e
 from recsys.data.preparing.passes import (
     clear_leftovers,
     count_items,
+    describe_input,
     number_items,
     present,
     publish,
     read_items,
     refuse_empty,
+    rejects_of_users,
     run_pass,
     sign,
     stage_inputs,
@@ -31,6 +32,7 @@ from recsys.data.preparing.passes import (
     write_shards_of,
 )
 from recsys.data.preparing.ray_tasks import Outcome
+from recsys.data.preparing.rejects import Rejects
 from recsys.data.preparing.shuffle import write_table
 from recsys.data.preparing.statistics import item_numbers, join_moments
 from recsys.data.preparing.synthetic import generate
@@ -71,29 +73,33 @@ def prepare(config: Config, storage: Storage) -> Dataset:
     data = generate(config.data, storage) if config.data.source == "synthetic" else config.data
     inputs = find_inputs(data, storage)
     data = data.model_copy(update={"num_shards": data.num_shards or choose_num_shards(storage, inputs.events, data)})
-    job = Job(storage, dataset_uri(config, storage), data, inputs.time_column)
+    job = Job(storage, dataset_uri(config, storage), data, inputs.time_column, inputs.time_unit or "s")
     return publish(job, _run_passes(job, inputs, config))
 
 
 @dataclass(frozen=True)
 class _Events:
-    """What the passes before the shards know of the events: the staged generation, its partitions, what was counted."""
+    """What the passes before the shards know of the events: the staged generation, its partitions, and the outcomes of all passes."""
 
     generation: int
     partitions: list[Outcome]
-    rejected: Counter[str]
-    noticed: Counter[str]
+    outcomes: list[Outcome]
+
+    @property
+    def rejects(self) -> Rejects:
+        """What all passes dropped."""
+        return Rejects.of_outcomes(self.outcomes)
 
 
 def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
-    items, kinds, item_rejects = read_items(job, inputs.items)
+    items = read_items(job, inputs.items)
     events = _merge(job, inputs)
     if job.data.k_core:
         events = _filter_core(job, events)
-    refuse_empty(job, events.partitions, events.rejected)
+    refuse_empty(job, inputs, events.partitions, events.rejects)
     event_kinds = _order_kinds(job, events.partitions)
-    ids, odd_items = number_items(job, events.generation, items)
-    stage_inputs(job, "users", inputs.users)
+    ids, odd_items, warnings = number_items(job, events.generation, items.rows)
+    users = stage_inputs(job, "users", inputs.users)
     shards = _write_all(job, events, event_kinds)
     num_values, value_mean, value_std = join_moments([outcome["values"] for outcome in shards])
     if not any(outcome["train"] for outcome in shards):
@@ -101,18 +107,21 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
     taken_out = sum_counts(shards, "rejected")
     measured = measure(job, shards, len(event_kinds), len(ids))
     numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
-    catalogue = build_catalogue(ids, items, kinds, train_counts(job, len(ids)), numbers)
+    catalogue = build_catalogue(ids, items.rows, items.kinds, train_counts(job, len(ids)), numbers)
+    described = describe_input(job, inputs, items, events.outcomes, users, shards)
+    described["warnings"] = (*warnings, *described["warnings"])
     manifest = sign(
         inputs=identify_inputs(config.data, job.storage),
-        data_config={**content_config(job.data), "item_features": _resolve_features(job, kinds)},
+        data_config={**content_config(job.data), "item_features": _resolve_features(job, items.kinds)},
         tie_rule=TIE_RULE,
         num_users=sum(outcome["num_users"] for outcome in events.partitions),
         num_items=len(ids),
         num_interactions=sum(outcome["rows"] for outcome in events.partitions) - taken_out.total(),
         num_targets=sum(outcome["num_targets"] for outcome in shards),
         num_queries=sum(outcome["num_queries"] for outcome in events.partitions),
-        rejected=present(events.rejected + taken_out + Counter(item_rejects)),
-        noticed=present(events.noticed + catalogue.noticed + odd_items),
+        rejected=present(events.rejects + taken_out + items.rejects + rejects_of_users(users, shards)),
+        noticed=present(sum_counts(events.outcomes, "noticed") + catalogue.noticed + odd_items),
+        **described,
         items_without_catalogue_entry=odd_items["unknown_item"],
         event_kinds=event_kinds,
         tasks=derive_tasks(event_kinds, num_values, job.data.like_threshold),
@@ -141,22 +150,21 @@ def _merge(job: Job, inputs: Inputs) -> _Events:
     if not any(outcome["rows"] for outcome in staged):
         raise UserError(f"data.events = {job.data.events}: has no rows")
     merged = run_pass(job, "partitions", partial(merge_events, job), range(job.num_partitions))
-    return _Events(0, merged, *(sum_counts((*staged, *merged), key) for key in ("rejected", "noticed")))
+    return _Events(0, merged, [*staged, *merged])
 
 
 def _filter_core(job: Job, events: _Events) -> _Events:
     """Drop users and items with fewer than k_core interactions until none is left."""
-    generation, rejected = events.generation, events.rejected
+    generation, outcomes = events.generation, events.outcomes
     while True:
         counts = count_items(job, generation)
         generation += 1
         survivors = counts.filter(pc.greater_equal(counts["count_sum"], job.data.k_core))
         write_table(job.storage, job.staged("survivors", generation, 0), survivors)
         partitions = run_pass(job, f"k-core round {generation}", partial(core_round, job, generation), range(job.num_partitions))
-        removed = sum_counts(partitions, "rejected")
-        rejected = rejected + removed
-        if not removed.total():
-            return _Events(generation, partitions, rejected, events.noticed)
+        outcomes = [*outcomes, *partitions]
+        if not sum_counts(partitions, "rejected").total():
+            return _Events(generation, partitions, outcomes)
 
 
 def _order_kinds(job: Job, partitions: list[Outcome]) -> tuple[str, ...]:

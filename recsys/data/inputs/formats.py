@@ -1,6 +1,6 @@
 """Input files to streams of Arrow tables, by suffix, with row numbers; what the columns mean is `importers.py`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.inputs.layouts import path_columns
+from recsys.data.inputs.lines import BATCH_ROWS
 from recsys.data.inputs.sandbox import reading
-from recsys.data.inputs.text_formats import BATCH_ROWS, read_text, read_text_header
+from recsys.data.inputs.scalars import plain
+from recsys.data.inputs.text_formats import TEXT, read_text, read_text_header
+from recsys.data_config import CsvConfig
 from recsys.errors import UserError
 from recsys.storage import ObjectInfo, Storage
 
 INPUT_ORDER = "input_order"
 
-_FILE_SHIFT = 40
+FILE_SHIFT = 40
+"""`input_order` is the file's number shifted by this, and the row in the file."""
+
 _PART_BYTES = 256 << 20
 _GROUP_BYTES = 64 << 20
 _BATCH_BYTES = 64 << 20
@@ -65,24 +70,25 @@ def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
     return [tuple(group) for group in groups]
 
 
-def read_header(storage: Storage, uri: str) -> dict[str, str]:
-    """Tell a file's columns, in order, each with its RecBole type (empty in the other formats), then those that its path gives.
+def read_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
+    """Tell a file's columns, in order, each with the type that it declares, Arrow's or RecBole's, then those that its path gives.
 
-    JSONL has no header; there it is the keys of the first thousand lines.
+    In place of a column of structs stand its fields, as `column.field`. JSONL has no header; there it is the keys of the first
+    thousand lines.
 
     Raises:
-        UserError: the file is empty or not what its suffix says.
+        UserError: the file is empty, not what its suffix says, or has two columns of one name.
     """
     with reading(uri):
-        header = _file_header(storage, uri)
-    return header | {name: "" for name in path_columns(uri) if name not in header}
+        header = _file_header(storage, uri, dialect)
+    return header | {name: TEXT for name in path_columns(uri) if name not in header}
 
 
-def read_tables(storage: Storage, part: FilePart, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialect: CsvConfig) -> Iterator[pa.Table]:
     """Read some columns of a part, batch by batch, with `input_order` (file number << 40 | row in the file) added.
 
     Parquet keeps its types, but that several of one meaning (large, view, dictionary) become one. The other formats
-    give strings, or lists of strings where a JSON value is a list: whoever casts them can then count the bad values.
+    give strings, or lists where a JSON value is a list: whoever casts them can then count the bad values.
     Empty CSV fields are null. A column that the path gives is a string.
 
     Raises:
@@ -91,11 +97,11 @@ def read_tables(storage: Storage, part: FilePart, columns: Sequence[str]) -> Ite
     next_row = part.first_row
     num_bytes = 0
     with reading(part.uri):
-        for raw in _read_raw(storage, part, list(columns)):
-            table = _plain_types(raw)
+        for raw in _read_raw(storage, part, list(columns), dialect):
+            table = pa.table([plain(column) for column in raw.columns], raw.column_names)
             num_bytes += table.nbytes
             _refuse_bomb(part, num_bytes)
-            first = (part.file_number << _FILE_SHIFT) + next_row
+            first = (part.file_number << FILE_SHIFT) + next_row
             next_row += table.num_rows
             yield table.append_column(INPUT_ORDER, pa.array(np.arange(first, first + table.num_rows)))
 
@@ -108,23 +114,46 @@ def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
         )
 
 
-def _read_raw(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
+def _read_raw(storage: Storage, part: FilePart, columns: list[str], dialect: CsvConfig) -> Iterator[pa.Table]:
     """Read columns of the file, and repeat those that its path alone gives."""
     of_path = path_columns(part.uri)
     if of_path:
-        header = _file_header(storage, part.uri)
+        header = _file_header(storage, part.uri, dialect)
         of_path = {name: value for name, value in of_path.items() if name in columns and name not in header}
     of_file = [name for name in columns if name not in of_path]
-    for table in _read_parquet(storage, part, of_file) if _is_parquet(part.uri) else read_text(storage, part.uri, of_file):
+    for table in _read_parquet(storage, part, of_file) if _is_parquet(part.uri) else read_text(storage, part.uri, of_file, dialect):
         given = [pa.repeat(pa.scalar(value, pa.string()), table.num_rows) for value in of_path.values()]
         yield pa.table([*table.select(of_file).columns, *given], [*of_file, *of_path]).select(columns)
 
 
-def _file_header(storage: Storage, uri: str) -> dict[str, str]:
+def _file_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
     if not _is_parquet(uri):
-        return read_text_header(storage, uri)
+        return read_text_header(storage, uri, dialect)
     with _open_parquet(storage, uri) as file:
-        return dict.fromkeys(file.schema_arrow.names, "")
+        fields = list(_leaves(file.schema_arrow))
+    header = {field.name: str(field.type) for field in fields}
+    if len(header) < len(fields):
+        names = [field.name for field in fields]
+        repeated = next(name for place, name in enumerate(names) if name in names[:place])
+        raise UserError(f"{uri}: has two columns named '{repeated[:80]}'; rename one of them")
+    return header
+
+
+def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[pa.Field]:
+    """Put the fields of structs in the place of these."""
+    for field in fields:
+        named = field.with_name(prefix + field.name)
+        if pa.types.is_struct(field.type) and field.type.num_fields:
+            yield from _leaves(field.type, f"{named.name}.")
+        else:
+            yield named
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """Put the fields of structs in the place of these."""
+    while any(pa.types.is_struct(field.type) and field.type.num_fields for field in table.schema):
+        table = table.flatten()
+    return table
 
 
 def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
@@ -132,7 +161,7 @@ def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Itera
     with _open_parquet(storage, part.uri, is_fetched_whole=part.num_bytes <= _WHOLE_BYTES) as file:
         _refuse_bomb(part, file.metadata.num_rows * len(columns) * _LEAST_VALUE_BYTES)
         for batch in file.iter_batches(_batch_rows(file.metadata), row_groups=part.row_groups, columns=columns, use_threads=False):
-            yield pa.Table.from_batches([batch])
+            yield _flat(pa.Table.from_batches([batch]))
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
@@ -172,22 +201,3 @@ def _open_parquet(storage: Storage, uri: str, is_fetched_whole: bool = False) ->
 
 def _is_parquet(uri: str) -> bool:
     return uri.lower().endswith(".parquet")
-
-
-def _plain_types(table: pa.Table) -> pa.Table:
-    """Bring the several Arrow types of one meaning (large, view, dictionary, boolean) to one."""
-    for index, field in enumerate(table.schema):
-        plain = _plain_type(field.type)
-        if plain != field.type:
-            table = table.set_column(index, field.name, table[field.name].cast(plain))
-    return table
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return _plain_type(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.list_(_plain_type(kind.value_type))
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_boolean(kind):
-        return pa.string()
-    return pa.float64() if pa.types.is_decimal(kind) else kind

@@ -1,35 +1,61 @@
-"""Input tables under the house's column names: which columns are read; casting and counting is `cleaning.py`."""
+"""Input tables under the house's column names, and what each of their columns is used as; casting and counting is `cleaning.py`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.data.inputs.formats import INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
-from recsys.data.inputs.layouts import catalogue_kinds, find_column, is_amazon_review, time_divisor
-from recsys.data.inputs.sandbox import reading
-from recsys.data.inputs.text_formats import is_jsonl
-from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
+from recsys.data.inputs.formats import FILE_SHIFT, INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
+from recsys.data.inputs.item_columns import AN_INDEX, as_kind, as_vectors, infer_kind, is_index_name, odd_vector, scalar_lists, title_column
+from recsys.data.inputs.layouts import catalogue_kinds, find_column, is_amazon_review
+from recsys.data.inputs.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
+from recsys.data.inputs.text_formats import ATOMIC_TYPES, TEXT, is_jsonl
+from recsys.data.manifest import ColumnUse
+from recsys.data_config import ColumnsConfig, DataConfig
 from recsys.errors import UserError
-from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind, infer_item_features
+from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind
 from recsys.storage import ObjectInfo, Storage
 
-_MISSING_NUMBERS = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")
-_WHOLE_NUMBER = r"^[+-]?\d{1,18}$"
-_NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+Headers = Mapping[str, Mapping[str, str]]
+"""Of each file, its columns with their declared types."""
+
+_ATTRIBUTE = "attribute"
+_LEFT_OUT = "data.item_features names the columns that are used, and not this one"
+_OF_LAYOUT = "the known layout of this file leaves it out"
 
 
-def find_event_columns(storage: Storage, uri: str, columns: ColumnsConfig) -> dict[str, str]:
+@dataclass(frozen=True)
+class Imported:
+    """A part of a table under the house's names, uncast, batch by batch, and what each of its columns is used as."""
+
+    uses: tuple[ColumnUse, ...]
+    tables: Iterator[pa.Table]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return self.tables
+
+
+@dataclass(frozen=True)
+class Items:
+    """The whole catalogue: `item_id` as text and the feature columns, the kind of each, and what each column of the files is used as."""
+
+    rows: pa.Table
+    kinds: dict[str, FeatureKind]
+    uses: tuple[ColumnUse, ...]
+
+
+def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
     """Tell which of the file's columns the event columns come from, as {house name: file's name}.
 
     The order comes from the timestamp where there is one and from the position otherwise. A column that the config
-    renames must be there; `data.columns.query` may be empty, and then no queries are read. JSON lines always have queries: few events
-    may have the key, and none of those that the header is told from.
+    renames must be there; those of event, value and query may be empty, and are not read then. JSON lines always have queries: few
+    events may have the key, and none of those that the header is told from.
 
     Raises:
         UserError: a required column is missing; the line names the columns that exist.
     """
-    return _match_event_columns(uri, list(read_header(storage, uri)), columns)
+    return _match_event_columns(uri, list(read_header(storage, uri, data.csv)), data.columns)
 
 
 def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> dict[str, str]:
@@ -49,72 +75,168 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     return found
 
 
-def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Iterator[pa.Table]:
-    """Read the event columns of one part under the house's names, batch by batch, uncast but that times are in seconds.
+def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Imported:
+    """Read the event columns of one part under the house's names.
 
     Raises:
         UserError: the file cannot be read or lacks a column; `time_column`, the first file's, is one that it must have.
     """
-    names = list(read_header(storage, part.uri))
-    found = _match_event_columns(part.uri, names, data.columns)
+    header = read_header(storage, part.uri, data.csv)
+    found = _match_event_columns(part.uri, list(header), data.columns)
     if time_column not in found:
         raise UserError(f"{part.uri}: has no column for {time_column}, which the first file of data.events has")
-    divisor = time_divisor(data.time_unit, names)
-    for table in read_tables(storage, part, list(dict.fromkeys(found.values()))):
-        events = pa.table([*(table[name] for name in found.values()), table[INPUT_ORDER]], [*found, INPUT_ORDER])
-        if divisor > 1 and TIMESTAMP in found:
-            with reading(part.uri):
-                seconds = _in_seconds(events[TIMESTAMP], divisor)
-            events = events.set_column(events.column_names.index(TIMESTAMP), TIMESTAMP, seconds)
-        yield events
+
+    def tables() -> Iterator[pa.Table]:
+        for table in read_tables(storage, part, list(dict.fromkeys(found.values())), data.csv):
+            columns = {name: _without_floats(table[own], header, own) for name, own in found.items() if name in (USER_ID, ITEM_ID)}
+            columns |= {name: table[own] for name, own in found.items() if name not in columns}
+            yield pa.table([*columns.values(), table[INPUT_ORDER]], [*columns, INPUT_ORDER])
+
+    used = {own: house_name for house_name, own in found.items()}
+    return Imported(
+        tuple(_use("events", header, name, used.get(name, ""), "" if name in used else _unused_event(name, used)) for name in header),
+        tables(),
+    )
 
 
-def import_users(storage: Storage, part: FilePart, columns: ColumnsConfig) -> Iterator[pa.Table]:
-    """Read the users of one part: `user_id` and every other column, uncast."""
-    names = list(read_header(storage, part.uri))
-    id_name = find_column(USER_ID, columns, names)
-    if id_name not in names:
-        raise _missing(part.uri, f"'{id_name}'", USER_ID, names)
-    for table in read_tables(storage, part, names):
-        yield table.rename_columns([USER_ID if name == id_name else name for name in table.column_names])
+def _unused_event(name: str, used: Mapping[str, str]) -> str:
+    if name == POSITION and TIMESTAMP in used.values():
+        return "the order comes from the time"
+    return AN_INDEX if is_index_name(name) else "events have no use for it"
 
 
-def import_items(
-    storage: Storage, files: Sequence[ObjectInfo], columns: ColumnsConfig, features: ItemFeaturesConfig
-) -> tuple[pa.Table, dict[str, FeatureKind]]:
-    """Read the whole catalogue: `item_id` and the feature columns, with each one's kind.
+def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported:
+    """Read the users of one part: `user_id`, and every other column that has a text as text."""
+    header = read_header(storage, part.uri, data.csv)
+    id_name = find_column(USER_ID, data.columns, header)
+    if id_name not in header:
+        raise _missing(part.uri, f"'{id_name}'", USER_ID, list(header))
+    wanted = [name for name in header if name == id_name or not is_index_name(name)]
+    tables = read_tables(storage, part, wanted, data.csv)
+    first = next(tables, None)
+    spelled = {} if first is None else {name: _attribute(first[name]) for name in wanted}
+    attributes = [name for name in wanted if name != id_name and spelled.get(name) is not None]
 
-    The kinds are the configured ones, those of a known layout or, where there are none, told by type. Text of a category is
-    a list, split at the separator of the config, or at blanks where RecBole declares a token_seq.
+    def rename(table: pa.Table) -> pa.Table:
+        columns = [_attribute(table[name]) for name in attributes]
+        return pa.table(
+            [_without_floats(table[id_name], header, id_name), *columns, table[INPUT_ORDER]], [USER_ID, *attributes, INPUT_ORDER]
+        )
+
+    uses = dict.fromkeys(attributes, _ATTRIBUTE) | {id_name: USER_ID}
+    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type have no text" for name in header}
+    reasons |= dict.fromkeys(uses, "")
+    return Imported(
+        tuple(_use("users", header, name, uses.get(name, ""), reasons[name]) for name in header),
+        (rename(table) for table in _chained(first, tables)),
+    )
+
+
+def _chained(first: pa.Table | None, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    if first is not None:
+        yield first
+        yield from others
+
+
+def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Spell an attribute as text; None where its type has none."""
+    try:
+        return pc.binary_join(spell(simple_lists(column)), " ") if is_list(column.type) else spell(column)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        return None
+
+
+def _without_floats(column: pa.ChunkedArray, header: Mapping[str, str], name: str) -> pa.ChunkedArray:
+    """Take the `.0` off ids of a file that declares no types; where a type says that they are text, they are what they say."""
+    return without_point_zero(column) if header.get(name, TEXT) in (TEXT, *ATOMIC_TYPES) else column
+
+
+def _use(table: str, header: Mapping[str, str], name: str, use: str, reason: str) -> ColumnUse:
+    return ColumnUse(table=table, name=name, type=header[name], use=use, reason=reason)
+
+
+def _share_of_files(name: str, headers: Headers) -> str:
+    num_files = sum(name in header for header in headers.values())
+    return f"{num_files} of {len(headers)} files have it" if num_files < len(headers) else ""
+
+
+def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
+    """Read the whole catalogue.
+
+    The kinds are the configured ones, those of a known layout or, where there are none, told by `item_columns`. Text of a category is
+    a list, split at the separator of the config, or at blanks where RecBole declares a token_seq; a vector is a list of numbers.
 
     Raises:
-        UserError: a column is missing or changes its type from file to file, or there is no row.
+        UserError: a column is missing or changes its type from file to file, vectors differ in length, or there is no row.
     """
-    header = read_header(storage, files[0].uri)
-    id_name = find_column(ITEM_ID, columns, header)
-    known = catalogue_kinds(features, header)
-    if is_amazon_review(header) and not known:
+    features = data.item_features
+    headers = {file.uri: read_header(storage, file.uri, data.csv) for file in files}
+    first = headers[files[0].uri]
+    header = {name: declared for own in reversed(headers.values()) for name, declared in own.items()}
+    header = {name: header[name] for name in (*first, *(name for name in header if name not in first))}
+    id_name = find_column(ITEM_ID, data.columns, first)
+    known = {name: kind for name, kind in catalogue_kinds(features, first).items() if name not in features.ignored}
+    if is_amazon_review(first) and not known:
         raise UserError(f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz beside it")
     for name in (id_name, *known):
-        if name not in header:
-            raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(header))
-    wanted = [id_name, *(known or (name for name in header if name != id_name))]
-    table = _read_whole(storage, files, wanted).rename_columns([ITEM_ID, *wanted[1:], INPUT_ORDER])
-    lists = [name for name, declared in header.items() if declared in ("token_seq", "float_seq") and name in wanted]
-    numbers = {name for name, declared in header.items() if declared in ("float", "float_seq")}
-    kinds = known or _infer_kinds(table, lists, numbers, is_typed=any(header.values()))
-    table = _split_lists(table, [name for name in lists if kinds[name] != "text"])
-    return _split_categories(table, [name for name in kinds if kinds[name] == "categories" and not header[name]], features.separator), kinds
+        if name not in first:
+            raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(first))
+    wanted = list(known) or [name for name in header if name not in (id_name, *features.ignored)]
+    table = _read_whole(storage, files, headers, id_name, wanted, data)
+    title = title_column([name for name in wanted if known.get(name, "text") == "text"])
+    kinds, reasons = dict(known), dict.fromkeys(header, _LEFT_OUT if features.names_columns else _OF_LAYOUT)
+    reasons |= dict.fromkeys((id_name, *known), "")
+    reasons |= dict.fromkeys(features.ignored, "data.item_features.ignored names it")
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in wanted:
+        columns[name] = scalar_lists(table[name])
+        if not known:
+            kind, reasons[name] = infer_kind(name, columns[name], header[name], name == title)
+            kinds |= {name: kind} if kind else {}
+    for name, kind in kinds.items():
+        columns[name] = _as_feature(columns[name], name, kind, header[name], features.separator)
+        if kind == "vectors" and (odd := odd_vector(columns[name])) is not None:
+            place = int(table[INPUT_ORDER][odd[0]].as_py())
+            raise UserError(
+                f"{files[place >> FILE_SHIFT].uri}: row {place % (1 << FILE_SHIFT) + 1}: column '{name}' has a vector of {odd[1]} numbers, "
+                f"where most rows have {odd[2]}; make them equal, or leave it out by data.item_features.ignored=['{name}']"
+            )
+    rows = pa.table([table[ITEM_ID], *(columns[name] for name in kinds), table[INPUT_ORDER]], [ITEM_ID, *kinds, INPUT_ORDER])
+    uses: dict[str, str] = {**kinds, id_name: ITEM_ID}
+    reasons |= {name: note for name in uses if (note := _share_of_files(name, headers))}
+    return Items(rows, kinds, tuple(_use("items", header, name, uses.get(name, ""), reasons[name]) for name in header))
 
 
-def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]) -> pa.Table:
+def _as_feature(column: pa.ChunkedArray, name: str, kind: FeatureKind, declared: str, separator: str) -> pa.ChunkedArray:
+    if kind == "vectors":
+        return as_vectors(column, name)
+    column = as_kind(column, kind)
+    if kind == "categories" and pa.types.is_string(column.type):
+        if declared == "token_seq":
+            return pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
+        if declared not in ATOMIC_TYPES and separator:
+            return pc.split_pattern(column, separator)
+    return column
+
+
+def _read_whole(
+    storage: Storage,
+    files: Sequence[ObjectInfo],
+    headers: Mapping[str, Mapping[str, str]],
+    id_name: str,
+    wanted: list[str],
+    data: DataConfig,
+) -> pa.Table:
+    """Read all files end to end, ids as text; a column that some files lack is null there."""
     tables: list[pa.Table] = []
     for part in plan_parts(storage, files):
-        names = list(read_header(storage, part.uri))
-        missing = [name for name in wanted if name not in names]
-        if missing and not is_jsonl(part.uri):
-            raise _missing(part.uri, f"'{missing[0]}'", "which the first file has", names)
-        tables += read_tables(storage, part, wanted)
+        header = headers[part.uri]
+        if id_name not in header:
+            raise _missing(part.uri, f"'{id_name}'", "which the first file has", list(header))
+        own = [name for name in wanted if name in header or is_jsonl(part.uri)]
+        for table in read_tables(storage, part, list(dict.fromkeys([id_name, *own])), data.csv):
+            ids = ids_of(_without_floats(table[id_name], header, id_name))
+            tables.append(pa.table([ids, *(table[name] for name in own), table[INPUT_ORDER]], [ITEM_ID, *own, INPUT_ORDER]))
     if not any(table.num_rows for table in tables):
         raise UserError(f"{files[0].uri}: has no rows")
     try:
@@ -124,87 +246,24 @@ def _read_whole(storage: Storage, files: Sequence[ObjectInfo], wanted: list[str]
 
 
 def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
-    """Make text a list of one where another batch has lists of text: a JSON column may have both."""
+    """Make text a list of one, and numbers text, where another batch has lists of text: a JSON column may have all of them."""
     text_lists = pa.list_(pa.string())
     names = {field.name for table in tables for field in table.schema if field.type == text_lists}
     return [
-        pa.table([_as_lists(table[name]) if name in names else table[name] for name in table.column_names], table.column_names)
+        pa.table([_as_text_lists(table[name]) if name in names else table[name] for name in table.column_names], table.column_names)
         for table in tables
     ]
 
 
-def _as_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if not pa.types.is_string(column.type):
+def _as_text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if is_list(column.type):
+        return spell(simple_lists(column))
+    if not is_text(column):
         return column
     texts = column.combine_chunks()
     starts = pc.if_else(texts.is_valid(), pa.array(range(len(texts)), pa.int32()), None)
     ends = pa.array([len(texts)], pa.int32())
     return pa.chunked_array([pa.ListArray.from_arrays(pa.concat_arrays([starts, ends]), texts)])
-
-
-def _in_seconds(column: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
-    """Divide numbers, and text that is one, rounding down; what has a unit of its own, such as an Arrow timestamp, stays."""
-    if pa.types.is_integer(column.type):
-        kind = pa.uint64() if column.type == pa.uint64() else pa.int64()
-        numbers, parts = column.cast(kind), pa.scalar(divisor, kind)
-        seconds = pc.divide(numbers, parts)  # towards zero
-        return pc.if_else(pc.less(numbers, pc.multiply(seconds, parts)), pc.subtract(seconds, pa.scalar(1, kind)), seconds)
-    if pa.types.is_floating(column.type):
-        return pc.floor(pc.divide(column.cast(pa.float64()), float(divisor)))
-    if not pa.types.is_string(column.type):
-        return column
-    text = pc.utf8_trim_whitespace(column)
-    is_whole = pc.match_substring_regex(text, _WHOLE_NUMBER)
-    is_number = pc.and_not(pc.match_substring_regex(text, _NUMBER), is_whole)
-    null = pa.scalar(None, pa.string())
-    # Text without a sign first: Arrow's cast knows no plus.
-    whole = pc.if_else(is_whole, pc.utf8_ltrim(text, characters="+"), null).cast(pa.int64())
-    other = pc.if_else(is_number, pc.utf8_ltrim(text, characters="+"), null).cast(pa.float64())
-    return pc.coalesce(_in_seconds(whole, divisor).cast(pa.string()), _in_seconds(other, divisor).cast(pa.string()), column)
-
-
-def _infer_kinds(table: pa.Table, lists: list[str], numbers: set[str], is_typed: bool) -> dict[str, FeatureKind]:
-    """Tell the kinds by type; strings that all read as numbers are numbers where the format declares no types."""
-    ratios = {name: _distinct_ratio(table[name]) for name in table.column_names if pa.types.is_string(table[name].type)}
-    for index, field in enumerate(table.schema):
-        if field.name in ratios and field.name != ITEM_ID and (field.name in numbers or (not is_typed and _is_numeric(table[field.name]))):
-            table = table.set_column(index, field.name, pa.nulls(table.num_rows, pa.float64()))
-    categories = [name for name in lists if name not in numbers and ratios[name] <= 0.5]
-    vectors = [name for name in lists if name in numbers]
-    kinds = infer_item_features(table.drop_columns([INPUT_ORDER, *categories, *vectors]).schema, ratios)
-    found = kinds | dict.fromkeys(categories, "categories") | dict.fromkeys(vectors, "vectors")
-    return {name: found[name] for name in table.column_names if name in found}
-
-
-def _is_numeric(column: pa.ChunkedArray) -> bool:
-    """Tell whether all texts read as numbers, but for the words with which tables say that there is none."""
-    texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
-    is_missing = pc.fill_null(pc.is_in(texts, value_set=pa.array(_MISSING_NUMBERS)), True)
-    values = texts.filter(pc.invert(is_missing)).drop_null()
-    try:
-        values.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return len(values) > 0
-
-
-def _distinct_ratio(column: pa.ChunkedArray) -> float:
-    num_values: int = len(column) - column.null_count
-    num_distinct: int = pc.count_distinct(column, mode="only_valid").as_py()
-    return num_distinct / max(1, num_values)
-
-
-def _split_lists(table: pa.Table, names: list[str]) -> pa.Table:
-    for name in names:
-        table = table.set_column(table.column_names.index(name), name, pc.utf8_split_whitespace(pc.utf8_trim_whitespace(table[name])))
-    return table
-
-
-def _split_categories(table: pa.Table, names: list[str], separator: str) -> pa.Table:
-    for name in names:
-        if separator and pa.types.is_string(table[name].type):
-            table = table.set_column(table.column_names.index(name), name, pc.split_pattern(table[name], separator))
-    return table
 
 
 def _missing(uri: str, wanted: str, meaning: str, names: list[str]) -> UserError:

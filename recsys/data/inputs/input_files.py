@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from recsys.data.inputs.formats import FilePart, group_parts, plan_parts
-from recsys.data.inputs.importers import find_event_columns, import_items
+from recsys.data.inputs.importers import Items, find_event_columns, import_items
 from recsys.data.inputs.layouts import ATOMIC_SUFFIXES, COMMON_SUFFIXES, choose_by_name, is_table
 from recsys.data.inputs.sandbox import run_limited
-from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
+from recsys.data.manifest import ColumnUse
+from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.schema import FeatureKind
 from recsys.storage import ObjectInfo, Storage, fixed_part
@@ -56,7 +57,7 @@ def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]
 
 def event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
     """Answer `importers.find_event_columns`."""
-    found: dict[str, str] = run_limited(data.max_file_memory_bytes, find_event_columns, storage, uri, data.columns)
+    found: dict[str, str] = run_limited(data.max_file_memory_bytes, find_event_columns, storage, uri, data)
     return found
 
 
@@ -66,26 +67,24 @@ def plan_tasks(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) 
     return group_parts([FilePart(**{**part, "row_groups": part["row_groups"] and tuple(part["row_groups"])}) for part in parts])
 
 
-def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> tuple[pa.Table, dict[str, FeatureKind]]:
+def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
     """Answer `importers.import_items`; the table comes back as an Arrow file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.arrow"
-        kinds = run_limited(data.max_file_memory_bytes, _write_items, str(path), storage, list(files), data.columns, data.item_features)
+        kinds, uses = run_limited(data.max_file_memory_bytes, _write_items, str(path), storage, list(files), data)
         with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
-            return reader.read_all(), kinds
+            return Items(reader.read_all(), kinds, tuple(ColumnUse.model_validate(use) for use in uses))
 
 
 def _plan(storage: Storage, files: list[ObjectInfo]) -> list[dict[str, Any]]:
     return [asdict(part) for part in plan_parts(storage, files)]
 
 
-def _write_items(
-    path: str, storage: Storage, files: list[ObjectInfo], columns: ColumnsConfig, features: ItemFeaturesConfig
-) -> dict[str, FeatureKind]:
-    table, kinds = import_items(storage, files, columns, features)
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return kinds
+def _write_items(path: str, storage: Storage, files: list[ObjectInfo], data: DataConfig) -> tuple[dict[str, FeatureKind], list[Any]]:
+    items = import_items(storage, files, data)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, items.rows.schema) as writer:
+        writer.write_table(items.rows)
+    return items.kinds, [use.model_dump() for use in items.uses]
 
 
 def _list_visible(storage: Storage, key: str, uri: str) -> list[ObjectInfo]:

@@ -8,10 +8,7 @@ from recsys.data_config import ColumnsConfig, ItemFeaturesConfig
 from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID, VALUE, FeatureKind
 
 ATOMIC_SUFFIXES = {"events": ".inter", "items": ".item", "users": ".user"}
-COMMON_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
-SECONDS_PER_UNIT = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-"""How many of a unit make a second."""
-
+COMMON_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 _ALIASES = {
     USER_ID: ("userId", "UserID"),
     ITEM_ID: ("parent_asin", "movieId", "MovieID", "asin"),
@@ -62,13 +59,6 @@ def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -
 def is_amazon_review(names: Iterable[str]) -> bool:
     """Tell whether a file is one of Amazon's reviews (2023), by its columns."""
     return _AMAZON_REVIEW.issubset(names) and ITEM_ID not in names
-
-
-def time_divisor(unit: str, names: Iterable[str]) -> int:
-    """Tell how many of a file's units of time make a second."""
-    if unit == "auto":
-        unit = "ms" if is_amazon_review(names) else "s"
-    return SECONDS_PER_UNIT[unit]
 
 
 def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:

@@ -1,54 +1,60 @@
 """CSV, JSON lines, RecBole's atomic files and MovieLens's `.dat` to Arrow tables of text; which format a file has is `formats.py`."""
 
-import csv
 import io
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
 
+from recsys.data.inputs.delimited import HEADER_BYTES, as_text, read_delimited, read_names
 from recsys.data.inputs.layouts import ATOMIC_SUFFIXES, movielens_columns
+from recsys.data.inputs.lines import MAX_LINE_BYTES, batches, open_stream, read_lines
+from recsys.data.inputs.scalars import JsonNumber, json_number, name_key
+from recsys.data_config import CsvConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
 
-BATCH_ROWS = 131_072
-MAX_LINE_BYTES = 16 << 20
-"""The longest line, and so the largest field, of a text file."""
+ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
+TEXT, JSON_VALUE = "text", "JSON"
+"""What columns are declared as where a file declares no type."""
 
-_ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
-_BATCH_BYTES = 64 << 20
-_HEADER_BYTES = 1 << 20
 _HEADER_LINES = 1000
 _HEADER_LINES_BYTES = 8 << 20
+_MOST_FIELDS = 32
+"""With more keys than these an object is a map, whose keys are no columns."""
+
+_MOST_DEPTH = 4
+
 _UNIT_SEPARATOR = "\x1f"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_text_header(storage: Storage, uri: str) -> dict[str, str]:
+def read_text_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
     """Tell a file's columns with their RecBole types, as `formats.read_header` does."""
     if movielens_columns(uri):
-        return dict.fromkeys(movielens_columns(uri), "")
+        return dict.fromkeys(movielens_columns(uri), TEXT)
     if is_jsonl(uri):
-        with _open_stream(storage, uri) as stream:
-            rows = _json_rows(uri, _first_lines(uri, stream))
-            return dict.fromkeys((name for row in rows for name in row), "")
-    names = _first_line(storage, uri)
-    return dict(_atomic_column(uri, name) for name in names) if _is_atomic(uri) else dict.fromkeys(names, "")
+        with open_stream(storage, uri) as stream:
+            return dict.fromkeys(_json_names(list(_json_rows(uri, _first_lines(uri, stream)))), JSON_VALUE)
+    if is_atomic(uri):
+        return dict(_atomic_column(uri, name) for name in _atomic_names(storage, uri))
+    return dict.fromkeys(read_names(storage, uri, dialect), TEXT)
 
 
-def read_text(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Read some columns batch by batch, as strings, or as lists of strings where a JSON value is a list."""
+def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig) -> Iterator[pa.Table]:
+    """Read some columns batch by batch, as strings; a JSON value that is a list gives lists of strings, or of numbers."""
     if is_jsonl(uri):
         yield from _read_jsonl(storage, uri, columns)
     elif movielens_columns(uri):
         yield from _read_movielens(storage, uri, columns)
+    elif is_atomic(uri):
+        yield from _read_atomic(storage, uri, columns)
     else:
-        yield from _read_delimited(storage, uri, columns)
+        yield from read_delimited(storage, uri, columns, dialect)
 
 
 def is_jsonl(uri: str) -> bool:
@@ -56,38 +62,33 @@ def is_jsonl(uri: str) -> bool:
     return uri.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
-def _read_delimited(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    names = _first_line(storage, uri)
-    if _is_atomic(uri):
-        full_names = {_atomic_column(uri, name)[0]: name for name in names}
-        names = [full_names[column] for column in columns]
-        parsing = arrow_csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, escape_char=False)
-    else:
-        names = columns
-        parsing = arrow_csv.ParseOptions(newlines_in_values=True)
+def is_atomic(uri: str) -> bool:
+    """Tell whether a file is one of RecBole's, by its suffix."""
+    return uri.lower().endswith(tuple(ATOMIC_SUFFIXES.values()))
+
+
+def _read_atomic(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
+    full_names = {_atomic_column(uri, name)[0]: name for name in _atomic_names(storage, uri)}
+    parsing = arrow_csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False, escape_char=False)
     reading = arrow_csv.ReadOptions(use_threads=False, block_size=MAX_LINE_BYTES)
-    with _open_stream(storage, uri) as stream, arrow_csv.open_csv(stream, reading, parsing, _as_text(names)) as reader:
+    converting = as_text([full_names[column] for column in columns])
+    with open_stream(storage, uri) as stream, arrow_csv.open_csv(stream, reading, parsing, converting) as reader:
         for batch in reader:
             yield pa.Table.from_batches([batch]).rename_columns(columns)
-
-
-def _as_text(names: list[str]) -> arrow_csv.ConvertOptions:
-    types = dict.fromkeys(names, pa.string())
-    return arrow_csv.ConvertOptions(include_columns=names, column_types=types, strings_can_be_null=True, null_values=[""])
 
 
 def _read_movielens(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
     """Read `::`-separated lines: Arrow knows separators of one byte alone, so each becomes one that no text has."""
     names = list(movielens_columns(uri))
     parsing = arrow_csv.ParseOptions(delimiter=_UNIT_SEPARATOR, quote_char=False, double_quote=False, escape_char=False)
-    with _open_stream(storage, uri) as stream:
-        for first, lines in _batches(uri, stream):
+    with open_stream(storage, uri) as stream:
+        for first, lines in batches(read_lines(uri, stream)):
             for number, line in enumerate(lines, start=first):
                 if line.count(b"::") != len(names) - 1:
                     raise UserError(f"{uri}: line {number} has {line.count(b'::') + 1} fields; {'::'.join(names)} has {len(names)}")
             content = _in_utf8(lines).replace(b"::", _UNIT_SEPARATOR.encode())
             reading = arrow_csv.ReadOptions(use_threads=False, column_names=names, block_size=len(content) + 1)
-            yield arrow_csv.read_csv(io.BytesIO(content), reading, parsing, _as_text(columns))
+            yield arrow_csv.read_csv(io.BytesIO(content), reading, parsing, as_text(columns))
 
 
 def _in_utf8(lines: list[bytes]) -> bytes:
@@ -109,26 +110,82 @@ def _line_in_utf8(line: bytes) -> bytes:
 
 
 def _read_jsonl(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    with _open_stream(storage, uri) as stream:
-        for first, lines in _batches(uri, stream):
-            rows = [[row.get(column) for column in columns] for row in _json_rows(uri, lines, first)]
+    with open_stream(storage, uri) as stream:
+        for first, lines in batches(read_lines(uri, stream)):
+            rows = [[_cell(row, column) for column in columns] for row in _json_rows(uri, lines, first)]
             yield pa.table([_json_array([row[index] for row in rows]) for index in range(len(columns))], columns)
+
+
+def _json_names(rows: list[dict[str, Any]], prefix: str = "") -> list[str]:
+    """List the columns of objects: their keys, and in place of a key with objects of few keys these, as `key.inner`."""
+    names: list[str] = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        inner = [row[key] for row in rows if row.get(key) is not None]
+        is_object = all(isinstance(value, dict) for value in inner) and prefix.count(".") < _MOST_DEPTH
+        keys = {name for value in inner for name in value} if is_object else set()
+        is_struct = 0 < len(keys) <= _MOST_FIELDS and not any("." in name for name in keys)
+        names += _json_names(inner, f"{prefix}{key}.") if is_struct else [f"{prefix}{key}"]
+    return list(dict.fromkeys(names))
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    """Return what a row has under a column's name, which may lead into objects in it."""
+    if column in row or "." not in column:
+        return row.get(column)
+    for key in _paths(column):
+        if isinstance(row.get(key), dict):
+            return _cell(row[key], column[len(key) + 1 :])
+    return None
+
+
+def _paths(column: str) -> Iterator[str]:
+    """List the beginnings of a name that may be keys of their own."""
+    place = column.find(".")
+    while place >= 0:
+        yield column[:place]
+        place = column.find(".", place + 1)
 
 
 def _json_array(values: list[Any]) -> pa.Array:
     if not any(isinstance(value, list) for value in values):
-        return pa.array([_json_text(value) for value in values], pa.string())
-    lists = [value if isinstance(value, list) or value is None else [value] for value in values]
-    texts = [None if entries is None else [_json_text(entry) for entry in entries] for entries in lists]
-    return pa.array(texts, pa.list_(pa.string()))
+        return _string_array([_json_text(value) for value in values])
+    lists = [_entries(value) if isinstance(value, list) else None if value is None else [value] for value in values]
+    entries = [entry for each in lists for entry in each or () if entry is not None]
+    is_vector = any(isinstance(entry, JsonNumber) for entry in entries)
+    if is_vector and all(isinstance(entry, JsonNumber) or (isinstance(entry, int) and not isinstance(entry, bool)) for entry in entries):
+        numbers = [None if each is None else [None if entry is None else float(entry) for entry in each] for each in lists]
+        return pa.array(numbers, pa.list_(pa.float64()))
+    lengths = [0 if each is None else len(each) for each in lists]
+    offsets = pa.array([0, *accumulate(lengths)], pa.int32())
+    texts = _string_array([_json_text(entry) for each in lists for entry in each or ()])
+    return pa.ListArray.from_arrays(offsets, texts, mask=pa.array([each is None for each in lists]))
+
+
+def _entries(values: list[Any]) -> list[Any]:
+    """Lay inner lists end to end, and name each object by the entry that names it."""
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, list):
+            flat += _entries(value)
+        elif isinstance(value, dict) and (key := name_key(value)) is not None:
+            flat.append(value[key])
+        else:
+            flat.append(value)
+    return flat
 
 
 def _json_text(value: Any) -> str | None:
-    """Write a JSON value as text; lone surrogates, which no file in UTF-8 can hold, become U+FFFD, which is noticed later."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value)
-    return _LONE_SURROGATE.sub("\ufffd", text)
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value)
+
+
+def _string_array(texts: list[str | None]) -> pa.Array:
+    """Build strings, with lone surrogates as the bytes that files of other formats have for them."""
+    if not any(text and _LONE_SURROGATE.search(text) for text in texts):
+        return pa.array(texts, pa.string())
+    raw = pa.array([None if text is None else text.encode("utf-8", "surrogatepass") for text in texts], pa.binary())
+    return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0], raw.null_count)
 
 
 def _json_rows(uri: str, lines: Iterator[bytes] | list[bytes], first: int = 1) -> Iterator[dict[str, Any]]:
@@ -136,7 +193,7 @@ def _json_rows(uri: str, lines: Iterator[bytes] | list[bytes], first: int = 1) -
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_float=json_number)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{uri}: line {number} is not valid JSON ({error})") from None
         if not isinstance(row, dict):
@@ -144,62 +201,25 @@ def _json_rows(uri: str, lines: Iterator[bytes] | list[bytes], first: int = 1) -
         yield row
 
 
-def _batches(uri: str, stream: io.BufferedReader) -> Iterator[tuple[int, list[bytes]]]:
-    """Gather lines up to a batch's rows or bytes, with the number of the first."""
-    first, lines, num_bytes = 1, list[bytes](), 0
-    for line in _lines(uri, stream):
-        lines.append(line)
-        num_bytes += len(line)
-        if len(lines) == BATCH_ROWS or num_bytes >= _BATCH_BYTES:
-            yield first, lines
-            first, lines, num_bytes = first + len(lines), [], 0
-    if lines:
-        yield first, lines
-
-
-def _lines(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise UserError(f"{uri}: line {number} is longer than {MAX_LINE_BYTES} bytes; split it into records of one line each")
-        yield line
-
-
 def _first_lines(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
     num_bytes = 0
-    for line in islice(_lines(uri, stream), _HEADER_LINES):
+    for line in islice(read_lines(uri, stream), _HEADER_LINES):
         yield line
         num_bytes += len(line)
         if num_bytes > _HEADER_LINES_BYTES:
             return
 
 
-def _first_line(storage: Storage, uri: str) -> list[str]:
-    with _open_stream(storage, uri) as stream:
-        line = stream.readline(_HEADER_BYTES)
-    if len(line) == _HEADER_BYTES:
-        raise UserError(f"{uri}: its first line, which must name the columns, is longer than {_HEADER_BYTES} bytes")
-    text = line.decode("utf-8-sig").rstrip("\r\n")
-    if not text:
-        raise UserError(f"{uri}: is empty; its first line must name the columns")
-    return text.split("\t") if _is_atomic(uri) else next(csv.reader([text]))
+def _atomic_names(storage: Storage, uri: str) -> list[str]:
+    with open_stream(storage, uri) as stream:
+        line = stream.readline(HEADER_BYTES)
+    if len(line) == HEADER_BYTES:
+        raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
+    return line.decode("utf-8-sig").rstrip("\r\n").split("\t")
 
 
 def _atomic_column(uri: str, full_name: str) -> tuple[str, str]:
     name, separator, kind = full_name.rpartition(":")
-    if not separator or kind not in _ATOMIC_TYPES:
-        raise UserError(f"{uri}: header '{full_name[:80]}' must be name:type with a type of {', '.join(_ATOMIC_TYPES)}")
+    if not separator or kind not in ATOMIC_TYPES:
+        raise UserError(f"{uri}: header '{full_name[:80]}' must be name:type with a type of {', '.join(ATOMIC_TYPES)}")
     return name, kind
-
-
-@contextmanager
-def _open_stream(storage: Storage, uri: str) -> Iterator[io.BufferedReader]:
-    filesystem, path = storage.locate(uri)
-    compression = "gzip" if uri.lower().endswith(".gz") else None
-    with filesystem.open_input_stream(path, compression=compression) as stream:
-        yield io.BufferedReader(stream, 1 << 20)
-
-
-def _is_atomic(uri: str) -> bool:
-    return uri.lower().endswith(tuple(ATOMIC_SUFFIXES.values()))

@@ -24,7 +24,6 @@ run that trains on an older version goes on there. Versions form a tree: any ver
 - Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
 """
 
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -39,11 +38,13 @@ from recsys.data.preparing.identity import content_config, dataset_uri, find_inp
 from recsys.data.preparing.measuring import measure_version, write_report
 from recsys.data.preparing.partitions import Job
 from recsys.data.preparing.passes import (
+    describe_input,
     number_items,
     present,
     publish,
     read_items,
     refuse_empty,
+    rejects_of_users,
     run_pass,
     sign,
     stage_inputs,
@@ -52,13 +53,14 @@ from recsys.data.preparing.passes import (
     write_shards_of,
 )
 from recsys.data.preparing.pseudonyms import refuse_other_key
+from recsys.data.preparing.rejects import Rejects
 from recsys.data.preparing.shuffle import write_table
 from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
 from recsys.storage import Storage
 
-_OF_THE_INPUT = ("source", "synthetic", "columns", "time_unit", "max_file_memory_bytes")
+_OF_THE_INPUT = ("source", "synthetic", "columns", "csv", "time_unit", "max_file_memory_bytes")
 """Keys about how a day's files look and are read, which may differ from version to version."""
 
 
@@ -81,23 +83,26 @@ def append(config: Config, storage: Storage) -> Dataset:
     expected = TIMESTAMP if base.manifest.has_time else POSITION
     if inputs.time_column != expected:
         raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset does by {expected}")
-    job = Job(storage, dataset_uri(config, storage, base.manifest.fingerprint), config.data, inputs.time_column)
-    items, kinds, item_rejects = read_items(job, inputs.items)
+    job = Job(storage, dataset_uri(config, storage, base.manifest.fingerprint), config.data, inputs.time_column, inputs.time_unit or "s")
+    items = read_items(job, inputs.items)
     known_ids = base.catalogue_rows[ITEM_ID].to_pylist()
     write_table(job.storage, job.staging(KNOWN_INDEX_NAME), pa.table({ITEM_ID: pa.array(known_ids, pa.string())}))
     staged = stage_inputs(job, "events", inputs.events)
     merged = run_pass(job, "partitions", partial(merge_day, job, base), range(job.num_partitions))
-    rejected, noticed = (sum_counts((*staged, *merged), key) for key in ("rejected", "noticed"))
-    refuse_empty(job, merged, rejected)
+    outcomes = [*staged, *merged]
+    rejects, noticed = Rejects.of_outcomes(outcomes), sum_counts(outcomes, "noticed")
+    refuse_empty(job, inputs, merged, rejects)
     _refuse_new_kinds(job, base, merged)
-    ids, odd_items = number_items(job, 0, items, known_ids)
-    stage_inputs(job, "users", inputs.users)
+    ids, odd_items, warnings = number_items(job, 0, items.rows, known_ids)
+    users = stage_inputs(job, "users", inputs.users)
     first_users = base.manifest.num_users + np.cumsum([0, *(outcome["num_users"] for outcome in merged)])
     first_queries = 1 + base.manifest.num_queries + np.cumsum([0, *(outcome["num_queries"] for outcome in merged)])
     firsts = zip(first_users[:-1].tolist(), first_queries[:-1].tolist(), strict=True)
     tasks = [AppendTask(partition, *first) for partition, first in enumerate(firsts)]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
-    catalogue = changed_items(base, ids, items, kinds)
+    catalogue = changed_items(base, ids, items.rows, items.kinds)
+    described = describe_input(job, inputs, items, outcomes, users, shards)
+    described["warnings"] = (*warnings, *described["warnings"])
     noticed += catalogue.noticed + odd_items
     taken_out = sum_counts(shards, "rejected")
     measured = measure_version(job, base, shards, len(ids))
@@ -110,8 +115,9 @@ def append(config: Config, storage: Storage) -> Dataset:
         num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged) - taken_out.total(),
         num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
         num_queries=int(first_queries[-1]) - 1,
-        rejected=present(rejected + taken_out + Counter(item_rejects)),
+        rejected=present(rejects + taken_out + items.rejects + rejects_of_users(users, shards)),
         noticed=present(noticed),
+        **described,
         items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + odd_items["unknown_item"],
         category_vocabulary=catalogue.category_vocabulary,
         train_shards=[outcome["train"] for outcome in shards if outcome["train"]],

@@ -50,7 +50,7 @@ class AppendTask:
 
 def merge_day(job: Job, base: Dataset, partition: int) -> Outcome:
     """Gather one partition of the day's events, drop what is known already, and stage the rest as generation 0."""
-    events, rejected = gather_events(job, partition)
+    events, rejects = gather_events(job, partition)
     known = _known_users(base, partition, events[USER_ID])
     columns = index_events(job, events, base.manifest.event_kinds, KNOWN_INDEX_NAME)
     owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy().astype(np.int64)
@@ -61,8 +61,10 @@ def merge_day(job: Job, base: Dataset, partition: int) -> Outcome:
     is_fresh = ~is_known & ~is_out
     is_late = is_fresh & (columns["timestamps"] < newest)
     fresh = events.filter(pa.array(is_fresh)).combine_chunks()
-    rejected |= {"known": int(is_known.sum()), "withheld": int(is_out.sum())}
-    outcome = stage_generation(job, 0, partition, fresh, rejected)
+    unknown = events.filter(pa.array(~is_known))
+    rejects.add_missing("known", events, unknown)
+    rejects.add_missing("withheld", unknown, fresh)
+    outcome = stage_generation(job, 0, partition, fresh, rejects)
     num_new_users = pc.count_distinct(pc.filter(events[USER_ID], pa.array(owners < 0))).as_py()
     return {**outcome, "num_users": num_new_users, "noticed": {**notice_order(fresh), "late": int(is_late.sum())}}
 
@@ -87,9 +89,8 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     sequences, num_train, num_validation = everything.by_part(parts)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_day], minlength=len(user_ids)).clip(min=1)
     attributes = pa.concat_arrays([known["attributes"].combine_chunks(), nobodys_attributes(int(is_new.sum()))])
-    users = sequences.users_table(
-        indices, user_ids, num_train, num_validation, staged_attributes(job, task.partition, user_ids, attributes)
-    )
+    attributes, listed = staged_attributes(job, task.partition, user_ids, attributes)
+    users = sequences.users_table(indices, user_ids, num_train, num_validation, attributes)
     train = sequences.train_table(indices, first_targets, num_train, job.data)
     stage_counts(job, task.partition, *np.unique(sequences.within("items", num_trained, num_train), return_counts=True))
     return {
@@ -99,6 +100,7 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
         "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
         "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
+        "listed": listed,
     }
 
 

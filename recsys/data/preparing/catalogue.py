@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.data.inputs.formats import INPUT_ORDER
-from recsys.data.preparing.cleaning import cast_ids, cast_numbers, is_negative
-from recsys.data.preparing.normalising import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, normalise_text, valid_text
+from recsys.data.inputs.item_columns import as_vectors, title_column
+from recsys.data.inputs.scalars import numbers_of, spell
+from recsys.data.preparing.cleaning import is_long, is_negative
+from recsys.data.preparing.normalising import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, normalise_text
+from recsys.data.preparing.rejects import Rejects
 from recsys.errors import UserError
 from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, FeatureKind
 
@@ -46,18 +49,21 @@ def _natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
     return key, text
 
 
-def clean_items(items: pa.Table, reject_negative_ids: bool = False) -> tuple[pa.Table, dict[str, int]]:
-    """Make ids strings and keep the first row by input order of each; count what went."""
-    items = items.set_column(0, ITEM_ID, cast_ids(items[ITEM_ID], ITEM_ID))
-    named = items.filter(items[ITEM_ID].is_valid())
-    known = named.filter(pc.invert(is_negative(named[ITEM_ID]))) if reject_negative_ids else named
-    firsts = known.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
-    kept = known.filter(pc.is_in(known[INPUT_ORDER], value_set=firsts.combine_chunks()))
-    return kept, {
-        "catalogue_null_id": items.num_rows - named.num_rows,
-        "catalogue_negative_id": named.num_rows - known.num_rows,
-        "catalogue_duplicate": known.num_rows - kept.num_rows,
-    }
+def clean_items(items: pa.Table, reject_negative_ids: bool = False) -> tuple[pa.Table, Rejects]:
+    """Keep the first row by input order of each item that has an id; count what went."""
+    rejects = Rejects()
+
+    def drop(rule: str, table: pa.Table, is_dropped: pa.ChunkedArray) -> pa.Table:
+        rejects.add(rule, is_dropped, table[INPUT_ORDER], table[ITEM_ID])
+        return table.filter(pc.invert(is_dropped))
+
+    items = drop("catalogue_null_id", items, items[ITEM_ID].is_null())
+    items = drop("catalogue_long_id", items, is_long(items[ITEM_ID]))
+    if reject_negative_ids:
+        items = drop("catalogue_negative_id", items, is_negative(items[ITEM_ID]))
+    firsts = items.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
+    is_first = pc.is_in(items[INPUT_ORDER], value_set=firsts.combine_chunks())
+    return drop("catalogue_duplicate", items, pc.invert(is_first)), rejects
 
 
 def build_catalogue(
@@ -71,7 +77,8 @@ def build_catalogue(
 ) -> Catalogue:
     """Lay the items' features out in the order of `ids`; an item without a row has none of them.
 
-    `title` is the first text column, `text` all of them joined by ". ", both normalised by `normalise_text`. `measured` are
+    `title` is the text column named like one, or else the first; `text` all of them joined by ". ", the title first, both normalised by
+    `normalise_text`. `measured` are
     numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
     catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros.
     """
@@ -81,6 +88,8 @@ def build_catalogue(
     columns: dict[FeatureKind, list[str]] = {"text": [], "categories": [], "numbers": [], "vectors": []}
     for name, kind in kinds.items():
         columns[kind].append(name)
+    if (title := title_column(columns["text"])) is not None:
+        columns["text"].sort(key=lambda name: name != title)
     texts, noticed = _texts([_strings(rows[name]) for name in columns["text"]], num_items)
     categories, vocabulary, num_changed = _categories(rows, columns["categories"], num_items, vocabulary)
     raw_numbers = {name: _numbers(rows[name]) for name in columns["numbers"]} | dict(measured or {})
@@ -121,9 +130,8 @@ def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], C
 
 
 def _strings(column: pa.ChunkedArray) -> list[str]:
-    if pa.types.is_list(column.type):
-        column = pc.binary_join(column.cast(pa.list_(pa.string())), " ")
-    return [text or "" for text in valid_text(column.cast(pa.string())).to_pylist()]
+    texts = spell(column)
+    return [text or "" for text in (pc.binary_join(texts, " ") if pa.types.is_list(texts.type) else texts).to_pylist()]
 
 
 def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[str, ...]) -> tuple[pa.Array, tuple[str, ...], int]:
@@ -134,7 +142,7 @@ def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[s
     for name in names:
         column = rows[name]
         is_list = pa.types.is_list(column.type)
-        texts = valid_text(column.cast(pa.list_(pa.string()) if is_list else pa.string())).to_pylist()
+        texts = spell(column).to_pylist()
         found: set[str] = set()
         for of_row, entry in zip(values, texts, strict=True):
             entries = (entry or []) if is_list else [entry]
@@ -149,7 +157,7 @@ def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[s
 
 
 def _numbers(column: pa.ChunkedArray) -> Floats:
-    numbers: Floats = cast_numbers(column).to_numpy(zero_copy_only=False).astype(np.float64)
+    numbers: Floats = numbers_of(column).to_numpy(zero_copy_only=False).astype(np.float64)
     numbers[~(np.abs(numbers) <= _LARGEST_NUMBER)] = np.nan
     return numbers
 
@@ -164,12 +172,7 @@ def _moments(numbers: Floats) -> tuple[float, float]:
 
 
 def _vectors(column: pa.ChunkedArray, name: str) -> Floats:
-    if pa.types.is_string(column.type):
-        column = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
-    try:
-        lists = column.cast(pa.list_(pa.float64())).combine_chunks()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"data.item_features.vectors: column '{name}' is not lists of numbers ({error})") from error
+    lists = as_vectors(column, name).combine_chunks()
     sizes = pc.unique(pc.list_value_length(lists).drop_null()).to_pylist()
     if len(sizes) != 1:
         raise UserError(f"data.item_features.vectors: column '{name}' must have one length in all rows; it has {sorted(sizes)[:5]}")

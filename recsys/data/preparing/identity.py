@@ -9,12 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from recsys.config import Config
+from recsys.data.inputs.formats import FilePart
+from recsys.data.inputs.importers import import_events
 from recsys.data.inputs.input_files import event_columns, find_files, find_in_folder
-from recsys.data.inputs.sandbox import run_limited
+from recsys.data.inputs.sandbox import reading, run_limited
 from recsys.data.manifest import FORMAT_VERSION
 from recsys.data.preparing.pseudonyms import PSEUDONYM_KEY, key_identity
 from recsys.data.preparing.synthetic import GENERATOR_VERSION
-from recsys.data_config import DataConfig
+from recsys.data.preparing.times import guess_unit
+from recsys.data_config import AUTO, DataConfig
 from recsys.errors import UserError
 from recsys.schema import POSITION, TIMESTAMP
 from recsys.storage import ObjectInfo, Storage
@@ -31,12 +34,13 @@ _DELIMITED_EVENT_BYTES = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of each table, and the column that orders events: `timestamp` or `position`."""
+    """The files of each table, the column that orders events, `timestamp` or `position`, and the unit of its numbers, if any."""
 
     events: list[ObjectInfo]
     items: list[ObjectInfo]
     users: list[ObjectInfo]
     time_column: str
+    time_unit: str
 
 
 def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
@@ -51,7 +55,24 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
     time_column = next(name for name in columns if name in (TIMESTAMP, POSITION))
     if data.split == "time" and time_column != TIMESTAMP:
         raise UserError(f"data.split = 'time': {first} has no column '{data.columns.timestamp}'; 'leave_one_out' would work")
-    return Inputs(**files, time_column=time_column)
+    return Inputs(**files, time_column=time_column, time_unit=_find_unit(data, storage, files["events"], time_column))
+
+
+def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], time_column: str) -> str:
+    """Tell the unit of times that are numbers: the config's or, by its digits, that of the first number; empty where there is none."""
+    if time_column != TIMESTAMP:
+        return ""
+    if data.time_unit != AUTO:
+        return data.time_unit
+    units = (run_limited(data.max_file_memory_bytes, first_unit, storage, file, data) for file in events[:_SAMPLED_FILES])
+    return next(filter(None, units), "")
+
+
+def first_unit(storage: Storage, file: ObjectInfo, data: DataConfig) -> str:
+    """Tell the unit by the beginning of a file; empty where it has no number there."""
+    with reading(file.uri):
+        first = next(iter(import_events(storage, FilePart(file.uri, 0, num_bytes=file.num_bytes), data, TIMESTAMP)), None)
+        return "" if first is None else guess_unit(first[TIMESTAMP])
 
 
 def _find_tables(data: DataConfig, storage: Storage) -> dict[str, list[ObjectInfo]]:

@@ -13,29 +13,34 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recsys.data.inputs.formats import INPUT_ORDER, FilePart
+from recsys.data.inputs.formats import FILE_SHIFT, INPUT_ORDER, FilePart
 from recsys.data.inputs.importers import import_events, import_users
 from recsys.data.inputs.sandbox import reading
-from recsys.data.manifest import Shard
+from recsys.data.manifest import ColumnUse, Shard
 from recsys.data.preparing.cleaning import (
     apply_rules,
     cast_events,
     cast_ids,
     drop_bots,
     drop_duplicates,
+    is_long,
     normalise_queries,
     notice_ids,
     notice_order,
+    notice_rounded,
 )
-from recsys.data.preparing.normalising import valid_text
+from recsys.data.preparing.overlap import Overlap
 from recsys.data.preparing.pseudonyms import pseudonymise
+from recsys.data.preparing.rejects import Rejects
 from recsys.data.preparing.report.counts import Limits
 from recsys.data.preparing.sequence_tables import Sequences
 from recsys.data.preparing.sequences import Integers
 from recsys.data.preparing.shuffle import read_partition, read_table, write_pieces, write_table
 from recsys.data.preparing.splits import TRAINING, WITHHELD, split_events
 from recsys.data.preparing.statistics import Histories, Moments
-from recsys.data_config import DataConfig
+from recsys.data.preparing.times import UNIT_NAMES, find_other_unit
+from recsys.data_config import AUTO, DataConfig
+from recsys.errors import UserError
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.storage import Storage, join, sha256_of
 
@@ -54,6 +59,7 @@ class Job:
     uri: str
     data: DataConfig
     time_column: str
+    time_unit: str = "s"
 
     @property
     def has_time(self) -> bool:
@@ -77,25 +83,52 @@ class Job:
 
 def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
     """Cast and clean some parts of the events and write them as pieces, user ids as pseudonyms where a key is named."""
-    rejected: Counter[str] = Counter()
-    noticed: Counter[str] = Counter()
+    rejects, noticed, uses = Rejects(), Counter[str](), list[ColumnUse]()
     num_rows = 0
 
     def cleaned(part: FilePart) -> Iterator[pa.Table]:
         nonlocal num_rows
-        for raw in import_events(job.storage, part, job.data, job.time_column):
+        imported = import_events(job.storage, part, job.data, job.time_column)
+        uses.extend(imported.uses)
+        for raw in imported:
             with reading(part.uri):
-                events, faults = cast_events(raw)
+                _check_unit(job, raw)
+                events, faults = cast_events(raw, job.time_unit)
             events, broken = apply_rules(events, job.data.cleaning, job.has_time)
             num_rows += raw.num_rows
-            rejected.update(faults + broken)
+            rejects.merge(faults)
+            rejects.merge(broken)
             events, of_queries = normalise_queries(events)
-            noticed.update(notice_ids(events) + of_queries)
+            noticed.update(notice_ids(events) + of_queries + notice_rounded(raw))
             yield _with_pseudonyms(job, events)
 
     tables = (table for part in parts for table in cleaned(part))
     write_pieces(job.storage, job.staging("pieces"), task, tables, USER_ID, job.num_partitions)
-    return {"rows": num_rows, "rejected": rejected, "noticed": noticed}
+    _hide_users(job, rejects, "null_user", "long_id", "negative_id")
+    return {"rows": num_rows, **rejects.outcome(), "noticed": noticed, "uses": _distinct(uses)}
+
+
+def _check_unit(job: Job, raw: pa.Table) -> None:
+    """Refuse times whose digits tell another unit than those of the first file, where the unit is told by the digits."""
+    if not job.has_time or job.data.time_unit != AUTO:
+        return
+    found = find_other_unit(raw[TIMESTAMP], job.time_unit)
+    if found is not None:
+        place, number = found
+        row = raw[INPUT_ORDER][place].as_py() % (1 << FILE_SHIFT) + 1
+        raise UserError(
+            f"row {row}: the time {number} is not in {UNIT_NAMES[job.time_unit]}, as the first of the input are by their digits; "
+            "set data.time_unit to the unit of all"
+        )
+
+
+def _hide_users(job: Job, rejects: Rejects, *rules: str) -> None:
+    if job.data.pseudonym_key_env:
+        rejects.hide(rules)
+
+
+def _distinct(uses: Sequence[ColumnUse]) -> list[dict[str, Any]]:
+    return [use.model_dump() for use in dict.fromkeys(uses)]
 
 
 def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
@@ -105,46 +138,52 @@ def _with_pseudonyms(job: Job, table: pa.Table) -> pa.Table:
 
 def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
     """Turn some parts of the users' table into ids with attributes and write them as pieces."""
+    rejects, uses = Rejects(), list[ColumnUse]()
     num_rows = 0
 
     def staged(part: FilePart) -> Iterator[pa.Table]:
         nonlocal num_rows
-        for raw in import_users(job.storage, part, job.data.columns):
+        imported = import_users(job.storage, part, job.data)
+        uses.extend(imported.uses)
+        for raw in imported:
             with reading(part.uri):
-                users = _with_attributes(raw)
+                users = _with_attributes(raw, rejects)
             num_rows += raw.num_rows
             yield _with_pseudonyms(job, users)
 
     tables = (table for part in parts for table in staged(part))
     write_pieces(job.storage, job.staging("user-pieces"), task, tables, USER_ID, job.num_partitions)
-    return {"rows": num_rows}
+    _hide_users(job, rejects, "user_null_id", "user_long_id")
+    return {"rows": num_rows, **rejects.outcome(), "uses": _distinct(uses)}
 
 
-def _with_attributes(raw: pa.Table) -> pa.Table:
+def _with_attributes(raw: pa.Table, rejects: Rejects) -> pa.Table:
     names = [name for name in raw.column_names if name not in (USER_ID, INPUT_ORDER)]
-    rows = zip(*(_as_text(raw[name]).to_pylist() for name in names), strict=True) if names else [()] * raw.num_rows
+    rows = zip(*(raw[name].to_pylist() for name in names), strict=True) if names else [()] * raw.num_rows
     pairs = [[(name, value) for name, value in zip(names, row, strict=True) if value] for row in rows]
     attributes = pa.array(pairs, _STAGED_USERS.field(_ATTRIBUTES).type)
-    table = pa.table([cast_ids(raw[USER_ID], USER_ID), attributes, raw[INPUT_ORDER]], schema=_STAGED_USERS)
-    return table.filter(table[USER_ID].is_valid())
-
-
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = pc.binary_join(column.cast(pa.list_(pa.string())), " ") if pa.types.is_list(column.type) else column.cast(pa.string())
-    return valid_text(text)
+    ids = cast_ids(raw[USER_ID], USER_ID)
+    rejects.add("user_null_id", ids.is_null(), raw[INPUT_ORDER], raw[USER_ID])
+    rejects.add("user_long_id", is_long(ids), raw[INPUT_ORDER], ids)
+    table = pa.table([ids, attributes, raw[INPUT_ORDER]], schema=_STAGED_USERS)
+    return table.filter(pc.and_(ids.is_valid(), pc.invert(is_long(ids))))
 
 
 def merge_events(job: Job, partition: int) -> Outcome:
     """Gather one partition of the events and stage it as generation 0."""
-    events, rejected = gather_events(job, partition)
-    return {**stage_generation(job, 0, partition, events, rejected), "noticed": notice_order(events)}
+    events, rejects = gather_events(job, partition)
+    return {**stage_generation(job, 0, partition, events, rejects), "noticed": notice_order(events)}
 
 
-def gather_events(job: Job, partition: int) -> tuple[pa.Table, dict[str, int]]:
+def gather_events(job: Job, partition: int) -> tuple[pa.Table, Rejects]:
     """Read one partition of the pieces without duplicates and bots, sorted by the tie rule, and count what went."""
-    events, num_duplicates = drop_duplicates(read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA))
-    events, num_of_bots = drop_bots(events, job.data.cleaning.max_events_per_minute if job.has_time else None)
-    return events, {"duplicate": num_duplicates, "bot": num_of_bots}
+    rejects = Rejects()
+    pieces = read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA)
+    distinct, _ = drop_duplicates(pieces)
+    rejects.add_missing("duplicate", pieces, distinct)
+    events, _ = drop_bots(distinct, job.data.cleaning.max_events_per_minute if job.has_time else None)
+    rejects.add_missing("bot", distinct, events)
+    return events, rejects
 
 
 def core_round(job: Job, generation: int, partition: int) -> Outcome:
@@ -155,11 +194,13 @@ def core_round(job: Job, generation: int, partition: int) -> Outcome:
     counts = of_items.group_by(USER_ID, use_threads=False).aggregate([(ITEM_ID, "count")])
     active = counts.filter(pc.greater_equal(counts[f"{ITEM_ID}_count"], job.data.k_core))[USER_ID].combine_chunks()
     after = of_items.filter(pc.is_in(of_items[USER_ID], value_set=active))
-    rejected = {"k_core_item": before.num_rows - of_items.num_rows, "k_core_user": of_items.num_rows - after.num_rows}
-    return stage_generation(job, generation, partition, after, rejected)
+    rejects = Rejects()
+    rejects.add_missing("k_core_item", before, of_items)
+    rejects.add_missing("k_core_user", of_items, after)
+    return stage_generation(job, generation, partition, after, rejects)
 
 
-def stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejected: dict[str, int]) -> Outcome:
+def stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejects: Rejects) -> Outcome:
     """Stage one partition's events and how often each item occurs in them."""
     write_table(job.storage, job.staged("events", generation, partition), events)
     counts = events.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "count")]).rename_columns([ITEM_ID, "count"])
@@ -169,7 +210,7 @@ def stage_generation(job: Job, generation: int, partition: int, events: pa.Table
         "num_users": pc.count_distinct(events[USER_ID]).as_py(),
         "num_queries": pc.count_distinct(events[QUERY]).as_py(),
         "event_kinds": sorted(pc.unique(events[EVENT]).to_pylist()),
-        "rejected": rejected,
+        **rejects.outcome(),
     }
 
 
@@ -194,7 +235,7 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     sequences, num_train, num_validation = everything.by_part(parts)
     user_indices = task.first_user + np.arange(len(num_train))
     user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
-    attributes = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
+    attributes, listed = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
     users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
     train = sequences.train_table(user_indices, np.ones_like(num_train), num_train, job.data)
     nothing = np.zeros_like(num_train)
@@ -210,6 +251,7 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
         "num_targets": int(np.maximum(num_train - 1, 0).sum()),
         "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
         "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
+        "listed": listed,
     }
 
 
@@ -250,13 +292,23 @@ def user_offsets(user_ids: pa.ChunkedArray) -> Integers:
     return np.concatenate([np.flatnonzero(np.diff(codes, prepend=-1)), [len(codes)]]).astype(np.int64)
 
 
-def staged_attributes(job: Job, partition: int, user_ids: pa.ChunkedArray | pa.Array, known: pa.Array) -> pa.ChunkedArray:
-    """Return the attributes that the users' table has of each user, and the `known` ones of a user whom it has not."""
+def staged_attributes(
+    job: Job, partition: int, user_ids: pa.ChunkedArray | pa.Array, known: pa.Array
+) -> tuple[pa.ChunkedArray, dict[str, Any]]:
+    """Return the attributes that the users' table has of each user, and the `known` ones of a user whom it has not.
+
+    Also tells what there is to tell of the users' table: rows of one user that came later, and how far its users are those of the events.
+    """
     staged = read_partition(job.storage, job.staging("user-pieces"), partition, _STAGED_USERS)
+    ids = staged[USER_ID].combine_chunks()
     # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
-    rows = pc.index_in(user_ids, value_set=staged[USER_ID].combine_chunks())
+    rows = pc.index_in(user_ids, value_set=ids)
     chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(staged.num_rows, staged.num_rows + len(user_ids)), pa.int32()))
-    return pa.chunked_array([staged[_ATTRIBUTES].combine_chunks(), known]).take(chosen)
+    rejects = Rejects()
+    is_later = pc.less(pc.index_in(ids, value_set=ids), pa.array(np.arange(len(ids)), pa.int32()))
+    rejects.add("user_duplicate", pa.chunked_array([is_later]), staged[INPUT_ORDER], staged[USER_ID])
+    mutual = Overlap.of(pc.unique(user_ids), pc.unique(ids)) if len(ids) else Overlap()
+    return pa.chunked_array([staged[_ATTRIBUTES].combine_chunks(), known]).take(chosen), {**rejects.outcome(), "overlap": asdict(mutual)}
 
 
 def nobodys_attributes(num_users: int) -> pa.Array:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,16 @@ from pyarrow import fs
 
 from recsys.data.inputs import input_files
 from recsys.data.inputs.sandbox import run_limited
-from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, content_fingerprint
+from recsys.data.manifest import MANIFEST_NAME, ColumnUse, Dataset, DatasetManifest, content_fingerprint
 from recsys.data.preparing.catalogue import clean_items, sort_ids
+from recsys.data.preparing.identity import Inputs
+from recsys.data.preparing.overlap import Overlap
 from recsys.data.preparing.partitions import IS_WITHHELD, ITEM_INDEX_NAME, Job, stage_events, stage_users, write_shard
 from recsys.data.preparing.ray_tasks import Outcome, Record, run_tasks
+from recsys.data.preparing.rejects import Rejects, remedy, tell
 from recsys.data.preparing.shuffle import read_table, write_table
 from recsys.data.preparing.splits import withheld
+from recsys.data.preparing.times import UNIT_NAMES
 from recsys.errors import UserError
 from recsys.schema import ITEM_ID, FeatureKind
 from recsys.storage import ObjectInfo, Storage, join
@@ -40,14 +45,25 @@ def stage_inputs(job: Job, label: str, files: Sequence[ObjectInfo]) -> list[Outc
     return run_pass(job, label, lambda task: run_limited(job.data.max_file_memory_bytes, function, job, *task), tasks)
 
 
-def read_items(job: Job, files: list[ObjectInfo]) -> tuple[pa.Table | None, dict[str, FeatureKind], dict[str, int]]:
-    """Read the whole item table, which fits in memory: its rows, its features' kinds, and what was rejected."""
+@dataclass(frozen=True)
+class CleanItems:
+    """The item table, which fits in memory, if there is one: its rows, its features' kinds, what was rejected, and its columns' uses."""
+
+    rows: pa.Table | None
+    kinds: dict[str, FeatureKind]
+    rejects: Rejects
+    uses: tuple[ColumnUse, ...] = ()
+
+
+def read_items(job: Job, files: list[ObjectInfo]) -> CleanItems:
+    """Read the whole item table."""
     if not files:
-        return None, {}, {}
-    table, kinds = input_files.read_items(job.storage, files, job.data)
-    items, rejected = clean_items(table, job.data.cleaning.reject_negative_ids)
-    logger.info("items: %d rows; features: %s", items.num_rows, ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none")
-    return items, kinds, rejected
+        return CleanItems(None, {}, Rejects())
+    items = input_files.read_items(job.storage, files, job.data)
+    rows, rejects = clean_items(items.rows, job.data.cleaning.reject_negative_ids)
+    features = ", ".join(f"{name} ({kind})" for name, kind in items.kinds.items())
+    logger.info("items: %d rows; features: %s", rows.num_rows, features or "none")
+    return CleanItems(rows, items.kinds, rejects, items.uses)
 
 
 def count_items(job: Job, generation: int) -> pa.Table:
@@ -63,10 +79,11 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
 
 
-def number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str] = ()) -> tuple[pa.Array, Counter[str]]:
+def number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str] = ()) -> tuple[pa.Array, Counter[str], list[str]]:
     """Number the items: the `known` first, then those of the catalogue and of events alone in natural order.
 
-    Under k_core only those that events have left are numbered. Tells also what is odd about those that are not known.
+    Under k_core only those that events have left are numbered. Tells also what is odd about those that are not known, and warns where
+    events and catalogue hardly speak of the same items.
     """
     seen = set(count_items(job, generation)[ITEM_ID].to_pylist())
     listed = set(items[ITEM_ID].to_pylist()) if items is not None else set()
@@ -75,7 +92,12 @@ def number_items(job: Job, generation: int, items: pa.Table | None, known: Seque
     is_withheld = withheld(ids, job.data)
     write_table(job.storage, job.staging(ITEM_INDEX_NAME), pa.table({ITEM_ID: ids, IS_WITHHELD: is_withheld}))
     num_unknown = len((seen - listed).difference(known)) if items is not None else 0
-    return ids, Counter(unknown_item=num_unknown, withheld_item=int(is_withheld[len(known) :].sum()))
+    noticed = Counter(unknown_item=num_unknown, withheld_item=int(is_withheld[len(known) :].sum()))
+    if items is None:
+        return ids, noticed, []
+    both = Overlap.of(*(pa.array(sort_ids(list(side)), pa.string()) for side in (seen.difference(known), listed)))
+    takes_unused = not known and not job.data.k_core
+    return ids, noticed, both.warnings("items", "data.columns.item_id", takes_unused)
 
 
 def train_counts(job: Job, num_items: int) -> NDArray[np.int64]:
@@ -100,6 +122,30 @@ def sum_counts(outcomes: Iterable[Outcome], key: str) -> Counter[str]:
     return sum((Counter(outcome.get(key, {})) for outcome in outcomes), Counter())
 
 
+def rejects_of_users(users: Sequence[Outcome], shards: Sequence[Outcome]) -> Rejects:
+    """Join what was dropped of the users' table where it was staged and where it was joined."""
+    return Rejects.of_outcomes([*users, *(outcome["listed"] for outcome in shards)])
+
+
+def describe_input(
+    job: Job, inputs: Inputs, items: CleanItems, events: Sequence[Outcome], users: Sequence[Outcome], shards: Sequence[Outcome]
+) -> dict[str, Any]:
+    """Say what became of the input, as fields of a manifest: examples of refused rows, each column's use, warnings, the unit of time.
+
+    `events` are the outcomes of all passes over events, `users` those that staged the users' table, `shards` those that joined it.
+    """
+    examples = Rejects.of_outcomes(events).named(inputs.events) | items.rejects.named(inputs.items)
+    examples |= rejects_of_users(users, shards).named(inputs.users)
+    overlap = Overlap.join(Overlap(**outcome["listed"]["overlap"]) for outcome in shards)
+    uses = [ColumnUse.model_validate(use) for outcome in (*events, *users) for use in outcome.get("uses", ())]
+    return {
+        "rejected_examples": examples,
+        "columns": tuple(dict.fromkeys([*uses, *items.uses])),
+        "warnings": tuple(overlap.warnings("users", "data.columns.user_id", takes_unused=False) if inputs.users else ()),
+        "time_unit": inputs.time_unit,
+    }
+
+
 def present(counts: Counter[str]) -> dict[str, int]:
     """Keep what occurred, sorted by name."""
     return {name: count for name, count in sorted(counts.items()) if count}
@@ -115,16 +161,7 @@ def publish(job: Job, manifest: DatasetManifest) -> Dataset:
     """Write the manifest, once and last, and remove what only the work needed."""
     job.storage.create(join(job.uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     clear_leftovers(job.storage, job.uri)
-    logger.info(
-        "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
-        manifest.num_users,
-        manifest.num_items,
-        manifest.num_interactions,
-        manifest.rejected or "none",
-        manifest.noticed or "none",
-        manifest.items_without_catalogue_entry,
-        manifest.tie_rule,
-    )
+    tell_outcome(manifest)
     return Dataset.open(job.storage, job.uri)
 
 
@@ -137,12 +174,37 @@ def clear_leftovers(storage: Storage, uri: str) -> None:
             filesystem.delete_file(found.path)
 
 
-def refuse_empty(job: Job, outcomes: Sequence[Outcome], rejected: Counter[str]) -> None:
+def tell_outcome(manifest: DatasetManifest) -> None:
+    """Log what a dataset holds, and of its input all that is not in it or that a person should look at."""
+    logger.info(
+        "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
+        manifest.num_users,
+        manifest.num_items,
+        manifest.num_interactions,
+        manifest.rejected or "none",
+        manifest.noticed or "none",
+        manifest.items_without_catalogue_entry,
+        manifest.tie_rule,
+    )
+    if manifest.time_unit:
+        logger.info("times: numbers are read as %s (data.time_unit)", UNIT_NAMES[manifest.time_unit])
+    for rule, count in manifest.rejected.items():
+        logger.info("rejected %s", tell(rule, count, manifest.rejected_examples.get(rule, ())))
+    unused = [f"{use.table}.{use.name} ({use.type}: {use.reason})" for use in manifest.columns if not use.use]
+    if unused:
+        logger.warning("columns that are not used: %s", ", ".join(unused))
+    for warning in manifest.warnings:
+        logger.warning("%s", warning)
+
+
+def refuse_empty(job: Job, inputs: Inputs, outcomes: Sequence[Outcome], rejects: Rejects) -> None:
     """Stop where the passes have left no interaction.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; the line says why, which rows those are, and what would take them.
     """
     if not any(outcome["rows"] for outcome in outcomes):
-        found = dict(rejected) or "none, there are no rows"
-        raise UserError(f"data.events = {job.data.events}: no interaction is left; rejected: {found}")
+        examples = rejects.named(inputs.events)
+        found = ". ".join(tell(rule, count, examples.get(rule, ())) for rule, count in sorted(rejects.items()) if count)
+        where = job.data.events or job.data.folder
+        raise UserError(f"data.events = {where}: no interaction is left; rejected {found or 'none: there are no rows'}{remedy(rejects)}")

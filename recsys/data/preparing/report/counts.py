@@ -70,6 +70,7 @@ def count_partition(
     counts = {
         "splits": np.bincount(splits, minlength=3),
         "users_with": np.array([(np.bincount(histories.owners[splits == split]) > 0).sum() for split in range(3)]),
+        "pairs": np.array([_is_first(histories).sum()]),
         "lengths": _histogram(lengths[lengths > 0], LENGTH_EDGES),
         "kinds": np.bincount(histories.events, minlength=num_kinds),
         **_count_times(histories, splits, limits, session_gap_seconds),

@@ -2,19 +2,21 @@
 
 import html
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.manifest import DatasetManifest
+from recsys.data.manifest import ColumnUse, DatasetManifest, Example
 from recsys.data.preparing.report import plots
 from recsys.data.preparing.report.checks import Check, check_split
 from recsys.data.preparing.report.counts import SPLITS, Limits
 from recsys.data.preparing.rules import NOTICED, REJECTED
 from recsys.data.preparing.sequences import Integers
 from recsys.data.preparing.statistics import NUM_PERIODS
+from recsys.data.preparing.times import UNIT_NAMES
 from recsys.report.page import figure, grid, header, page, section
 
 REPORT_NAME = "report.html"
@@ -34,13 +36,15 @@ class Findings:
 
 def make_report(findings: Findings) -> str:
     """Write the page."""
+    manifest = findings.manifest
     sections = [
         _header(findings),
         section("Does the split leak?", _checks(findings)),
         section("Interactions", grid(_interactions(findings))),
         section("Users and items", grid(_users_and_items(findings))),
-        section("Cleaning", grid(_cleaning(findings.manifest)) + _rules(findings.manifest)),
-        section("How it was made", _making(findings.manifest)),
+        section("Input", _input(manifest)),
+        section("Cleaning", grid(_cleaning(manifest)) + _rules(manifest)),
+        section("How it was made", _making(manifest)),
     ]
     return page(f"Dataset {findings.manifest.fingerprint[:12]}", sections)
 
@@ -52,7 +56,7 @@ def _bars(name: str, title: str, caption: str, bars: dict[str, int], unit: str, 
 
 def _header(findings: Findings) -> str:
     manifest = findings.manifest
-    density = manifest.num_interactions / max(1, manifest.num_users * manifest.num_items)
+    density = int(findings.counts["pairs"].sum()) / max(1, manifest.num_users * manifest.num_items)
     numbers = {
         "users": f"{manifest.num_users:,}",
         "items": f"{manifest.num_items:,}",
@@ -186,8 +190,36 @@ def _cleaning(manifest: DatasetManifest) -> list[str]:
 
 def _rules(manifest: DatasetManifest) -> str:
     found = {name: text for name, text in {**REJECTED, **NOTICED}.items() if name in manifest.rejected or name in manifest.noticed}
-    rows = "\n".join(f'<tr><th scope="row"><code>{name}</code></th><td>{html.escape(text)}</td></tr>' for name, text in found.items())
-    return f'<div class="card" style="margin-top: 18px"><table>\n{rows}\n</table></div>' if rows else ""
+    rows = [
+        (f"<code>{name}</code>", html.escape(text) + _examples(manifest.rejected_examples.get(name, ()))) for name, text in found.items()
+    ]
+    return f'<div style="margin-top: 18px">{_table(rows)}</div>' if rows else ""
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    shown = "".join(f"<br>{html.escape(each.file)}, row {each.row}: <code>{html.escape(each.value)}</code>" for each in examples)
+    return f'<span class="why">{shown.removeprefix("<br>")}</span>' if shown else ""
+
+
+def _input(manifest: DatasetManifest) -> str:
+    """Tell how the input was read: what to look at, the unit of its times, and what became of each column."""
+    unit = UNIT_NAMES.get(manifest.time_unit)
+    notes = [("Look at this", html.escape(warning)) for warning in manifest.warnings]
+    notes += [("Times", f"Numbers are read as {unit} (<code>data.time_unit</code>).")] if unit else []
+    columns = [
+        (f"{use.table}.<code>{html.escape(use.name)}</code>", f"{html.escape(use.use) or '<b>not used</b>'}{_why(use)}")
+        for use in sorted(manifest.columns, key=lambda use: (bool(use.use), use.table))
+    ]
+    return _table([*notes, *columns]) if notes or columns else "<p>The generator's tables.</p>"
+
+
+def _why(use: ColumnUse) -> str:
+    return f'<span class="why">{html.escape(", ".join(part for part in (use.type, use.reason) if part))}</span>'
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    cells = "\n".join(f'<tr><th scope="row">{name}</th><td>{text}</td></tr>' for name, text in rows)
+    return f'<div class="card"><table>\n{cells}\n</table></div>'
 
 
 def _making(manifest: DatasetManifest) -> str:

@@ -9,7 +9,7 @@ import pyarrow.csv as arrow_csv
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.inputs import formats, text_formats
+from recsys.data.inputs import formats, lines
 from recsys.data.inputs.formats import plan_parts
 from recsys.data.inputs.importers import find_event_columns, import_events, import_items, import_users
 from recsys.data.inputs.input_files import find_files
@@ -51,7 +51,7 @@ def read_events(folder: Path, uri: Path, columns: ColumnsConfig | None = None) -
     storage = Storage(str(folder))
     data = DataConfig(columns=columns or ColumnsConfig())
     files = find_files(storage, "events", str(uri))
-    found = find_event_columns(storage, files[0].uri, data.columns)
+    found = find_event_columns(storage, files[0].uri, data)
     time_column = "timestamp" if "timestamp" in found else "position"
     raws = [raw for part in plan_parts(storage, files) for raw in import_events(storage, part, data, time_column)]
     return [row for raw in raws for row in cast_events(raw)[0].to_pylist()]
@@ -81,7 +81,7 @@ def test_large_parquet_files_are_cut_by_row_group_and_keep_their_row_numbers(tmp
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
 def test_row_numbers_go_on_from_batch_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for module in (formats, text_formats):
+    for module in (formats, lines):
         monkeypatch.setattr(module, "BATCH_ROWS", 2)
     assert [row["input_order"] for row in read_events(tmp_path, write_events(tmp_path, name, ROWS))] == [0, 1, 2]
 
@@ -112,9 +112,9 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path, row: di
 
 def test_a_renamed_optional_column_must_be_there(tmp_path: Path) -> None:
     path = write_events(tmp_path, "a.parquet", [{"user_id": 1, "item_id": 1, "position": 1}])
-    assert find_event_columns(Storage(str(tmp_path)), str(path), ColumnsConfig()).keys() == {"user_id", "item_id", "position"}
+    assert find_event_columns(Storage(str(tmp_path)), str(path), DataConfig()).keys() == {"user_id", "item_id", "position"}
     with pytest.raises(UserError, match="'stars'"):
-        find_event_columns(Storage(str(tmp_path)), str(path), ColumnsConfig(value="stars"))
+        find_event_columns(Storage(str(tmp_path)), str(path), DataConfig(columns=ColumnsConfig(value="stars")))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,9 @@ ITEM_LINES = """item_id:token\tname:token_seq\tkind:token_seq\tyear:float\tvecto
 
 def items_of(folder: Path, name: str, features: ItemFeaturesConfig, columns: ColumnsConfig | None = None) -> tuple[pa.Table, dict]:
     storage = Storage(str(folder))
-    return import_items(storage, find_files(storage, "items", str(folder / name)), columns or ColumnsConfig(), features)
+    data = DataConfig(columns=columns or ColumnsConfig(), item_features=features)
+    items = import_items(storage, find_files(storage, "items", str(folder / name)), data)
+    return items.rows, items.kinds
 
 
 def test_recbole_item_features_are_inferred_from_types_and_distinct_values(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_recbole_item_features_are_inferred_from_types_and_distinct_values(tmp_p
     assert kinds == {"name": "text", "kind": "categories", "year": "numbers", "vector": "vectors"}
     assert table["name"].to_pylist()[:2] == ["The First", "A Second One"]
     assert table["kind"].to_pylist()[:3] == [["drama", "comedy"], ["drama"], None]
-    assert table["vector"].to_pylist()[0] == ["0.5", "1"]
+    assert table["vector"].to_pylist()[0] == [0.5, 1.0]
 
 
 def test_configured_item_features_alone_are_read(tmp_path: Path) -> None:
@@ -204,8 +206,8 @@ def test_csv_numbers_are_told_by_their_values_and_jsonl_lists_are_kept(tmp_path:
     )
     table, _ = items_of(tmp_path, "a.jsonl", ItemFeaturesConfig())
     assert table["tags"].to_pylist() == [["a", "1"], ["b"]]
-    assert table["deep"].to_pylist() == ['{"x": 1}', None]
-    assert table["name"].to_pylist() == ["bad \ufffd one", None]
+    assert table["deep.x"].to_pylist() == [1.0, None]
+    assert table["name"].to_pylist() == ["bad \ufffd\ufffd\ufffd one", None]
 
 
 def test_parquet_types_tell_the_kinds(tmp_path: Path) -> None:
@@ -237,5 +239,5 @@ def test_users_keep_every_other_column(tmp_path: Path) -> None:
     (tmp_path / "a.user").write_text("who:token\tage:token\n7\t30\n")
     storage = Storage(str(tmp_path))
     parts = plan_parts(storage, find_files(storage, "users", str(tmp_path)))
-    tables = list(import_users(storage, parts[0], ColumnsConfig(user_id="who")))
+    tables = list(import_users(storage, parts[0], DataConfig(columns=ColumnsConfig(user_id="who"))))
     assert tables[0].to_pylist() == [{"user_id": "7", "age": "30", "input_order": 0}]

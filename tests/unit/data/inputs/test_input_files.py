@@ -132,6 +132,6 @@ def test_what_the_child_answers_is_what_the_functions_say(tmp_path: Path) -> Non
     columns = event_columns(storage, str(tmp_path / "a.csv"), DataConfig())
     assert columns == {"user_id": "user_id", "item_id": "item_id", "timestamp": "timestamp"}
     (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({"item_id": n, "tags": ["x"], "name": f"n{n}"}) for n in range(3)))
-    items, kinds = read_items(storage, find_files(storage, "items", str(tmp_path / "items.jsonl")), DataConfig())
-    assert kinds == {"tags": "categories", "name": "text"}
-    assert items.drop_columns(["input_order"]).to_pylist()[2] == {"item_id": "2", "tags": ["x"], "name": "n2"}
+    items = read_items(storage, find_files(storage, "items", str(tmp_path / "items.jsonl")), DataConfig())
+    assert items.kinds == {"tags": "categories", "name": "text"}
+    assert items.rows.drop_columns(["input_order"]).to_pylist()[2] == {"item_id": "2", "tags": ["x"], "name": "n2"}

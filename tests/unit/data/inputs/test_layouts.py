@@ -14,6 +14,7 @@ from recsys.data.inputs.importers import find_event_columns, import_events, impo
 from recsys.data.inputs.input_files import find_files, find_in_folder
 from recsys.data.inputs.layouts import path_columns
 from recsys.data.preparing.cleaning import cast_events
+from recsys.data.preparing.times import guess_unit
 from recsys.data_config import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.storage import ObjectInfo, Storage
@@ -51,13 +52,16 @@ META = {
 
 def events_of(storage: Storage, files: list[ObjectInfo], data: DataConfig | None = None) -> list[dict[str, Any]]:
     data = data or DataConfig()
-    time_column = "timestamp" if "timestamp" in find_event_columns(storage, files[0].uri, data.columns) else "position"
+    time_column = "timestamp" if "timestamp" in find_event_columns(storage, files[0].uri, data) else "position"
     raws = [raw for part in plan_parts(storage, files) for raw in import_events(storage, part, data, time_column)]
-    return [row for raw in raws for row in cast_events(raw)[0].drop_columns(["input_order", "event", "query"]).to_pylist()]
+    columns = [raw[time_column] for raw in raws]
+    unit = (data.time_unit if data.time_unit != "auto" else guess_unit(columns[0])) or "s"
+    return [row for raw in raws for row in cast_events(raw, unit)[0].drop_columns(["input_order", "event", "query"]).to_pylist()]
 
 
 def items_of(storage: Storage, files: list[ObjectInfo], **features: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    table, kinds = import_items(storage, files, ColumnsConfig(), ItemFeaturesConfig(**features))
+    items = import_items(storage, files, DataConfig(item_features=ItemFeaturesConfig(**features)))
+    table, kinds = items.rows, items.kinds
     return table.drop_columns(["input_order"]).to_pylist(), kinds
 
 
@@ -78,7 +82,7 @@ def test_movielens_dat(tmp_path: Path) -> None:
     assert kinds == {"Title": "text", "Genres": "categories"}
     assert [row["Title"] for row in rows] == ["Toy Story (1995)", "Misérables, Les: Part 1 (1995)", "Amélie (2001)", "Nameless (2002)"]
     assert [row["Genres"] for row in rows] == [["Animation", "Children's"], ["Drama"], ["Comedy"], None]
-    users = list(import_users(storage, plan_parts(storage, tables["users"])[0], ColumnsConfig()))
+    users = list(import_users(storage, plan_parts(storage, tables["users"])[0], DataConfig()))
     expected = {"user_id": "1", "Gender": "F", "Age": "1", "Occupation": "10", "Zip-code": "48067", "input_order": 0}
     assert users[0].to_pylist() == [expected]
 
@@ -130,7 +134,7 @@ def test_amazon_reviews_and_their_catalogue(tmp_path: Path) -> None:
         "categories": ["Beauty", "Skin Care"],
         "price": None,
     }
-    assert (rows[1]["price"], rows[1]["store"]) == ("12.5", None)
+    assert (rows[1]["price"], rows[1]["store"]) == (12.5, None)
 
 
 def test_reviews_are_no_catalogue(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_a_house_name_that_is_there_goes_before_an_alias(tmp_path: Path) -> None
         ("ms", pa.array([1999.5, -0.5]), [1, -1]),
         ("ms", pa.array(["1588687728923", " +1999 ", "-1", "1.5e3", "2020-01-01", "never"]), [1588687728, 1, -1, 1, 1577836800, None]),
         ("ms", pa.array([1588687728923], pa.timestamp("ms")), [1588687728]),
-        ("auto", pa.array([1588687728923]), [1588687728923]),
+        ("auto", pa.array([1588687728923]), [1588687728]),
         ("s", pa.array(["1588687728923"]), [1588687728923]),
     ],
 )

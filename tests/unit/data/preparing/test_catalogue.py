@@ -38,10 +38,11 @@ def test_text_is_normalised() -> None:
 
 
 def test_the_first_row_of_an_item_counts() -> None:
-    items = pa.table({"item_id": [3, 2, 3, None], "t": ["a", "b", "c", "d"], "input_order": [5, 6, 7, 8]})
+    items = pa.table({"item_id": ["3", "2", "3", None], "t": ["a", "b", "c", "d"], "input_order": [5, 6, 7, 8]})
     kept, rejected = clean_items(items)
     assert kept.to_pylist() == [{"item_id": "3", "t": "a", "input_order": 5}, {"item_id": "2", "t": "b", "input_order": 6}]
-    assert rejected == {"catalogue_null_id": 1, "catalogue_negative_id": 0, "catalogue_duplicate": 1}
+    assert rejected == {"catalogue_null_id": 1, "catalogue_duplicate": 1}
+    assert rejected.examples == {"catalogue_null_id": [(8, "null")], "catalogue_duplicate": [(7, "'3'")]}
 
 
 def test_negative_ids_of_the_catalogue_go_only_where_the_config_says_so() -> None:

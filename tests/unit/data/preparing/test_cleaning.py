@@ -6,15 +6,14 @@ from datetime import UTC, date, datetime
 import pyarrow as pa
 import pytest
 
+from recsys.data.inputs.scalars import numbers_of, spell
 from recsys.data.preparing.cleaning import (
     apply_rules,
     cast_events,
-    cast_numbers,
     drop_bots,
     drop_duplicates,
     notice_ids,
     notice_order,
-    valid_text,
 )
 from recsys.data_config import CleaningConfig
 from recsys.errors import UserError
@@ -120,7 +119,7 @@ def test_ties_keep_the_input_order_and_duplicates_their_first() -> None:
 
 
 def test_numbers_that_cannot_be_read_are_null() -> None:
-    assert cast_numbers(pa.chunked_array([["1", " 2.5 ", "-3e1", "x", "", "nan", None]])).to_pylist() == [
+    assert numbers_of(pa.chunked_array([["1", " 2.5 ", "-3e1", "x", "", "nan", None]])).to_pylist() == [
         1,
         2.5,
         -30,
@@ -129,7 +128,7 @@ def test_numbers_that_cannot_be_read_are_null() -> None:
         None,
         None,
     ]
-    assert cast_numbers(pa.chunked_array([[[1], [2]]])).to_pylist() == [None, None]
+    assert numbers_of(pa.chunked_array([[[1], [2]]])).to_pylist() == [None, None]
 
 
 def test_each_rule_drops_what_it_names_and_bounds_are_inside() -> None:
@@ -192,7 +191,7 @@ def test_broken_text_becomes_replacement_characters() -> None:
     raw = pa.array([b"a\xed\xa0\x80 ", None, b"fine"], pa.binary())
     strings = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     column = pa.chunked_array([strings])
-    assert valid_text(column).to_pylist() == ["a\ufffd\ufffd\ufffd ", None, "fine"]
+    assert spell(column).to_pylist() == ["a\ufffd\ufffd\ufffd ", None, "fine"]
     lists = pa.chunked_array([pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), strings)])
-    assert valid_text(lists).to_pylist() == [["a\ufffd\ufffd\ufffd ", None], ["fine"]]
-    assert cast_events(raw_events(user_id=strings))[0]["user_id"].to_pylist() == ["a\ufffd\ufffd\ufffd", "fine"]
+    assert spell(lists).to_pylist() == [["a\ufffd\ufffd\ufffd ", None], ["fine"]]
+    assert cast_events(raw_events(user_id=strings))[0]["user_id"].to_pylist() == [r"a\xed\xa0\x80", "fine"]
