@@ -12,7 +12,7 @@ from recsys.evaluation.report.page import REPORT_NAME, make_report
 from recsys.predictor import Predictor
 from recsys.storage import Storage
 from recsys.train.checkpoint import CheckpointManifest
-from recsys.train.trained import build_predictor, load_trained
+from recsys.train.trained import build_predictor, check_given, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     def load(uri: str) -> Predictor:
         return build_predictor(*load_trained(storage, uri, scratch)[1:])
 
+    check_given(storage, config, settings.checkpoint)
     checkpoint, trained, dataset, recommender = load_trained(storage, settings.checkpoint, scratch)
     found = evaluate(build_predictor(trained, dataset, recommender), dataset, settings, load)
     result = {"checkpoint": settings.checkpoint, **found}
@@ -42,4 +43,4 @@ def _write_report(storage: Storage, checkpoint: CheckpointManifest, result: dict
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.evaluate", run, __doc__)

@@ -14,8 +14,8 @@ from recsys.evaluation.evaluator import evaluate
 from recsys.export import write_export
 from recsys.registry import ExportManifest, Registry, is_better
 from recsys.storage import Storage, private_folder
-from recsys.train.checkpoint import CheckpointManifest, read_manifest
-from recsys.train.trained import build_predictor, load_trained
+from recsys.train.checkpoint import CheckpointManifest
+from recsys.train.trained import build_predictor, check_given, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def run(config: Config) -> dict[str, Any]:
     """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
     storage = Storage.from_config(config.storage)
     registry = Registry(storage, config.export_name)
-    checkpoint = read_manifest(storage, config.export.checkpoint)
+    checkpoint = check_given(storage, config, config.export.checkpoint)
     version = version_of(checkpoint)
     if version in registry.versions():
         logger.info("export: %s is published already", version)
@@ -89,4 +89,4 @@ def promote(config: Config, registry: Registry, manifest: ExportManifest) -> tup
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.export", run, __doc__)

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.summary import ask_users, render
 from recsys.command import run_verb
 from recsys.config import Config
+from recsys.config_use import leaves, reads
 from recsys.errors import UserError
 from recsys.runtime import local_head
 from recsys.storage import private_folder
@@ -39,24 +40,24 @@ def _run_stages(config: Config) -> dict[str, Any]:
     name, results = config.run.name, {}
     dataset = {"data.dataset": config.data.dataset}
     if "prepare_data" in config.run.stages:
-        results["prepare_data"] = _stage("jobs.prepare_data")
+        results["prepare_data"] = _stage(config, "jobs.prepare_data")
         dataset = {"data.dataset": results["prepare_data"]["dataset"]}
     if "train" in config.run.stages:
-        results["train"] = _stage("jobs.train", dataset)
+        results["train"] = _stage(config, "jobs.train", dataset)
     if "train_id_only" in config.run.stages:
-        results["train_id_only"] = _stage("jobs.train", {**dataset, **ID_ONLY, "run.name": f"{name}-id-only"})
+        results["train_id_only"] = _stage(config, "jobs.train", {**dataset, **ID_ONLY, "run.name": f"{name}-id-only"})
     if "search" in config.run.stages:
-        results["search"] = _stage("tune.search", dataset)
+        results["search"] = _stage(config, "tune.search", dataset)
     best = best_checkpoint(results, config.evaluation.metric)
     if "evaluate" in config.run.stages:
-        results["evaluate"] = _stage("jobs.evaluate", {"evaluation.checkpoint": best})
+        results["evaluate"] = _stage(config, "jobs.evaluate", {"evaluation.checkpoint": best})
         if "train_id_only" in results:
-            results["evaluate_id_only"] = _stage("jobs.evaluate", {"evaluation.checkpoint": results["train_id_only"]["checkpoint"]})
+            results["evaluate_id_only"] = _stage(config, "jobs.evaluate", {"evaluation.checkpoint": results["train_id_only"]["checkpoint"]})
     if "export" in config.run.stages:
-        results["export"] = _stage("jobs.export", {"export.checkpoint": best})
+        results["export"] = _stage(config, "jobs.export", {"export.checkpoint": best})
     if "serve" in config.run.stages:
         token = _service_token(config)
-        results["serve"] = _stage("serve.deploy")
+        results["serve"] = _stage(config, "serve.deploy")
         results["recommendations"] = ask_users(config, results["serve"]["url"], token, dataset["data.dataset"])
     return results
 
@@ -69,16 +70,18 @@ def best_checkpoint(results: dict[str, Any], metric: str) -> str:
     return max(found, key=lambda pair: pair[0])[1] if found else ""
 
 
-def _stage(module: str, values: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a verb with this command's own arguments and some more values; return the JSON that it ends with.
+def _stage(config: Config, module: str, values: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a verb with what this command was given of its keys, and some more values; return the JSON that it ends with.
 
     Raises:
         UserError: the verb failed; its own error stands above.
     """
-    settings = [f"--set={key}={value}" for key, value in (values or {}).items() if value]
+    own = dict(leaves(config.model_dump(mode="json")))
+    given = {key: json.dumps(own[key], ensure_ascii=False) for key in sorted(config.given) if reads(module, key) and own[key] is not None}
+    settings = [f"--set={key}={value}" for key, value in {**given, **(values or {})}.items() if value]
     logger.info("=== %s %s", module, " ".join(settings))
     begin = time.monotonic()
-    finished = subprocess.run([sys.executable, "-m", module, *sys.argv[1:], *settings], stdout=subprocess.PIPE, check=False)
+    finished = subprocess.run([sys.executable, "-m", module, *settings], stdout=subprocess.PIPE, check=False)
     if finished.returncode:
         raise UserError(f"{module}: failed with exit status {finished.returncode}; its error stands above")
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
@@ -99,4 +102,4 @@ def _service_token(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.pipeline", run, __doc__)

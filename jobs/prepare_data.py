@@ -54,4 +54,4 @@ def describe(dataset: Dataset, is_skipped: bool, seconds: float) -> dict[str, An
 
 
 if __name__ == "__main__":
-    run_verb(prepare_data, __doc__)
+    run_verb("jobs.prepare_data", prepare_data, __doc__)

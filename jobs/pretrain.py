@@ -9,7 +9,10 @@ from recsys.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Pretrain `model.text.backbone` on `data.dataset`, by `pretraining`, `training` and `optimizer`."""
-    from recsys.launch import launch  # after the config is checked: a mistake shall not wait for Ray and torch to load
+    from recsys.train.preflight import check_pretraining  # after the config is checked: a mistake shall not wait for torch to load
+
+    check_pretraining(config)
+    from recsys.launch import launch  # a mistake in data or model shall not wait for Ray to load
     from recsys.storage import Storage
     from recsys.train.backbone import publish_backbone
     from recsys.train.pretraining import Pretraining
@@ -20,4 +23,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.pretrain", run, __doc__)

@@ -8,10 +8,13 @@ from recsys.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.launch import launch  # after the config is checked: a mistake shall not wait for Ray and torch to load
+    from recsys.train.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
+
+    check_training(config)
+    from recsys.launch import launch  # a mistake in data or model shall not wait for Ray to load
 
     return launch(config)
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.train", run, __doc__)

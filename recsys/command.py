@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from recsys.config import Config, load_config
+from recsys.config_use import unread
 from recsys.errors import UserError
 from recsys.runtime import RESTART_ENVIRONMENT, RESULT_DESCRIPTOR
 
+logger = logging.getLogger(__name__)
 
-def run_verb(verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
-    """Parse the command line, run `verb` and print its result; exit with 2 on a user's mistake.
+
+def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
+    """Parse the command line, run the verb `name` and print its result; exit with 2 on a user's mistake.
+
     While the verb runs, everything that it or its workers print goes to stderr, so that stdout ends with the JSON alone.
     """
     parser = argparse.ArgumentParser(description=description)
@@ -30,7 +34,10 @@ def run_verb(verb: Callable[[Config], dict[str, Any]], description: str | None) 
     RESTART_ENVIRONMENT[RESULT_DESCRIPTOR] = str(result_descriptor)
     os.dup2(2, 1)
     try:
-        result = verb(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        if missed := unread(name, config):
+            logger.warning("%s does not read %s", name, ", ".join(missed))
+        result = verb(config)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -2,11 +2,11 @@
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from recsys.config_errors import explain
 from recsys.data_config import DataConfig, Fraction, Section
@@ -285,6 +285,18 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     service: ServiceConfig = ServiceConfig()
 
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The keys that a file or the command line gave; the others have their default or were adopted."""
+        return self._given
+
     @model_validator(mode="after")
     def _check_search(self) -> Self:
         bad = [width for width in self.search.width if width % self.model.num_heads]
@@ -310,6 +322,12 @@ class Config(Section):
         """The export name that the service answers from."""
         return self.service.export or self.export_name
 
+    def as_given(self, keys: frozenset[str]) -> "Config":
+        """Return a copy for which these keys were given."""
+        copy = self.model_copy()
+        copy._given = keys
+        return copy
+
     def with_values(self, values: dict[str, Any]) -> "Config":
         """Return a copy with `{"section.key": value}` replaced, checked as a whole.
 
@@ -319,7 +337,7 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         for key, value in values.items():
             _put(tree, key, value)
-        return _validate(tree)
+        return _validate(tree, self.given)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -341,7 +359,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not separator or "." not in key:
             raise UserError(f"--set {override}: must be section.key=value, such as --set training.epochs=3")
         _put(tree, key, _parse_value(text))
-    return _with_absolute_paths(_validate(tree))
+    return _with_absolute_paths(_validate(tree, frozenset(_keys(tree))))
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}",)
 
 
 def _parse_value(text: str) -> Any:
@@ -361,11 +384,12 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _validate(tree: dict[str, Any]) -> Config:
+def _validate(tree: dict[str, Any], given: frozenset[str]) -> Config:
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, Config)) from None
+    return config.as_given(given)
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -17,12 +17,18 @@ def explain(error: ValidationError, tree: type[BaseModel]) -> str:
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
         return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        is_leaf = key in _leaf_keys(tree)
+        return f"{key} = {json.dumps(first['input'], default=str)}: {first['ctx']['error']}" if is_leaf else str(first["ctx"]["error"])
     known = set(_known_keys(tree))
     parts = key.split(".")
     while len(parts) > 1 and ".".join(parts) not in known:  # below a key are places in a list, and names of alternatives
         parts.pop()
     return f"{'.'.join(parts)} = {json.dumps(first['input'], default=str)}: {first['msg']}"
+
+
+def _leaf_keys(tree: type[BaseModel]) -> set[str]:
+    known = set(_known_keys(tree))
+    return {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

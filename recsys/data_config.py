@@ -1,11 +1,34 @@
 """The config's section `data`: input tables, cleaning, features, splits and shards; the other sections are `config.py`'s."""
 
 import codecs
+import math
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from recsys.schema import LARGEST_SECONDS, read_time
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _read_seconds(value: Any) -> Any:
+    """Read a time that may be ISO text or TOML's own as seconds since 1970."""
+    if isinstance(value, date):  # a datetime is one
+        value = value.isoformat()
+    if isinstance(value, str) and not value.lstrip("+-").isdigit():
+        seconds = read_time(value)
+        if math.isnan(seconds):
+            raise ValueError("must be seconds since 1970 or an ISO time (UTC where it names no zone); 1704067200 or 2024-01-01 would work")
+        return math.floor(seconds)
+    if isinstance(value, int) and abs(value) >= LARGEST_SECONDS:
+        raise ValueError(f"must be seconds since 1970, and has too many digits for them; {value // 1000} would be milliseconds as seconds")
+    return value
+
+
+Seconds = Annotated[int, BeforeValidator(_read_seconds)]
+"""A time in settings."""
+
 AUTO = "auto"
 CSV_SEPARATORS = (",", ";", "\t", "|")
 """Those that are told from a file; others can be given."""
@@ -80,13 +103,13 @@ class ItemFeaturesConfig(Section):
 class CleaningConfig(Section):
     """Which events are dropped besides those that cannot be read; each rule counts what it drops.
 
-    A user with more than `max_events_per_minute` events in any minute of the clock is a bot and dropped whole. Times are seconds and
-    values are checked as they are; both ends of a range are allowed. Rules about time do not apply where the order is a position.
+    A user with more than `max_events_per_minute` events in any minute of the clock is a bot and dropped whole. Times are seconds or ISO
+    text, and values are checked as they are; both ends of a range are allowed. Rules about time do not apply where the order is a position.
     """
 
     max_events_per_minute: Annotated[int, Field(ge=1)] | None = None
-    min_time: int = 0
-    max_time: int = 4_102_444_800  # 2100-01-01
+    min_time: Seconds = 0
+    max_time: Seconds = 4_102_444_800  # 2100-01-01
     min_value: float | None = None
     max_value: float | None = None
     reject_negative_ids: bool = False
@@ -131,8 +154,8 @@ class DataConfig(Section):
     like_threshold: float = 4.0
     k_core: Annotated[int, Field(ge=0)] = 0
     split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
-    validation_from: int | None = None
-    test_from: int | None = None
+    validation_from: Seconds | None = None
+    test_from: Seconds | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     withheld_items: Fraction = 0.0
@@ -149,7 +172,7 @@ class DataConfig(Section):
     def _check_split(self) -> Self:
         if self.split == "time":
             if self.validation_from is None or self.test_from is None:
-                raise ValueError("data.split = 'time' needs data.validation_from and data.test_from (seconds)")
+                raise ValueError("data.split = 'time' needs data.validation_from and data.test_from, such as 1704067200 or 2024-01-01")
             if self.validation_from >= self.test_from:
                 raise ValueError("data.validation_from must be before data.test_from")
         if self.window_stride is not None and self.window_stride > self.max_history:

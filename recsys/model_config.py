@@ -10,6 +10,8 @@ from recsys.data_config import Fraction, Section
 class TextConfig(Section):
     """The language model over item text: `minilm`, `tiny`, a hub name, a folder or an `s3://` folder.
 
+    In mode `lora` adapters of `lora_rank` are added to the linear layers named `lora_targets`; none named: to all.
+
     One that is trained runs, for a loss over the whole catalogue, over all texts in every micro batch. With `refresh_steps` it runs over
     those of its histories and targets alone: the others' vectors are those of the last refresh, which comes every so many steps.
     """
@@ -19,6 +21,7 @@ class TextConfig(Section):
     max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
     pooling: Literal["mean", "first", "last"] = "mean"
     lora_rank: Annotated[int, Field(ge=1)] = 8
+    lora_targets: tuple[str, ...] = ()
     refresh_steps: Annotated[int, Field(ge=0)] = 0
 
 

@@ -146,6 +146,10 @@ class Registry:
                 raise UserError(f"{uri}: {damage}; publish a new version")
         return target
 
+    def read(self, manifest: ExportManifest, path: str) -> bytes:
+        """Read one small file of a version, unverified."""
+        return self._storage.read_bytes(join(self._root, "versions", manifest.version, manifest.attempt, path))
+
     def history(self, alias: str) -> list[AliasEntry]:
         """Read all generations of an alias, oldest first."""
         return [self._read(uri, AliasEntry) for uri in self._generations(alias)]

@@ -1,7 +1,10 @@
 """The one vocabulary: column names, event kinds, tasks, feature kinds and the Arrow schemas of a dataset's tables."""
 
+import math
+import re
 import unicodedata
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import pyarrow as pa
@@ -19,6 +22,12 @@ PADDING_ITEM = 0
 
 MAX_ID_CHARACTERS = 512
 """The longest id of a user, an item or an event kind, wherever it is read."""
+
+LARGEST_SECONDS = 10**11
+"""From here on (the year 5138) a time is not in seconds, as its 12 or more digits tell."""
+
+_ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
+_SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
 
 DEFAULT_EVENT = "interaction"
 KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
@@ -161,3 +170,15 @@ def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: 
 def normalise_id(text: str) -> str:
     """Return an id as tables, settings and requests all spell it: in Unicode's NFC, without blanks around it."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def read_time(text: str) -> float:
+    """Return the seconds of ISO 8601 text, with ` UTC`, a blank before the offset or slashes in the date allowed; NaN where it is none."""
+    iso = _SLASHES.sub(lambda match: f"{match[1]}-{match[2]:0>2}-{match[3]:0>2}", text.strip())
+    while (shorter := _ZONE.sub("", iso)) != iso:
+        iso = shorter
+    try:
+        moment = datetime.fromisoformat(iso)
+    except ValueError:
+        return math.nan
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

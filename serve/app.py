@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from ray.serve.config import AutoscalingConfig
 
 import recsys
 from recsys.config import Config, ServiceConfig, load_config
+from recsys.config_use import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.registry import Registry
 from recsys.storage import Storage
 from serve.gateway import build_http_app, digest_of
 from serve.scorer import Scorer
+
+logger = logging.getLogger("ray.serve")
 
 APPLICATION = "recsys"
 SCORER = "Scorer"
@@ -96,14 +100,17 @@ def read_arguments(args: dict[str, Any]) -> Config:
             if value is None or isinstance(value, dict):
                 raise UserError(f"{key}: must be a string, number, true or false, or a list")
             overrides.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
-    return load_config(args.get("config"), overrides)
+    config = load_config(args.get("config"), overrides)
+    if missed := unread("serve.deploy", config):
+        logger.warning("the service does not read %s", ", ".join(missed))
+    return config
 
 
 def version_in_service(config: Config) -> str:
     """Tell the version that `service.alias` names.
 
     Raises:
-        UserError: it names none.
+        UserError: it names none, or a key was given that contradicts what the version was made with.
     """
     service = config.service
     registry = Registry(Storage.from_config(config.storage), config.served_export)
@@ -113,7 +120,11 @@ def version_in_service(config: Config) -> str:
             f"service.alias = '{service.alias}': names no version of export {config.served_export} in {config.storage.root}; "
             "publish one by python -m jobs.export"
         )
-    return registry.manifest(version).version
+    manifest = registry.manifest(version)
+    if config.given:
+        carried, run = json.loads(registry.read(manifest, "config.json")), manifest.metadata["run"]
+        refuse_contradictions(config, carried, f"version {version}", "train and export with it", run)
+    return version
 
 
 def _token(service: ServiceConfig) -> bytes:

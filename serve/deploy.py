@@ -91,4 +91,4 @@ def _wait_until_healthy(url: str) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("serve.deploy", run, __doc__)

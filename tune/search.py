@@ -8,10 +8,13 @@ from recsys.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Search around the config on `data.dataset`."""
-    from tune.trials import search  # after the config is checked: a mistake shall not wait for Ray and torch to load
+    from recsys.train.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
+
+    check_training(config, *config.search.text_mode)
+    from tune.trials import search  # a mistake in data or model shall not wait for Ray to load
 
     return search(config)
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("tune.search", run, __doc__)

@@ -7,6 +7,7 @@ from typing import Any
 from ray.tune.search.sample import Domain, choice, loguniform
 
 from recsys.config import Config, SearchConfig
+from recsys.config_use import TRIALS
 
 
 def search_space(search: SearchConfig) -> dict[str, Domain]:
@@ -26,4 +27,4 @@ def trial_config(config: Config, identity: str, sample: dict[str, Any]) -> Confi
     So a search that is submitted again finds its trials' runs, finished or half-way.
     """
     key = hashlib.sha256(json.dumps([identity, sample], sort_keys=True).encode()).hexdigest()[:8]
-    return config.with_values({**sample, "run.name": f"{config.run.name}-trials/{key}"})
+    return config.with_values({**sample, "run.name": f"{config.run.name}{TRIALS}{key}"})

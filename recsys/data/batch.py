@@ -100,9 +100,23 @@ def shuffle_histories(rows: Rows, seed: int, epoch: int) -> Rows:
     return dataclasses.replace(rows, starts=np.cumsum(lengths) - lengths, flat=flat)
 
 
+def cut_histories(rows: Rows, max_history: int) -> Rows:
+    """Cut rows into pieces of at most `max_history` interactions before a target, in which every target stays one, exactly once."""
+    starts, first = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
+    num_targets = rows.lengths.astype(np.int64) - first
+    num_pieces = -(-num_targets // max_history)
+    owners = np.repeat(np.arange(len(rows)), num_pieces)
+    begins = (ranges(np.zeros_like(num_pieces), num_pieces) * max_history + first[owners]) - 1  # of the piece, in its row
+    lengths = np.minimum(rows.lengths[owners] - begins, max_history + 1)
+    return Rows(rows.sample_ids[owners], np.ones(len(owners), np.int32), starts[owners] + begins, lengths, rows.flat)
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows of the training shards into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order."""
+    """Turns rows of the training shards into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order.
+
+    Rows of a dataset that was prepared for longer histories than `max_history` are cut.
+    """
 
     manifest: DatasetManifest
     takes_whole_catalogue: bool
@@ -112,6 +126,7 @@ class Collator:
     queries: QueryDraws | None = None
     shuffle_seed: int | None = None
     keeps_texts: bool = False
+    max_history: int | None = None
 
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
@@ -119,6 +134,9 @@ class Collator:
             rows = Rows(np.array([-1]), np.array([1], np.int32), np.array([0]), np.array([1]), {"items": np.zeros(1, np.int32)})
         elif self.shuffle_seed is not None:
             rows = shuffle_histories(rows, self.shuffle_seed, epoch)
+        sample_ids_of_rows = rows.sample_ids
+        if self.max_history is not None and rows.lengths.max() > self.max_history + 1:
+            rows = cut_histories(rows, self.max_history)
         lengths = rows.lengths.astype(np.int64) - 1  # the last interaction is a target alone
         starts, first_target = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
         num_targets = lengths + 1 - first_target
@@ -137,7 +155,7 @@ class Collator:
         wanted = self._column(rows, "items", places).long()
         items, (history, targets, negatives) = self._index_items(histories.items, wanted, negatives)
         return Batch(
-            sample_ids=torch.tensor(rows.sample_ids),
+            sample_ids=torch.tensor(sample_ids_of_rows),
             items=items,
             items_on_host=(torch.cat([histories.items, wanted]).unique() if self.keeps_texts else items).numpy(),
             histories=dataclasses.replace(histories, items=history),

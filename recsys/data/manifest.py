@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recsys.config import Config
+from recsys.config_use import refuse_contradictions
 from recsys.errors import UserError
 from recsys.schema import Task
 from recsys.storage import Storage, join
@@ -195,9 +196,18 @@ class Dataset:
         return self.uri.rpartition("/")[2]
 
     def adopt(self, config: Config) -> Config:
-        """Return the config with the data section that this dataset was made by: its windows are what they are."""
-        made_by = {f"data.{key}": value for key, value in self.manifest.data_config.items()}
-        return config.with_values({**made_by, "data.dataset": self.uri})
+        """Return the config with the data section that this dataset was made by; a shorter `data.max_history` that was given is kept.
+
+        Raises:
+            UserError: another key of that section was given and says otherwise.
+        """
+        made_by = {f"data.{key}": value for key, value in self.manifest.data_config.items()} | {"data.dataset": self.uri}
+        made_with = made_by.get("data.max_history", config.data.max_history)
+        if "data.max_history" in config.given and config.data.max_history < made_with:
+            made_by["data.max_history"] = config.data.max_history
+        carried = {"data": self.manifest.data_config | {"max_history": made_by.get("data.max_history")}}
+        refuse_contradictions(config, carried, f"the dataset {self.uri}", "prepare the data with it")
+        return config.with_values(made_by)
 
     def address(self, shard: Shard) -> str:
         """Tell where a shard lies, whichever version wrote it."""

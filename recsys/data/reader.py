@@ -72,6 +72,7 @@ class Reader:
             queries,
             config.training.seed if config.training.shuffle_histories else None,
             config.model.keeps_texts,
+            config.data.max_history,
         )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from recsys.data.manifest import USER_INDEX, Dataset
@@ -10,6 +11,24 @@ from recsys.errors import UserError
 
 MAX_GROUPS = 25
 NO_GROUP = -1
+
+
+def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], list[str]]:
+    """Read the users with `num_train`, their values of one attribute, empty where not known, and the groups' names.
+
+    Raises:
+        UserError: no user has the attribute, or it has too many values to be groups.
+    """
+    users = dataset.read_users([USER_INDEX, "attributes", "num_train"])
+    values = [dict(attributes or []).get(attribute) or "" for attributes in users["attributes"].to_pylist()]
+    names = sorted(set(values) - {""})
+    if not 1 < len(names) <= MAX_GROUPS:
+        known = sorted({name for attributes in users["attributes"].to_pylist() for name, _ in attributes or []})
+        raise UserError(
+            f"fairness.attribute = {attribute}: has {len(names)} values in the users table, where 2 to {MAX_GROUPS} make groups; "
+            f"attributes: {', '.join(known) or 'none'}"
+        )
+    return users, values, names
 
 
 @dataclass(frozen=True)
@@ -27,15 +46,7 @@ class UserGroups:
         Raises:
             UserError: no user has the attribute, or it has too many values to be groups.
         """
-        users = dataset.read_users([USER_INDEX, "attributes", "num_train"])
-        values = [dict(attributes or []).get(attribute) or "" for attributes in users["attributes"].to_pylist()]
-        names = sorted(set(values) - {""})
-        if not 1 < len(names) <= MAX_GROUPS:
-            known = sorted({name for attributes in users["attributes"].to_pylist() for name, _ in attributes or []})
-            raise UserError(
-                f"fairness.attribute = {attribute}: has {len(names)} values in the users table, where 2 to {MAX_GROUPS} make groups; "
-                f"attributes: {', '.join(known) or 'none'}"
-            )
+        users, values, names = read_groups(dataset, attribute)
         number = {"": NO_GROUP} | {name: index for index, name in enumerate(names)}
         indices = users[USER_INDEX].to_numpy()
         of_user = np.full(int(indices.max()) + 1, NO_GROUP, np.int8)

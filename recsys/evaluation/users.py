@@ -39,8 +39,29 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
     table = dataset.read_users([USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"])
     users = [user for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split)]
     if not users:
-        raise UserError(f"{dataset.uri}: no user has a {split} target; with data.split = leave_one_out users need 3 interactions")
+        raise _no_users(dataset, split)
     return users
+
+
+def refuse_no_users(dataset: Dataset, split: str) -> None:
+    """Find out whether any user has a target in the split, reading no more than it takes to find one.
+
+    Raises:
+        UserError: no user has.
+    """
+    columns, manifest = [USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"], dataset.manifest
+    tables = (
+        (dataset.read_shard(shard, columns) for shard in manifest.users_shards) if manifest.version == 1 else (dataset.read_users(columns),)
+    )
+    if not any(True for table in tables for rows in table.to_batches(READ_ROWS) for _ in _read_rows(rows, split)):
+        raise _no_users(dataset, split)
+
+
+def _no_users(dataset: Dataset, split: str) -> UserError:
+    return UserError(
+        f"{dataset.uri}: no user has a {split} target that they have not seen before; with data.split = leave_one_out users need "
+        "3 interactions, with 'time' some after data.validation_from and data.test_from"
+    )
 
 
 def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:

@@ -17,7 +17,8 @@ from recsys.data.item_features import node_folder
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.data.mapped import create_array, map_array, shared_entry
 from recsys.errors import UserError
-from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, tokenize
+from recsys.model.backbones import backbone_identity, load_tokenizer
+from recsys.model.text_encoder import encode_texts, load_frozen, tokenize
 from recsys.model_config import TextConfig
 from recsys.storage import Storage, join
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.data.texts import NO_TARGET, HiddenTokens, Hiding, Pairs, TextBatch
 from recsys.errors import UserError
+from recsys.model.backbones import load_backbone, load_tokenizer
 from recsys.model.losses import gather_from_ranks
-from recsys.model.text_encoder import TextEncoder, load_backbone, load_tokenizer
+from recsys.model.text_encoder import TextEncoder
 from recsys.schema import PADDING_ITEM
 
 MASKED, CONTRASTIVE = "masked", "contrastive"

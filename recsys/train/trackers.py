@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from recsys.config import Config
+from recsys.config_use import leaves
 from recsys.errors import UserError
 from recsys.storage import private_folder
-from recsys.train.resuming import leaves
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 30.0

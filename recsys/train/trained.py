@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from recsys.config import Config
+from recsys.config_use import refuse_contradictions
 from recsys.data.manifest import Dataset
+from recsys.errors import UserError
 from recsys.model.queries import query_encoder_of
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import Predictor, encode_with_text
@@ -31,6 +33,24 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
     recommender.load_state_dict(consolidate(folder))
     shutil.rmtree(folder)
     return manifest, config, dataset, recommender.eval()
+
+
+def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
+    """Read a checkpoint's manifest and hold what was given against what it carries.
+
+    Raises:
+        UserError: a key that was given contradicts the checkpoint, or there is none at `uri`.
+    """
+    manifest = read_manifest(storage, uri)
+    refuse_contradictions(config, manifest.config, f"the checkpoint {uri}", "train with it under another run.name", manifest.run)
+    if "data.dataset" in config.given:
+        given = Dataset.open(storage, config.data.dataset)
+        if given.manifest.fingerprint != manifest.dataset_fingerprint:
+            raise UserError(
+                f"data.dataset = {given.uri}: the checkpoint {uri} was trained on {manifest.dataset}; "
+                "train on the other under another run.name, or leave the key out"
+            )
+    return manifest
 
 
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:

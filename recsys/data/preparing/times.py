@@ -2,7 +2,6 @@
 
 import math
 import re
-from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +10,9 @@ from numpy.typing import NDArray
 
 from recsys.data.inputs.scalars import NUMBER, numbers_of, per_second, texts_of
 from recsys.errors import UserError
+from recsys.schema import LARGEST_SECONDS, read_time
 
-UNIT_LIMITS = {"s": 1e11, "ms": 1e14, "us": 1e17}
+UNIT_LIMITS = {"s": LARGEST_SECONDS, "ms": LARGEST_SECONDS * 1e3, "us": LARGEST_SECONDS * 1e6}
 """Below these a number of today is seconds (10 digits), milliseconds (13) or microseconds (16); nanoseconds have 19 digits."""
 
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -21,8 +21,6 @@ _WHOLE = r"^[+-]?\d{1,18}$"
 _LONG_WHOLE = r"^[+-]?\d{19}$"
 _LARGEST = str(2**63 - 1)
 _DATE_DIGITS = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
-_ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
-_SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
 
 
 def split_times(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
@@ -99,18 +97,6 @@ def find_other_unit(column: pa.ChunkedArray, unit: str) -> tuple[int, int] | Non
     units = units_of(known)
     others = np.flatnonzero((units >= 0) & (units != list(UNIT_NAMES).index(unit)))
     return (int(others[0]), int(known[others[0]])) if len(others) else None
-
-
-def read_time(text: str) -> float:
-    """Return the seconds of ISO 8601 text, with ` UTC`, a blank before the offset or slashes in the date allowed; NaN where it is none."""
-    iso = _SLASHES.sub(lambda match: f"{match[1]}-{match[2]:0>2}-{match[3]:0>2}", text.strip())
-    while (shorter := _ZONE.sub("", iso)) != iso:
-        iso = shorter
-    try:
-        moment = datetime.fromisoformat(iso)
-    except ValueError:
-        return math.nan
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,9 +14,10 @@ from recsys.data.manifest import Dataset
 from recsys.data.queries import QueryTexts
 from recsys.errors import UserError
 from recsys.model import catalogue_text
+from recsys.model.backbones import backbone_identity, load_tokenizer
 from recsys.model.catalogue_text import Ranks, VectorsManifest, frozen_vectors, text_tokens
 from recsys.model.queries import QUERIES
-from recsys.model.text_encoder import backbone_identity, encode_texts, load_frozen, load_tokenizer, locate_backbone, tokenize
+from recsys.model.text_encoder import encode_texts, load_frozen, locate_backbone, tokenize
 from recsys.model_config import TextConfig
 from recsys.storage import Storage
 from tests.datasets import make_dataset

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.data.preparing.times import cast_times, find_other_unit, guess_unit, read_time
+from recsys.data.preparing.times import cast_times, find_other_unit, guess_unit
 from recsys.errors import UserError
+from recsys.schema import read_time
 
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe", "+05:45", "-03:30"]
 SECONDS = st.integers(-(2**31), 2**32)

@@ -1,0 +1,161 @@
+"""Which verb reads which keys, and what becomes of a key that it does not read: named, used or refused, never passed over in silence."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from recsys.config import Config
+from recsys.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TRIALS = "-trials/"
+"""Stands in the run name of a search's trial, between the search's and its own."""
+
+_STORE = ("storage", "run.scratch")
+_RUN = (*_STORE, "run.name", "run.resume", "run.lease_seconds", "run.trackers", "run.project")
+_VALIDATION = ("evaluation.metric", "evaluation.cutoffs", "evaluation.batch_size")
+_DATASET = ("data.dataset", "data.max_history")
+_TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "checkpoint")
+
+READS: dict[str, tuple[str, ...]] = {
+    "jobs.prepare_data": (*_STORE, "data"),
+    "jobs.pretrain": (*_RUN, "data.dataset", "model.text", "optimizer", "training", "pretraining", "checkpoint"),
+    "jobs.train": _TRAIN,
+    "jobs.plan_memory": (*_STORE, *_DATASET, *_VALIDATION, "model", "training", "fairness"),
+    "jobs.evaluate": (*_STORE, "evaluation"),
+    "jobs.export": (*_STORE, *_VALIDATION, "run.name", "export"),
+    "tune.search": (*_TRAIN, "search"),
+    "serve.deploy": (*_STORE, "run.name", "export.name", "service"),
+    "serve.stop": ("run.scratch",),
+}
+"""Sections and keys that a verb reads from its config; `jobs.pipeline` reads what its stages read, and `serve run` what deploying reads."""
+
+_NOT_READ = {"jobs.prepare_data": ("data.dataset",)}
+
+STAGES = {
+    "prepare_data": "jobs.prepare_data",
+    "train": "jobs.train",
+    "train_id_only": "jobs.train",
+    "search": "tune.search",
+    "evaluate": "jobs.evaluate",
+    "export": "jobs.export",
+    "serve": "serve.deploy",
+}
+"""The verb of each stage of the pipeline."""
+
+INPUT_KEYS = (
+    "data.source",
+    "data.folder",
+    "data.events",
+    "data.items",
+    "data.users",
+    "data.base",
+    "data.dataset",
+    "data.columns.",
+    "data.csv.",
+    "data.time_unit",
+    "data.synthetic.",
+    "data.max_file_memory_bytes",
+)
+"""Where input lies and how its files look, which is no matter once a dataset is made."""
+
+CARRIED = ("data.", "model.", "optimizer.", "training.", "fairness.", "pretraining.")
+"""What a dataset, a checkpoint or an export is made by, and carries with it."""
+
+MAY_CHANGE = (
+    "storage.",
+    "run.",
+    "checkpoint.",
+    "search.",
+    "export.",
+    "service.",
+    "training.num_workers",
+    "training.micro_batch_size",
+    "training.epochs",
+    "training.max_steps",
+    "training.early_stopping_patience",
+    "training.max_failures",
+    "training.hang_seconds",
+    "training.on_non_finite",
+    "training.recompute_activations",
+    "training.log_every_seconds",
+    "training.profile_steps",
+    "training.cpus_per_worker",
+    "optimizer.final_fraction",
+    "evaluation.checkpoint",
+    "evaluation.compare",
+    "evaluation.curve",
+    "evaluation.baselines",
+    "evaluation.baseline_epochs",
+    "evaluation.fairness_attributes",
+    "evaluation.diversity",
+    "evaluation.split",
+    "evaluation.cutoffs",
+    "evaluation.batch_size",
+    "data.source",
+    "data.folder",
+    "data.events",
+    "data.items",
+    "data.users",
+    "data.base",
+    "data.dataset",
+)
+"""What may differ from a checkpoint's config when its run goes on."""
+
+
+def reads(verb: str, key: str, stages: Iterable[str] = ()) -> bool:
+    """Tell whether a verb reads a key; the pipeline reads what its stages do."""
+    if verb == "jobs.pipeline":
+        return key == "run.stages" or key.startswith("service.token_env") or any(reads(STAGES[stage], key) for stage in stages)
+    return _is_under(key, READS[verb]) and not _is_under(key, _NOT_READ.get(verb, ()))
+
+
+def unread(verb: str, config: Config) -> list[str]:
+    """List what file or command line gave and the verb never reads, a section of which nothing is read as `section.*`.
+
+    What the verb's dataset, checkpoint or export carries is not among it: `refuse_contradictions` compares it with that.
+    """
+    has_carried = verb not in ("jobs.prepare_data", "jobs.pipeline", "serve.stop")
+    missed = [key for key in sorted(config.given) if not reads(verb, key, config.run.stages) and not (has_carried and _may_be_carried(key))]
+    whole = {key.partition(".")[0] for key in missed} - {key.partition(".")[0] for key in config.given if key not in missed}
+    return list(dict.fromkeys(f"{key.partition('.')[0]}.*" if key.partition(".")[0] in whole else key for key in missed))
+
+
+def _may_be_carried(key: str) -> bool:
+    return _is_under(key, CARRIED) and not _is_under(key, (*INPUT_KEYS, *MAY_CHANGE))
+
+
+def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List the keys that were given and have another value in what is carried: (key, given, carried)."""
+    own, theirs = dict(leaves(config.model_dump(mode="json"))), dict(leaves(carried))
+    return [
+        (key, own[key], theirs[key]) for key in sorted(config.given) if _may_be_carried(key) and key in theirs and own[key] != theirs[key]
+    ]
+
+
+def refuse_contradictions(config: Config, carried: Mapping[str, Any], carrier: str, advice: str, run: str = "") -> None:
+    """Refuse keys that contradict what a dataset, or a checkpoint or export of a run, was made with.
+
+    A trial of a search has values of its own where the search varies them: these count, and are told.
+
+    Raises:
+        UserError: there is one; the line has key, both values and `carrier`.
+    """
+    for key, given, made_with in contradictions(config, carried):
+        if TRIALS not in run:
+            raise UserError(f"{key} = {given}: {carrier} was made with {made_with}; {advice}, or leave the key out")
+        logger.warning("%s = %s is not used: the trial %s was made with %s", key, given, run, made_with)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested sections as `section.key` and value."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_under(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith(prefix if prefix.endswith(".") else f"{prefix}.") for prefix in prefixes)

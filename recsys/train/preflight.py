@@ -1,0 +1,48 @@
+"""What is found out before any worker starts: that a run's data and language model are such that it can train and be validated."""
+
+import os
+from pathlib import Path
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.data.user_groups import read_groups
+from recsys.evaluation.users import refuse_no_users
+from recsys.model.backbones import check_backbone
+from recsys.runtime import OWN_HEAD
+from recsys.storage import Storage
+
+
+def check_training(config: Config, *text_modes: str) -> None:
+    """Check a run of `jobs.train`, or a search over `text_modes`, within seconds.
+
+    Raises:
+        UserError: the dataset contradicts the config, no user can be validated, or the language model cannot be used.
+    """
+    if os.environ.get(OWN_HEAD):  # this program was started anew on its Ray, and has checked
+        return
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.adopt(config)
+    refuse_no_users(dataset, "validation")
+    if config.fairness.attribute:
+        read_groups(dataset, config.fairness.attribute)
+    for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):
+        _check_backbone(config, storage, mode)
+
+
+def check_pretraining(config: Config) -> None:
+    """Check a run of `jobs.pretrain`, whose language model learns whatever `model.text.mode` is.
+
+    Raises:
+        UserError: there is no such dataset, or the language model cannot be used.
+    """
+    if os.environ.get(OWN_HEAD):
+        return
+    storage = Storage.from_config(config.storage)
+    Dataset.open(storage, config.data.dataset)
+    _check_backbone(config, storage, "full")
+
+
+def _check_backbone(config: Config, storage: Storage, mode: str) -> None:
+    text = config.with_values({"model.text.mode": mode}).model.text
+    check_backbone(text, storage, Path(config.run.scratch))
