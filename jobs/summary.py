@@ -89,7 +89,8 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
     ]
     lines += [f"  {row:<{width}}" + "".join(f"{metrics[name]:>14.4f}" for name in names) for row, metrics in ranking.items()]
     tasks = {name: value for name, value in evaluation["metrics"].items() if "." in name and not name.endswith("num_labels")}
-    return [*lines, *([f"  tasks      {_metrics(tasks)}"] if tasks else []), f"  report     {evaluation['report']}"]
+    absent = [f"  no metrics of {name}: {why}" for name, why in evaluation["absent_tasks"].items()]
+    return [*lines, *([f"  tasks      {_metrics(tasks)}"] if tasks else []), *absent, f"  report     {evaluation['report']}"]
 
 
 def _metrics(metrics: dict[str, float]) -> str:

@@ -60,8 +60,19 @@ INPUT_KEYS = (
 )
 """Where input lies and how its files look, which is no matter once a dataset is made."""
 
-CARRIED = ("data.", "model.", "optimizer.", "training.", "fairness.", "pretraining.")
-"""What a dataset, a checkpoint or an export is made by, and carries with it."""
+_OF_DATASET = ("data.",)
+_OF_CHECKPOINT = ("data.", "model.", "optimizer.", "training.", "fairness.", "pretraining.")
+
+CARRIED: dict[str, tuple[str, ...]] = {
+    "jobs.pretrain": _OF_DATASET,
+    "jobs.train": _OF_DATASET,
+    "jobs.plan_memory": _OF_DATASET,
+    "jobs.evaluate": _OF_CHECKPOINT,
+    "jobs.export": _OF_CHECKPOINT,
+    "tune.search": _OF_DATASET,
+    "serve.deploy": _OF_CHECKPOINT,
+}
+"""What the dataset, checkpoint or export that a verb works on was made by, and carries with it."""
 
 MAY_CHANGE = (
     "storage.",
@@ -116,22 +127,23 @@ def unread(verb: str, config: Config) -> list[str]:
 
     What the verb's dataset, checkpoint or export carries is not among it: `refuse_contradictions` compares it with that.
     """
-    has_carried = verb not in ("jobs.prepare_data", "jobs.pipeline", "serve.stop")
-    missed = [key for key in sorted(config.given) if not reads(verb, key, config.run.stages) and not (has_carried and _may_be_carried(key))]
+    carried = CARRIED.get(verb, ())
+    missed = [
+        key for key in sorted(config.given) if not reads(verb, key, config.run.stages) and not (_is_under(key, carried) and _matters(key))
+    ]
     whole = {key.partition(".")[0] for key in missed} - {key.partition(".")[0] for key in config.given if key not in missed}
     return list(dict.fromkeys(f"{key.partition('.')[0]}.*" if key.partition(".")[0] in whole else key for key in missed))
 
 
-def _may_be_carried(key: str) -> bool:
-    return _is_under(key, CARRIED) and not _is_under(key, (*INPUT_KEYS, *MAY_CHANGE))
+def _matters(key: str) -> bool:
+    """Tell whether a key decides what something became, and not only where and how it was made."""
+    return not _is_under(key, (*INPUT_KEYS, *MAY_CHANGE))
 
 
 def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List the keys that were given and have another value in what is carried: (key, given, carried)."""
     own, theirs = dict(leaves(config.model_dump(mode="json"))), dict(leaves(carried))
-    return [
-        (key, own[key], theirs[key]) for key in sorted(config.given) if _may_be_carried(key) and key in theirs and own[key] != theirs[key]
-    ]
+    return [(key, own[key], theirs[key]) for key in sorted(config.given) if _matters(key) and key in theirs and own[key] != theirs[key]]
 
 
 def refuse_contradictions(config: Config, carried: Mapping[str, Any], carrier: str, advice: str, run: str = "") -> None:

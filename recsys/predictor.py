@@ -26,6 +26,7 @@ from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.ranker import Ranker
+from recsys.model.scoring import RetrievalScores
 from recsys.model.user_encoder import UserEncoder
 from recsys.model.value_regression import build_regression
 
@@ -108,6 +109,7 @@ class Predictor:
         self._user_encoder = user_encoder
         self._ranker = ranker
         self.item_vectors = item_vectors
+        self._retrieval = RetrievalScores(item_vectors)
         self.text_vectors = text_vectors
         self.query_encoder = query_encoder
         self.popularity = popularity_scores(catalogue)
@@ -151,7 +153,7 @@ class Predictor:
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[History], queries: Queries | None = None) -> Tensor:
         """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
-        scores = (self.encode(histories, queries) @ self.item_vectors.T).float().cpu()
+        scores = self._retrieval(self.encode(histories, queries)).float().cpu()
         scores[:, 0] = -torch.inf
         return scores
 
@@ -182,7 +184,7 @@ class Predictor:
             items = self.item_vectors[indices]
             texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
             ranked = self._ranker.calibrate(self._ranker(ranked_user.expand(len(items), -1), items.to(dtype), texts).float())
-            scores = {"retrieval": (items @ user).float().cpu().numpy()}
+            scores = {"retrieval": self._retrieval(user.unsqueeze(0), indices)[0].float().cpu().numpy()}
             for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
                 is_value = task.kind == "regression"
                 value = column * self.manifest.value_std + self.manifest.value_mean if is_value else column.sigmoid()

@@ -122,7 +122,7 @@ def version_in_service(config: Config) -> str:
         )
     manifest = registry.manifest(version)
     if config.given:
-        carried, run = json.loads(registry.read(manifest, "config.json")), manifest.metadata["run"]
+        carried, run = json.loads(registry.read(manifest, "config.json")), manifest.metadata.get("run", "")
         refuse_contradictions(config, carried, f"version {version}", "train and export with it", run)
     return version
 

@@ -3,11 +3,21 @@
 import json
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from recsys.config import ServiceConfig
+from recsys.schema import MAX_ID_CHARACTERS, normalise_id
 
-MAX_ID_CHARACTERS = 512
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
 MAX_SECONDS = 253_402_300_799
@@ -27,7 +37,12 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS)]
+def _spell(value: Any) -> Any:
+    """Spell an id as it is spelled where data is prepared; what is no text is refused by the type."""
+    return normalise_id(value) if isinstance(value, str) else value
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS), BeforeValidator(_spell)]
 
 
 class PostedInteraction(Message):

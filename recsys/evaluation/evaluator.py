@@ -41,6 +41,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "protocol": PROTOCOL,
         "num_users": len(judge.users),
         "metrics": {**judge.summarise(ranked), **tasks.values()},
+        "absent_tasks": tasks.absent,
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
         "baselines": evaluate_baselines(judge, predictor, dataset),
         "slices": evaluate_slices(slices, ranked, config.metric),

@@ -31,11 +31,12 @@ def predict_by(predictor: Predictor) -> PredictTasks:
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """What tasks are judged by, as `task.metric`, and how many labels that rests on."""
+    """What tasks are judged by, as `task.metric`, how many labels that rests on, and why a task is not judged."""
 
     num_users: int
     num_labels: dict[str, int]
     measures: dict[str, Measure]
+    absent: dict[str, str]
 
     def values(self) -> dict[str, float]:
         """Compute the metrics, all users counting once, with the numbers of labels as `task.num_labels`."""
@@ -53,16 +54,28 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
     events, values = (torch.from_numpy(np.concatenate([getattr(user.targets, name) for user in users])) for name in ("events", "values"))
     labels, mask = (array.numpy() for array in task_labels(manifest, events, values))
     owners = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
-    found = TaskMeasures(len(users), {}, {})
+    found = TaskMeasures(len(users), {}, {}, {})
     for column, task in enumerate(manifest.tasks):
         has_label = mask[:, column] > 0
-        if task.name not in parts[0] or not has_label.any():
-            continue
         truth = labels[has_label, column].astype(np.float64)
+        if task.name not in parts[0]:
+            continue
+        if reason := _why_absent(task.kind, truth):
+            found.absent[task.name] = reason
+            continue
         if task.kind == "regression":
             truth = truth * manifest.value_std + manifest.value_mean
         predictions = np.concatenate([part[task.name] for part in parts])[has_label].astype(np.float64)
-        found.num_labels[f"{task.name}.num_labels"] = int(has_label.sum())
+        found.num_labels[f"{task.name}.num_labels"] = len(truth)
         for name, measure in task_measures(task.kind, truth, predictions, owners[has_label]).items():
             found.measures[f"{task.name}.{name}"] = measure
     return found
+
+
+def _why_absent(kind: str, labels: NDArray[np.float64]) -> str | None:
+    """Tell why labels judge nothing: there are none, or, of a binary task, they are all alike, which any constant predicts."""
+    if not len(labels):
+        return "no target has a label"
+    if kind == "binary" and (labels == labels[0]).all():
+        return f"all {len(labels)} labels are {labels[0]:g}"
+    return None

@@ -147,9 +147,7 @@ def _hub_folder(name: str) -> Path:
     """
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise UserError(f"model.text.backbone = {name}: no such folder; {_HINT}")
-    import httpx
     from huggingface_hub import get_session, hf_hub_url, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     cached = try_to_load_from_cache(name, "config.json")
@@ -162,7 +160,9 @@ def _hub_folder(name: str) -> Path:
         if answer.status_code >= 400:
             raise UserError(f"model.text.backbone = {name}: no such folder, and the hub answers {answer.status_code} for it; {_HINT}")
         return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), etag_timeout=_HUB_SECONDS))
-    except (OSError, httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of whichever client the hub's library uses
         raise UserError(
             f"model.text.backbone = {name}: no such folder, and the hub cannot be asked for a model of that name "
             f"({_first_line(error)}); {_HINT}"
@@ -183,14 +183,12 @@ def _read_config(folder: str, text: TextConfig) -> tuple[Any, Any]:
         raise _refusal(text, f"its config.json cannot be read ({_first_line(error)}); {_HINT}") from error
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise _refusal(text, f"a model of type {config.model_type} has no single width (hidden_size), as one over text alone has")
-    if not config.is_encoder_decoder:
-        return config, AutoModel
-    if type(config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        raise _refusal(
-            text,
-            f"is an encoder-decoder ({config.model_type}) whose encoder cannot be loaded alone; T5's can, or use an encoder or a decoder",
-        )
-    return config, MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5's saved encoder no longer says that it had a decoder
+        return config, MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
+    if config.is_encoder_decoder:
+        reason = f"is an encoder-decoder ({config.model_type}) whose encoder cannot be loaded alone"
+        raise _refusal(text, f"{reason}; T5's can, or use an encoder or a decoder")
+    return config, AutoModel
 
 
 def _checked_tokenizer(folder: str, text: TextConfig) -> Any:
@@ -218,11 +216,12 @@ def _positions_fault(model: Any, config: Any, tokenizer: Any, max_tokens: int) -
         num_tokens = len(encoded["input_ids"][0])
     except Exception as error:  # as above
         return f"its tokenizer cannot cut a text to model.text.max_tokens = {max_tokens} ({_first_line(error)})"
+    if num_tokens > max_tokens:
+        return f"its tokenizer adds so many tokens of its own that a text has {num_tokens}, more than model.text.max_tokens = {max_tokens}"
     num_positions = _num_positions(model, config)
-    longest = max(num_tokens, max_tokens)
-    if num_positions is None or longest <= num_positions:
+    if num_positions is None or max_tokens <= num_positions:
         return None
-    return f"has {num_positions} positions, and model.text.max_tokens = {max_tokens} asks for {longest}; {num_positions} would work"
+    return f"has {num_positions} positions, fewer than model.text.max_tokens = {max_tokens}; {num_positions} would work"
 
 
 def _num_positions(model: Any, config: Any) -> int | None:

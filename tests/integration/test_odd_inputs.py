@@ -217,6 +217,11 @@ def test_where_one_reason_refuses_all_rows_the_line_says_what_would_take_them(
     assert "\n" not in str(error.value)
 
 
+def test_the_density_is_that_of_distinct_pairs(tmp_path: Path) -> None:
+    write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 6, "item_id": ["x", "y", "x", "x", "x", "z"], "timestamp": times(6)})
+    assert ">100.00%<" in report_of(prepared(tmp_path))  # one user has had all three items; six interactions are no 200 %
+
+
 def test_values_and_kinds_need_not_be_read(tmp_path: Path) -> None:
     write(tmp_path, "events/a.csv", "user_id,item_id,timestamp,value,event\n" + "".join(f"a,{item},{START},good,\n" for item in "uvwx"))
     dataset = prepared(tmp_path, "data.columns.value=", "data.columns.event=")

@@ -31,7 +31,8 @@ def metrics(result: Mapping[str, Any], metric: str) -> str:
     main = [name for name in names if name.endswith(f"@{cutoff}") or "@" not in name]
     others = [name for name in names if name not in main]
     folded = f"<details><summary>Lists of other lengths</summary>\n{_metric_table(result, others)}</details>" if others else ""
-    return f'<div class="card" role="region" aria-label="Metrics" tabindex="0">{_metric_table(result, main)}\n{folded}</div>'
+    absent = "".join(f"<p>{html.escape(name)}: no metrics, since {html.escape(why)}.</p>" for name, why in result["absent_tasks"].items())
+    return f'<div class="card" role="region" aria-label="Metrics" tabindex="0">{_metric_table(result, main)}\n{absent}{folded}</div>'
 
 
 def _metric_table(result: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from recsys.model.baselines.fitting import ValidationRanking, keep_best_epoch
 from recsys.model.baselines.interactions import Integers, TrainingData
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import RETRIEVAL, Recommender
+from recsys.model.scoring import RetrievalScores
 
 ONLY_IDS = {
     "model.text.mode": "off",
@@ -53,7 +54,7 @@ class SequentialRanking(Baseline):
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
         last = torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(self.device)
-        scores: Scores = (states[last] @ items.T).float().cpu().numpy()
+        scores: Scores = RetrievalScores(items)(states[last]).float().cpu().numpy()
         return scores
 
 

@@ -9,6 +9,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.comparison import sentence
 from recsys.evaluation.evaluator import evaluate
+from recsys.evaluation.report.page import make_report
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.baselines import fit_baseline
 from recsys.model.recommender import build_recommender
@@ -94,6 +95,33 @@ def test_popularity_stands_beside_and_its_lift_is_that_over_the_histories(datase
             histories.append(np.mean([percentiles[item - 1] for item in history]))
     assert found["popularity"]["popularity_percentile@5"] == pytest.approx(np.mean(lists))
     assert found["popularity"]["popularity_lift@5"] == pytest.approx(np.mean(lists) / np.mean(histories))
+
+
+def test_a_task_whose_labels_are_all_alike_has_no_metrics_but_a_reason(storage: Storage, config: Config) -> None:
+    import dataclasses
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    dataset = make_dataset(storage, num_users=30, seed=7)
+    users = dataset.read_users()
+    kinds = pa.array([[0] * len(row) for row in users["events"].to_pylist()], pa.list_(pa.int8()))
+    unrated = pa.array([[float("nan")] * len(row) for row in users["values"].to_pylist()], pa.list_(pa.float32()))
+    for name, column in (("events", kinds), ("values", unrated)):
+        users = users.set_column(users.column_names.index(name), name, column)
+    pq.write_table(users, dataset.address(dataset.manifest.users_shards[0]))
+    dataset = dataclasses.replace(dataset)
+    found = evaluate(predictor_of(config, dataset, seed=0), dataset, EvaluationConfig())
+    num_users = found["num_users"]
+    assert found["absent_tasks"] == {
+        "purchase": f"all {num_users} labels are 0",
+        "rating": "no target has a label",
+        "like": "no target has a label",
+    }
+    for metrics in (found["metrics"], *found["baselines"].values()):
+        assert not any(name.startswith(("purchase.", "rating.", "like.")) for name in metrics)
+    page = make_report({**found, "checkpoint": "c"}, "ndcg@10")
+    assert f"purchase: no metrics, since all {num_users} labels are 0." in page
 
 
 def test_baselines_are_judged_as_the_model_is(dataset: Dataset, predictor: Predictor) -> None:

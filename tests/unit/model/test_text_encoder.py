@@ -11,13 +11,12 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen2Co
 
 from recsys.data.manifest import Dataset
 from recsys.model import text_encoder
+from recsys.model.backbones import load_backbone, load_tokenizer
 from recsys.model.text_encoder import (
     TextEncoder,
     _train_tokenizer,
     encode_texts,
     group_widths,
-    load_backbone,
-    load_tokenizer,
     locate_backbone,
     tokenize,
 )

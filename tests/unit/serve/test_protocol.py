@@ -112,3 +112,13 @@ def test_bad_candidates_are_refused(candidates: Any, line: str) -> None:
 def test_candidates_must_be_there() -> None:
     with pytest.raises(RequestError, match="candidates: is missing"):
         read_request(ScoreRequest, b'{"user_id": "u"}', SERVICE)
+
+
+def test_ids_are_spelled_as_where_data_is_prepared() -> None:
+    body = json.dumps({"history": [{"item_id": " Cafe\u0301 ", "event": "view\t"}], "k": 1}).encode()
+    (posted,) = read_request(RecommendRequest, body, ServiceConfig()).history or []
+    assert (posted.item_id, posted.event) == ("Caf\u00e9", "view")
+    assert read_request(RecommendRequest, json.dumps({"user_id": f" {'u' * 512} "}).encode(), ServiceConfig()).user_id == "u" * 512
+    for user_id in (" ", 7):
+        with pytest.raises(RequestError, match="user_id"):
+            read_request(RecommendRequest, json.dumps({"user_id": user_id}).encode(), ServiceConfig())

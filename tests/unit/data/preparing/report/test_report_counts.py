@@ -71,6 +71,11 @@ def test_every_interaction_is_counted_in_its_split_kind_and_bins() -> None:
     assert counts["off_scale"] == [0]
 
 
+def test_pairs_are_counted_once() -> None:
+    assert count()["pairs"] == [6]  # of seven interactions, two are of user 9 with item 1
+    assert merge_counts([count(), count()])["pairs"].tolist() == [12]
+
+
 def test_no_time_and_no_values_leave_their_counts_out() -> None:
     bare = [(user, train, validation, [(*row[:3], None) for row in rows]) for user, train, validation, rows in USERS]
     counts = count(bare, has_time=False)
