@@ -1,4 +1,4 @@
-"""Which verb reads which keys, and what becomes of a key that it does not read: named, used or refused, never passed over in silence."""
+"""Which verb reads which settings, and what happens to the others: a warning, or an error if they contradict the verb's input."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,20 +44,8 @@ STAGES = {
 }
 """The verb of each stage of the pipeline."""
 
-INPUT_KEYS = (
-    "data.source",
-    "data.folder",
-    "data.events",
-    "data.items",
-    "data.users",
-    "data.base",
-    "data.dataset",
-    "data.columns.",
-    "data.csv.",
-    "data.time_unit",
-    "data.synthetic.",
-    "data.max_file_memory_bytes",
-)
+_INPUT = ("data.source", "data.folder", "data.events", "data.items", "data.users", "data.base", "data.dataset")
+INPUT_KEYS = (*_INPUT, "data.columns", "data.csv", "data.time_unit", "data.synthetic", "data.max_file_memory_bytes")
 """Where input lies and how its files look, which is no matter once a dataset is made."""
 
 _OF_DATASET = ("data.",)
@@ -104,28 +92,22 @@ MAY_CHANGE = (
     "evaluation.split",
     "evaluation.cutoffs",
     "evaluation.batch_size",
-    "data.source",
-    "data.folder",
-    "data.events",
-    "data.items",
-    "data.users",
-    "data.base",
-    "data.dataset",
+    *_INPUT,
 )
 """What may differ from a checkpoint's config when its run goes on."""
 
 
 def reads(verb: str, key: str, stages: Iterable[str] = ()) -> bool:
-    """Tell whether a verb reads a key; the pipeline reads what its stages do."""
+    """Return whether a verb reads a key; the pipeline reads what its stages read."""
     if verb == "jobs.pipeline":
         return key == "run.stages" or key.startswith("service.token_env") or any(reads(STAGES[stage], key) for stage in stages)
     return _is_under(key, READS[verb]) and not _is_under(key, _NOT_READ.get(verb, ()))
 
 
 def unread(verb: str, config: Config) -> list[str]:
-    """List what file or command line gave and the verb never reads, a section of which nothing is read as `section.*`.
+    """List the given keys that the verb never reads; a section with no key that is read is listed as `section.*`.
 
-    What the verb's dataset, checkpoint or export carries is not among it: `refuse_contradictions` compares it with that.
+    Keys that the verb's dataset, checkpoint or export carries are left to `refuse_contradictions`.
     """
     carried = CARRIED.get(verb, ())
     missed = [
@@ -136,7 +118,7 @@ def unread(verb: str, config: Config) -> list[str]:
 
 
 def _matters(key: str) -> bool:
-    """Tell whether a key decides what something became, and not only where and how it was made."""
+    """Return whether a key decides the result, rather than where and how it is computed."""
     return not _is_under(key, (*INPUT_KEYS, *MAY_CHANGE))
 
 

@@ -96,7 +96,7 @@ class ItemFeaturesConfig(Section):
 
     @property
     def names_columns(self) -> bool:
-        """Tell whether the config says which columns are features."""
+        """Return whether any feature column is configured."""
         return bool(self.text or self.categories or self.numbers or self.vectors)
 
 

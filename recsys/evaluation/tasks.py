@@ -73,7 +73,7 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
 
 
 def _why_absent(kind: str, labels: NDArray[np.float64]) -> str | None:
-    """Tell why labels judge nothing: there are none, or, of a binary task, they are all alike, which any constant predicts."""
+    """Return why a task cannot be judged, or None: it has no labels, or binary labels that are all equal."""
     if not len(labels):
         return "no target has a label"
     if kind == "binary" and (labels == labels[0]).all():

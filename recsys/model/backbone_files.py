@@ -1,6 +1,6 @@
-"""What a folder with a language model may hold, decided from names, sizes and headers before anything of it is loaded.
+"""Safety checks of a model folder, from file names, sizes and headers, before anything in it is loaded.
 
-A model folder is input like any other: weights are safetensors alone, nothing in it is code, and no file leads out of it.
+A model folder is untrusted input: weights must be safetensors, nothing in it may be code, and no file may lead out of it.
 """
 
 import json
@@ -20,7 +20,7 @@ _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", 
 
 
 def find_fault(folder: Path, has_weights: bool = True) -> str | None:
-    """Say what forbids to load the model in a folder; None where nothing does. Without `has_weights` its weights lie elsewhere."""
+    """Return why the model in a folder must not be loaded, or None. Without `has_weights` its weights are elsewhere."""
     paths = sorted(folder.iterdir())
     for path in paths:
         if not path.resolve().is_relative_to(folder.resolve()) and not _is_hub_blob(path, folder):
@@ -37,7 +37,7 @@ def find_fault(folder: Path, has_weights: bool = True) -> str | None:
 
 
 def _is_hub_blob(path: Path, folder: Path) -> bool:
-    """Tell whether a file is a link of the hub's cache to its blobs."""
+    """Return whether a file is a symlink of the hub's cache to its own blobs."""
     return folder.parent.name == "snapshots" and path.resolve().is_relative_to(folder.parents[1].resolve() / "blobs")
 
 

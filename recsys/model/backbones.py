@@ -1,4 +1,4 @@
-"""Language models as they come: where their files are, what is refused of them, and loading; what they encode is `text_encoder.py`'s."""
+"""Language model backbones: locating, checking and loading them. Encoding text is in `text_encoder.py`."""
 
 import hashlib
 import importlib.util
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.jso
 
 
 def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> None:
-    """Find out whether a backbone can be used as the config says, without its weights and within seconds.
+    """Check that a backbone can be used as configured, from its config, tokenizer and weight headers alone.
 
     Raises:
         UserError: it cannot; one line with the reason.
@@ -225,7 +225,7 @@ def _positions_fault(model: Any, config: Any, tokenizer: Any, max_tokens: int) -
 
 
 def _num_positions(model: Any, config: Any) -> int | None:
-    """Tell how many tokens a text may have: the rows of learned positions, less those that padding takes; None for any number."""
+    """Return the most tokens that a text may have: the learned positions, less those reserved for padding; None if unlimited."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -234,7 +234,7 @@ def _num_positions(model: Any, config: Any) -> int | None:
 
 
 def _adapters_fault(model: Any, text: TextConfig) -> str | None:
-    """Tell which of `model.text.lora_targets` the model has not."""
+    """Return what is wrong with `model.text.lora_targets`, if anything."""
     if text.mode != "lora":
         return None
     from transformers.pytorch_utils import Conv1D

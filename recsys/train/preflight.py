@@ -1,4 +1,4 @@
-"""What is found out before any worker starts: that a run's data and language model are such that it can train and be validated."""
+"""Checks before any worker starts: can this run be trained and validated with its data and language model?"""
 
 import os
 from pathlib import Path

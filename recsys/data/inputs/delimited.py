@@ -1,4 +1,4 @@
-"""CSV in the dialects that people have: told from the beginning of the file or given, and read so that no value becomes another."""
+"""CSV in any dialect: detected from the beginning of a file or given, and read strictly, so that no value is altered."""
 
 import codecs
 import csv
@@ -58,11 +58,11 @@ class Dialect:
 
 
 def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
-    """Tell a file's dialect from its beginning: that by which the records have as many fields as the header; no I/O.
+    """Return the dialect under which the first records have as many fields as the header; no I/O.
 
-    Where several do, or none, it is the one by which the header has most fields; a comma and double quotes first. Single quotes count
-    as quotes where the whole header is in them; a backslash as an escape where one stands before a quote and no quote is doubled, or
-    where a file cannot be read without.
+    Among several, or if there is none, the one with the most header fields wins, then comma and double quotes. Single quotes are quotes
+    only if the whole header is in them. A backslash is an escape if one precedes a quote and no quote is doubled, or if the file cannot
+    be read otherwise.
     """
     encoding = _encoding(sample, settings)
     text = _decode(sample, encoding)
@@ -103,7 +103,7 @@ def _escapes(text: str) -> tuple[str, ...]:
 
 
 def _fit(dialect: Dialect, lines: Sequence[str], is_whole: bool) -> tuple[bool, int]:
-    """Tell whether the first records have as many fields as the header, and how many that is."""
+    """Return whether the first records have as many fields as the header, and that number."""
     records: list[list[str]] = []
     fits = True
     try:

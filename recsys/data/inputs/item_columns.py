@@ -1,4 +1,4 @@
-"""What each column of a catalogue is: text, category, number, vector, or not used and why; decided from types, names and values."""
+"""The kind of each catalogue column: text, category, number or vector, or why it is not used. Pure functions of type, name and values."""
 
 import re
 
@@ -23,7 +23,7 @@ _VECTOR_SEPARATOR = r"[\s,;|]+"
 
 
 def is_index_name(name: str) -> bool:
-    """Tell whether a column is one that pandas left behind: the number of a row, which says nothing of it."""
+    """Return whether a name is one that pandas gives to an unnamed index."""
     return _INDEX_NAME.fullmatch(name) is not None
 
 
@@ -38,7 +38,7 @@ def title_column(names: list[str]) -> str | None:
 
 
 def infer_kind(name: str, column: pa.ChunkedArray, declared: str, is_title: bool) -> tuple[FeatureKind | None, str]:
-    """Tell a column's kind, or None and why it is not used.
+    """Return a column's kind, or None and the reason it is not used.
 
     `column` has a plain type (see `scalars.plain`), its lists scalars; `declared` is what the file says its type is. Lists of numbers with
     a point are vectors, other lists categories; numbers, dates, times and durations numbers, and so is text that reads as numbers
@@ -123,13 +123,13 @@ def odd_vector(column: pa.ChunkedArray) -> tuple[int, int, int] | None:
 
 
 def _counts_rows(column: pa.ChunkedArray) -> bool:
-    """Tell whether a column numbers the rows from 0 or 1, as an index does that was made a column."""
+    """Return whether a column counts the rows from 0 or 1, as an index does after reset_index."""
     numbers = numbers_of(column).to_numpy(zero_copy_only=False)
     return len(numbers) > 1 and bool(np.array_equal(np.diff(numbers), np.ones(len(numbers) - 1))) and numbers[0] in (0, 1)
 
 
 def reads_as_numbers(column: pa.ChunkedArray) -> bool:
-    """Tell whether all texts read as numbers, but for the words with which tables say that there is none."""
+    """Return whether all texts parse as numbers, apart from the usual words for a missing one."""
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
     is_missing = pc.fill_null(pc.is_in(texts, value_set=pa.array(_MISSING_NUMBERS)), True)
     values = texts.filter(pc.invert(is_missing)).drop_null()

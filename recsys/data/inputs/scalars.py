@@ -1,4 +1,4 @@
-"""One spelling for every value: Arrow columns of any type to text, numbers and lists; what a column means is said elsewhere."""
+"""One spelling per value: Arrow columns of any type to text, numbers and lists. What a column means is decided elsewhere."""
 
 import ast
 import json
@@ -58,20 +58,20 @@ def spell(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Tell whether a type is any of Arrow's lists."""
+    """Return whether a type is one of Arrow's list types."""
     names = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
     return any(getattr(pa.types, name)(kind) for name in names)
 
 
 def is_text(column: pa.ChunkedArray) -> bool:
-    """Tell whether a column is text, or bytes all of which are text in UTF-8."""
+    """Return whether a column is text, or bytes that are all valid UTF-8."""
     if pa.types.is_binary(column.type):
         return _casts(column, pa.string())
     return pa.types.is_string(column.type)
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Tell whether values of a type have one meaning as numbers: those, and dates, times and durations."""
+    """Return whether a type reads as numbers: numbers, dates, times and durations."""
     return any(
         getattr(pa.types, name)(kind)
         for name in ("is_integer", "is_floating", "is_decimal", "is_date", "is_time", "is_timestamp", "is_duration")
@@ -157,7 +157,7 @@ def without_point_zero(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def may_be_rounded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Tell which ids may have lost digits before they came here: floats beyond the whole numbers that they can hold."""
+    """Return which ids may have lost digits upstream: floats beyond the integers that their type represents exactly."""
     if not pa.types.is_floating(column.type):
         return pa.chunked_array([pa.array(np.zeros(len(column), bool))])
     return pc.fill_null(pc.greater(pc.abs(column.cast(pa.float64())), _EXACT_FLOATS[column.type]), False)
@@ -186,7 +186,7 @@ def numbers_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def per_second(unit: str) -> int:
-    """Tell how many of a unit of time make a second."""
+    """Return how many of a unit of time make a second."""
     return {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
 
 
@@ -211,13 +211,13 @@ def simple_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def name_field(kind: pa.StructType) -> str | None:
-    """Tell which field of a struct names it; None where no field is a scalar."""
+    """Return the field that names a struct; None if it has no scalar field."""
     scalars = [field for field in kind if pa.types.is_string(field.type) or is_number(field.type)]
     return _naming([field.name for field in scalars], [field.name for field in scalars if pa.types.is_string(field.type)])
 
 
 def name_key(value: dict[str, Any]) -> str | None:
-    """Tell which key of a JSON object names it, as `name_field` does."""
+    """Return the key that names a JSON object, by the rule of `name_field`."""
     scalars = [key for key, entry in value.items() if isinstance(entry, (str, int))]
     return _naming(scalars, [key for key in scalars if isinstance(value[key], str) and not isinstance(value[key], JsonNumber)])
 

@@ -1,4 +1,4 @@
-"""How far two tables speak of the same users or items, and the warning where they hardly do: ids are then spelled in two ways."""
+"""How many ids two tables share, and the warning if few: their ids are then probably spelled differently."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Overlap:
-    """Ids of the events and of the table that describes them: how many there are, how many the other lacks, and some of those."""
+    """Ids of the events and of the table that describes them: how many there are, how many are missing on the other side, and examples."""
 
     num_events: int = 0
     num_listed: int = 0
@@ -30,14 +30,14 @@ class Overlap:
 
     @classmethod
     def join(cls, parts: Iterable["Overlap"]) -> "Overlap":
-        """Add up the partitions' parts, which have no id in common."""
+        """Add up the parts of all partitions, which share no id."""
         parts = list(parts)
         numbers = (sum(getattr(part, name) for part in parts) for name in ("num_events", "num_listed", "num_undescribed", "num_unused"))
         examples = ([text for part in parts for text in getattr(part, name)][:_NUM_EXAMPLES] for name in ("undescribed", "unused"))
         return cls(*numbers, *examples)
 
     def warnings(self, what: str, key: str, takes_unused: bool = True) -> list[str]:
-        """Warn where most ids of one side are not on the other; `what` is items or users, `key` the config's for their column."""
+        """Warn if most ids of one side are missing on the other; `what` is items or users, `key` the setting for their column."""
         found = []
         advice = f"an id must be spelled alike in both tables, whose column {key} names"
         if self.num_listed and 2 * self.num_undescribed > self.num_events:

@@ -1,4 +1,4 @@
-"""What was dropped: how many rows by rule, and the first of each with file, row and value; the rules are `rules.py`'s."""
+"""Rejected rows: counts by rule and the first examples of each, with file, row and value. The rules are in `rules.py`."""
 
 import heapq
 from collections import Counter
@@ -30,14 +30,14 @@ class Rejects(Counter[str]):
         self.examples: dict[str, list[Found]] = {}
 
     def add(self, rule: str, is_dropped: pa.ChunkedArray, order: pa.ChunkedArray, values: pa.ChunkedArray) -> None:
-        """Count the rows of a table that break a rule (a mask), and keep the first of them."""
+        """Count the rows of a table that break a rule (a mask), and keep the first as examples."""
         places = np.flatnonzero(is_dropped.to_numpy(zero_copy_only=False))
         if len(places):
             self[rule] += len(places)
             self._keep(rule, [(order[place].as_py(), _shown(values[place].as_py())) for place in places[:NUM_EXAMPLES].tolist()])
 
     def add_missing(self, rule: str, before: pa.Table, after: pa.Table) -> None:
-        """Count the events of `before` that are not in `after`, and keep the first of them by user and item."""
+        """Count the events of `before` that are not in `after`, and keep the first as examples, by user and item."""
         if before.num_rows > after.num_rows:
             is_dropped = pc.invert(pc.is_in(before[INPUT_ORDER], value_set=after[INPUT_ORDER].combine_chunks()))
             dropped = before.filter(is_dropped).sort_by(INPUT_ORDER).slice(0, NUM_EXAMPLES)
@@ -52,17 +52,17 @@ class Rejects(Counter[str]):
             self._keep(rule, found)
 
     def hide(self, rules: Iterable[str]) -> None:
-        """Take the values out of some rules' examples, since they may be ids of users that nobody shall read."""
+        """Hide the values in some rules' examples, since they may be user ids that are to be pseudonymised."""
         for rule in rules:
             self.examples[rule] = [(order, _HIDDEN) for order, _ in self.examples.get(rule, [])]
 
     def outcome(self) -> dict[str, Any]:
-        """Give what a task hands on."""
+        """Return the counts and examples as the JSON of a task's outcome."""
         return {"rejected": dict(self), "examples": self.examples}
 
     @classmethod
     def of_outcomes(cls, outcomes: Iterable[Mapping[str, Any]]) -> "Rejects":
-        """Join what tasks have handed on."""
+        """Merge the outcomes of tasks."""
         joined = cls()
         for outcome in outcomes:
             part = cls()
@@ -75,7 +75,7 @@ class Rejects(Counter[str]):
         self.examples[rule] = heapq.nsmallest(NUM_EXAMPLES, [*self.examples.get(rule, []), *found])
 
     def named(self, files: Sequence[ObjectInfo]) -> dict[str, tuple[Example, ...]]:
-        """Say where the examples are, in the files of their table."""
+        """Return the examples with the names of their files."""
 
         def name(order: int, value: str) -> Example:
             return Example(file=files[order >> FILE_SHIFT].uri, row=order % (1 << FILE_SHIFT) + 1, value=value)
@@ -91,12 +91,12 @@ def _shown(value: Any) -> str:
 
 
 def tell(rule: str, count: int, examples: Sequence[Example]) -> str:
-    """Tell in one sentence what a rule has dropped, and where."""
+    """Describe in one sentence what a rule rejected, and where."""
     places = "; ".join(f"{each.file} row {each.row}: {each.value}" for each in examples)
     return f"{count} rows: {REJECTED[rule]} ({rule})" + (f", such as {places}" if places else "")
 
 
 def remedy(counts: Mapping[str, int]) -> str:
-    """Tell which setting would take the rows, where one reason has dropped them all; otherwise nothing."""
+    """Return the setting that would accept the rows if a single rule rejected them all; otherwise an empty string."""
     reasons = [rule for rule, count in counts.items() if count]
     return f"; {REMEDIES[reasons[0]]}" if len(reasons) == 1 and reasons[0] in REMEDIES else ""

@@ -67,13 +67,13 @@ def divide(numbers: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
 
 
 def units_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tell what each number is of, by its digits, as an index into UNIT_NAMES; -1 where it is not above zero, which any unit may have."""
+    """Return the unit of each number by its digits, as an index into UNIT_NAMES; -1 for numbers that are not positive."""
     units = np.digitize(numbers.astype(np.float64), list(UNIT_LIMITS.values()))
     return np.where(numbers > 0, units, -1)
 
 
 def guess_unit(column: pa.ChunkedArray) -> str:
-    """Tell the unit of the first number above zero; empty where there is none.
+    """Return the unit of the first positive number; empty if there is none.
 
     Raises:
         UserError: the numbers are dates written without separators, such as 20240131.
