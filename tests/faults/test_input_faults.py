@@ -213,7 +213,7 @@ def gzip_of(path: Path, head: bytes, repeated: bytes, num_bytes: int = 400 * MEB
     [
         ("a.jsonl.gz", b'{"user_id": "', b"x" * MEBI, "is longer than"),
         ("a.csv.gz", b"", b"x" * MEBI, "first line"),
-        ("a.csv.gz", b"user_id,item_id,timestamp\n", b"x" * MEBI, "line 2 is longer than"),
+        ("a.csv.gz", b"user_id,item_id,timestamp\n", b"x" * MEBI, "a line is longer than"),
         ("a.csv.gz", b'user_id,item_id,timestamp\n"', b"x\n" * MEBI, "begins in line 2: a quote is out of place or not closed"),
         ("a.jsonl.gz", b"", b'{"user_id": "%s", "item_id": 1, "timestamp": 1}\n' % (b"x" * MEBI), "compression bomb"),
         ("a.csv.gz", b"user_id,item_id,timestamp\n", b"%s,1,1\n" % (b"x" * MEBI), "compression bomb"),

@@ -217,6 +217,41 @@ def test_where_one_reason_refuses_all_rows_the_line_says_what_would_take_them(
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_with_many_oddities_at_once_is_read_and_its_report_names_all(tmp_path: Path) -> None:
+    codes = [4_006_381_330_000 + number for number in range(8)]
+    rows = "".join(f'"a";"{code}.0";"{(START + place) * 1000}";"{place}";"phone"\n' for place, code in enumerate(codes))
+    bad = f'"a";"";"{START * 1000}";"1";"phone"\n"a";"{codes[0]}.0";"yesterday";"1";"phone"\n'
+    write(tmp_path, "events.csv", f'"user_id";"item_id";"timestamp";"value";"device"\n{rows}{bad}')
+    catalogue = {
+        "item_id": pa.array(list(map(str, codes))).cast(pa.decimal128(38, 0)),
+        "about": [f"All there is to say of {code}" for code in codes],
+        "title": [f"Thing {code}" for code in codes],
+        "genres": [[{"id": 1, "name": "A"}]] * 8,
+        "picture": [b"\xff\xd8"] * 8,
+        "__index_level_0__": codes[::-1],
+    }
+    write(tmp_path, "items.parquet", catalogue)
+    write(tmp_path, "users.csv", ",user_id,age\n0,b,30\n")
+    dataset = prepared(tmp_path, f"data.folder={tmp_path}")
+    manifest = dataset.manifest
+    assert histories(dataset) == {"a": list(map(str, codes))}
+    assert titles(dataset)[str(codes[0])] == f"Thing {codes[0]}"
+    assert (manifest.category_vocabulary, manifest.number_columns) == (("genres=A",), ())
+    assert manifest.rejected == {"bad_time": 1, "null_item": 1}
+    report = report_of(dataset)
+    for named in (
+        "milliseconds",
+        "device",
+        "picture",
+        "__index_level_0__",
+        "Unnamed: 0",
+        "yesterday",
+        "row 9",
+        "are not in the users table",
+    ):
+        assert named in report, named
+
+
 def test_the_density_is_that_of_distinct_pairs(tmp_path: Path) -> None:
     write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 6, "item_id": ["x", "y", "x", "x", "x", "z"], "timestamp": times(6)})
     assert ">100.00%<" in report_of(prepared(tmp_path))  # one user has had all three items; six interactions are no 200 %

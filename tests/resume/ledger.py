@@ -93,4 +93,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.train", run, __doc__)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as arrow_csv
 
 from recsys.data.inputs import lines as text_lines
-from recsys.data.inputs.lines import MAX_LINE_BYTES, batches, open_stream, read_lines
+from recsys.data.inputs.lines import MAX_LINE_BYTES, batches, open_stream, read_blocks, read_lines
 from recsys.data_config import AUTO, CSV_SEPARATORS, CsvConfig
 from recsys.errors import UserError
 from recsys.storage import Storage
@@ -55,6 +55,16 @@ class Dialect:
             skipinitialspace=self.skips_blanks,
             strict=True,
         )
+
+    def simple_lines(self) -> re.Pattern[bytes]:
+        """Match lines that are a record each, with every quote around a field or doubled within."""
+        separator, quote = re.escape(self.separator.encode()), re.escape(self.quote.encode())
+        plain = b"[^" + separator + quote + rb"\r\n]*+"
+        field = (
+            plain if not quote else b"(?:" + quote + b"(?:[^" + quote + rb"\r\n]|" + quote + quote + b")*+" + quote + b"|" + plain + b")"
+        )
+        line = field + b"(?:" + separator + field + b")*+"
+        return re.compile(b"(?:" + line + rb"\r?\n)*+(?:" + line + b")?")
 
 
 def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
@@ -137,25 +147,27 @@ def read_delimited(storage: Storage, uri: str, columns: Sequence[str], settings:
     Raises:
         UserError: a record has more or fewer fields than the header, or a quote is out of place; the line says which.
     """
-    with _open_records(storage, uri, settings) as (names, dialect, lines, num_read):
-        numbered = batches(lines, num_read + 1)
-        for first, batch in numbered:
-            content = b"".join(batch)
-            table = _read_plain(content, names, columns, dialect)
+    with _open_records(storage, uri, settings) as (names, dialect, blocks, num_header_lines):
+        num_lines, simple = num_header_lines, dialect.simple_lines()
+        for block in blocks:
+            table = _read_simple(block, names, columns, dialect, simple)
             if table is not None:
+                num_lines += block.count(b"\n")
                 yield table
                 continue
-            # From here on record by record: a record in quotes may go on in the next batch.
-            rest = chain(batch, (line for _, more in numbered for line in more))
-            yield from _read_records(uri, rest, first - 1, names, columns, dialect)
+            # From here on record by record: a record in quotes may go on in the next block.
+            lines = (line for content in chain((block,), blocks) for line in io.BytesIO(content))
+            yield from _read_records(uri, lines, num_lines, names, columns, dialect)
 
 
-def _read_plain(content: bytes, names: Sequence[str], columns: Sequence[str], dialect: Dialect) -> pa.Table | None:
-    """Read lines without any quote or escape, which are fields and separators alone; None where they are not, or are broken."""
-    marks = [mark.encode() for mark in (dialect.quote, dialect.escape) if mark]
-    if any(mark in content for mark in marks) or content.count(b"\r") != content.count(b"\r\n") or dialect.skips_blanks:
+def _read_simple(
+    content: bytes, names: Sequence[str], columns: Sequence[str], dialect: Dialect, simple: re.Pattern[bytes]
+) -> pa.Table | None:
+    """Read lines whose quotes are all in place, and which are records each; None where they are not, or have other numbers of fields."""
+    has_escape = bool(dialect.escape) and dialect.escape.encode() in content
+    if has_escape or dialect.skips_blanks or not simple.fullmatch(content):
         return None
-    parsing = arrow_csv.ParseOptions(delimiter=dialect.separator, quote_char=False, double_quote=False, escape_char=False)
+    parsing = arrow_csv.ParseOptions(delimiter=dialect.separator, quote_char=dialect.quote or False, double_quote=True, escape_char=False)
     reading = arrow_csv.ReadOptions(use_threads=False, column_names=list(names), block_size=len(content) + 1)
     try:
         return arrow_csv.read_csv(io.BytesIO(content), reading, parsing, as_text(columns))
@@ -224,7 +236,7 @@ def _decoded(uri: str, lines: Iterable[bytes], num_before: int) -> Iterator[str]
 
 @contextmanager
 def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[tuple[list[str], Dialect, Iterator[bytes], int]]:
-    """Open a file behind its header: the columns' names, the dialect, the lines that follow in UTF-8, and how many were read."""
+    """Open a file behind its header: the columns' names, the dialect, blocks of the lines that follow in UTF-8, and the lines read."""
     with open_stream(storage, uri) as stream:
         sample = stream.read(HEADER_BYTES)
     has_newlines = b"\n" in sample
@@ -232,12 +244,14 @@ def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[t
         raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
     dialect = find_dialect(sample, len(sample) < HEADER_BYTES, settings)
     with open_stream(storage, uri) as stream:
-        lines = _utf8_lines(uri, stream, dialect.encoding, has_newlines)
+        is_plain = dialect.encoding == _UTF8 and has_newlines
+        lines = _without_mark(read_lines(uri, stream)) if is_plain else _recoded(uri, stream, dialect.encoding, has_newlines)
         records = dialect.records(_decoded(uri, lines, 0))
         names = [name.strip() for name in next(_checked_header(uri, records), ())]
         if not any(names):
             raise UserError(f"{uri}: is empty; its first line must name the columns")
-        yield _without_repeats(uri, names), dialect, lines, records.line_num
+        blocks = read_blocks(uri, stream) if is_plain else (b"".join(batch) for _, batch in batches(lines))
+        yield _without_repeats(uri, names), dialect, blocks, records.line_num
 
 
 def _checked_header(uri: str, records: Any) -> Iterator[list[str]]:
@@ -256,12 +270,13 @@ def _without_repeats(uri: str, names: list[str]) -> list[str]:
     return named
 
 
-def _utf8_lines(uri: str, stream: io.BufferedReader, encoding: str, has_newlines: bool) -> Iterator[bytes]:
-    r"""Give a file's lines in UTF-8; of a file whose lines end with \r alone, too."""
-    if encoding == _UTF8 and has_newlines:
-        for number, line in enumerate(read_lines(uri, stream)):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-        return
+def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
+    yield next(lines, b"").removeprefix(codecs.BOM_UTF8)
+    yield from lines
+
+
+def _recoded(uri: str, stream: io.BufferedReader, encoding: str, has_newlines: bool) -> Iterator[bytes]:
+    r"""Give a file's lines in UTF-8 instead of its encoding, and ending with \n where they end with \r alone."""
     text = io.TextIOWrapper(stream, encoding, newline="" if has_newlines else None)
     try:
         yield from read_lines(uri, text)

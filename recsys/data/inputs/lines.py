@@ -9,6 +9,7 @@ from recsys.storage import Storage
 
 BATCH_ROWS = 131_072
 BATCH_BYTES = 64 << 20
+BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20
 """The longest line, and so the largest field, of a text file."""
 
@@ -34,6 +35,25 @@ def read_lines(uri: str, stream: io.BufferedReader | io.TextIOWrapper) -> Iterat
         if len(line) > MAX_LINE_BYTES:
             raise UserError(f"{uri}: line {number} is longer than {MAX_LINE_BYTES} bytes; split it into records of one line each")
         yield line.encode() if isinstance(line, str) else line
+
+
+def read_blocks(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
+    """Give whole lines, as many as fit in about BLOCK_BYTES.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    rest = b""
+    while block := stream.read(BLOCK_BYTES):
+        block = rest + block
+        end = block.rfind(b"\n") + 1
+        rest = block[end:]
+        if len(rest) > MAX_LINE_BYTES:
+            raise UserError(f"{uri}: a line is longer than {MAX_LINE_BYTES} bytes; split it into records of one line each")
+        if end:
+            yield block[:end]
+    if rest:
+        yield rest
 
 
 def batches(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, list[bytes]]]:

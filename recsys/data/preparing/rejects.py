@@ -93,7 +93,7 @@ def _shown(value: Any) -> str:
 def tell(rule: str, count: int, examples: Sequence[Example]) -> str:
     """Describe in one sentence what a rule rejected, and where."""
     places = "; ".join(f"{each.file} row {each.row}: {each.value}" for each in examples)
-    return f"{count} rows: {REJECTED[rule]} ({rule})" + (f", such as {places}" if places else "")
+    return f"{count} {'row' if count == 1 else 'rows'}: {REJECTED[rule]} ({rule})" + (f", such as {places}" if places else "")
 
 
 def remedy(counts: Mapping[str, int]) -> str:

@@ -96,4 +96,4 @@ def train_loop(settings: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    run_verb(run, __doc__)
+    run_verb("jobs.train", run, __doc__)

@@ -131,16 +131,25 @@ def test_given_encodings_and_no_quotes(tmp_path: Path) -> None:
 
 
 def test_records_go_on_from_batch_to_batch_and_lines_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "BATCH_ROWS", 2)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 8)
     content = b'a,b\n1,2\n3,4\n5,"x\ny\nz"\n6,7\n'
     assert read(tmp_path, content)[1] == [["1", "2"], ["3", "4"], ["5", "x\ny\nz"], ["6", "7"]]
     with pytest.raises(UserError, match="the record in line 8 has 1 fields"):
         read(tmp_path, content + b"8\n")
 
 
-def test_plain_lines_are_arrows_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b"a;b\r\n1;2\r\n\r\n3;\r\n", [["1", "2"], ["3", None]]),
+        (b'a,b\n"x, y","say ""hi"""\n"",z', [["x, y", 'say "hi"'], [None, "z"]]),
+    ],
+)
+def test_lines_with_every_quote_in_place_are_arrows_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, rows: list[list[str | None]]
+) -> None:
     monkeypatch.setattr(delimited, "_read_records", lambda *arguments: pytest.fail("record by record"))
-    assert read(tmp_path, b"a;b\r\n1;2\r\n\r\n3;\r\n")[1] == [["1", "2"], ["3", None]]
+    assert read(tmp_path, content)[1] == rows
 
 
 def test_a_sample_may_end_within_quotes() -> None:

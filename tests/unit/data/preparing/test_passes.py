@@ -172,7 +172,7 @@ def test_time_split_cuts_at_the_moments(tmp_path: Path) -> None:
         (
             "user_id,item_id,timestamp\n,1,1\n",
             [],
-            r"no interaction is left; rejected 1 rows: the user id .*row 1: null; data\.columns\.user_id names",
+            r"no interaction is left; rejected 1 row: the user id .*row 1: null; data\.columns\.user_id names",
         ),
         ("user_id,item_id,timestamp\na,1,1\nb,1,1\n", [], "no user has two training interactions"),
         ("user_id,item_id,timestamp\na,1,1\na,2,2\n", ["data.k_core=3"], "no interaction is left"),
