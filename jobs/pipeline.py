@@ -78,7 +78,8 @@ def _stage(config: Config, module: str, values: dict[str, str] | None = None) ->
     """
     own = dict(leaves(config.model_dump(mode="json")))
     given = {key: json.dumps(own[key], ensure_ascii=False) for key in sorted(config.given) if reads(module, key) and own[key] is not None}
-    settings = [f"--set={key}={value}" for key, value in {**given, **(values or {})}.items() if value]
+    chosen = {key: value for key, value in (values or {}).items() if value}
+    settings = [f"--set={key}={value}" for key, value in (given | chosen).items()]
     logger.info("=== %s %s", module, " ".join(settings))
     begin = time.monotonic()
     finished = subprocess.run([sys.executable, "-m", module, *settings], stdout=subprocess.PIPE, check=False)

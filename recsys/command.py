@@ -29,13 +29,14 @@ def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: s
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     # `runtime.connect` may start the program anew; it then finds the result's stream already set aside.
+    is_restarted = RESULT_DESCRIPTOR in os.environ
     result_descriptor = int(os.environ.pop(RESULT_DESCRIPTOR, 0)) or os.dup(1)
     os.set_inheritable(result_descriptor, True)
     RESTART_ENVIRONMENT[RESULT_DESCRIPTOR] = str(result_descriptor)
     os.dup2(2, 1)
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if missed := unread(name, config):
+        if (missed := unread(name, config)) and not is_restarted:
             logger.warning("%s does not read %s", name, ", ".join(missed))
         result = verb(config)
     except UserError as error:

@@ -31,7 +31,15 @@ READS: dict[str, tuple[str, ...]] = {
 }
 """Sections and keys that a verb reads from its config; `jobs.pipeline` reads what its stages read, and `serve run` what deploying reads."""
 
-_NOT_READ = {"jobs.prepare_data": ("data.dataset",)}
+SEARCHED = ("optimizer.learning_rate", "model.width", "model.dropout", "model.loss.kind", "model.text.mode")
+"""What a search varies: its trials have values of their own."""
+
+_NOT_READ = {
+    "jobs.prepare_data": ("data.dataset",),
+    "jobs.pretrain": ("model.text.mode", "model.text.lora_rank", "model.text.lora_targets", "model.text.refresh_steps"),
+    "tune.search": SEARCHED,
+}
+"""Keys below those of READS that a verb does not read."""
 
 STAGES = {
     "prepare_data": "jobs.prepare_data",
@@ -62,6 +70,24 @@ CARRIED: dict[str, tuple[str, ...]] = {
 }
 """What the dataset, checkpoint or export that a verb works on was made by, and carries with it."""
 
+_MACHINE = (
+    "training.num_workers",
+    "training.micro_batch_size",
+    "training.use_gpu",
+    "training.cpus_per_worker",
+    "training.zero_stage",
+    "training.offload_optimizer",
+    "training.offload_parameters",
+    "training.recompute_activations",
+    "training.prefetch_bytes",
+    "training.cache_bytes",
+    "training.max_failures",
+    "training.hang_seconds",
+    "training.log_every_seconds",
+    "training.profile_steps",
+)
+"""How a run is computed, which is no matter for what became of it."""
+
 MAY_CHANGE = (
     "storage.",
     "run.",
@@ -89,6 +115,7 @@ MAY_CHANGE = (
     "evaluation.baseline_epochs",
     "evaluation.fairness_attributes",
     "evaluation.diversity",
+    "evaluation.diversity_method",
     "evaluation.split",
     "evaluation.cutoffs",
     "evaluation.batch_size",
@@ -109,35 +136,54 @@ def unread(verb: str, config: Config) -> list[str]:
 
     Keys that the verb's dataset, checkpoint or export carries are left to `refuse_contradictions`.
     """
-    carried = CARRIED.get(verb, ())
+    carried, inactive = CARRIED.get(verb, ()), _inactive(config) if verb == "jobs.prepare_data" else ()
     missed = [
-        key for key in sorted(config.given) if not reads(verb, key, config.run.stages) and not (_is_under(key, carried) and _matters(key))
+        key
+        for key in sorted(config.given)
+        if _is_under(key, inactive)
+        or not (
+            reads(verb, key, config.run.stages)
+            or (_is_under(key, carried) and _matters(key) and not _is_under(key, _NOT_READ.get(verb, ())))
+        )
     ]
     whole = {key.partition(".")[0] for key in missed} - {key.partition(".")[0] for key in config.given if key not in missed}
     return list(dict.fromkeys(f"{key.partition('.')[0]}.*" if key.partition(".")[0] in whole else key for key in missed))
 
 
+def _inactive(config: Config) -> tuple[str, ...]:
+    """Return the keys of `data` that its other keys make meaningless."""
+    data = config.data
+    by_split = {"time": ("data.validation_from", "data.test_from"), "random": ("data.test_fraction", "data.validation_fraction")}
+    unused = [key for split, keys in by_split.items() if split != data.split for key in keys]
+    input_keys = ("data.folder", "data.events", "data.items", "data.users", "data.columns", "data.csv", "data.time_unit")
+    return (*unused, *(input_keys if data.source == "synthetic" else ("data.synthetic",)))
+
+
 def _matters(key: str) -> bool:
     """Return whether a key decides the result, rather than where and how it is computed."""
-    return not _is_under(key, (*INPUT_KEYS, *MAY_CHANGE))
+    return not _is_under(key, (*INPUT_KEYS, *_MACHINE))
 
 
 def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the keys that were given and have another value in what is carried: (key, given, carried)."""
+    """List the given keys with another value in what is carried, whose sections count alone: (key, given, carried)."""
     own, theirs = dict(leaves(config.model_dump(mode="json"))), dict(leaves(carried))
-    return [(key, own[key], theirs[key]) for key in sorted(config.given) if _matters(key) and key in theirs and own[key] != theirs[key]]
+    return [
+        (key, own[key], theirs[key])
+        for key in sorted(config.given)
+        if _is_under(key, _OF_CHECKPOINT) and _matters(key) and key in theirs and own[key] != theirs[key]
+    ]
 
 
 def refuse_contradictions(config: Config, carried: Mapping[str, Any], carrier: str, advice: str, run: str = "") -> None:
     """Refuse keys that contradict what a dataset, or a checkpoint or export of a run, was made with.
 
-    A trial of a search has values of its own where the search varies them: these count, and are told.
+    A trial of a search has values of its own for what the search varies: these count, and a warning says so.
 
     Raises:
         UserError: there is one; the line has key, both values and `carrier`.
     """
     for key, given, made_with in contradictions(config, carried):
-        if TRIALS not in run:
+        if TRIALS not in run or key not in SEARCHED:
             raise UserError(f"{key} = {given}: {carrier} was made with {made_with}; {advice}, or leave the key out")
         logger.warning("%s = %s is not used: the trial %s was made with %s", key, given, run, made_with)
 

@@ -27,7 +27,7 @@ LARGEST_SECONDS = 10**11
 """From here on (the year 5138) a time is not in seconds, as its 12 or more digits tell."""
 
 _ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
-_SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
+_DATE = re.compile(r"^(\d{4})[-/](\d\d?)[-/](\d\d?)(?!\d)")
 
 DEFAULT_EVENT = "interaction"
 KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
@@ -174,7 +174,7 @@ def normalise_id(text: str) -> str:
 
 def read_time(text: str) -> float:
     """Return the seconds of ISO 8601 text, with ` UTC`, a blank before the offset or slashes in the date allowed; NaN where it is none."""
-    iso = _SLASHES.sub(lambda match: f"{match[1]}-{match[2]:0>2}-{match[3]:0>2}", text.strip())
+    iso = _DATE.sub(lambda match: f"{match[1]}-{match[2]:0>2}-{match[3]:0>2}", text.strip()).replace("z", "Z")
     while (shorter := _ZONE.sub("", iso)) != iso:
         iso = shorter
     try:

@@ -49,8 +49,9 @@ def search(config: Config) -> dict[str, Any]:
 
 def _identify(config: Config, dataset: Dataset) -> str:
     """Hash what a search's result depends on."""
-    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "search", "evaluation"})
-    return hashlib.sha256(json.dumps([dataset.manifest.fingerprint, sections], sort_keys=True).encode()).hexdigest()[:12]
+    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "fairness", "search", "evaluation"})
+    content = [dataset.manifest.fingerprint, config.data.max_history, sections]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:

@@ -100,22 +100,26 @@ def shuffle_histories(rows: Rows, seed: int, epoch: int) -> Rows:
     return dataclasses.replace(rows, starts=np.cumsum(lengths) - lengths, flat=flat)
 
 
-def cut_histories(rows: Rows, max_history: int) -> Rows:
-    """Cut rows into pieces of at most `max_history` interactions before a target, in which every target stays one, exactly once."""
-    starts, first = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
-    num_targets = rows.lengths.astype(np.int64) - first
-    num_pieces = -(-num_targets // max_history)
-    owners = np.repeat(np.arange(len(rows)), num_pieces)
-    begins = (ranges(np.zeros_like(num_pieces), num_pieces) * max_history + first[owners]) - 1  # of the piece, in its row
-    lengths = np.minimum(rows.lengths[owners] - begins, max_history + 1)
-    return Rows(rows.sample_ids[owners], np.ones(len(owners), np.int32), starts[owners] + begins, lengths, rows.flat)
+def cut_histories(rows: Rows, max_history: int, stride: int) -> Rows:
+    """Cut rows of more than `max_history` + 1 interactions as `cut_windows` cuts sequences: every target stays one, exactly once."""
+    lengths, first = rows.lengths.astype(np.int64), rows.first_target.astype(np.int64)
+    is_long = lengths > max_history + 1
+    if not is_long.any():
+        return rows
+    num_pieces = np.where(is_long, -(-(lengths - first) // stride), 1)
+    owners, numbers = np.repeat(np.arange(len(rows)), num_pieces), ranges(np.zeros_like(num_pieces), num_pieces)
+    ends = lengths[owners] - numbers * stride
+    begins = np.maximum(ends - (max_history + 1), 0)
+    first_targets = np.where(is_long[owners], np.maximum(ends - stride, first[owners]), first[owners]) - begins
+    starts = rows.starts.astype(np.int64)[owners] + begins
+    return Rows(rows.sample_ids[owners], first_targets.astype(np.int32), starts, ends - begins, rows.flat)
 
 
 @dataclass(frozen=True)
 class Collator:
     """Turns rows of the training shards into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order.
 
-    Rows of a dataset that was prepared for longer histories than `max_history` are cut.
+    Rows of a dataset that was prepared for longer histories than `max_history` are cut, the pieces `stride` targets apart.
     """
 
     manifest: DatasetManifest
@@ -127,6 +131,7 @@ class Collator:
     shuffle_seed: int | None = None
     keeps_texts: bool = False
     max_history: int | None = None
+    stride: int | None = None
 
     def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
@@ -135,8 +140,8 @@ class Collator:
         elif self.shuffle_seed is not None:
             rows = shuffle_histories(rows, self.shuffle_seed, epoch)
         sample_ids_of_rows = rows.sample_ids
-        if self.max_history is not None and rows.lengths.max() > self.max_history + 1:
-            rows = cut_histories(rows, self.max_history)
+        if self.max_history is not None:
+            rows = cut_histories(rows, self.max_history, self.stride or self.max_history)
         lengths = rows.lengths.astype(np.int64) - 1  # the last interaction is a target alone
         starts, first_target = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
         num_targets = lengths + 1 - first_target

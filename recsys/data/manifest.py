@@ -201,13 +201,13 @@ class Dataset:
         Raises:
             UserError: another key of that section was given and says otherwise.
         """
-        made_by = {f"data.{key}": value for key, value in self.manifest.data_config.items()} | {"data.dataset": self.uri}
-        made_with = made_by.get("data.max_history", config.data.max_history)
-        if "data.max_history" in config.given and config.data.max_history < made_with:
-            made_by["data.max_history"] = config.data.max_history
-        carried = {"data": self.manifest.data_config | {"max_history": made_by.get("data.max_history")}}
-        refuse_contradictions(config, carried, f"the dataset {self.uri}", "prepare the data with it")
-        return config.with_values(made_by)
+        made_by = dict(self.manifest.data_config)
+        longest = made_by.get("max_history", config.data.max_history)
+        if "data.max_history" in config.given and config.data.max_history < longest:
+            stride = min(made_by.get("window_stride") or longest, config.data.max_history)
+            made_by |= {"max_history": config.data.max_history, "window_stride": stride}
+        refuse_contradictions(config, {"data": made_by}, f"the dataset {self.uri}", "prepare the data with it")
+        return config.with_values({f"data.{key}": value for key, value in made_by.items()} | {"data.dataset": self.uri})
 
     def address(self, shard: Shard) -> str:
         """Tell where a shard lies, whichever version wrote it."""

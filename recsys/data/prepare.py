@@ -18,6 +18,7 @@ from recsys.data.preparing.passes import (
     clear_leftovers,
     count_items,
     describe_input,
+    nothing_left,
     number_items,
     present,
     publish,
@@ -103,7 +104,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
     shards = _write_all(job, events, event_kinds)
     num_values, value_mean, value_std = join_moments([outcome["values"] for outcome in shards])
     if not any(outcome["train"] for outcome in shards):
-        raise UserError(f"data.events = {job.data.events}: no user has two training interactions, so there is nothing to train on")
+        raise nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
     taken_out = sum_counts(shards, "rejected")
     measured = measure(job, shards, len(event_kinds), len(ids))
     numbers = item_numbers(measured.items) if job.data.item_features.statistics else None

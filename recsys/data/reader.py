@@ -73,6 +73,7 @@ class Reader:
             config.training.seed if config.training.shuffle_histories else None,
             config.model.keeps_texts,
             config.data.max_history,
+            config.data.window_stride,
         )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()

@@ -11,29 +11,36 @@ from typing import Any
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Config and tokenizer."""
 
+WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 32 << 20
 MOST_TENSORS = 100_000
 MOST_JSON_BYTES = 256 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "quantization_config")
-_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm")
 
 
-def find_fault(folder: Path, has_weights: bool = True) -> str | None:
-    """Return why the model in a folder must not be loaded, or None. Without `has_weights` its weights are elsewhere."""
-    paths = sorted(folder.iterdir())
-    for path in paths:
-        if not path.resolve().is_relative_to(folder.resolve()) and not _is_hub_blob(path, folder):
+def find_fault(folder: Path, names: set[str] | None = None) -> str | None:
+    """Return why the model in a folder must not be loaded, or None.
+
+    Args:
+        names: of all of the model's files, where its weights are elsewhere and only config and tokenizer are in the folder.
+    """
+    folder = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if not path.resolve().is_relative_to(folder) and not _is_hub_blob(path, folder):
             return f"{path.name} is a link that leads out of the folder"
-    names = {path.name for path in paths}
-    if "config.json" not in names:
+    found = {path.name for path in folder.iterdir()}
+    if "config.json" not in found:
         return "there is no config.json"
-    if "adapter_config.json" in names:
+    if "adapter_config.json" in found:
         return "it holds an adapter of another model (adapter_config.json); merge the adapter into its model first"
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
-        if name in names and (fault := _json_fault(folder / name)):
+        if name in found and (fault := _json_fault(folder / name)):
             return f"{name} {fault}"
-    return _weights_fault(folder, names) if has_weights else None
+    if fault := _names_fault(found if names is None else names):
+        return fault
+    return _weights_fault(folder, found) if names is None else None
 
 
 def _is_hub_blob(path: Path, folder: Path) -> bool:
@@ -50,23 +57,33 @@ def _json_fault(path: Path) -> str | None:
         return f"is not valid JSON ({error})"
     if not isinstance(content, dict):
         return "is no JSON object"
-    for key in _CODE_KEYS:
-        if content.get(key):
+    return _code_fault(content) if path.name != "tokenizer.json" else None  # which has a vocabulary, and no settings
+
+
+def _code_fault(content: dict[str, Any]) -> str | None:
+    """Return which setting, at any depth, asks for code from elsewhere."""
+    for key, value in content.items():
+        if key in _CODE_KEYS and value:
             return f"has '{key}', which asks for code or packages from elsewhere; it is never run here"
-    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        if content.get(key) not in _ATTENTIONS:
-            return f"has {key} = {str(content[key])[:80]!r}, which asks for code from elsewhere; it is never run here"
+        if (key.endswith("_implementation") or "_implementation_" in key) and value not in _IMPLEMENTATIONS:
+            return f"has {key} = {str(value)[:80]!r}, which asks for code from elsewhere; it is never run here"
+        if isinstance(value, dict) and (fault := _code_fault(value)):
+            return fault
     return None
+
+
+def _names_fault(names: set[str]) -> str | None:
+    """Return what is wrong with the names of a model's files: its weights must be safetensors, whole or with an index."""
+    if names & {WEIGHTS, _INDEX}:
+        return None
+    others = sorted(name for name in names if name.endswith((*_PICKLES, ".bin.index.json", ".safetensors")))
+    advice = "; save it with model.save_pretrained, which writes safetensors" if others else ""
+    return f"there are no weights in safetensors, {WEIGHTS} or {_INDEX} ({', '.join(others) or 'no weights at all'}){advice}"
 
 
 def _weights_fault(folder: Path, names: set[str]) -> str | None:
     weights = sorted(name for name in names if name.endswith(".safetensors"))
-    index = "model.safetensors.index.json"
-    if not weights:
-        pickles = sorted(name for name in names if name.endswith(_PICKLES) or name.endswith(".bin.index.json"))
-        advice = "; save it with model.save_pretrained, which writes safetensors" if pickles else ""
-        return f"there are no weights in safetensors ({', '.join(pickles) or 'no weights at all'}){advice}"
-    if index in names and (fault := _index_fault(folder / index, set(weights))):
+    if _INDEX in names and (fault := _index_fault(folder / _INDEX, set(weights))):
         return fault
     for name in weights:
         if fault := _header_fault(folder / name):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from recsys.errors import UserError
-from recsys.model.backbone_files import SMALL_FILES, find_fault
+from recsys.model.backbone_files import SMALL_FILES, WEIGHTS, find_fault
 from recsys.model_config import TextConfig
 from recsys.storage import Storage, private_folder, sha256_of
 from recsys.stores import S3_SCHEME
@@ -21,30 +21,35 @@ MINILM, TINY = "minilm", "tiny"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_SECONDS = 5
 _HINT = "'minilm' and 'tiny' work offline"
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model"}
+_TOKENIZER_FILES = ("tokenizer*.json", "vocab*", "*.model")
+_MOST_LAYERS = 1000
 
 
-def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> None:
+def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> str | None:
     """Check that a backbone can be used as configured, from its config, tokenizer and weight headers alone.
+
+    Returns:
+        A folder with its config and tokenizer; None if it is made on the way, or the text is off.
 
     Raises:
         UserError: it cannot; one line with the reason.
     """
     if text.mode == "off" or text.backbone == TINY:
-        return
+        return None
+    names: set[str] | None = None  # of files beside those of the folder
     if text.backbone == MINILM:
-        folder, has_weights = minilm_folder(), True
+        folder = minilm_folder()
     elif text.backbone.startswith(S3_SCHEME):
-        folder, has_weights = fetch_folder(storage, text.backbone, scratch, SMALL_FILES), False
+        names = {stored.uri.removeprefix(text.backbone.rstrip("/") + "/") for stored in storage.expand(text.backbone)}
+        folder = fetch_folder(storage, text.backbone, scratch, SMALL_FILES)
     elif Path(text.backbone).is_dir():
-        folder, has_weights = Path(text.backbone), True
+        folder = Path(text.backbone)
     else:
-        folder, has_weights = _hub_folder(text.backbone), False
-    refuse_faults(folder, text, has_weights)
+        folder, names = _hub_folder(text.backbone), {WEIGHTS}
+    refuse_faults(folder, text, names)
     config, kind = _read_config(str(folder), text)
     tokenizer = _checked_tokenizer(str(folder), text)
-    with torch.device("meta"):
-        model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+    model = _on_meta(config, kind, text)
     for fault in (
         _vocabulary_fault(model, tokenizer),
         _positions_fault(model, config, tokenizer, text.max_tokens),
@@ -52,15 +57,20 @@ def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> None:
     ):
         if fault:
             raise _refusal(text, fault)
+    return str(folder)
 
 
-def refuse_faults(folder: Path, text: TextConfig, has_weights: bool = True) -> None:
+def refuse_faults(folder: Path, text: TextConfig, names: set[str] | None = None) -> None:
     """Refuse a model folder by `backbone_files.find_fault`.
 
     Raises:
         UserError: something in it is no config, tokenizer or safetensors.
     """
-    if (fault := find_fault(folder, has_weights)) is not None:
+    try:
+        fault = find_fault(folder, names)
+    except OSError as error:
+        fault = f"a file of it cannot be read ({_first_line(error)})"
+    if fault is not None:
         raise _refusal(text, fault)
 
 
@@ -68,14 +78,22 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     """Load a backbone in float32, with LoRA adapters in mode `lora`; only safetensors and no remote code.
 
     Of a model of encoder and decoder, such as T5, it is the encoder.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights are not those of its config.
     """
     if Path(folder).is_dir():
         refuse_faults(Path(folder), text)
     _, kind = _read_config(folder, text)
     try:
-        backbone: Any = kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+        backbone, found = kind.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # models of many kinds raise errors of many kinds
         raise _refusal(text, f"cannot be loaded ({_first_line(error)}); {_HINT}") from error
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise _refusal(text, f"its weights lack {missing[0]}; they are not those of its config.json")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # vectors are pooled here; its weights would be random, and trained by nobody
     backbone.config.use_cache = False  # a decoder would keep all keys and values for tokens that nobody generates
@@ -84,7 +102,8 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
 
         targets = list(text.lora_targets) or "all-linear"
         backbone = get_peft_model(backbone, LoraConfig(r=text.lora_rank, lora_alpha=2 * text.lora_rank, target_modules=targets))
-    return backbone
+    module: nn.Module = backbone
+    return module
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -151,7 +170,7 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
+    if isinstance(cached, str) and any(Path(cached).parent.glob(_TOKENIZER_FILES[0])):
         return Path(cached).parent
     try:
         # The hub's own client tries for half a minute where nothing answers.
@@ -179,7 +198,7 @@ def _read_config(folder: str, text: TextConfig) -> tuple[Any, Any]:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # configs of many kinds raise errors of many kinds
         raise _refusal(text, f"its config.json cannot be read ({_first_line(error)}); {_HINT}") from error
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise _refusal(text, f"a model of type {config.model_type} has no single width (hidden_size), as one over text alone has")
@@ -191,13 +210,25 @@ def _read_config(folder: str, text: TextConfig) -> tuple[Any, Any]:
     return config, AutoModel
 
 
+def _on_meta(config: Any, kind: Any, text: TextConfig) -> Any:
+    """Build a model without memory for its weights."""
+    if not 0 < getattr(config, "num_hidden_layers", 1) <= _MOST_LAYERS:
+        raise _refusal(text, f"its config.json has num_hidden_layers = {config.num_hidden_layers}; 1 to {_MOST_LAYERS} are taken")
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+            model.get_input_embeddings().weight.shape  # noqa: B018 - some models have none
+    except Exception as error:  # as above
+        raise _refusal(text, f"its config.json makes no model ({_first_line(error)})") from error
+    return model
+
+
 def _checked_tokenizer(folder: str, text: TextConfig) -> Any:
-    names = {path.name for path in Path(folder).iterdir()}
-    if not names & _TOKENIZER_FILES:
-        raise _refusal(text, f"has no tokenizer (none of {', '.join(sorted(_TOKENIZER_FILES))}); tokenizer.save_pretrained writes one")
+    if not any(fnmatch(path.name, pattern) for path in Path(folder).iterdir() for pattern in _TOKENIZER_FILES):
+        raise _refusal(text, f"has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); tokenizer.save_pretrained writes one")
     try:
         return load_tokenizer(folder)
-    except Exception as error:  # tokenizers of many kinds raise errors of many kinds
+    except Exception as error:  # as above
         raise _refusal(text, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
 
 
@@ -226,11 +257,12 @@ def _positions_fault(model: Any, config: Any, tokenizer: Any, max_tokens: int) -
 
 def _num_positions(model: Any, config: Any) -> int | None:
     """Return the most tokens that a text may have: the learned positions, less those reserved for padding; None if unlimited."""
+    declared = getattr(config, "max_position_embeddings", None)
+    limits = [declared] if isinstance(declared, int) and declared > 0 else []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    declared = getattr(config, "max_position_embeddings", None)
-    return declared if isinstance(declared, int) and declared > 0 else None
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(limits, default=None)
 
 
 def _adapters_fault(model: Any, text: TextConfig) -> str | None:

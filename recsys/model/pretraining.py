@@ -79,6 +79,19 @@ def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, Hiding | 
     return Pretrainer(encoder, head, settings.temperature), _hiding(folder, config, is_causal)
 
 
+def check_objectives(config: Config, folder: str) -> None:
+    """Check that a backbone can learn what `pretraining.objectives` asks for, from its config and tokenizer in `folder`.
+
+    Raises:
+        UserError: it predicts no tokens, or cannot hide any.
+    """
+    from transformers import AutoConfig
+
+    if MASKED in config.pretraining.objectives:
+        _, is_causal = _language_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), config.model.text.backbone)
+        _hiding(folder, config, is_causal)
+
+
 def _mask(tokens: Tensor, lengths: Tensor) -> Tensor:
     """Mark the real ones of right-padded tokens (B, T) with 1."""
     return (torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)).long()

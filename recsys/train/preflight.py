@@ -8,6 +8,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.user_groups import read_groups
 from recsys.evaluation.users import refuse_no_users
 from recsys.model.backbones import check_backbone
+from recsys.model.pretraining import check_objectives
 from recsys.runtime import OWN_HEAD
 from recsys.storage import Storage
 
@@ -39,10 +40,12 @@ def check_pretraining(config: Config) -> None:
     if os.environ.get(OWN_HEAD):
         return
     storage = Storage.from_config(config.storage)
-    Dataset.open(storage, config.data.dataset)
-    _check_backbone(config, storage, "full")
+    Dataset.open(storage, config.data.dataset).adopt(config)
+    folder = _check_backbone(config, storage, "full")
+    if folder is not None:
+        check_objectives(config, folder)
 
 
-def _check_backbone(config: Config, storage: Storage, mode: str) -> None:
+def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
     text = config.with_values({"model.text.mode": mode}).model.text
-    check_backbone(text, storage, Path(config.run.scratch))
+    return check_backbone(text, storage, Path(config.run.scratch))

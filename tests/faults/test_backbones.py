@@ -22,9 +22,10 @@ from recsys.model.backbones import check_backbone, load_backbone, load_tokenizer
 from recsys.model.text_encoder import _train_tokenizer
 from recsys.model_config import TextConfig
 from recsys.storage import Storage
+from recsys.train.preflight import check_pretraining
 from tests.backbones import TEXTS, save_backbone
 from tests.conftest import S3Server
-from tests.datasets import make_dataset, small_settings
+from tests.datasets import make_dataset, small_config, small_settings
 
 ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 10
@@ -101,8 +102,11 @@ def linked(folder: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "pickle": (only_pickle, "no weights in safetensors (pytorch_model.bin)"),
-    "pickle by another name": (lambda folder, canary: only_pickle(folder, canary, "model.ckpt"), "no weights in safetensors (model.ckpt)"),
+    "pickle": (only_pickle, "there are no weights in safetensors, model.safetensors or"),
+    "pickle by another name": (
+        lambda folder, canary: only_pickle(folder, canary, "model.ckpt"),
+        "(model.ckpt)",
+    ),
     "index of pickles": (
         lambda folder, canary: shards_elsewhere(folder, "pytorch_model-00001.bin"),
         "which is no safetensors file of the folder",
@@ -272,6 +276,14 @@ def test_a_folder_in_the_store_is_checked_by_its_small_files(moto_server: S3Serv
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_dataset(Storage(str(tmp_path_factory.mktemp("data") / "store")))
+
+
+def test_a_model_that_predicts_no_tokens_is_no_start_for_hidden_ones(dataset: Dataset, tmp_path: Path) -> None:
+    t5 = save_backbone(tmp_path / "t5", "t5")
+    config = small_config(dataset, tmp_path, model__text__backbone=t5, model__text__max_tokens=16)
+    with pytest.raises(UserError, match=r"of type t5 predicts no tokens; pretraining\.objectives=\['contrastive'\] would work"):
+        check_pretraining(config)
+    check_pretraining(config.with_values({"pretraining.objectives": ["contrastive"]}))
 
 
 @pytest.mark.parametrize("verb", ["jobs.train", "tune.search", "jobs.pretrain"])

@@ -252,6 +252,82 @@ def test_a_folder_with_many_oddities_at_once_is_read_and_its_report_names_all(tm
         assert named in report, named
 
 
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_one_list_among_json_values_costs_its_own_row_alone(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"user_id": "a", "item_id": item, "timestamp": START + item, "value": 1} for item in range(6)]
+    rows += [
+        {"user_id": "a", "item_id": 9, "timestamp": START, "value": [1]},
+        {"user_id": "a", "item_id": float("nan"), "timestamp": START},
+    ]
+    write(tmp_path, "events/a.jsonl", jsonl(rows))
+    dataset = prepared(tmp_path)
+    assert dataset.manifest.rejected == {"bad_value": 1, "null_item": 1}
+    assert dataset.manifest.rejected_examples["bad_value"][0].value == "'[1]'"
+
+
+def test_vectors_of_whole_numbers_in_one_file_are_vectors(tmp_path: Path) -> None:
+    write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 4, "item_id": ["1", "2", "3", "4"], "timestamp": times(4)})
+    write(tmp_path, "items/0.jsonl", jsonl([{"item_id": item, "emb": [item, 2], "tags": [item]} for item in (1, 2)]))
+    write(tmp_path, "items/1.jsonl", jsonl([{"item_id": item, "emb": [0.5, item], "tags": [item]} for item in (3, 4)]))
+    dataset = prepared(tmp_path)
+    assert dataset.manifest.vector_size == 2
+    assert dataset.catalogue["vector"].to_pylist() == [[1.0, 2.0], [2.0, 2.0], [0.5, 3.0], [0.5, 4.0]]
+    assert dataset.manifest.category_vocabulary == ("tags=1", "tags=2", "tags=3", "tags=4")
+
+
+def test_keys_that_come_late_in_a_catalogue_are_columns(tmp_path: Path) -> None:
+    write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 4, "item_id": [1, 2, 3, 4], "timestamp": times(4)})
+    write(tmp_path, "items/a.jsonl", jsonl([{"item_id": item, "brand": "b" if item == 1001 else None} for item in range(1, 1002)]))
+    assert [use.use for use in prepared(tmp_path).manifest.columns if use.name == "brand"] == ["text"]
+
+
+def test_columns_that_are_named_like_ours(tmp_path: Path) -> None:
+    write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 4, "sku": [1, 2, 3, 4], "timestamp": times(4)})
+    write(tmp_path, "items/a.parquet", {"sku": [1, 2, 3, 4], "item_id": [9, 9, 9, 9], "input_order": [1, 2, 3, 4], "title": list("wxyz")})
+    write(tmp_path, "users/a.parquet", {"user_id": ["a"], "input_order": [5], "age": [3]})
+    dataset = prepared(tmp_path, "data.columns.item_id=sku")
+    assert titles(dataset) == {"1": "w", "2": "x", "3": "y", "4": "z"}
+    assert {use.name for use in dataset.manifest.columns if not use.use} == {"item_id", "input_order"}
+    events = [f"data.events={tmp_path / 'items'}", "data.columns.user_id=item_id", "data.columns.timestamp=input_order"]
+    with pytest.raises(UserError, match="kept for the number of a row; rename it"):
+        prepared(tmp_path, "data.columns.item_id=sku", *events)
+
+
+@pytest.mark.parametrize(
+    ("column", "overrides", "message"),
+    [
+        (["$1.50", "$2"], ["data.item_features.numbers=['it']"], r"column 'it' has no number in any row, but such as '\$1\.50'"),
+        ([[("k", "v")], []], ["data.item_features.text=['it']"], r"data\.item_features\.text: column 'it' \(map<.*cannot be read as text"),
+    ],
+)
+def test_a_kind_that_a_column_cannot_have_is_one_line(tmp_path: Path, column: list[Any], overrides: list[str], message: str) -> None:
+    write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 4, "item_id": [1, 2, 1, 2], "timestamp": times(4)})
+    kind = pa.map_(pa.string(), pa.string()) if isinstance(column[0], list) else pa.string()
+    write(tmp_path, "items/a.parquet", {"item_id": [1, 2], "it": pa.array(column, kind)})
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, *overrides)
+    write(tmp_path, "items/a.parquet", {"item_id": pa.array([[], []], pa.list_(pa.int64())), "it": ["x", "y"]})
+    with pytest.raises(UserError, match=r"column 'item_id': list<.*cannot be read as text"):
+        prepared(tmp_path)
+
+
+def test_where_too_little_is_left_the_line_tells_what_went(tmp_path: Path) -> None:
+    rows = "".join(f"a,{item},{item}.2.2020\n" for item in range(3, 9))
+    write(tmp_path, "events/a.csv", f"user_id,item_id,timestamp\n{rows}a,1,2020-02-03\n")
+    with pytest.raises(UserError, match=r"no user has two training interactions.*rejected 6 rows: .*bad_time.*'3\.2\.2020'"):
+        prepared(tmp_path)
+
+
+def test_examples_show_what_the_file_has(tmp_path: Path) -> None:
+    rows = "".join(f"a,{item},{START + item},1\n" for item in range(5))
+    write(tmp_path, "events/a.csv", f"user_id,item_id,timestamp,value\n{rows}a,7,2150-01-01,1\na,8,{START},4.7\n")
+    examples = prepared(tmp_path, "data.cleaning.max_value=4").manifest.rejected_examples
+    assert {rule: found[0].value for rule, found in examples.items()} == {"future_time": "'2150-01-01'", "outlier_value": "'4.7'"}
+
+
 def test_the_density_is_that_of_distinct_pairs(tmp_path: Path) -> None:
     write(tmp_path, "events/a.parquet", {"user_id": ["a"] * 6, "item_id": ["x", "y", "x", "x", "x", "z"], "timestamp": times(6)})
     assert ">100.00%<" in report_of(prepared(tmp_path))  # one user has had all three items; six interactions are no 200 %

@@ -80,6 +80,7 @@ def test_every_target_stays_one_exactly_once(folder: Path, dataset: Dataset, max
     )
     assert sorted(item for item, _ in cut) == sorted(item for item, _ in whole)
     assert max(places for _, places in cut) <= max_history
+
     assert max(places for _, places in whole) == 10
 
 

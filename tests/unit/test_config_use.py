@@ -12,8 +12,9 @@ import pytest
 from pydantic import BaseModel
 
 from recsys.config import Config, load_config
-from recsys.config_use import READS, STAGES, contradictions, reads, refuse_contradictions, unread
+from recsys.config_use import READS, SEARCHED, STAGES, contradictions, reads, refuse_contradictions, unread
 from recsys.errors import UserError
+from tune.space import search_space
 
 ROOT = Path(__file__).parents[2]
 CARRIED_BY = {
@@ -36,6 +37,8 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 
 
 KEYS = sorted(keys())
+INACTIVE = ("data.synthetic.", "data.test_f", "data.validation_f")
+"""Of `data`, what its defaults make meaningless: other splits' keys, and the generator's."""
 
 
 def given(key: str) -> Config:
@@ -57,7 +60,8 @@ def test_every_key_is_read_compared_or_named(verb: str) -> None:
         config = given(key)
         named = unread(verb, config)
         if reads(verb, key):
-            assert named == [], key
+            is_inactive = verb == "jobs.prepare_data" and key.startswith(INACTIVE)
+            assert named == (["data.*"] if is_inactive else []), key
             continue
         carried: dict[str, Any] = {}
         node = carried
@@ -76,6 +80,28 @@ def test_what_nothing_carries_is_named_by_verbs_that_do_not_read_it(section: str
     for verb in READS:
         for key in (key for key in KEYS if key.startswith(f"{section}.")):
             assert reads(verb, key) != bool(unread(verb, given(key))), (verb, key)
+
+
+def test_keys_that_others_make_meaningless_are_named() -> None:
+    assert unread("jobs.prepare_data", load_config(None, ["data.test_from=5", "data.k_core=2"])) == ["data.test_from"]
+    split = ["data.split=time", "data.validation_from=1", "data.test_from=5", "data.test_fraction=0.5"]
+    assert unread("jobs.prepare_data", load_config(None, split)) == ["data.test_fraction"]
+    made = ["data.source=synthetic", "data.synthetic.seed=1", "data.csv.separator=;"]
+    assert unread("jobs.prepare_data", load_config(None, made)) == ["data.csv.separator"]
+
+
+def test_a_search_does_not_read_what_it_varies_and_pretraining_no_mode() -> None:
+    assert set(search_space(load_config().search)) == set(SEARCHED)
+    assert unread("tune.search", load_config(None, ["model.width=32", "model.num_layers=3"])) == ["model.width"]
+    assert unread("jobs.pretrain", load_config(None, ["model.text.mode=lora", "model.text.pooling=mean"])) == ["model.text.mode"]
+
+
+def test_how_a_run_was_computed_contradicts_nothing() -> None:
+    machine = ["training.use_gpu=true", "training.zero_stage=3"]
+    config = load_config(None, [*machine, "evaluation.diversity_method=dpp", "evaluation.metric=hr@10"])
+    other = load_config().model_dump(mode="json")
+    assert contradictions(config, other) == []
+    assert unread("jobs.evaluate", config) == ["training.*"]
 
 
 def test_a_section_that_is_not_read_at_all_is_named_once() -> None:
@@ -107,6 +133,8 @@ def test_a_trial_of_a_search_has_values_of_its_own_which_are_told(caplog: pytest
     config = load_config(None, ["model.width=32"])
     with caplog.at_level(logging.WARNING):
         refuse_contradictions(config, {"model": {"width": 64}}, "c", "d", "demo-trials/abc")
+    with pytest.raises(UserError, match=r"training\.seed = 9: c was made with 0"):
+        refuse_contradictions(load_config(None, ["training.seed=9"]), {"training": {"seed": 0}}, "c", "d", "demo-trials/abc")
     assert "model.width = 32 is not used: the trial demo-trials/abc was made with 64" in caplog.text
 
 

@@ -29,6 +29,7 @@ _BACKSLASH = "\\"
 _DOUBLED = re.compile(r'[^,;\t|\r\n]""|""[^,;\t|\r\n]')
 """A quote that is doubled, where an empty field is not."""
 
+_NAMED_SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([^\r\n])\r?\n")
 _UTF8 = "utf-8-sig"
 
 
@@ -46,7 +47,7 @@ class Dialect:
         """Split lines into records, strictly: a quote out of place is an error, and `line_num` says where the reader is."""
         csv.field_size_limit(MAX_LINE_BYTES)
         return csv.reader(
-            lines,
+            self._with_plain_backslashes(lines) if self.escape else lines,
             delimiter=self.separator,
             quotechar=self.quote or None,
             quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
@@ -55,6 +56,13 @@ class Dialect:
             skipinitialspace=self.skips_blanks,
             strict=True,
         )
+
+    def _with_plain_backslashes(self, lines: Iterable[str]) -> Iterator[str]:
+        """Double an escape that escapes nothing, as in a path: the reader would leave it out."""
+        escape, escaped = re.escape(self.escape), {self.escape, self.quote, self.separator}
+        pair = re.compile(f"{escape}(.)", re.DOTALL)
+        for line in lines:
+            yield pair.sub(lambda match: match[0] if match[1] in escaped else self.escape + match[0], line) if self.escape in line else line
 
     def simple_lines(self) -> re.Pattern[bytes]:
         """Match lines that are a record each, with every quote around a field or doubled within."""
@@ -242,21 +250,25 @@ def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[t
     has_newlines = b"\n" in sample
     if len(sample) == HEADER_BYTES and not has_newlines and b"\r" not in sample:
         raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
+    named = _NAMED_SEPARATOR.match(sample)
+    if named:  # which spreadsheets write, and no other reader takes for data
+        sample, settings = sample[named.end() :], settings.model_copy(update={"separator": named[1].decode()})
     dialect = find_dialect(sample, len(sample) < HEADER_BYTES, settings)
     with open_stream(storage, uri) as stream:
         is_plain = dialect.encoding == _UTF8 and has_newlines
         lines = _without_mark(read_lines(uri, stream)) if is_plain else _recoded(uri, stream, dialect.encoding, has_newlines)
-        records = dialect.records(_decoded(uri, lines, 0))
+        num_before = 1 if named and next(lines) else 0
+        records = dialect.records(_decoded(uri, lines, num_before))
         names = [name.strip() for name in next(_checked_header(uri, records), ())]
         if not any(names):
             raise UserError(f"{uri}: is empty; its first line must name the columns")
         blocks = read_blocks(uri, stream) if is_plain else (b"".join(batch) for _, batch in batches(lines))
-        yield _without_repeats(uri, names), dialect, blocks, records.line_num
+        yield _without_repeats(uri, names), dialect, blocks, num_before + records.line_num
 
 
 def _checked_header(uri: str, records: Any) -> Iterator[list[str]]:
     try:
-        yield from (record for record in islice(records, 1) if record)
+        yield from islice((record for record in records if record), 1)
     except csv.Error as error:
         raise UserError(f"{uri}: its first line, which must name the columns, cannot be read ({error})") from None
 

@@ -70,25 +70,25 @@ def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
     return [tuple(group) for group in groups]
 
 
-def read_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
+def read_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool = False) -> dict[str, str]:
     """Tell a file's columns, in order, each with the type that it declares, Arrow's or RecBole's, then those that its path gives.
 
     In place of a column of structs stand its fields, as `column.field`. JSONL has no header; there it is the keys of the first
-    thousand lines.
+    thousand lines or, with `is_whole`, of all.
 
     Raises:
         UserError: the file is empty, not what its suffix says, or has two columns of one name.
     """
     with reading(uri):
-        header = _file_header(storage, uri, dialect)
+        header = _file_header(storage, uri, dialect, is_whole)
     return header | {name: TEXT for name in path_columns(uri) if name not in header}
 
 
-def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialect: CsvConfig) -> Iterator[pa.Table]:
+def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialect: CsvConfig, has_lists: bool = True) -> Iterator[pa.Table]:
     """Read some columns of a part, batch by batch, with `input_order` (file number << 40 | row in the file) added.
 
     Parquet keeps its types, but that several of one meaning (large, view, dictionary) become one. The other formats
-    give strings, or lists where a JSON value is a list: whoever casts them can then count the bad values.
+    give strings, or lists where a JSON value is a list and `has_lists`: whoever casts them can then count the bad values.
     Empty CSV fields are null. A column that the path gives is a string.
 
     Raises:
@@ -97,7 +97,7 @@ def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialec
     next_row = part.first_row
     num_bytes = 0
     with reading(part.uri):
-        for raw in _read_raw(storage, part, list(columns), dialect):
+        for raw in _read_raw(storage, part, list(columns), dialect, has_lists):
             table = pa.table([plain(column) for column in raw.columns], raw.column_names)
             num_bytes += table.nbytes
             _refuse_bomb(part, num_bytes)
@@ -114,21 +114,22 @@ def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
         )
 
 
-def _read_raw(storage: Storage, part: FilePart, columns: list[str], dialect: CsvConfig) -> Iterator[pa.Table]:
+def _read_raw(storage: Storage, part: FilePart, columns: list[str], dialect: CsvConfig, has_lists: bool) -> Iterator[pa.Table]:
     """Read columns of the file, and repeat those that its path alone gives."""
     of_path = path_columns(part.uri)
     if of_path:
         header = _file_header(storage, part.uri, dialect)
         of_path = {name: value for name, value in of_path.items() if name in columns and name not in header}
     of_file = [name for name in columns if name not in of_path]
-    for table in _read_parquet(storage, part, of_file) if _is_parquet(part.uri) else read_text(storage, part.uri, of_file, dialect):
+    is_parquet = _is_parquet(part.uri)
+    for table in _read_parquet(storage, part, of_file) if is_parquet else read_text(storage, part.uri, of_file, dialect, has_lists):
         given = [pa.repeat(pa.scalar(value, pa.string()), table.num_rows) for value in of_path.values()]
         yield pa.table([*table.select(of_file).columns, *given], [*of_file, *of_path]).select(columns)
 
 
-def _file_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
+def _file_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool = False) -> dict[str, str]:
     if not _is_parquet(uri):
-        return read_text_header(storage, uri, dialect)
+        return read_text_header(storage, uri, dialect, is_whole)
     with _open_parquet(storage, uri) as file:
         fields = list(_leaves(file.schema_arrow))
     header = {field.name: str(field.type) for field in fields}

@@ -7,10 +7,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.data.inputs.formats import FILE_SHIFT, INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
-from recsys.data.inputs.item_columns import AN_INDEX, as_kind, as_vectors, infer_kind, is_index_name, odd_vector, scalar_lists, title_column
+from recsys.data.inputs.item_columns import (
+    AN_INDEX,
+    as_kind,
+    as_vectors,
+    infer_kind,
+    is_index_name,
+    is_missing,
+    odd_vector,
+    scalar_lists,
+    title_column,
+)
 from recsys.data.inputs.layouts import catalogue_kinds, find_column, is_amazon_review
+from recsys.data.inputs.sandbox import reading
 from recsys.data.inputs.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
-from recsys.data.inputs.text_formats import ATOMIC_TYPES, TEXT, is_jsonl
+from recsys.data.inputs.text_formats import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
 from recsys.data.manifest import ColumnUse
 from recsys.data_config import ColumnsConfig, DataConfig
 from recsys.errors import UserError
@@ -21,6 +32,11 @@ Headers = Mapping[str, Mapping[str, str]]
 """Of each file, its columns with their declared types."""
 
 _ATTRIBUTE = "attribute"
+_TAKEN = {
+    USER_ID: "another column is the id",
+    ITEM_ID: "another column is the id",
+    INPUT_ORDER: "this name is kept for the number of a row; rename the column",
+}
 _LEFT_OUT = "data.item_features names the columns that are used, and not this one"
 _OF_LAYOUT = "the known layout of this file leaves it out"
 
@@ -69,6 +85,8 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
         if name and (name in names or name != optional):
             found[optional] = name
     for house_name, name in found.items():
+        if name == INPUT_ORDER:
+            raise UserError(f"{uri}: its column '{name}' ({house_name}) has a name that is kept for the number of a row; rename it")
         if name not in names:
             wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
             raise _missing(uri, wanted, house_name, names)
@@ -87,10 +105,11 @@ def import_events(storage: Storage, part: FilePart, data: DataConfig, time_colum
         raise UserError(f"{part.uri}: has no column for {time_column}, which the first file of data.events has")
 
     def tables() -> Iterator[pa.Table]:
-        for table in read_tables(storage, part, list(dict.fromkeys(found.values())), data.csv):
-            columns = {name: _without_floats(table[own], header, own) for name, own in found.items() if name in (USER_ID, ITEM_ID)}
-            columns |= {name: table[own] for name, own in found.items() if name not in columns}
-            yield pa.table([*columns.values(), table[INPUT_ORDER]], [*columns, INPUT_ORDER])
+        for table in read_tables(storage, part, list(dict.fromkeys(found.values())), data.csv, has_lists=False):
+            columns = [
+                _without_floats(table[own], header, own) if name in (USER_ID, ITEM_ID, EVENT) else table[own] for name, own in found.items()
+            ]
+            yield pa.table([*columns, table[INPUT_ORDER]], [*found, INPUT_ORDER])
 
     used = {own: house_name for house_name, own in found.items()}
     return Imported(
@@ -107,11 +126,11 @@ def _unused_event(name: str, used: Mapping[str, str]) -> str:
 
 def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported:
     """Read the users of one part: `user_id`, and every other column that has a text as text."""
-    header = read_header(storage, part.uri, data.csv)
+    header = read_header(storage, part.uri, data.csv, is_whole=True)
     id_name = find_column(USER_ID, data.columns, header)
     if id_name not in header:
         raise _missing(part.uri, f"'{id_name}'", USER_ID, list(header))
-    wanted = [name for name in header if name == id_name or not is_index_name(name)]
+    wanted = [name for name in header if name == id_name or not (is_index_name(name) or name in (USER_ID, INPUT_ORDER))]
     tables = read_tables(storage, part, wanted, data.csv)
     first = next(tables, None)
     spelled = {} if first is None else {name: _attribute(first[name]) for name in wanted}
@@ -124,7 +143,7 @@ def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported
         )
 
     uses = dict.fromkeys(attributes, _ATTRIBUTE) | {id_name: USER_ID}
-    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type have no text" for name in header}
+    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type have no text" for name in header} | _TAKEN
     reasons |= dict.fromkeys(uses, "")
     return Imported(
         tuple(_use("users", header, name, uses.get(name, ""), reasons[name]) for name in header),
@@ -170,7 +189,7 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
         UserError: a column is missing or changes its type from file to file, vectors differ in length, or there is no row.
     """
     features = data.item_features
-    headers = {file.uri: read_header(storage, file.uri, data.csv) for file in files}
+    headers = {file.uri: read_header(storage, file.uri, data.csv, is_whole=True) for file in files}
     first = headers[files[0].uri]
     header = {name: declared for own in reversed(headers.values()) for name, declared in own.items()}
     header = {name: header[name] for name in (*first, *(name for name in header if name not in first))}
@@ -181,12 +200,12 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
     for name in (id_name, *known):
         if name not in first:
             raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(first))
-    wanted = list(known) or [name for name in header if name not in (id_name, *features.ignored)]
+    wanted = list(known) or [name for name in header if name not in (id_name, ITEM_ID, INPUT_ORDER, *features.ignored)]
     table = _read_whole(storage, files, headers, id_name, wanted, data)
     title = title_column([name for name in wanted if known.get(name, "text") == "text"])
     kinds, reasons = dict(known), dict.fromkeys(header, _LEFT_OUT if features.names_columns else _OF_LAYOUT)
     reasons |= dict.fromkeys((id_name, *known), "")
-    reasons |= dict.fromkeys(features.ignored, "data.item_features.ignored names it")
+    reasons |= _TAKEN | dict.fromkeys(features.ignored, "data.item_features.ignored names it")
     columns: dict[str, pa.ChunkedArray] = {}
     for name in wanted:
         columns[name] = scalar_lists(table[name])
@@ -194,7 +213,10 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
             kind, reasons[name] = infer_kind(name, columns[name], header[name], name == title)
             kinds |= {name: kind} if kind else {}
     for name, kind in kinds.items():
-        columns[name] = _as_feature(columns[name], name, kind, header[name], features.separator)
+        before = columns[name]
+        columns[name] = _as_feature(before, name, kind, header[name], features.separator)
+        if kind == "numbers" and (lost := _lost_numbers(before, columns[name], name)):
+            reasons[name] = lost
         if kind == "vectors" and (odd := odd_vector(columns[name])) is not None:
             place = int(table[INPUT_ORDER][odd[0]].as_py())
             raise UserError(
@@ -210,13 +232,32 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
 def _as_feature(column: pa.ChunkedArray, name: str, kind: FeatureKind, declared: str, separator: str) -> pa.ChunkedArray:
     if kind == "vectors":
         return as_vectors(column, name)
-    column = as_kind(column, kind)
+    try:
+        column = as_kind(column, kind)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise UserError(f"data.item_features.{kind}: column '{name}' ({column.type}) cannot be read as {kind} ({error})") from error
     if kind == "categories" and pa.types.is_string(column.type):
         if declared == "token_seq":
             return pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
         if declared not in ATOMIC_TYPES and separator:
             return pc.split_pattern(column, separator)
     return column
+
+
+def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) -> str:
+    """Say how many values of a column of numbers are none, apart from the usual words for a missing one.
+
+    Raises:
+        UserError: none of them is a number.
+    """
+    is_lost = pc.and_(pc.invert(is_missing(before)), numbers.is_null()) if not is_list(before.type) else before.is_valid()
+    num_lost = pc.sum(is_lost).as_py() or 0
+    if not num_lost:
+        return ""
+    example = str(before.filter(is_lost)[0].as_py())[:60]
+    if numbers.null_count == len(numbers) or is_list(before.type):
+        raise UserError(f"data.item_features.numbers: column '{name}' has no number in any row, but such as '{example}'")
+    return f"{num_lost} values are no numbers, such as '{example}'"
 
 
 def _read_whole(
@@ -235,7 +276,8 @@ def _read_whole(
             raise _missing(part.uri, f"'{id_name}'", "which the first file has", list(header))
         own = [name for name in wanted if name in header or is_jsonl(part.uri)]
         for table in read_tables(storage, part, list(dict.fromkeys([id_name, *own])), data.csv):
-            ids = ids_of(_without_floats(table[id_name], header, id_name))
+            with reading(part.uri):
+                ids = ids_of(_without_floats(table[id_name], header, id_name), id_name)
             tables.append(pa.table([ids, *(table[name] for name in own), table[INPUT_ORDER]], [ITEM_ID, *own, INPUT_ORDER]))
     if not any(table.num_rows for table in tables):
         raise UserError(f"{files[0].uri}: has no rows")
@@ -246,12 +288,17 @@ def _read_whole(
 
 
 def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
-    """Make text a list of one, and numbers text, where another batch has lists of text: a JSON column may have all of them."""
-    text_lists = pa.list_(pa.string())
-    names = {field.name for table in tables for field in table.schema if field.type == text_lists}
+    """Give a JSON column one type where batches differ: lists of text if any has those, of numbers with a point if any has those."""
+    kinds = {(field.name, field.type) for table in tables for field in table.schema}
+    texts, vectors = ({name for name, kind in kinds if kind == pa.list_(value)} for value in (pa.string(), pa.float64()))
+
+    def align(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if name in texts:
+            return _as_text_lists(column)
+        return column.cast(pa.list_(pa.float64())) if name in vectors and column.type == pa.list_(WHOLE_JSON) else column
+
     return [
-        pa.table([_as_text_lists(table[name]) if name in names else table[name] for name in table.column_names], table.column_names)
-        for table in tables
+        pa.table([align(*pair) for pair in zip(table.column_names, table.columns, strict=True)], table.column_names) for table in tables
     ]
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.data.inputs.scalars import is_list, is_number, is_text, numbers_of, parsed_lists, simple_lists, spell
-from recsys.data.inputs.text_formats import JSON_VALUE, TEXT
+from recsys.data.inputs.text_formats import JSON_VALUE, TEXT, WHOLE_JSON
 from recsys.errors import UserError
 from recsys.schema import FeatureKind
 
@@ -15,7 +15,7 @@ TITLE_NAMES = ("title", "name", "product_title", "product_name", "item_title", "
 """Names of the column that titles come from, the first of them first, however they are written; or one that ends with `_title`."""
 
 AN_INDEX = "an index that pandas left"
-_INDEX_NAME = re.compile(r"__index_level_\d+__|Unnamed: \d+|")
+_INDEX_NAME = re.compile(r"__index_level_\d+__|Unnamed: \d+(\.\d+|_level_\d+)*|")
 _INDEX_COLUMNS = ("index", "level_0")
 _MISSING_NUMBERS = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")
 _VECTOR_ENDS = " \t\r\n,;|[]()"
@@ -48,6 +48,8 @@ def infer_kind(name: str, column: pa.ChunkedArray, declared: str, is_title: bool
         return None, AN_INDEX
     if column.null_count == len(column):
         return None, "it has no value"
+    if is_title and is_list(column.type) and pa.types.is_string(column.type.value_type):
+        return "text", ""
     if is_list(column.type) or declared == "float_seq":
         return _infer_list(column.type.value_type if is_list(column.type) else pa.float64())
     if is_title and (is_text(column) or is_number(column.type)):
@@ -71,6 +73,8 @@ def _infer_text(column: pa.ChunkedArray, declared: str) -> tuple[FeatureKind | N
 
 
 def _infer_list(kind: pa.DataType) -> tuple[FeatureKind | None, str]:
+    if kind == WHOLE_JSON:
+        return "categories", ""
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return "vectors", ""
     if pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind):
@@ -128,11 +132,17 @@ def _counts_rows(column: pa.ChunkedArray) -> bool:
     return len(numbers) > 1 and bool(np.array_equal(np.diff(numbers), np.ones(len(numbers) - 1))) and numbers[0] in (0, 1)
 
 
+def is_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return which values are missing: null, or a usual word for that in text."""
+    if not pa.types.is_string(column.type):
+        return column.is_null(nan_is_null=pa.types.is_floating(column.type))
+    texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
+    return pc.or_(texts.is_null(), pc.is_in(texts, value_set=pa.array(_MISSING_NUMBERS)))
+
+
 def reads_as_numbers(column: pa.ChunkedArray) -> bool:
     """Return whether all texts parse as numbers, apart from the usual words for a missing one."""
-    texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
-    is_missing = pc.fill_null(pc.is_in(texts, value_set=pa.array(_MISSING_NUMBERS)), True)
-    values = texts.filter(pc.invert(is_missing)).drop_null()
+    values = pc.utf8_lower(pc.utf8_trim_whitespace(column)).filter(pc.invert(is_missing(column)))
     try:
         values.cast(pa.float64())
     except pa.ArrowInvalid:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys.errors import UserError
+
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _POINT_ZERO = r"^\s*(-?\d+)\.0+\s*$"
 _NAME_FIELDS = ("name", "title", "label", "value")
@@ -32,6 +34,8 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(plain_type(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind):
@@ -141,13 +145,16 @@ def _casts(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
     return True
 
 
-def ids_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def ids_of(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """Spell ids of any type by `recsys.schema.normalise_id`; an empty one is null.
 
     Raises:
-        ArrowNotImplementedError: the type cannot be an id, such as a list.
+        UserError: the type of the column `name` cannot be an id, such as a list.
     """
-    texts = pc.utf8_trim_whitespace(pc.utf8_normalize(texts_of(column, "backslashreplace"), form="NFC"))
+    try:
+        texts = pc.utf8_trim_whitespace(pc.utf8_normalize(texts_of(column, "backslashreplace"), form="NFC"))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"column '{name}': {column.type} cannot be read as text ({error})") from error
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 

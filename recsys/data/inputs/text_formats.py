@@ -4,6 +4,8 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from decimal import Decimal
 from itertools import accumulate, islice
 from typing import Any
 
@@ -22,6 +24,9 @@ ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 TEXT, JSON_VALUE = "text", "JSON"
 """What columns are declared as where a file declares no type."""
 
+WHOLE_JSON = pa.decimal128(38)
+"""The type of whole numbers in JSON lists, which no other format gives."""
+
 _HEADER_LINES = 1000
 _HEADER_LINES_BYTES = 8 << 20
 _MOST_FIELDS = 32
@@ -33,22 +38,25 @@ _UNIT_SEPARATOR = "\x1f"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_text_header(storage: Storage, uri: str, dialect: CsvConfig) -> dict[str, str]:
+def read_text_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool) -> dict[str, str]:
     """Tell a file's columns with their RecBole types, as `formats.read_header` does."""
     if movielens_columns(uri):
         return dict.fromkeys(movielens_columns(uri), TEXT)
     if is_jsonl(uri):
         with open_stream(storage, uri) as stream:
-            return dict.fromkeys(_json_names(list(_json_rows(uri, _first_lines(uri, stream)))), JSON_VALUE)
+            names: dict[str, str] = {}
+            for first, lines in batches(read_lines(uri, stream)) if is_whole else [(1, list(_first_lines(uri, stream)))]:
+                names |= dict.fromkeys(_json_names(list(_json_rows(uri, lines, first))), JSON_VALUE)
+            return names
     if is_atomic(uri):
         return dict(_atomic_column(uri, name) for name in _atomic_names(storage, uri))
     return dict.fromkeys(read_names(storage, uri, dialect), TEXT)
 
 
-def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig) -> Iterator[pa.Table]:
-    """Read some columns batch by batch, as strings; a JSON value that is a list gives lists of strings, or of numbers."""
+def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig, has_lists: bool) -> Iterator[pa.Table]:
+    """Read some columns batch by batch, as strings; a JSON value that is a list gives lists of strings or numbers, if `has_lists`."""
     if is_jsonl(uri):
-        yield from _read_jsonl(storage, uri, columns)
+        yield from _read_jsonl(storage, uri, columns, has_lists)
     elif movielens_columns(uri):
         yield from _read_movielens(storage, uri, columns)
     elif is_atomic(uri):
@@ -109,11 +117,23 @@ def _line_in_utf8(line: bytes) -> bytes:
     return line
 
 
-def _read_jsonl(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
+def _read_jsonl(storage: Storage, uri: str, columns: list[str], has_lists: bool) -> Iterator[pa.Table]:
     with open_stream(storage, uri) as stream:
         for first, lines in batches(read_lines(uri, stream)):
             rows = [[_cell(row, column) for column in columns] for row in _json_rows(uri, lines, first)]
-            yield pa.table([_json_array([row[index] for row in rows]) for index in range(len(columns))], columns)
+            yield pa.table([_json_array([row[index] for row in rows], has_lists) for index in range(len(columns))], columns)
+
+
+def _constant(name: str) -> str | None:
+    """Read NaN as tools write it for what is missing; the infinite ones stay words, which are no numbers."""
+    return None if name == "NaN" else name
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("a key is there twice")
+    return row
 
 
 def _json_names(rows: list[dict[str, Any]], prefix: str = "") -> list[str]:
@@ -146,15 +166,17 @@ def _paths(column: str) -> Iterator[str]:
         place = column.find(".", place + 1)
 
 
-def _json_array(values: list[Any]) -> pa.Array:
-    if not any(isinstance(value, list) for value in values):
+def _json_array(values: list[Any], has_lists: bool) -> pa.Array:
+    if not (has_lists and any(isinstance(value, list) for value in values)):
         return _string_array([_json_text(value) for value in values])
     lists = [_entries(value) if isinstance(value, list) else None if value is None else [value] for value in values]
     entries = [entry for each in lists for entry in each or () if entry is not None]
-    is_vector = any(isinstance(entry, JsonNumber) for entry in entries)
-    if is_vector and all(isinstance(entry, JsonNumber) or (isinstance(entry, int) and not isinstance(entry, bool)) for entry in entries):
-        numbers = [None if each is None else [None if entry is None else float(entry) for entry in each] for each in lists]
-        return pa.array(numbers, pa.list_(pa.float64()))
+    if entries and all(isinstance(entry, JsonNumber) or type(entry) is int for entry in entries):
+        # Whole numbers alone are categories, but a vector where other files have numbers with a point.
+        is_vector = any(isinstance(entry, JsonNumber) for entry in entries)
+        kind, number = (pa.float64(), float) if is_vector else (WHOLE_JSON, Decimal)
+        with suppress(pa.ArrowInvalid):  # more digits than any number here has
+            return pa.array([each and [None if entry is None else number(entry) for entry in each] for each in lists], pa.list_(kind))
     lengths = [0 if each is None else len(each) for each in lists]
     offsets = pa.array([0, *accumulate(lengths)], pa.int32())
     texts = _string_array([_json_text(entry) for each in lists for entry in each or ()])
@@ -193,7 +215,7 @@ def _json_rows(uri: str, lines: Iterator[bytes] | list[bytes], first: int = 1) -
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_float=json_number)
+            row = json.loads(line, parse_float=json_number, parse_constant=_constant, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{uri}: line {number} is not valid JSON ({error})") from None
         if not isinstance(row, dict):

@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.config import Config
+from recsys.config_use import INPUT_KEYS, refuse_contradictions
 from recsys.data.manifest import Dataset, DatasetManifest, Shard
 from recsys.data.preparing.append_catalogue import changed_items
 from recsys.data.preparing.append_tasks import KNOWN_INDEX_NAME, AppendTask, append_shards, merge_day
@@ -59,9 +60,6 @@ from recsys.data_config import DataConfig
 from recsys.errors import UserError
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
 from recsys.storage import Storage
-
-_OF_THE_INPUT = ("source", "synthetic", "columns", "csv", "time_unit", "max_file_memory_bytes")
-"""Keys about how a day's files look and are read, which may differ from version to version."""
 
 
 def appended_uri(config: Config, storage: Storage) -> str:
@@ -162,23 +160,12 @@ def _adopt(config: Config, base: Dataset) -> Config:
     Raises:
         UserError: a key is given that says otherwise.
     """
-    own, default = (data.model_dump(mode="json") for data in (config.data, DataConfig()))
     made_by = content_config(DataConfig()) | base.manifest.data_config  # an old base was made before there was every key
-    adopted = {key: value for key, value in made_by.items() if key not in _OF_THE_INPUT}
-    for key, value in adopted.items():
-        _refuse_difference(f"data.{key}", own[key], value, default[key])
-    if own["columns"] == default["columns"]:
-        adopted["columns"] = base.manifest.data_config.get("columns", own["columns"])
+    refuse_contradictions(config, {"data": made_by}, "the base dataset", "a version keeps that; prepare a new dataset from all events")
+    adopted = {key: value for key, value in made_by.items() if f"data.{key}" not in INPUT_KEYS}
+    if not any(key.startswith("data.columns.") for key in config.given):
+        adopted["columns"] = made_by["columns"]
     return config.with_values({f"data.{key}": value for key, value in adopted.items()})
-
-
-def _refuse_difference(key: str, own: Any, of_base: Any, default: Any) -> None:
-    """Refuse a value that is neither the base's nor the default, which is what a key has that nobody gave."""
-    if isinstance(own, dict) and isinstance(of_base, dict):
-        for name in own:
-            _refuse_difference(f"{key}.{name}", own[name], of_base.get(name, default[name]), default[name])
-    elif own not in (of_base, default):
-        raise UserError(f"{key} = {own}: the base dataset was made with {of_base}, and a version keeps that; leave the key out")
 
 
 def _refuse_new_kinds(job: Job, base: Dataset, merged: list[dict[str, Any]]) -> None:

@@ -1,6 +1,9 @@
 """Raw events to clean ones, as pure functions over Arrow tables that count what they drop; `rules.py` tells every rule."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +15,13 @@ from recsys.data.preparing.normalising import MAX_TEXT_CHARACTERS, cut, fold
 from recsys.data.preparing.rejects import Rejects
 from recsys.data.preparing.times import cast_times
 from recsys.data_config import CleaningConfig
-from recsys.errors import UserError
 from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, MAX_ID_CHARACTERS, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE
+
+Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
 
 _NEGATIVE = r"^-\d+(\.\d+)?$"
 _ODD = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{fffd}]|\\x[89a-f][0-9a-f]"
-_SPREADSHEET = r"^\d(\.\d+)?E\+\d+$"
+_SPREADSHEET = r"^\d(\.\d+)?[eE]\+\d+$"
 
 
 def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
@@ -28,15 +32,15 @@ def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
     bad; an absent one is not. Without an event column every event is of the default kind.
     """
     time_column = TIMESTAMP if TIMESTAMP in raw.column_names else POSITION
-    users, items = cast_ids(raw[USER_ID], USER_ID), cast_ids(raw[ITEM_ID], ITEM_ID)
+    users, items = ids_of(raw[USER_ID], USER_ID), ids_of(raw[ITEM_ID], ITEM_ID)
     times, bad_times = cast_times(raw[time_column], unit if time_column == TIMESTAMP else "s")
     events = pa.chunked_array([pa.array([DEFAULT_EVENT], pa.string()).take(pa.array([0] * raw.num_rows, pa.int32()))])
     if EVENT in raw.column_names:
-        events = cast_ids(raw[EVENT], EVENT)
+        events = ids_of(raw[EVENT], EVENT)
     values, bad_values = pa.nulls(raw.num_rows, pa.float32()), pa.chunked_array([pa.array([False] * raw.num_rows, pa.bool_())])
     if VALUE in raw.column_names:
         values, bad_values = _cast_values(raw[VALUE])
-    queries = cast_ids(raw[QUERY], QUERY) if QUERY in raw.column_names else pa.nulls(raw.num_rows, pa.string())
+    queries = ids_of(raw[QUERY], QUERY) if QUERY in raw.column_names else pa.nulls(raw.num_rows, pa.string())
     longest = [pc.if_else(is_long(ids), ids, pa.scalar(None, pa.string())) for ids in (users, items, events)]
     too_long = pc.coalesce(*longest)
     faults = {
@@ -57,33 +61,41 @@ def is_long(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID_CHARACTERS), False)
 
 
-def _without(table: pa.Table, faults: dict[str, tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> tuple[pa.Table, Rejects]:
-    """Drop the rows with a fault (a mask, and the values that it is about), each counted under its first."""
+def _without(table: pa.Table, faults: Mapping[str, tuple[pa.ChunkedArray, Values]]) -> tuple[pa.Table, Rejects]:
+    """Drop the rows with a fault (a mask, and the values that it is about or what gives them), each counted under its first."""
     keep = pa.chunked_array([pa.array(np.ones(table.num_rows, bool))])
     rejects = Rejects()
     for reason, (fault, values) in faults.items():
-        rejects.add(reason, pc.and_(keep, fault), table[INPUT_ORDER], values)
+        is_dropped = pc.and_(keep, fault)
+        if pc.any(is_dropped).as_py():
+            rejects.add(reason, is_dropped, table[INPUT_ORDER], values() if callable(values) else values)
         keep = pc.and_not(keep, fault)
     return table.filter(keep), rejects
 
 
-def apply_rules(events: pa.Table, rules: CleaningConfig, has_time: bool) -> tuple[pa.Table, Rejects]:
+def apply_rules(events: pa.Table, rules: CleaningConfig, has_time: bool, raw: pa.Table | None = None) -> tuple[pa.Table, Rejects]:
     """Drop the events (EVENTS_SCHEMA) that break a rule about one event alone; times are no matter where they are positions.
 
-    Values are compared in the precision that they are stored in, so that a bound itself is inside.
+    Values are compared in the precision that they are stored in, so that a bound itself is inside. Examples show what `raw` has.
     """
-    faults: dict[str, tuple[pa.ChunkedArray, pa.ChunkedArray]] = {}
+
+    def shown(name: str) -> pa.ChunkedArray:
+        if raw is None or name not in raw.column_names:
+            return events[name]
+        return raw[name].filter(pc.is_in(raw[INPUT_ORDER], value_set=events[INPUT_ORDER].combine_chunks()))
+
+    faults: dict[str, tuple[pa.ChunkedArray, Values]] = {}
     low, high = (bound if bound is None else pa.scalar(np.float32(bound), pa.float32()) for bound in (rules.min_value, rules.max_value))
     if low is not None or high is not None:
         below = pc.less(events[VALUE], low) if low is not None else None
         above = pc.greater(events[VALUE], high) if high is not None else None
-        faults["outlier_value"] = _either(below, above), events[VALUE]
+        faults["outlier_value"] = _either(below, above), partial(shown, VALUE)
     if has_time:
-        faults["early_time"] = pc.less(events[TIMESTAMP], rules.min_time), events[TIMESTAMP]
-        faults["future_time"] = pc.greater(events[TIMESTAMP], rules.max_time), events[TIMESTAMP]
+        faults["early_time"] = pc.less(events[TIMESTAMP], rules.min_time), partial(shown, TIMESTAMP)
+        faults["future_time"] = pc.greater(events[TIMESTAMP], rules.max_time), partial(shown, TIMESTAMP)
     if rules.reject_negative_ids:
         of_user, of_item = is_negative(events[USER_ID]), is_negative(events[ITEM_ID])
-        faults["negative_id"] = _either(of_user, of_item), pc.if_else(of_user, events[USER_ID], events[ITEM_ID])
+        faults["negative_id"] = _either(of_user, of_item), partial(pc.if_else, of_user, events[USER_ID], events[ITEM_ID])
     return _without(events, faults)
 
 
@@ -121,18 +133,6 @@ def notice_rounded(raw: pa.Table) -> Counter[str]:
         is_text = pa.types.is_string(raw[name].type)
         found.append(pc.fill_null(pc.match_substring_regex(raw[name], _SPREADSHEET), False) if is_text else may_be_rounded(raw[name]))
     return +Counter(rounded_id=pc.sum(pc.or_(*found)).as_py() or 0)
-
-
-def cast_ids(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Spell ids as `scalars.ids_of` does.
-
-    Raises:
-        UserError: the column's type cannot be an id, such as a list.
-    """
-    try:
-        return ids_of(column)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"column '{name}': {column.type} cannot be read as text ({error})") from error
 
 
 def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:

@@ -20,12 +20,14 @@ class Overlap:
     num_unused: int = 0
     undescribed: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, of_events: pa.Array, listed: pa.Array) -> "Overlap":
         """Compare the distinct ids of both."""
         undescribed, unused = _missing(of_events, listed), _missing(listed, of_events)
-        examples = (ids.slice(0, _NUM_EXAMPLES).to_pylist() for ids in (undescribed, unused))
+        shared = of_events.filter(pc.is_in(of_events, value_set=listed))
+        examples = (ids.slice(0, _NUM_EXAMPLES).to_pylist() for ids in (undescribed, unused, shared))
         return cls(len(of_events), len(listed), len(undescribed), len(unused), *examples)
 
     @classmethod
@@ -33,7 +35,9 @@ class Overlap:
         """Add up the parts of all partitions, which share no id."""
         parts = list(parts)
         numbers = (sum(getattr(part, name) for part in parts) for name in ("num_events", "num_listed", "num_undescribed", "num_unused"))
-        examples = ([text for part in parts for text in getattr(part, name)][:_NUM_EXAMPLES] for name in ("undescribed", "unused"))
+        examples = (
+            [text for part in parts for text in getattr(part, name)][:_NUM_EXAMPLES] for name in ("undescribed", "unused", "shared")
+        )
         return cls(*numbers, *examples)
 
     def warnings(self, what: str, key: str, takes_unused: bool = True) -> list[str]:
@@ -43,12 +47,12 @@ class Overlap:
         if self.num_listed and 2 * self.num_undescribed > self.num_events:
             found.append(
                 f"{self.num_undescribed} of {self.num_events} {what} of the events are not in the {what} table, such as "
-                f"{_shown(self.undescribed)}; the table has {what} such as {_shown(self.unused) or 'these'}: {advice}"
+                f"{_shown(self.undescribed)}; the table has {what} such as {_shown(self.unused or self.shared)}: {advice}"
             )
         elif takes_unused and 2 * self.num_unused > self.num_listed:
             found.append(
                 f"{self.num_unused} of {self.num_listed} {what} of the {what} table are in no event, such as {_shown(self.unused)}; "
-                f"events have {what} such as {_shown(self.undescribed) or 'the others'}: {advice}"
+                f"events have {what} such as {_shown(self.undescribed or self.shared)}: {advice}"
             )
         return found
 

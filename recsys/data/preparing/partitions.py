@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from recsys.data.inputs.formats import FILE_SHIFT, INPUT_ORDER, FilePart
 from recsys.data.inputs.importers import import_events, import_users
 from recsys.data.inputs.sandbox import reading
+from recsys.data.inputs.scalars import ids_of
 from recsys.data.manifest import ColumnUse, Shard
 from recsys.data.preparing.cleaning import (
     apply_rules,
     cast_events,
-    cast_ids,
     drop_bots,
     drop_duplicates,
     is_long,
@@ -94,7 +94,7 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Outcome:
             with reading(part.uri):
                 _check_unit(job, raw)
                 events, faults = cast_events(raw, job.time_unit)
-            events, broken = apply_rules(events, job.data.cleaning, job.has_time)
+            events, broken = apply_rules(events, job.data.cleaning, job.has_time, raw)
             num_rows += raw.num_rows
             rejects.merge(faults)
             rejects.merge(broken)
@@ -162,7 +162,7 @@ def _with_attributes(raw: pa.Table, rejects: Rejects) -> pa.Table:
     rows = zip(*(raw[name].to_pylist() for name in names), strict=True) if names else [()] * raw.num_rows
     pairs = [[(name, value) for name, value in zip(names, row, strict=True) if value] for row in rows]
     attributes = pa.array(pairs, _STAGED_USERS.field(_ATTRIBUTES).type)
-    ids = cast_ids(raw[USER_ID], USER_ID)
+    ids = ids_of(raw[USER_ID], USER_ID)
     rejects.add("user_null_id", ids.is_null(), raw[INPUT_ORDER], raw[USER_ID])
     rejects.add("user_long_id", is_long(ids), raw[INPUT_ORDER], ids)
     table = pa.table([ids, attributes, raw[INPUT_ORDER]], schema=_STAGED_USERS)

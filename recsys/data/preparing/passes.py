@@ -204,7 +204,12 @@ def refuse_empty(job: Job, inputs: Inputs, outcomes: Sequence[Outcome], rejects:
         UserError: there is none; the line says why, which rows those are, and what would take them.
     """
     if not any(outcome["rows"] for outcome in outcomes):
-        examples = rejects.named(inputs.events)
-        found = ". ".join(tell(rule, count, examples.get(rule, ())) for rule, count in sorted(rejects.items()) if count)
-        where = job.data.events or job.data.folder
-        raise UserError(f"data.events = {where}: no interaction is left; rejected {found or 'none: there are no rows'}{remedy(rejects)}")
+        raise nothing_left(job, inputs, "no interaction is left", rejects)
+
+
+def nothing_left(job: Job, inputs: Inputs, what: str, rejects: Rejects) -> UserError:
+    """Say that too little is left of the events, with all that was rejected of them and what would take it."""
+    examples = rejects.named(inputs.events)
+    found = ". ".join(tell(rule, count, examples.get(rule, ())) for rule, count in sorted(rejects.items()) if count)
+    where = job.data.events or job.data.folder
+    return UserError(f"data.events = {where}: {what}; rejected {found or 'nothing'}{remedy(rejects)}")

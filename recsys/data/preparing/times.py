@@ -20,7 +20,7 @@ _LARGEST_TIME = float(2**62)
 _WHOLE = r"^[+-]?\d{1,18}$"
 _LONG_WHOLE = r"^[+-]?\d{19}$"
 _LARGEST = str(2**63 - 1)
-_DATE_DIGITS = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
+_DATE_DIGITS = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(([01]\d|2[0-3])[0-5]\d[0-5]\d)?")
 
 
 def split_times(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
@@ -79,21 +79,31 @@ def guess_unit(column: pa.ChunkedArray) -> str:
         UserError: the numbers are dates written without separators, such as 20240131.
     """
     numbers = split_times(column)[0].drop_null().to_numpy()
+    _refuse_dates(numbers)
     positive = numbers[numbers > 0]
     if not len(positive):
         return ""
-    if all(_DATE_DIGITS.fullmatch(str(number)) for number in positive[:1000].tolist()):
-        raise UserError(
-            f"times such as {positive[0]} read like dates without separators; write them as 2024-01-31, or set data.time_unit='s' "
-            "if they are seconds"
-        )
     return list(UNIT_NAMES)[int(units_of(positive[:1])[0])]
 
 
+def _refuse_dates(numbers: NDArray[np.int64]) -> None:
+    positive = numbers[numbers > 0]
+    if len(positive) and all(_DATE_DIGITS.fullmatch(str(number)) for number in positive[:1000].tolist()):
+        raise UserError(
+            f"times such as {positive[0]} read like dates without separators; write them as 2024-01-31, or set data.time_unit "
+            "if they are numbers of a unit"
+        )
+
+
 def find_other_unit(column: pa.ChunkedArray, unit: str) -> tuple[int, int] | None:
-    """Find the first number that is of another unit by its digits: its place in the column and itself."""
+    """Find the first number that is of another unit by its digits: its place in the column and itself.
+
+    Raises:
+        UserError: as `guess_unit`.
+    """
     numbers = split_times(column)[0]
     known = pc.fill_null(numbers, 0).to_numpy()
+    _refuse_dates(known)
     units = units_of(known)
     others = np.flatnonzero((units >= 0) & (units != list(UNIT_NAMES).index(unit)))
     return (int(others[0]), int(known[others[0]])) if len(others) else None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
@@ -14,6 +15,7 @@ from recsys.config import Config
 from recsys.model.baselines.baseline import Baseline, Scores
 from recsys.model.baselines.fitting import ValidationRanking, choose
 from recsys.model.baselines.interactions import Integers, TrainingData, history_matrix
+from recsys.model.scoring import RetrievalScores
 
 NUM_SWEEPS = 10
 SETTINGS = ((10.0, 0.01), (3.0, 0.01), (1.0, 0.03))
@@ -31,7 +33,9 @@ class ImplicitFactors(Baseline):
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Solve for the user's vector given the items'."""
         matrix = history_matrix(histories, len(self.items) - 1)
-        return solve(matrix, self.items, self.weight, self.penalty) @ self.items.T
+        vectors = solve(matrix, self.items, self.weight, self.penalty)
+        scores: Scores = RetrievalScores(torch.from_numpy(self.items))(torch.from_numpy(vectors)).numpy()
+        return scores
 
 
 def fit_implicit(data: TrainingData, config: Config) -> Baseline:

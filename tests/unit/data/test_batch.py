@@ -4,8 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from recsys.data.batch import Batch, Collator, shuffle_histories
+from recsys.data.batch import Batch, Collator, cut_histories, shuffle_histories
 from recsys.data.manifest import Dataset
 from recsys.data.rows import Rows
 from recsys.schema import TRAIN_SCHEMA
@@ -134,3 +136,31 @@ def test_shuffled_histories_keep_each_interaction_whole_and_change_with_the_epoc
     alone = shuffle_histories(rows.take(np.array([2])), seed=1, epoch=0)
     assert alone.flat["items"].tolist() == orders[0][2], "the order must not depend on which samples a rank has"
     assert shuffle_histories(rows.take(np.array([2])), seed=2, epoch=0).flat["items"].tolist() != orders[0][2]
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 39)).filter(lambda row: row[1] < row[0]), min_size=1, max_size=5),
+    max_history=st.integers(2, 12),
+    stride=st.integers(1, 12),
+)
+def test_cut_rows_have_every_target_once_with_the_history_that_fits(rows: list[tuple[int, int]], max_history: int, stride: int) -> None:
+    stride = min(stride, max_history)
+    lengths, first = (np.array(column) for column in zip(*rows, strict=True))
+    starts = np.cumsum(lengths) - lengths
+    whole = Rows(np.arange(len(rows)), first.astype(np.int32), starts, lengths, {"items": np.arange(lengths.sum())})
+    cut = cut_histories(whole, max_history, stride)
+
+    def targets(of: Rows) -> list[int]:
+        spans = zip(of.starts.tolist(), of.lengths.tolist(), of.first_target.tolist(), strict=True)
+        return sorted(place for start, length, target in spans for place in range(start + target, start + length))
+
+    assert targets(cut) == targets(whole)
+    assert (cut.lengths <= max_history + 1).all()
+    for row, (length, target) in enumerate(rows):
+        own = cut.sample_ids == row
+        if length <= max_history + 1:
+            assert (cut.lengths[own].tolist(), cut.first_target[own].tolist()) == ([length], [target])
+        else:  # each piece reaches as far back as it may
+            stops = (cut.starts + cut.lengths)[own] - starts[row]
+            assert cut.lengths[own].tolist() == np.minimum(max_history + 1, stops).tolist()

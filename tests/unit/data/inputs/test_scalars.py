@@ -98,6 +98,8 @@ def test_any_mix_of_id_types_gives_the_ids_that_strings_give(
         (pa.array([Decimal("1.50"), Decimal("0.00"), Decimal("-3.00")], pa.decimal128(9, 2)), ["1.5", "0", "-3"]),
         (pa.array([4006381330001.0, 1e22, 0.1, -0.0]), ["4006381330001", "1" + 22 * "0", "0.1", "0"]),
         (pa.array([0.1, 16777216.0], pa.float32()), ["0.1", "16777216"]),
+        (pa.array([Decimal("1.50"), Decimal("2.00")], pa.decimal32(5, 2)), ["1.5", "2"]),
+        (pa.array([Decimal("12")], pa.decimal64(12, 0)), ["12"]),
         (pa.array([2**64 - 1], pa.uint64()), [str(2**64 - 1)]),
         (pa.array([-128], pa.int8()), ["-128"]),
         (pa.array([b"abc", b"\xff\x00"]), ["abc", "0xff00"]),
@@ -110,17 +112,17 @@ def test_any_mix_of_id_types_gives_the_ids_that_strings_give(
     ],
 )
 def test_ids_of_every_type_keep_their_identity(column: pa.Array, texts: list[str]) -> None:
-    assert ids_of(plain(pa.chunked_array([column]))).to_pylist() == texts
+    assert ids_of(plain(pa.chunked_array([column])), "user_id").to_pylist() == texts
 
 
 def test_missing_and_blank_ids_are_null() -> None:
     for column in (pa.array([float("nan"), float("inf"), None]), pa.array(["", " ", None]), pa.nulls(3)):
-        assert ids_of(plain(pa.chunked_array([column]))).to_pylist() == [None, None, None]
+        assert ids_of(plain(pa.chunked_array([column])), "user_id").to_pylist() == [None, None, None]
 
 
 def test_broken_text_gives_ids_that_stay_apart() -> None:
     raw = pa.array([b"a\xed\xa0\x80", b"a\xed\xa0\x81"], pa.binary())
-    ids = ids_of(pa.chunked_array([pa.Array.from_buffers(pa.string(), 2, raw.buffers())])).to_pylist()
+    ids = ids_of(pa.chunked_array([pa.Array.from_buffers(pa.string(), 2, raw.buffers())]), "user_id").to_pylist()
     assert ids == [r"a\xed\xa0\x80", r"a\xed\xa0\x81"]
 
 
@@ -131,13 +133,13 @@ def test_json_and_parquet_spell_a_broken_id_alike(tmp_path: Path) -> None:
 
 def test_the_service_spells_every_character_as_the_tables_do() -> None:
     texts = [f"{chr(code)}x{chr(code)}" for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
-    assert [text or "" for text in ids_of(pa.chunked_array([texts])).to_pylist()] == [normalise_id(text) for text in texts]
+    assert [text or "" for text in ids_of(pa.chunked_array([texts]), "user_id").to_pylist()] == [normalise_id(text) for text in texts]
     assert normalise_id(" Cafe\u0301 ") == unicodedata.normalize("NFC", "Caf\u00e9")
 
 
 def test_ids_that_may_have_lost_digits_are_noticed() -> None:
-    raw = {"user_id": ["4.00638E+12", "1e5", "x"], "item_id": [2.0**53 + 2, 7.0, 2.0**53]}
-    assert notice_rounded(pa.table(raw)) == {"rounded_id": 1}
+    raw = {"user_id": ["4.00638E+12", "1e5", "1.2345678901234568e+18"], "item_id": [2.0**53 + 2, 7.0, 2.0**53]}
+    assert notice_rounded(pa.table(raw)) == {"rounded_id": 2}
     assert notice_rounded(pa.table({"user_id": pa.array([16777218.0], pa.float32()), "item_id": [1]})) == {"rounded_id": 1}
 
 

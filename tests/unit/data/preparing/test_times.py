@@ -101,6 +101,6 @@ def test_what_has_a_unit_of_its_own_tells_nothing() -> None:
 
 
 def test_dates_without_separators_are_refused() -> None:
-    with pytest.raises(UserError, match=r"20240131 read like dates .* data\.time_unit='s'"):
+    with pytest.raises(UserError, match=r"20240131 read like dates .* data\.time_unit"):
         guess_unit(column([20240131, 20240201]))
     assert guess_unit(column([20240131, 20249999])) == "s"
