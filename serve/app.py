@@ -13,10 +13,11 @@ from fastapi import FastAPI
 from ray.serve.config import AutoscalingConfig
 
 import recsys
-from recsys.config import Config, ServiceConfig, load_config
+from recsys.config import Config, load_config
 from recsys.config_use import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.registry import Registry
+from recsys.service_config import ServiceConfig
 from recsys.storage import Storage
 from serve.gateway import build_http_app, digest_of
 from serve.scorer import Scorer

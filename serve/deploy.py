@@ -10,9 +10,10 @@ import ray.serve
 from ray.serve.context import _get_global_client
 
 from recsys.command import run_verb
-from recsys.config import Config, ServiceConfig
+from recsys.config import Config
 from recsys.errors import UserError
 from recsys.runtime import ADDRESS, connect, free_port
+from recsys.service_config import ServiceConfig
 from serve.app import APPLICATION, SCORER, build, version_in_service
 
 ANY_ADDRESS = ("0.0.0.0", "::")

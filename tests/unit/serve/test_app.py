@@ -6,8 +6,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from recsys.config import ServiceConfig, load_config
+from recsys.config import load_config
 from recsys.errors import UserError
+from recsys.service_config import ServiceConfig
 from serve.app import build_app, read_arguments
 from tests.exports import publish_export, service_config
 
