@@ -27,6 +27,7 @@ from recsys.train.trained import load_trained
 from serve.app import read_arguments, version_in_service
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.verbs import refusal_of
 from tests.without_ray import patch_run_tasks, run_once
 
 
@@ -154,25 +155,18 @@ def test_a_run_that_cannot_validate_is_refused_before_workers_start(folder: Path
     check_training(config)
     nobody = _without_validation(untested)
     for verb in ("jobs.train", "tune.search"):
-        error = _run(verb, config_of(folder), nobody.uri, folder)
+        error = _refusal(verb, config_of(folder), nobody.uri)
         assert error.startswith("error: ")
         assert "no user has a validation target" in error
-        error = _run(verb, config_of(folder), untested.uri, folder, "--set=fairness.attribute=gender")
+        error = _refusal(verb, config_of(folder), untested.uri, "--set=fairness.attribute=gender")
         assert "fairness.attribute = gender: has 0 values" in error
 
 
-def _run(verb: str, config: Config, dataset: str, folder: Path, *more: str) -> str:
-    import subprocess
-    import sys
-    import time
-
+def _refusal(verb: str, config: Config, dataset: str, *more: str) -> str:
     settings = [f"--set=storage.root={config.storage.root}", f"--set=run.scratch={config.run.scratch}", f"--set=data.dataset={dataset}"]
-    begin = time.monotonic()
-    command = [sys.executable, "-m", verb, *settings, "--set=model.text.mode=off", "--set=search.text_mode=['off']", *more]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert finished.returncode == 2, finished.stderr
-    assert time.monotonic() - begin < 10
-    return next(line for line in finished.stderr.splitlines() if "does not read" not in line)
+    line, seconds = refusal_of(verb, *settings, "--set=model.text.mode=off", "--set=search.text_mode=['off']", *more)
+    assert seconds < 10
+    return line
 
 
 def _without_validation(dataset: Dataset) -> Dataset:
