@@ -189,7 +189,8 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
         UserError: a column is missing or changes its type from file to file, vectors differ in length, or there is no row.
     """
     features = data.item_features
-    headers = {file.uri: read_header(storage, file.uri, data.csv, is_whole=True) for file in files}
+    is_told = bool(catalogue_kinds(features, read_header(storage, files[0].uri, data.csv)))
+    headers = {file.uri: read_header(storage, file.uri, data.csv, is_whole=not is_told) for file in files}
     first = headers[files[0].uri]
     header = {name: declared for own in reversed(headers.values()) for name, declared in own.items()}
     header = {name: header[name] for name in (*first, *(name for name in header if name not in first))}
@@ -204,8 +205,7 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
     table = _read_whole(storage, files, headers, id_name, wanted, data)
     title = title_column([name for name in wanted if known.get(name, "text") == "text"])
     kinds, reasons = dict(known), dict.fromkeys(header, _LEFT_OUT if features.names_columns else _OF_LAYOUT)
-    reasons |= dict.fromkeys((id_name, *known), "")
-    reasons |= _TAKEN | dict.fromkeys(features.ignored, "data.item_features.ignored names it")
+    reasons |= _TAKEN | dict.fromkeys(features.ignored, "data.item_features.ignored names it") | dict.fromkeys((id_name, *known), "")
     columns: dict[str, pa.ChunkedArray] = {}
     for name in wanted:
         columns[name] = scalar_lists(table[name])
@@ -261,12 +261,7 @@ def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) 
 
 
 def _read_whole(
-    storage: Storage,
-    files: Sequence[ObjectInfo],
-    headers: Mapping[str, Mapping[str, str]],
-    id_name: str,
-    wanted: list[str],
-    data: DataConfig,
+    storage: Storage, files: Sequence[ObjectInfo], headers: Headers, id_name: str, wanted: list[str], data: DataConfig
 ) -> pa.Table:
     """Read all files end to end, ids as text; a column that some files lack is null there."""
     tables: list[pa.Table] = []

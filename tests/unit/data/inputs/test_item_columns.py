@@ -184,6 +184,7 @@ def test_ids_of_a_catalogue_are_alike_in_files_of_unlike_types(tmp_path: Path) -
 def test_configured_columns_leave_the_others_named(tmp_path: Path) -> None:
     items = catalogue(tmp_path, {"title": ["x", "y", "z"], "price": [1, 2, 3]}, text=("title",))
     assert unused(items) == {"price": "data.item_features names the columns that are used, and not this one"}
+    assert [use.reason for use in items.uses if use.use] == ["", ""]
     flags = catalogue(tmp_path, {"is_new": [True, False, None]}, numbers=("is_new",))
     assert flags.rows["is_new"].to_pylist() == [1.0, 0.0, None]
 
