@@ -71,20 +71,12 @@ CARRIED: dict[str, tuple[str, ...]] = {
 """What the dataset, checkpoint or export that a verb works on was made by, and carries with it."""
 
 _MACHINE = (
-    "training.num_workers",
-    "training.micro_batch_size",
     "training.use_gpu",
-    "training.cpus_per_worker",
     "training.zero_stage",
     "training.offload_optimizer",
     "training.offload_parameters",
-    "training.recompute_activations",
     "training.prefetch_bytes",
     "training.cache_bytes",
-    "training.max_failures",
-    "training.hang_seconds",
-    "training.log_every_seconds",
-    "training.profile_steps",
 )
 """How a run is computed, which is no matter for what became of it."""
 
@@ -160,8 +152,8 @@ def _inactive(config: Config) -> tuple[str, ...]:
 
 
 def _matters(key: str) -> bool:
-    """Return whether a key decides the result, rather than where and how it is computed."""
-    return not _is_under(key, (*INPUT_KEYS, *_MACHINE))
+    """Return whether a key decides the result, rather than where, how and for how long it is computed."""
+    return not _is_under(key, (*INPUT_KEYS, *_MACHINE, *MAY_CHANGE))
 
 
 def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
