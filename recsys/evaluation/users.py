@@ -14,6 +14,7 @@ from recsys.errors import UserError
 from recsys.predictor import History, Indices
 
 READ_ROWS = 4096
+_COLUMNS = [USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
     Raises:
         UserError: there is no such user.
     """
-    table = dataset.read_users([USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"])
+    table = dataset.read_users(_COLUMNS)
     users = [user for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split)]
     if not users:
         raise _no_users(dataset, split)
@@ -49,9 +50,11 @@ def refuse_no_users(dataset: Dataset, split: str) -> None:
     Raises:
         UserError: no user has.
     """
-    columns, manifest = [USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"], dataset.manifest
+    manifest = dataset.manifest
     tables = (
-        (dataset.read_shard(shard, columns) for shard in manifest.users_shards) if manifest.version == 1 else (dataset.read_users(columns),)
+        (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards)
+        if manifest.version == 1
+        else (dataset.read_users(_COLUMNS),)
     )
     if not any(True for table in tables for rows in table.to_batches(READ_ROWS) for _ in _read_rows(rows, split)):
         raise _no_users(dataset, split)
