@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 from mlflow import MlflowClient
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -59,6 +60,7 @@ def test_weights_and_biases_gets_values_by_step(tmp_path: Path, monkeypatch: pyt
     for step in (5, 9):
         trackers.send({"loss/retrieval": 10.0 / step}, step)
     trackers.close()
+    wandb.teardown()  # its own process writes the log's end a little after a run has finished
     (file,) = (tmp_path / "wandb").rglob("*.wandb")
     found: dict[int, float] = {}
     for data in records_of(file.read_bytes()):
