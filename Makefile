@@ -40,7 +40,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m tests.check_file_length
+	$(BIN)/python -m tests.check_sizes
+	$(BIN)/python -m tests.check_private_names
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks.run

@@ -2,26 +2,28 @@
 
 import hashlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recsys.command import run_verb
 from recsys.config import Config
-from recsys.evaluation.comparison import sentence
-from recsys.evaluation.evaluator import evaluate
-from recsys.evaluation.report.page import REPORT_NAME, make_report
-from recsys.predictor import Predictor
-from recsys.storage import Storage
-from recsys.train.checkpoint import CheckpointManifest
-from recsys.train.trained import build_predictor, check_given, load_trained
+from recsys.launch.command import run_verb
+from recsys.store import Storage
+
+if TYPE_CHECKING:
+    from recsys.predictor import Predictor
+    from recsys.train.checkpoints.manifest import CheckpointManifest
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Evaluate `evaluation.checkpoint` on `evaluation.split`."""
+    from recsys.evaluation.evaluator import evaluate
+    from recsys.evaluation.slices import sentence
+    from recsys.train.checkpoints.trained import build_predictor, check_given, load_trained
+
     storage, scratch, settings = Storage.from_config(config.storage), config.run.scratch, config.evaluation
 
-    def load(uri: str) -> Predictor:
+    def load(uri: str) -> "Predictor":
         return build_predictor(*load_trained(storage, uri, scratch)[1:])
 
     check_given(storage, config, settings.checkpoint)
@@ -33,8 +35,10 @@ def run(config: Config) -> dict[str, Any]:
     return {**result, "report": _write_report(storage, checkpoint, result, settings.metric)}
 
 
-def _write_report(storage: Storage, checkpoint: CheckpointManifest, result: dict[str, Any], metric: str) -> str:
+def _write_report(storage: Storage, checkpoint: "CheckpointManifest", result: dict[str, Any], metric: str) -> str:
     """Write the page under a name that tells its content, so that another evaluation never replaces it; return its address."""
+    from recsys.evaluation.report.page import REPORT_NAME, make_report
+
     page = make_report(result, metric).encode()
     name = f"step-{checkpoint.state.step:08d}-{result['split']}-{hashlib.sha256(page).hexdigest()[:8]}"
     uri = storage.uri("runs", checkpoint.run, "evaluations", name, REPORT_NAME)

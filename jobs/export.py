@@ -5,17 +5,16 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recsys import __version__
-from recsys.command import run_verb
 from recsys.config import Config
-from recsys.evaluation.evaluator import evaluate
-from recsys.export import write_export
-from recsys.registry import ExportManifest, Registry, is_better
-from recsys.storage import Storage, private_folder
-from recsys.train.checkpoint import CheckpointManifest
-from recsys.train.trained import build_predictor, check_given, load_trained
+from recsys.exports.registry import ExportManifest, Registry, is_better
+from recsys.launch.command import run_verb
+from recsys.store import Storage, private_folder
+
+if TYPE_CHECKING:
+    from recsys.train.checkpoints.manifest import CheckpointManifest
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,8 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 
 def run(config: Config) -> dict[str, Any]:
     """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
+    from recsys.train.checkpoints.trained import check_given
+
     storage = Storage.from_config(config.storage)
     registry = Registry(storage, config.export_name)
     checkpoint = check_given(storage, config, config.export.checkpoint)
@@ -40,13 +41,17 @@ def run(config: Config) -> dict[str, Any]:
     return {"version": version, "uri": registry.uri(version), "alias": alias, "reason": reason, "metrics": manifest.metadata["metrics"]}
 
 
-def version_of(checkpoint: CheckpointManifest) -> str:
+def version_of(checkpoint: "CheckpointManifest") -> str:
     """Name the version after the run, the step and the content of the checkpoint, so that it is found again."""
     content = hashlib.sha256("".join(sorted(file.sha256 for file in checkpoint.files)).encode()).hexdigest()
     return f"{checkpoint.run.replace('/', '.')}-{checkpoint.state.step:08d}-{content[:8]}"
 
 
 def _publish(config: Config, storage: Storage, registry: Registry, version: str) -> ExportManifest:
+    from recsys.evaluation.evaluator import evaluate
+    from recsys.exports.write import write_export
+    from recsys.train.checkpoints.trained import build_predictor, load_trained
+
     checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)
     predictor = build_predictor(trained, dataset, recommender)
     predictor.remember(dataset.read_users())

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs.summary import ask_users, render
-from recsys.command import run_verb
 from recsys.config import Config
-from recsys.config_use import leaves, reads
+from recsys.config.use import leaves, reads
 from recsys.errors import UserError
-from recsys.runtime import local_head
-from recsys.storage import private_folder
+from recsys.launch.command import run_verb
+from recsys.launch.head import local_head
+from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
 

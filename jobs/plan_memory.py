@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from recsys.command import run_verb
 from recsys.config import Config
+from recsys.launch.command import run_verb
 
 logger = logging.getLogger(__name__)
 
@@ -14,11 +14,11 @@ def run(config: Config) -> dict[str, Any]:
     import torch
 
     from recsys.data.manifest import Dataset
-    from recsys.model.activations import recompute_activations
-    from recsys.model.catalogue_text import ALONE
-    from recsys.storage import Storage
-    from recsys.train.memory import plan_step
-    from recsys.train.recommending import Recommending
+    from recsys.model.text.catalogue_text import ALONE
+    from recsys.model.user_encoder import recompute_activations
+    from recsys.objectives.next_item import NextItem
+    from recsys.store import Storage
+    from recsys.train.monitoring.memory import plan_step
 
     training = config.training
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
@@ -27,10 +27,10 @@ def run(config: Config) -> dict[str, Any]:
         "training.num_workers": 1,
         "training.global_batch_size": training.micro_batch_size * micro_batches,
     }
-    trainable = Recommending(dataset.adopt(config.with_values(alone)), dataset, torch.device("cpu"), ALONE)
+    objective = NextItem(dataset.adopt(config.with_values(alone)), dataset, torch.device("cpu"), ALONE)
     if training.recompute_activations:
-        recompute_activations(trainable.module)
-    plan = plan_step(trainable.module, next(iter(trainable.steps(0))), training, training.min_workers)
+        recompute_activations(objective.module)
+    plan = plan_step(objective.module, next(iter(objective.steps(0))), training, training.min_workers)
     logger.info("memory of each of %d workers, by part:\n%s", training.min_workers, plan.table())
     return {"num_workers": training.min_workers, "zero_stage": training.zero_stage, "peak_bytes": plan.peak_bytes, **plan.as_dict()}
 

@@ -1,34 +1,38 @@
-"""The verb `python -m jobs.prepare_data`: events, items and users to a dataset or its next version; the work is `recsys.data.prepare`."""
+"""The verb `python -m jobs.prepare_data`: events, items and users to a dataset or its next version; the work is `recsys.ingest.prepare`."""
 
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recsys import runtime
-from recsys.command import run_verb
 from recsys.config import Config
-from recsys.data.manifest import Dataset
-from recsys.data.prepare import find_dataset, prepare
-from recsys.data.preparing.report.page import REPORT_NAME
-from recsys.storage import Storage, join
+from recsys.launch.command import run_verb
+from recsys.launch.head import connect
+from recsys.store import Storage, join
+
+if TYPE_CHECKING:
+    from recsys.data.manifest import Dataset
 
 
 def prepare_data(config: Config) -> dict[str, Any]:
     """Make the dataset, or find it made, and describe it."""
+    from recsys.ingest.prepare import find_dataset, prepare
+
     started = time.monotonic()
     storage = Storage.from_config(config.storage)
     found = find_dataset(config, storage)
     if found is not None:
         return describe(found, is_skipped=True, seconds=time.monotonic() - started)
-    with runtime.connect(config):
+    with connect(config):
         dataset = prepare(config, storage)
     return describe(dataset, is_skipped=False, seconds=time.monotonic() - started)
 
 
-def describe(dataset: Dataset, is_skipped: bool, seconds: float) -> dict[str, Any]:
+def describe(dataset: "Dataset", is_skipped: bool, seconds: float) -> dict[str, Any]:
     """Tell what the dataset holds and how it was made; `rows_per_second` counts the interactions of this version, null where skipped."""
+    from recsys.ingest.report.page import REPORT_NAME
+
     manifest = dataset.manifest
-    num_before = Dataset.open(dataset.storage, dataset.sibling(manifest.base)).manifest.num_interactions if manifest.base else 0
+    num_before = type(dataset).open(dataset.storage, dataset.sibling(manifest.base)).manifest.num_interactions if manifest.base else 0
     return {
         "dataset": dataset.uri,
         "report": join(dataset.uri, REPORT_NAME),

@@ -6,7 +6,7 @@ from typing import Any
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.store import Storage
 
 NUM_USERS = 3
 SHOWN_HISTORY = 5

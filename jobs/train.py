@@ -2,18 +2,19 @@
 
 from typing import Any
 
-from recsys.command import run_verb
 from recsys.config import Config
+from recsys.launch.command import run_verb
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.train.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
+    from recsys.launch.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
 
     check_training(config)
-    from recsys.launch import launch  # a mistake in data or model shall not wait for Ray to load
+    from recsys.launch.run import launch  # a mistake in data or model shall not wait for Ray to load
+    from recsys.objectives.next_item import NextItem
 
-    return launch(config)
+    return launch(config, NextItem)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recsys.arrays import Integers
 from recsys.config import Config
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import Histories, group_cost, pack
-from recsys.data.queries import EVALUATION_VARIANT, drop_words
-from recsys.data.rows import SEQUENCES
+from recsys.data.sequences import SEQUENCES, Histories, group_cost, pack
+from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
-from recsys.model.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.ranker import Ranker
 from recsys.model.scoring import RetrievalScores
+from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.user_encoder import UserEncoder
 from recsys.model.value_regression import build_regression
 
@@ -35,7 +35,6 @@ GOLDEN_TOLERANCE = 1e-4
 
 PROJECTION = "item_encoder.sources.text."
 
-Indices = NDArray[np.int64]
 Queries = Sequence[str | None]
 """What each user asks in words; None: nothing."""
 
@@ -44,9 +43,9 @@ Queries = Sequence[str | None]
 class History:
     """What a user did, oldest first: catalogue indices, event kinds from 0, times in seconds, and values, NaN where there is none."""
 
-    items: Indices  # (L,)
-    events: Indices  # (L,)
-    timestamps: Indices  # (L,)
+    items: Integers  # (L,)
+    events: Integers  # (L,)
+    timestamps: Integers  # (L,)
     values: NDArray[np.float32]  # (L,)
 
     @classmethod
@@ -66,7 +65,7 @@ class History:
             np.full(len(items), np.nan, np.float32) if values is None else np.asarray(values, dtype=np.float32),
         )
 
-    def take(self, places: slice | Sequence[int] | Indices) -> "History":
+    def take(self, places: slice | Sequence[int] | Integers) -> "History":
         """Return some of the interactions."""
         return History(self.items[places], self.events[places], self.timestamps[places], self.values[places])
 
@@ -79,7 +78,7 @@ class History:
 class Ranking:
     """Items from best to worst with their scores; equal scores by catalogue index, the lower first."""
 
-    items: Indices  # (k,)
+    items: Integers  # (k,)
     scores: NDArray[np.float32]  # (k,)
 
 
@@ -157,18 +156,18 @@ class Predictor:
         scores[:, 0] = -torch.inf
         return scores
 
-    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Indices], queries: Queries | None = None) -> list[Ranking]:
+    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Integers], queries: Queries | None = None) -> list[Ranking]:
         """Rank the catalogue for each user without the excluded items; fewer than k where nothing else is left."""
         scores = self.score_catalogue(histories, queries).numpy()
         return [top_k(row, k, excluded) for row, excluded in zip(scores, exclude, strict=True)]
 
-    def popular(self, k: int, exclude: Indices) -> Ranking:
+    def popular(self, k: int, exclude: Integers) -> Ranking:
         """Rank by the number of training interactions: the answer for users of whom nothing is known."""
         return top_k(self.popularity.numpy(), k, exclude)
 
     @torch.no_grad()
     def score(
-        self, histories: Sequence[History], candidates: Sequence[Indices], queries: Queries | None = None
+        self, histories: Sequence[History], candidates: Sequence[Integers], queries: Queries | None = None
     ) -> list[dict[str, NDArray[np.float32]]]:
         """Score candidates (catalogue indices) for each user.
 
@@ -270,7 +269,7 @@ def popularity_scores(catalogue: ItemFeatures) -> Tensor:
     return scores
 
 
-def top_k(scores: NDArray[np.float32], k: int, exclude: Indices) -> Ranking:
+def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
     """Rank one user's scores (I + 1,); equal scores by index, the lower first; excluded and -inf items are left out."""
     scores = scores.copy()
     scores[exclude] = -np.inf

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recsys.arrays import Integers
 from recsys.errors import UserError
-from recsys.predictor import History, Indices, Predictor, Ranking
-from recsys.registry import ExportManifest, Registry
+from recsys.exports.registry import ExportManifest, Registry
+from recsys.predictor import History, Predictor, Ranking
 from serve.protocol import (
     POPULARITY,
     Answer,
@@ -25,7 +26,7 @@ from serve.protocol import (
     UserRequest,
 )
 
-NOTHING: Indices = np.zeros(0, np.int64)
+NOTHING: Integers = np.zeros(0, np.int64)
 NO_VALUE = float("nan")
 
 
@@ -157,7 +158,7 @@ class Answerer:
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
         return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
 
-    def _indices(self, item_ids: Sequence[str]) -> Indices:
+    def _indices(self, item_ids: Sequence[str]) -> Integers:
         """Look up candidates; those that are not in the catalogue are left out."""
         indices = (self._item_index.get(item_id) for item_id in item_ids)
         return np.asarray([index for index in indices if index is not None], dtype=np.int64)

@@ -14,11 +14,11 @@ from ray.serve.config import AutoscalingConfig
 
 import recsys
 from recsys.config import Config, load_config
-from recsys.config_use import refuse_contradictions, unread
+from recsys.config.service import ServiceConfig
+from recsys.config.use import refuse_contradictions, unread
 from recsys.errors import UserError
-from recsys.registry import Registry
-from recsys.service_config import ServiceConfig
-from recsys.storage import Storage
+from recsys.exports.registry import Registry
+from recsys.store import Storage
 from serve.gateway import build_http_app, digest_of
 from serve.scorer import Scorer
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recsys.service_config import ServiceConfig
+from recsys.config.service import ServiceConfig
 from serve.protocol import Answer, RecommendRequest, RequestError, ScoreRequest, UserRequest, read_request
 
 ATTEMPTS = 3

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from recsys.config.service import ServiceConfig
 from recsys.schema import MAX_ID_CHARACTERS, normalise_id
-from recsys.service_config import ServiceConfig
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000

@@ -8,8 +8,8 @@ import ray.serve
 import torch
 
 from recsys.config import Config
-from recsys.registry import Registry
-from recsys.storage import Storage
+from recsys.exports.registry import Registry
+from recsys.store import Storage
 from serve.answering import Answerer
 from serve.protocol import Answer, RecommendRequest, ScoreRequest
 

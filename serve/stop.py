@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from recsys.command import run_verb
 from recsys.config import Config
-from recsys.runtime import stop_local_head
+from recsys.launch.command import run_verb
+from recsys.launch.head import stop_local_head
 
 
 def run(config: Config) -> dict[str, Any]:

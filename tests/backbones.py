@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from recsys.model.text_encoder import _train_tokenizer
+from recsys.model.text.encoder import _train_tokenizer
 
 TEXTS = [f"Story {number}. A {genre} about the number {number}" for number in range(40) for genre in ("comedy", "drama", "western")]
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -2,8 +2,8 @@
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 
 
 def store_of(config: Config) -> CheckpointStore:

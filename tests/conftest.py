@@ -15,8 +15,8 @@ import psutil
 import pytest
 from botocore.config import Config
 
-from recsys.runtime import free_port
-from recsys.storage import Storage
+from recsys.launch.head import free_port
+from recsys.store import Storage
 from tests.proxy import FaultProxy
 from tests.servers import answers
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
-from recsys.data.preparing.sequences import cut_windows
+from recsys.ingest.write.sequences import cut_windows
 from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
-from recsys.storage import Storage, join, sha256_of
+from recsys.store import Storage, join, sha256_of
 
 GENRES = ("comedy", "drama", "horror", "science fiction", "western")
 KINDS = ("view", "purchase")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from recsys.runtime import free_port
+from recsys.launch.head import free_port
 
 
 def _start_ranks(function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:

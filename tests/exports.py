@@ -10,12 +10,12 @@ import torch
 
 from recsys import __version__
 from recsys.config import Config, load_config
-from recsys.export import write_export
+from recsys.exports.registry import Registry
+from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor
-from recsys.registry import Registry
-from recsys.storage import Storage
-from recsys.train.trained import build_predictor
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
 
 METRICS = {"ndcg@10": 0.25}

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from recsys.data.preparing import passes, synthetic
-from recsys.data.preparing.ray_tasks import Record
+from recsys.ingest import passes
+from recsys.ingest.ray_tasks import Record
+from recsys.ingest.synthetic import events as synthetic
 
 
 def run_here(label: str, function: Callable[[Any], dict[str, Any]], tasks: Sequence[Any], record: Record) -> list[dict[str, Any]]:

@@ -1,19 +1,97 @@
 """Search hyperparameters: Optuna proposes, ASHA stops the weak early, and every trial is a whole distributed training run."""
 
-from typing import Any
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from recsys.command import run_verb
 from recsys.config import Config
+from recsys.errors import UserError
+from recsys.launch.command import run_verb
+from recsys.launch.head import connect
+from recsys.store import Storage
+from tune.select import Trial, leaderboard, winner
+from tune.space import trial_config
+
+if TYPE_CHECKING:
+    from recsys.data.manifest import Dataset
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Search around the config on `data.dataset`."""
-    from recsys.train.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
+    from recsys.launch.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
 
     check_training(config, *config.search.text_mode)
-    from tune.trials import search  # a mistake in data or model shall not wait for Ray to load
-
     return search(config)
+
+
+def search(config: Config) -> dict[str, Any]:
+    """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard.
+
+    The result is kept in the store, so that the same search submitted again returns it.
+    """
+    from recsys.data.manifest import Dataset
+
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.adopt(config)
+    identity = _identify(config, dataset)
+    kept = storage.uri("runs", config.run.name, f"search-{identity}.json")
+    if not storage.exists(kept):
+        begin = time.monotonic()
+        with connect(config):
+            from tune.trials import run_trials
+
+            samples = run_trials(config, storage, identity)
+        trials = [_read_trial(trial_config(config, identity, sample), storage, dataset, sample, status) for sample, status in samples]
+        result = _describe(config, trials) | {"seconds": round(time.monotonic() - begin, 2)}
+        storage.create(kept, json.dumps(result).encode())
+    return dict(json.loads(storage.read_bytes(kept)))
+
+
+def _identify(config: Config, dataset: "Dataset") -> str:
+    """Hash what a search's result depends on."""
+    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "fairness", "search", "evaluation"})
+    content = [dataset.manifest.fingerprint, config.data.max_history, sections]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
+    best = winner(trials)
+    if best is None:
+        raise UserError(
+            f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above"
+        )
+    for rank, trial in enumerate(leaderboard(trials), start=1):
+        logger.info(
+            "%d. %s %s after %d epochs (%s): %s", rank, config.evaluation.metric, trial.metric, trial.epochs, trial.status, trial.values
+        )
+    return {
+        "num_trials": len(trials),
+        "metric": config.evaluation.metric,
+        "winner": {
+            "trial": best.name,
+            "config": best.values,
+            "metrics": {config.evaluation.metric: best.metric},
+            "checkpoint": best.checkpoint,
+        },
+        "leaderboard": [asdict(trial) for trial in leaderboard(trials)],
+    }
+
+
+def _read_trial(trial: Config, storage: Storage, dataset: "Dataset", sample: dict[str, Any], status: str) -> Trial:
+    """Read what a trial reached from its checkpoints, which outlive the search."""
+    from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+
+    checkpoints = CheckpointStore(storage, trial, dataset)
+    newest = checkpoints.newest()
+    state = newest.state if newest else None
+    checkpoint = checkpoints.uri(state.best_step) if state and state.best_step is not None else None
+    return Trial(trial.run.name, sample, status, state.epoch if state else 0, state.best_metric if state else None, checkpoint)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray.tune.search.sample import Domain, choice, loguniform
+from recsys.config import Config
+from recsys.config.evaluation import SearchConfig
+from recsys.config.use import TRIALS
 
-from recsys.config import Config, SearchConfig
-from recsys.config_use import TRIALS
+if TYPE_CHECKING:
+    from ray.tune.search.sample import Domain
 
 
-def search_space(search: SearchConfig) -> dict[str, Domain]:
+def search_space(search: SearchConfig) -> dict[str, "Domain"]:
     """Return a distribution for each config key that the search varies; a key with one value only is fixed by it."""
+    from ray.tune import choice, loguniform  # Ray must not be imported before `recsys.launch.head.connect`
+
     return {
         "optimizer.learning_rate": loguniform(*search.learning_rate),
         "model.width": choice(search.width),

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.data.hashing import sample_draws, stable_hash
+from recsys.arrays import Integers
+from recsys.data.draws import sample_draws, stable_hash
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import CPU_GROUP_COST, Histories, map_tensors, pack, ranges
-from recsys.data.queries import QueryDraws
-from recsys.data.rows import Rows
+from recsys.data.sequences import CPU_GROUP_COST, Histories, Rows, map_tensors, pack, ranges
+from recsys.data.text.queries import QueryDraws
 from recsys.data.user_groups import UserGroups
 from recsys.schema import PADDING_ITEM
 
@@ -27,7 +27,7 @@ class Batch:
 
     sample_ids: Tensor  # (B,)
     items: Tensor  # (D,)
-    items_on_host: NDArray[np.int64]  # (D,) the same, which stays on the CPU; where texts are kept, those of histories and targets alone
+    items_on_host: Integers  # (D,) the same, which stays on the CPU; where texts are kept, those of histories and targets alone
     histories: Histories
     target_places: Tensor  # (N,) the place that each target comes after
     targets: Tensor  # (N,)
@@ -36,7 +36,7 @@ class Batch:
     group_mask: Tensor  # (N, G) 1 where the target's user is in the group; no columns where no groups are compared
     negatives: Tensor  # (K,) empty where the loss draws none
     negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
-    query_texts: NDArray[np.int64] | None = None  # (Q,) rows of `QueryTexts`, on the CPU; None where training asks nothing
+    query_texts: Integers | None = None  # (Q,) rows of `QueryTexts`, on the CPU; None where training asks nothing
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting where the memory is pinned."""
@@ -174,10 +174,10 @@ class Collator:
             query_texts=None if asked is None else asked.texts,
         )
 
-    def _group_mask(self, sample_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _group_mask(self, sample_ids: Integers) -> NDArray[np.float32]:
         return np.zeros((len(sample_ids), 0), np.float32) if self.groups is None else self.groups.mask(sample_ids)
 
-    def _column(self, rows: Rows, name: str, places: NDArray[np.int64]) -> Tensor:
+    def _column(self, rows: Rows, name: str, places: Integers) -> Tensor:
         """Gather a column; one that was not read is zeros."""
         return torch.from_numpy(rows.flat[name][places]) if name in rows.flat else torch.zeros(len(places))
 

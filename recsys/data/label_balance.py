@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recsys.config.model import RankerConfig
 from recsys.data.batch import task_labels
 from recsys.data.manifest import Dataset
-from recsys.data.packing import ranges
-from recsys.data.rows import Rows
+from recsys.data.sequences import Rows, ranges
 from recsys.data.shards import RowGroupSource
-from recsys.model_config import RankerConfig
 
 MAX_ROW_GROUPS = 64
 """So many row groups at most, evenly over the shards, are labels counted in: all of a small dataset, a sample of a large one."""

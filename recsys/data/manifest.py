@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recsys.config import Config
-from recsys.config_use import refuse_contradictions
+from recsys.config.use import refuse_contradictions
 from recsys.errors import UserError
 from recsys.schema import Task
-from recsys.storage import Storage, join
+from recsys.store import Storage, join
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Final = 5

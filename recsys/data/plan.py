@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-Indices = NDArray[np.int64]
+from recsys.arrays import Integers
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ class EpochPlan:
         """Optimizer steps in the epoch; the last may hold fewer samples."""
         return -(-self.num_samples // self.global_batch_size)
 
-    def numbers(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> Indices:
+    def numbers(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> Integers:
         """Return the numbers, in the epoch's order, of a rank's samples in steps `first_step` to `last_step` (exclusive)."""
         begin = first_step * self.global_batch_size
         end = min(last_step * self.global_batch_size, self.num_samples)
         return np.arange(begin + (rank - begin) % world_size, end, world_size, dtype=np.int64)
 
-    def step_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Indices:
+    def step_ids(self, step: int, rank: int = 0, world_size: int = 1) -> Integers:
         """Return the sample ids of one step, or of a rank's share of it, in order."""
         numbers = self.numbers(step, step + 1, rank, world_size)
         ids = np.empty(len(numbers), np.int64)
@@ -102,16 +101,16 @@ class EpochPlan:
             return len(windows)
         return int(np.searchsorted(self._cut[stream][1], place, side="right")) - 1
 
-    def window_ids(self, window: Window) -> Indices:
+    def window_ids(self, window: Window) -> Integers:
         """Return the sample ids of a window, in the plan's order."""
         return self.line_ids(window)[self.shuffle(window)]
 
-    def line_ids(self, window: Window) -> Indices:
+    def line_ids(self, window: Window) -> Integers:
         """Return the sample ids of a window's spans, laid end to end."""
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         return np.concatenate([np.arange(start, stop) + self._group_begins[group] for group, start, stop in spans])
 
-    def shuffle(self, window: Window) -> Indices:
+    def shuffle(self, window: Window) -> Integers:
         """Return the order in which a window's rows, laid end to end, are taken."""
         if not self.window:
             return np.arange(window.num_samples)
@@ -137,15 +136,15 @@ class EpochPlan:
             yield window
 
     @cached_property
-    def _cut(self) -> dict[int, tuple[tuple[Window, ...], Indices]]:
+    def _cut(self) -> dict[int, tuple[tuple[Window, ...], Integers]]:
         return {}
 
     @cached_property
-    def _group_begins(self) -> Indices:
+    def _group_begins(self) -> Integers:
         return np.cumsum(self.row_groups, dtype=np.int64) - np.asarray(self.row_groups, dtype=np.int64)
 
     @cached_property
-    def _line(self) -> tuple[Indices, Indices]:
+    def _line(self) -> tuple[Integers, Integers]:
         """The row groups in the order in which they are laid end to end, and where each ends on that line."""
         order = np.arange(len(self.row_groups))
         if self.window:
@@ -154,5 +153,5 @@ class EpochPlan:
 
 
 @lru_cache(maxsize=64)
-def _permutation(size: int, seeds: tuple[int, ...]) -> Indices:
+def _permutation(size: int, seeds: tuple[int, ...]) -> Integers:
     return np.random.default_rng(seeds).permutation(size)

@@ -12,20 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recsys.arrays import Integers
 from recsys.config import Config
 from recsys.data.batch import Batch, Collator
-from recsys.data.cache import DiskCache
-from recsys.data.item_features import ItemFeatures
+from recsys.data.draws import NegativeSampler
+from recsys.data.items import ItemFeatures
 from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.data.negatives import NegativeSampler
-from recsys.data.packing import group_cost
-from recsys.data.plan import EpochPlan, Indices
-from recsys.data.queries import QueryDraws
-from recsys.data.rows import Rows
-from recsys.data.shards import RowGroupSource
+from recsys.data.node_files import DiskCache
+from recsys.data.plan import EpochPlan
+from recsys.data.sequences import Rows, group_cost
+from recsys.data.shards import RowGroupSource, WindowLoader
+from recsys.data.text.queries import QueryDraws
 from recsys.data.user_groups import UserGroups
-from recsys.data.windows import WindowLoader
 
 PREFETCHED_STEPS = 4
 _SPAN_ROWS = 8192
@@ -174,7 +173,7 @@ def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
     return min(step + num_steps, plan.num_steps)
 
 
-def _gather(loader: WindowLoader, numbers: Indices, num_streams: int, world_size: int) -> Rows:
+def _gather(loader: WindowLoader, numbers: Integers, num_streams: int, world_size: int) -> Rows:
     """Get the rows of some consecutive samples of a rank, in order.
 
     Its numbers rise by the number of ranks, so they go round the rank's streams in one period, each time as far on in every stream.

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys.arrays import Integers
 from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.errors import UserError
 
@@ -56,6 +57,6 @@ class UserGroups:
         shares = [num_targets[of_user[indices] == group].sum() / num_targets.sum() for group in range(len(names))]
         return cls(tuple(names), of_user[np.concatenate(owners)], tuple(map(float, shares)))
 
-    def mask(self, sample_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def mask(self, sample_ids: Integers) -> NDArray[np.float32]:
         """Tell of each sample (N,) which group it is in, (N, G) 1 or 0; a sample of no group has no 1."""
         return (self.of_sample[sample_ids][:, None] == np.arange(len(self.names))).astype(np.float32)

@@ -1,16 +1,16 @@
-"""The baselines of `recsys.model.baselines` under the same judge as the model, popularity always among them and first."""
+"""The baselines of `recsys.baselines` under the same judge as the model, popularity always among them and first."""
 
 import logging
 from collections.abc import Sequence
 
 import numpy as np
 
+from recsys.baselines import Baseline, fit_baseline
 from recsys.data.manifest import Dataset
 from recsys.evaluation.judge import Judge
 from recsys.evaluation.ranking import ScoreUsers
 from recsys.evaluation.tasks import Predictions, PredictTasks
 from recsys.evaluation.users import EvaluationUser
-from recsys.model.baselines import Baseline, fit_baseline
 from recsys.predictor import Predictor
 
 logger = logging.getLogger(__name__)

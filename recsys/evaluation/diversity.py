@@ -1,15 +1,69 @@
-"""What re-ranking for diversity gains and costs; the ways to re-rank are in `reranking.py`."""
+"""Re-ranking for diversity, as pure functions, and what it gains and costs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from recsys.config import EvaluationConfig
+from recsys.arrays import Floats, Integers
+from recsys.config.evaluation import EvaluationConfig
 from recsys.errors import UserError
-from recsys.evaluation.metrics import Integers, Values, coverage, intra_list_diversity, ranking_metrics
+from recsys.evaluation.metrics import coverage, intra_list_diversity, ranking_metrics
 from recsys.evaluation.ranking import NUM_CANDIDATES, Ranked
-from recsys.evaluation.reranking import METHODS
+
+OWN_SHARE = 0.1
+"""The part of each item that no other has, for `dpp`: without it no list could be longer than the vectors, or hold two equal ones."""
+
+Rerank = Callable[[Floats, Floats, float, int], Integers]
+
+
+def mmr(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integers:
+    """Rank by maximal marginal relevance: an item adds minus its similarity to the most similar one taken (Carbonell, Goldstein 1998).
+
+    Args:
+        relevance: (B, N).
+        similarity: (B, N, N).
+
+    Returns:
+        Candidates in the order they are taken (B, min(k, N)).
+    """
+    left = (1 - weight) * relevance
+    nearest = np.full(relevance.shape, -np.inf)
+    users, taken = np.arange(len(relevance)), []
+    for step in range(min(k, relevance.shape[1])):
+        gain = left - weight * nearest if step else left
+        best = gain.argmax(1)
+        taken.append(best)
+        left[users, best] = -np.inf
+        nearest = np.maximum(nearest, similarity[users, best])
+    return np.stack(taken, axis=1)
+
+
+def dpp(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integers:
+    """Rank by the greedy MAP of a determinantal point process: an item adds the log of what it multiplies det(S) by.
+
+    S is `similarity` with OWN_SHARE of each item set apart. The Cholesky factor grows by a row each step, O(N k) in all steps but the
+    product (Chen et al. 2018, algorithm 1). Arguments and result as in `mmr`.
+    """
+    num_users, num_candidates = relevance.shape
+    k = min(k, num_candidates)
+    left = (1 - weight) * relevance
+    residual = np.ones((num_users, num_candidates))  # d^2, of S's diagonal of 1
+    factor = np.zeros((k, num_users, num_candidates))  # c
+    users, taken = np.arange(num_users), []
+    for step in range(k):
+        best = (left + weight * np.log(residual)).argmax(1)
+        taken.append(best)
+        left[users, best] = -np.inf
+        done = factor[:step]
+        row = (1 - OWN_SHARE) * similarity[users, best] - np.einsum("sb,sbn->bn", done[:, users, best], done)
+        factor[step] = row / np.sqrt(residual[users, best])[:, None]
+        residual = np.maximum(residual - factor[step] ** 2, OWN_SHARE)
+    return np.stack(taken, axis=1)
+
+
+METHODS: dict[str, Rerank] = {"mmr": mmr, "dpp": dpp}
 
 
 def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None, config: EvaluationConfig) -> list[dict[str, Any]]:
@@ -52,7 +106,7 @@ def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: Evaluation
     return np.where(np.arange(lists.shape[2]) < is_item.sum(1)[:, None], lists, 0)
 
 
-def _relevance(scores: Values, is_item: Any) -> Values:
+def _relevance(scores: Floats, is_item: Any) -> Floats:
     """Scale each user's scores to 0 .. 1, so that a weight means the same for every user and model; -inf for padding."""
     low = np.where(is_item, scores, np.inf).min(axis=1, keepdims=True)
     high = np.where(is_item, scores, -np.inf).max(axis=1, keepdims=True)

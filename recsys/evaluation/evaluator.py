@@ -4,18 +4,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from recsys.config import EvaluationConfig
+from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.baselines import evaluate_baselines
-from recsys.evaluation.comparison import compare
 from recsys.evaluation.diversity import diversity_curve
-from recsys.evaluation.fairness import fairness_gaps
 from recsys.evaluation.judge import Judge
 from recsys.evaluation.queries import evaluate_queries
 from recsys.evaluation.ranking import PROTOCOL, Ranked, score_by
 from recsys.evaluation.significance import bootstrap_intervals
-from recsys.evaluation.slices import evaluate_slices, find_slices
+from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
 from recsys.evaluation.tasks import predict_by
 from recsys.evaluation.users import target_items
 from recsys.predictor import Predictor

@@ -1,27 +1,47 @@
-"""A split's users and what the answers to them are judged by, read once for everything that answers."""
+"""What a split's users are judged by, read once for everything that answers; items' content as sparse vectors."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.preprocessing import normalize
 
-from recsys.config import EvaluationConfig
-from recsys.data.item_features import ItemFeatures
+from recsys.arrays import Floats, Integers
+from recsys.config.evaluation import EvaluationConfig
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.evaluation.content import content_vectors
-from recsys.evaluation.metrics import (
-    Integers,
-    Values,
-    gini,
-    information,
-    intra_list_diversity,
-    list_mean,
-    popularity_percentiles,
-    ranking_metrics,
-)
+from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
 from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarise
 from recsys.evaluation.tasks import PredictTasks, TaskMeasures, measure_tasks
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
+
+
+def content_vectors(catalogue: ItemFeatures) -> csr_array | None:
+    """Describe each item by its categories, or else by its given vector, or else by the words of its text.
+
+    The model's own vectors would let it be its own judge, and no two models could be compared. None where the catalogue has nothing.
+
+    Returns:
+        (I + 1, C) of rows of length 1, or 0 where nothing is known of an item.
+    """
+    if catalogue.categories.any():
+        return _normalised(_one_hot(catalogue.categories.numpy(), catalogue.num_categories))
+    if catalogue.vectors.any():
+        return _normalised(csr_array(catalogue.vectors.numpy(), dtype=np.float64))
+    if catalogue.has_text.any():
+        return _normalised(HashingVectorizer(alternate_sign=False).transform(catalogue.texts))
+    return None
+
+
+def _one_hot(categories: "np.ndarray[tuple[int, int], np.dtype[np.int32]]", num_categories: int) -> csr_array:
+    rows, columns = np.nonzero(categories)
+    entries = (np.ones(len(rows)), (rows, categories[rows, columns]))
+    return csr_array(entries, shape=(len(categories), num_categories + 1))
+
+
+def _normalised(vectors: csr_array) -> csr_array:
+    return csr_array(normalize(vectors))
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class Judge:
         """Rank all users' targets."""
         return rank_users(score, self.users, self.config, self.train_count == 0)
 
-    def per_user(self, ranked: Ranked) -> dict[str, Values]:
+    def per_user(self, ranked: Ranked) -> dict[str, Floats]:
         """Compute every metric that is a mean over users, (users,) each."""
         metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
         news, percentiles = information(self.train_count), popularity_percentiles(self.train_count)

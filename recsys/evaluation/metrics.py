@@ -4,16 +4,13 @@ Shapes: U users, T most targets of one user, I items, k the list's length.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from recsys.arrays import Floats, Integers
 from recsys.schema import PADDING_ITEM
 
-Integers = NDArray[np.int64]
-Values = NDArray[np.float64]
 
-
-def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Values]:
+def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floats]:
     """Compute each metric per user.
 
     With R the user's targets, r their ranks from 1 over all unseen items:
@@ -30,7 +27,7 @@ def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Valu
     num_targets = is_target.sum(1)
     best = np.where(is_target, ranks, np.iinfo(np.int64).max).min(1)
     gains = np.where(is_target, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0)
-    metrics: dict[str, Values] = {}
+    metrics: dict[str, Floats] = {}
     for k in cutoffs:
         is_hit = is_target & (ranks <= k)
         metrics[f"hr@{k}"] = np.asarray(is_hit.any(1), np.float64)
@@ -40,7 +37,7 @@ def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Valu
     return metrics
 
 
-def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Values]:
+def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floats]:
     """Give what a random order of the candidates scores on average, exactly, per user as `ranking_metrics` does.
 
     With R targets among n candidates the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
@@ -55,7 +52,7 @@ def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tup
     none_so_far = np.cumprod(np.clip(left - num_targets[:, None], 0, None) / np.maximum(left, 1), axis=1)
     is_first = -np.diff(none_so_far, axis=1, prepend=1.0)  # this rank holds the first target
     share = num_targets / num_candidates
-    metrics: dict[str, Values] = {}
+    metrics: dict[str, Floats] = {}
     for k in cutoffs:
         num_ranks = np.minimum(k, num_candidates)
         metrics[f"hr@{k}"] = np.asarray(1.0 - none_so_far[:, k - 1])
@@ -65,7 +62,7 @@ def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tup
     return metrics
 
 
-def _discounts(k: int) -> Values:
+def _discounts(k: int) -> Floats:
     """Sum 1 / log2(1 + r) over the ranks 1 .. n, for each n up to k."""
     return np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))
 
@@ -85,7 +82,7 @@ def gini(recommended: Integers, num_items: int) -> float:
     return float((weights * counts).sum() / (num_items * counts.sum()))
 
 
-def information(train_count: Integers) -> Values:
+def information(train_count: Integers) -> Floats:
     """Give each item's self-information -log2((c + 1) / (sum of c + I)), c its training interactions (I + 1,).
 
     One is added to each count (Laplace), so that an item that training never saw is novel, and not infinitely so. The mean over a list
@@ -95,7 +92,7 @@ def information(train_count: Integers) -> Values:
     return np.concatenate([[0.0], -np.log2((counts + 1) / (counts.sum() + len(counts)))])
 
 
-def popularity_percentiles(train_count: Integers) -> Values:
+def popularity_percentiles(train_count: Integers) -> Floats:
     """Give each item the share of the catalogue that has fewer training interactions, and half of that with as many (I + 1,)."""
     counts = train_count[1:]
     ordered = np.sort(counts)
@@ -103,14 +100,14 @@ def popularity_percentiles(train_count: Integers) -> Values:
     return np.concatenate([[0.0], (below + up_to) / (2 * len(counts))])
 
 
-def list_mean(values: Values, recommended: Integers) -> Values:
+def list_mean(values: Floats, recommended: Integers) -> Floats:
     """Average a value of items (I + 1,) over each user's list (U, k); an empty list gives 0."""
     is_item = recommended != PADDING_ITEM
-    means: Values = np.where(is_item, values[recommended], 0.0).sum(1) / np.maximum(is_item.sum(1), 1)
+    means: Floats = np.where(is_item, values[recommended], 0.0).sum(1) / np.maximum(is_item.sum(1), 1)
     return means
 
 
-def intra_list_diversity(recommended: Integers, vectors: csr_array) -> Values:
+def intra_list_diversity(recommended: Integers, vectors: csr_array) -> Floats:
     """Give 1 - the mean cosine of all pairs of a user's list (U, k); a list of one item gives 0.
 
     Of n unit vectors the sum over ordered pairs is |sum of v|^2 - sum of |v|^2.

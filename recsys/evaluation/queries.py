@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from recsys.arrays import Scores
 from recsys.data.manifest import Dataset
-from recsys.data.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
+from recsys.data.text.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
 from recsys.evaluation.judge import Judge
 from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import Ranked, Scores, rank_users
+from recsys.evaluation.ranking import Ranked, rank_users
 from recsys.evaluation.users import EvaluationUser, target_items
 from recsys.predictor import Predictor
 

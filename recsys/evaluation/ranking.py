@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.config import EvaluationConfig
+from recsys.arrays import Integers, Mask, Scores
+from recsys.config.evaluation import EvaluationConfig
 from recsys.evaluation.metrics import coverage, ranking_metrics
 from recsys.evaluation.users import EvaluationUser, batches, rectangle
-from recsys.predictor import Indices, Predictor, top_k
+from recsys.predictor import Predictor, top_k
 from recsys.schema import PADDING_ITEM, RANK_TIE_RULE, TIE_RULE
 
 PROTOCOL = f"every item ranked, seen items removed; {TIE_RULE}; {RANK_TIE_RULE}"
@@ -18,7 +19,6 @@ PROTOCOL = f"every item ranked, seen items removed; {TIE_RULE}; {RANK_TIE_RULE}"
 NUM_CANDIDATES = 100
 """How many of a user's best items are re-ranked where lists are to be diverse."""
 
-Scores = NDArray[np.float32]
 ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
 """B users -> their scores of every item (B, I + 1); what padding's column holds does not matter."""
 
@@ -32,9 +32,9 @@ class Ranked:
     are to be re-ranked.
     """
 
-    ranks: Indices  # (users, targets)
-    like_ranks: Indices  # (users, targets)
-    top: Indices  # (users, k)
+    ranks: Integers  # (users, targets)
+    like_ranks: Integers  # (users, targets)
+    top: Integers  # (users, k)
     top_scores: Scores  # (users, k)
 
     def head(self, num_users: int) -> "Ranked":
@@ -52,9 +52,7 @@ def score_by(predictor: Predictor) -> ScoreUsers:
     return lambda users: predictor.score_catalogue([user.history for user in users]).numpy()
 
 
-def rank_users(
-    score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: NDArray[np.bool_] | None = None
-) -> Ranked:
+def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: Mask | None = None) -> Ranked:
     """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) tells which items training never saw."""
     depth = max(config.cutoffs + (NUM_CANDIDATES,) * bool(config.diversity))
     rows: list[tuple[NDArray[Any], ...]] = []
@@ -68,7 +66,7 @@ def rank_users(
     return Ranked(*(rectangle(column) for column in zip(*rows, strict=True)))
 
 
-def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_] | None = None) -> tuple[Indices, Indices]:
+def target_ranks(scores: Scores, user: EvaluationUser, is_cold: Mask | None = None) -> tuple[Integers, Integers]:
     """Rank each distinct target, by index, among all unseen items and among those that are cold as it is, or warm as it is.
 
     A rank is 1 + the number of candidates that score higher, or the same at a lower index.
@@ -79,7 +77,7 @@ def target_ranks(scores: Scores, user: EvaluationUser, is_cold: NDArray[np.bool_
     targets = np.unique(user.targets.items)
     own = scores[targets][:, None]
     is_before = is_unseen & ((scores > own) | ((scores == own) & (np.arange(len(scores)) < targets[:, None])))  # (T, I + 1)
-    ranks: Indices = 1 + is_before.sum(1)
+    ranks: Integers = 1 + is_before.sum(1)
     if is_cold is None:
         return ranks, ranks
     num_cold_before = is_before[:, is_cold].sum(1)

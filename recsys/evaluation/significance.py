@@ -1,43 +1,43 @@
-"""How sure a mean over users, or a difference of two, is; what is averaged is decided by the callers."""
+"""Confidence intervals of means over users, and the p-value of a paired difference."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
+
+from recsys.arrays import Floats
 
 NUM_RESAMPLES = 1000
 NUM_FLIPS = 10_000
 _FLIP_BYTES_AT_ONCE = 1 << 19
 
-Values = NDArray[np.float64]
 Interval = tuple[float, float]
 
 
-def resampled_counts(num_users: int, generator: np.random.Generator) -> Iterator[Values]:
+def resampled_counts(num_users: int, generator: np.random.Generator) -> Iterator[Floats]:
     """Draw as many users as there are with replacement, again and again; tell how often each was drawn (Efron 1979)."""
     for _ in range(NUM_RESAMPLES):
         yield np.bincount(generator.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)
 
 
-def resampled_means(values: Values, generator: np.random.Generator) -> Values:
+def resampled_means(values: Floats, generator: np.random.Generator) -> Floats:
     """Average over resampled users: (users, M) -> (resamples, M)."""
     return np.stack([counts @ values for counts in resampled_counts(len(values), generator)]) / len(values)
 
 
-def interval_95(resamples: Values) -> Interval:
+def interval_95(resamples: Floats) -> Interval:
     """Take the middle 95 % of resampled numbers."""
     low, high = np.percentile(resamples, [2.5, 97.5])
     return float(low), float(high)
 
 
-def bootstrap_intervals(values: Mapping[str, Values], seed: int = 0) -> dict[str, Interval]:
+def bootstrap_intervals(values: Mapping[str, Floats], seed: int = 0) -> dict[str, Interval]:
     """Return the 95 % percentile interval of the mean over users of each metric (users,); all see the same resamples."""
     means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(seed))
     return {name: interval_95(column) for name, column in zip(values, means.T, strict=True)}
 
 
-def measure_intervals(measures: Mapping[str, Callable[[Values], float]], num_users: int, seed: int = 0) -> dict[str, Interval]:
+def measure_intervals(measures: Mapping[str, Callable[[Floats], float]], num_users: int, seed: int = 0) -> dict[str, Interval]:
     """Return the same of metrics that are no means over users but functions of how often each user counts."""
     if not measures:
         return {}
@@ -46,7 +46,7 @@ def measure_intervals(measures: Mapping[str, Callable[[Values], float]], num_use
     return {name: interval_95(column) for name, column in zip(measures, resamples.T, strict=True)}
 
 
-def sign_flip_p(differences: Values, seed: int = 0) -> Values:
+def sign_flip_p(differences: Floats, seed: int = 0) -> Floats:
     """Test two-sided whether paired differences (users, M) have the mean 0, by flipping signs at random (Fisher 1935).
 
     p = (1 + the number of flips whose mean is as far from 0 as the one found) / (1 + the number of flips).

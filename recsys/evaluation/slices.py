@@ -1,4 +1,4 @@
-"""Parts of the users and of their targets that are looked at by themselves; the metrics' formulas are in `metrics.py`."""
+"""Metrics on parts of the users and of their targets, how far groups of users differ, and the paired comparison of two checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys.arrays import Floats, Integers, Mask
 from recsys.data.user_groups import MAX_GROUPS
-from recsys.evaluation.metrics import Integers, Values, random_metrics, ranking_metrics
+from recsys.errors import UserError
+from recsys.evaluation.metrics import random_metrics, ranking_metrics
 from recsys.evaluation.ranking import Ranked
-from recsys.evaluation.significance import bootstrap_intervals
+from recsys.evaluation.significance import bootstrap_intervals, interval_95, resampled_means, sign_flip_p
 from recsys.evaluation.users import EvaluationUser, groups_of, target_items
 
 MIN_SLICE_USERS = 10
 NUM_DECILES = 10
 COLD, COLD_AMONG_COLD = "cold target", "cold target among cold items"
 WARM, WARM_AMONG_WARM = "warm target", "warm target among warm items"
-
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Slice:
         """Which users have such a target (U,)."""
         return np.asarray(self.is_target.any(axis=1))
 
-    def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Values]:
+    def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Floats]:
         """Compute each metric of the slice's users (members,)."""
         ranks = ranked.like_ranks if self.is_among_like else ranked.ranks
         return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
 
-    def random(self, cutoff: int) -> dict[str, Values]:
+    def random(self, cutoff: int) -> dict[str, Floats]:
         """Compute what a random order of the candidates gives on average (members,)."""
         members = self.is_member
         return random_metrics(self.is_target.sum(1)[members], self.num_candidates[members], (cutoff,))
@@ -107,3 +107,85 @@ def _count_candidates(users: Sequence[EvaluationUser], train_count: Integers) ->
     num_seen = np.array([len(items) for items in seen])
     num_cold_seen = np.array([is_cold[items - 1].sum() for items in seen])
     return len(is_cold) - num_seen, is_cold.sum() - num_cold_seen
+
+
+MIN_GROUP_USERS = 30
+
+
+def fairness_gaps(values: Floats, users: Sequence[EvaluationUser], attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Compare the mean of a metric (users,) between the groups of each attribute; without `attributes` of all that have few values.
+
+    The gap is the largest group mean minus the smallest; relative, it is divided by the mean over the users of all compared groups.
+    Users without a value and groups with fewer than MIN_GROUP_USERS are left out and counted.
+
+    Raises:
+        UserError: no user has an attribute of that name.
+    """
+    known = groups_of(users)
+    for name in attributes:
+        if name not in known:
+            some = ", ".join(known) or "none: prepare the data with data.users"
+            raise UserError(f"evaluation.fairness_attributes: '{name}' is no attribute of this dataset's users; known: {some}")
+    chosen = attributes or [name for name, groups in known.items() if len(np.unique(groups)) <= MAX_GROUPS]
+    found = {name: _compare(values, known[name]) for name in chosen}
+    return {name: gaps for name, gaps in found.items() if len(gaps["groups"]) > 1}
+
+
+def _compare(values: Floats, groups: NDArray[np.str_]) -> dict[str, Any]:
+    names, counts = np.unique(groups, return_counts=True)
+    is_kept = (counts >= MIN_GROUP_USERS) & (names != "")
+    generator = np.random.default_rng(0)
+    members = {str(name): values[groups == name] for name in names[is_kept]}
+    # Each group is resampled by itself, so that none can vanish from a resample.
+    resamples = {name: resampled_means(own[:, None], generator)[:, 0] for name, own in members.items()}
+    means = {name: float(own.mean()) for name, own in members.items()}
+    counted = {"num_groups_left_out": int((~is_kept).sum()), "num_users_left_out": int(counts[~is_kept].sum())}
+    if not members:
+        return {"groups": {}, **counted}
+    gap = max(means.values()) - min(means.values())
+    overall = float(np.concatenate(list(members.values())).mean())
+    return {
+        "groups": {
+            name: {"num_users": len(own), "mean": means[name], "interval_95": interval_95(resamples[name])} for name, own in members.items()
+        },
+        "gap": gap,
+        "interval_95": interval_95(np.ptp(np.stack(list(resamples.values())), axis=0)),
+        "relative_gap": gap / overall if overall else 0.0,
+        **counted,
+    }
+
+
+def compare(ranked: Ranked, other: Ranked, slices: dict[str, Slice], cutoffs: tuple[int, ...], metric: str) -> dict[str, Any]:
+    """Test the ranking metrics of two rankings of the same users in pairs; of the slices, the main metric alone.
+
+    Each difference is this one minus the other, with a 95 % interval of paired resamples and a two-sided p of sign flips.
+    """
+    mine, theirs = (ranking_metrics(each.ranks, cutoffs) for each in (ranked, other))
+    cutoff = int(metric.partition("@")[2])
+    in_slices = {name: (each.metrics(ranked, cutoff)[metric], each.metrics(other, cutoff)[metric]) for name, each in slices.items()}
+    return {
+        "metrics": {
+            name: {"value": float(mine[name].mean()), "other": float(theirs[name].mean()), **differences}
+            for name, differences in _differ({name: mine[name] - theirs[name] for name in mine}).items()
+        },
+        "slices": {name: _differ({metric: own - others}) for name, (own, others) in in_slices.items()},
+    }
+
+
+def sentence(compared: dict[str, Any], metric: str) -> str:
+    """Say what was found of one metric in a line."""
+    found = compared["metrics"][metric]
+    low, high = found["interval_95"]
+    return (
+        f"{metric} {found['value']:.4f} against {found['other']:.4f} of {compared['checkpoint']}: "
+        f"{found['difference']:+.4f} [{low:+.4f}, {high:+.4f}], p = {found['p']:.4f}"
+    )
+
+
+def _differ(differences: dict[str, Floats]) -> dict[str, dict[str, Any]]:
+    ps = sign_flip_p(np.stack(list(differences.values()), axis=1))
+    intervals = bootstrap_intervals(differences)
+    return {
+        name: {"difference": float(values.mean()), "interval_95": intervals[name], "p": float(p)}
+        for (name, values), p in zip(differences.items(), ps, strict=True)
+    }

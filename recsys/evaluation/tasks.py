@@ -1,4 +1,4 @@
-"""What is predicted of (user, target) pairs against the labels that the data has; the metrics' formulas are in `task_metrics.py`."""
+"""Predictions of (user, target) pairs against labels: AUC, log loss, RMSE, calibration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,85 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
+from recsys.arrays import Floats, Integers
 from recsys.data.batch import task_labels
 from recsys.data.manifest import DatasetManifest
 from recsys.evaluation.significance import Interval, measure_intervals
-from recsys.evaluation.task_metrics import Measure, task_measures
 from recsys.evaluation.users import EvaluationUser, batches
 from recsys.predictor import Predictor
+
+NUM_BINS = 15
+_SMALLEST = np.finfo(np.float64).tiny
+
+Measure = Callable[[Floats], float]
+"""How often each user counts (U,) -> a metric; all ones give its value, counts of a resample what the resample gives."""
+
+
+def task_measures(kind: str, labels: Floats, predictions: Floats, owners: Integers) -> dict[str, Measure]:
+    """Tell what a task is judged by: rmse of a regression; logloss, ece, auc and uauc of probabilities.
+
+    AUC and UAUC are left out where no two labels can be compared.
+
+    Args:
+        owners: (N,) the user of each label.
+    """
+    if kind == "regression":
+        squares = (labels - predictions) ** 2
+        return {"rmse": lambda counts: float(np.sqrt(np.average(squares, weights=counts[owners])))}
+    likelihood = np.where(labels > 0, predictions, 1 - predictions)
+    surprise = -np.log(np.maximum(likelihood, np.finfo(np.float32).eps))
+    measures: dict[str, Measure] = {
+        "logloss": lambda counts: float(np.average(surprise, weights=counts[owners])),
+        "ece": lambda counts: calibration_error(labels, predictions, counts[owners]),
+    }
+    if len(np.unique(labels)) == 2:
+        measures["auc"] = auc_measure(labels, predictions, owners)
+    users, areas = user_auc(labels, predictions, owners)
+    if len(users):
+        measures["uauc"] = lambda counts: float(counts[users] @ areas / max(counts[users].sum(), _SMALLEST))
+    return measures
+
+
+def calibration_error(labels: Floats, predictions: Floats, weights: Floats) -> float:
+    """Compute the expected calibration error over 15 bins of equal width (Naeini et al. 2015).
+
+    The sum over bins of their share of the predictions x |mean label - mean prediction|.
+    """
+    bins = np.minimum((predictions * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    return float(np.abs(np.bincount(bins, weights * (labels - predictions), NUM_BINS)).sum() / weights.sum())
+
+
+def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measure:
+    """Make the share of (positive, negative) pairs in the right order, ties half (Mann and Whitney 1947); sorted once for all weights."""
+    order = np.argsort(predictions, kind="stable")
+    sorted_predictions, is_positive, users = predictions[order], labels[order] > 0, owners[order]
+    starts = np.flatnonzero(np.diff(sorted_predictions, prepend=-np.inf))  # of each distinct prediction
+
+    def measure(counts: Floats) -> float:
+        weights = counts[users]
+        positive, negative = (np.add.reduceat(np.where(is_class, weights, 0.0), starts) for is_class in (is_positive, ~is_positive))
+        below = np.cumsum(negative) - negative / 2
+        return float(positive @ below / max(positive.sum() * negative.sum(), _SMALLEST))
+
+    return measure
+
+
+def user_auc(labels: Floats, predictions: Floats, owners: Integers) -> tuple[Integers, Floats]:
+    """Compute the AUC of each user who has labels of both classes; their plain mean, each user counting the same, is the UAUC."""
+    order = np.argsort(owners, kind="stable")
+    users, areas = [], []
+    for own in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
+        is_positive = labels[own] > 0
+        num_positive = int(is_positive.sum())
+        num_pairs = num_positive * (len(own) - num_positive)
+        if num_pairs:
+            rank_sum = rankdata(predictions[own])[is_positive].sum()
+            users.append(owners[own[0]])
+            areas.append((rank_sum - num_positive * (num_positive + 1) / 2) / num_pairs)
+    return np.array(users, np.int64), np.array(areas)
+
 
 Predictions = dict[str, NDArray[np.float32]]
 PredictTasks = Callable[[Sequence[EvaluationUser]], Predictions | None]
@@ -72,7 +144,7 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
     return found
 
 
-def _why_absent(kind: str, labels: NDArray[np.float64]) -> str | None:
+def _why_absent(kind: str, labels: Floats) -> str | None:
     """Return why a task cannot be judged, or None: it has no labels, or binary labels that are all equal."""
     if not len(labels):
         return "no target has a label"

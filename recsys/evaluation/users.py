@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from recsys.arrays import Integers
 from recsys.data.manifest import USER_INDEX, Dataset
-from recsys.data.rows import SEQUENCES
+from recsys.data.sequences import SEQUENCES
 from recsys.errors import UserError
-from recsys.predictor import History, Indices
+from recsys.predictor import History
 
 READ_ROWS = 4096
 _COLUMNS = [USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"]
@@ -94,7 +95,7 @@ def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[Eva
         yield users[begin : begin + size]
 
 
-def target_items(users: Sequence[EvaluationUser]) -> Indices:
+def target_items(users: Sequence[EvaluationUser]) -> Integers:
     """List each user's distinct targets by index, (users, most targets of one user), 0 where a user has fewer."""
     return rectangle([np.unique(user.targets.items) for user in users])
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config import Config
-from recsys.data.packing import Histories
+from recsys.data.sequences import Histories
 
 NUM_TIME_BUCKETS = 32
 ROTARY_BASE = 10_000.0

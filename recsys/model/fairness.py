@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recsys.config import FairnessConfig
+from recsys.config.training import FairnessConfig
 from recsys.data.user_groups import UserGroups
 
 LARGEST_DUAL_SUM = 0.9

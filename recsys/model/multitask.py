@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys.model_config import RankerConfig
+from recsys.config.model import RankerConfig
 from recsys.schema import Task
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys.data.packing import Histories
+from recsys.config.model import ModelConfig
+from recsys.data.sequences import Histories
 from recsys.model.value_regression import ValueRegression
-from recsys.model_config import ModelConfig
 from recsys.schema import Task
 
 

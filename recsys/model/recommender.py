@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from recsys.config import Config
 from recsys.data.batch import Batch
-from recsys.data.item_features import ItemFeatures
+from recsys.data.draws import negative_items
+from recsys.data.items import ItemFeatures
 from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
-from recsys.data.negatives import negative_items
 from recsys.model import losses
-from recsys.model.backbones import load_backbone
-from recsys.model.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
 from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.multitask import TaskLosses
-from recsys.model.queries import TrainingQueries, read_training_queries
 from recsys.model.ranker import Ranker
-from recsys.model.text_encoder import TextEncoder, locate_backbone
+from recsys.model.text.backbones import load_backbone
+from recsys.model.text.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
+from recsys.model.text.encoder import TextEncoder, locate_backbone
+from recsys.model.text.queries import TrainingQueries, read_training_queries
 from recsys.model.user_encoder import UserEncoder
 from recsys.model.value_regression import build_regression
 

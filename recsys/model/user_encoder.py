@@ -1,12 +1,15 @@
-"""Turns packed histories of item vectors into a user vector after each place: a causal Transformer; its attention is `attention.py`'s."""
+"""Encodes packed histories of item vectors as user vectors: a causal Transformer, optionally with recomputed activations."""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recsys.config import Config
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import Histories
+from recsys.data.sequences import Histories
 from recsys.model.attention import NUM_TIME_BUCKETS, Attention, time_buckets
 
 
@@ -103,3 +106,13 @@ def _gaps(histories: Histories) -> Tensor:
         rows = part.view(number, length)
         cleared.append(F.pad(rows[:, 1:], (1, 0)).flatten())
     return torch.cat(cleared)
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Have each layer of the language model and of the user encoder keep its input alone; losses and gradients stay the same to the bit."""
+    for part in module.modules():
+        enable = getattr(part, "gradient_checkpointing_enable", None)
+        if isinstance(part, Block):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
+        elif callable(enable):  # a model of transformers
+            enable({"use_reentrant": False})

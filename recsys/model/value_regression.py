@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys.config.model import ModelConfig
 from recsys.data.manifest import DatasetManifest
-from recsys.data.packing import Histories
+from recsys.data.sequences import Histories
 from recsys.errors import UserError
-from recsys.model_config import ModelConfig
 
 NOISE_VARIANCE = 0.65
 LEVEL_VARIANCE = 0.15

@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: building the sharded engine, one step of it, its state on disk, for other ranks, and weights out of it."""
+"""The adapter of DeepSpeed: the sharded engine, its step, its state on disk and for other numbers of ranks, and whole weights."""
 
 import errno
 import math
@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from recsys.config import Config
-from recsys.train.trainable import MicroBatch
+from recsys.objectives.objective import MicroBatch
+from recsys.train.deepspeed_internals import import_deepspeed, loading_universal, write_no_recovery_script, zero_padding
+from recsys.train.host_copies import host_copies
 
 TAG = "state"
 _NOWHERE = "nowhere"
@@ -61,12 +62,10 @@ class Engine:
     """A model under ZeRO. Every rank must call every method."""
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
-        deepspeed = _import_deepspeed(config.training.use_gpu)
-        # The shared-memory kernel serves inference only, and compiling it takes half a minute at every first start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = import_deepspeed(config.training.use_gpu)
         groups = parameter_groups(model, config)
         self._peaks = [float(group["lr"]) for group in groups]
-        self._device, self._copies = device, _host_copies()
+        self._device, self._copies = device, host_copies()
         # Every other of DeepSpeed's optimizers leaves the weights alone where a gradient is not finite.
         self._updates_blindly = config.training.zero_stage == 0 and config.training.precision == "fp32"
         self._scale = dist.get_world_size() * config.training.accumulation_steps(dist.get_world_size())
@@ -77,9 +76,9 @@ class Engine:
             config=deepspeed_config(config, dist.get_world_size(), num_trained),
             dist_init_required=False,
         )
-        self._engine._copy_recovery_script = lambda folder: None  # a script beside each state, which nobody here runs
+        write_no_recovery_script(self._engine)
         if config.training.zero_stage == 3:
-            _zero_padding(self._optimizer)
+            zero_padding(self._optimizer)
 
     @property
     def module(self) -> Any:
@@ -142,101 +141,15 @@ class Engine:
 
     def load(self, folder: Path, is_universal: bool = False) -> None:
         """Load the state of all ranks from `folder`; unless it is universal, as many ranks must have saved it."""
-        settings, groups = self._engine._config, self._optimizer.param_groups
+        groups = self._optimizer.param_groups
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        settings.load_universal_checkpoint = is_universal
-        self._engine.load_checkpoint(str(folder), tag=TAG)
-        settings.load_universal_checkpoint = False
+        with loading_universal(self._engine, is_universal):
+            self._engine.load_checkpoint(str(folder), tag=TAG)
         for group, values in zip(groups, own, strict=True):  # of a universal state, ZeRO-3 gives all groups the first one's
             group.update(values)
         for moments in self._optimizer.optimizer.state.values() if is_universal else ():
             if isinstance(moments.get("step"), Tensor):  # and one tensor, which each parameter would count up
                 moments["step"] = moments["step"].clone()
-
-
-@torch.no_grad()
-def _zero_padding(optimizer: Any) -> None:
-    """Fill what pads ZeRO-3's partitions: DeepSpeed leaves it as it was in memory, so that two equal runs would save unlike bytes."""
-    rank = dist.get_rank()
-    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        begin = 0
-        for parameter in parameters:
-            size = parameter.ds_tensor.ds_numel
-            own = min(max(parameter.ds_numel - rank * size, 0), size)
-            parameter.ds_tensor.data.view(-1)[own:] = 0
-            flat[begin + own : begin + size] = 0
-            begin += size
-
-
-def _host_copies() -> Any:
-    """Make what DeepSpeed hands its files to, which keeps copies of them in memory."""
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-
-    class HostCopies(CheckpointEngine):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.files: dict[str, Any] = {}
-            self._buffers: dict[str, list[Tensor]] = {}  # by the file's name, in the order in which it has tensors
-
-        def create(self, info: Any) -> None:
-            """Do nothing."""
-
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            """Do nothing, since no file is written here."""
-
-        def save(self, state_dict: Any, path: str) -> None:
-            name = Path(path).name
-            buffers = Buffers(self._buffers.get(name, []))
-            self.files[path] = _copied(state_dict, buffers)
-            self._buffers[name] = buffers.used
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            raise NotImplementedError
-
-        def commit(self, info: Any) -> bool:
-            return True
-
-        def preserves_storage_sharing(self) -> bool:
-            return False  # a copied view has a storage of its own, no larger than it is
-
-    return HostCopies()
-
-
-class Buffers:
-    """Host memory for one file's tensors after another: that of the checkpoint before, which a GPU has pinned already."""
-
-    def __init__(self, before: list[Tensor]) -> None:
-        self._before = iter(before)
-        self._copies: dict[tuple[Any, ...], Tensor] = {}
-        self.used: list[Tensor] = []
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return the tensor's copy, which one of the same memory shares: frozen weights are named twice by ZeRO-2, tied ones anywhere."""
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if place not in self._copies or not tensor.numel():
-            self._copies[place] = self._copy_to_next(tensor)
-        return self._copies[place]
-
-    def _copy_to_next(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor to the next buffer, or to a new one where that is of another kind."""
-        buffer = next(self._before, None)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self.used.append(buffer.copy_(tensor.detach(), non_blocking=True))
-        return buffer
-
-
-def _copied(state: Any, buffers: Buffers) -> Any:
-    """Copy a state's tensors to host memory, and the containers that they are in; all else is shared."""
-    if isinstance(state, Tensor):
-        return buffers.copy(state)
-    if isinstance(state, dict):
-        copy = state.copy()  # keeps the class, such as OrderedDict
-        copy.update({key: _copied(value, buffers) for key, value in state.items()})
-        return copy
-    if isinstance(state, (list, tuple)) and type(state) in (list, tuple):
-        return type(state)(_copied(value, buffers) for value in state)
-    return state
 
 
 def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[str, Any]:
@@ -280,7 +193,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     if config.training.offload_optimizer:
-        adam: torch.optim.Optimizer = _import_deepspeed(config.training.use_gpu).ops.adam.DeepSpeedCPUAdam(groups, betas=betas)
+        adam: torch.optim.Optimizer = import_deepspeed(config.training.use_gpu).ops.adam.DeepSpeedCPUAdam(groups, betas=betas)
         return adam
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
@@ -294,7 +207,7 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
     if not list((folder / TAG).glob(f"*{SHARDED_SUFFIX}")):
         weights: dict[str, Tensor] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in weights.items()}
-    _import_deepspeed(use_gpu=False)
+    import_deepspeed(use_gpu=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
@@ -328,37 +241,3 @@ def _universal_part(path: Path) -> Tensor:
     part = torch.load(path, map_location="cpu", weights_only=False)
     tensor: Tensor = part["param"] if isinstance(part, dict) else part
     return tensor.flatten()
-
-
-def _import_deepspeed(use_gpu: bool) -> Any:
-    """Import DeepSpeed for the device that is asked for; by itself it takes a GPU wherever there is one."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
-    with _not_imported("mlflow"):  # its autotuner, which nobody uses here, would
-        import deepspeed
-    with _nothing_compiled():  # all stages look at Muon, which nobody uses here, and whose functions load a compiler
-        import deepspeed.runtime.zero.muon.muon_optimizer
-
-    return deepspeed
-
-
-@contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Leave functions that are made in the block as they are, where they ask to be compiled."""
-    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_function
-
-
-@contextmanager
-def _not_imported(module: str) -> Iterator[None]:
-    """Have the block do without a module that is optional there and takes seconds of every worker's start."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]

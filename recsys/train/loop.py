@@ -1,4 +1,4 @@
-"""The one training loop; what it trains is `trainable.py`'s, sharding is in `engine.py`, saving in `checkpoint.py`."""
+"""The training loop. What it trains is an `Objective`; DeepSpeed is in `engine.py`, saving in `checkpoints/`."""
 
 import logging
 import math
@@ -14,30 +14,27 @@ from torch import Tensor
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.model.activations import recompute_activations
-from recsys.model.catalogue_text import Ranks
-from recsys.model.text_encoder import TextEncoder
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
-from recsys.train.clock import Attempt, Clock
+from recsys.model.text.catalogue_text import Ranks
+from recsys.model.text.encoder import TextEncoder
+from recsys.model.user_encoder import recompute_activations
+from recsys.objectives.objective import MakeObjective, MicroBatch, shapes_of
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.engine import Engine
 from recsys.train.failures import NonFiniteError, StoppedError, TrainingError, describe
-from recsys.train.memory import MemoryPlan, device_bytes, plan_step
-from recsys.train.profiling import Profile
-from recsys.train.progress import Progress
-from recsys.train.recommending import Recommending
-from recsys.train.reporter import Reporter, Request
-from recsys.train.speed import flops_per_token, peak_flops
+from recsys.train.monitoring.clock import Attempt, Clock
+from recsys.train.monitoring.flops import flops_per_token, peak_flops
+from recsys.train.monitoring.memory import MemoryPlan, device_bytes, plan_step
+from recsys.train.monitoring.profiling import Profile
+from recsys.train.monitoring.progress import Progress
+from recsys.train.monitoring.reporter import Reporter, Request
+from recsys.train.recovery.watchdog import Watchdog
 from recsys.train.state import TrainingState
-from recsys.train.trainable import MakeTrainable, MicroBatch, shapes_of
-from recsys.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-def train(
-    config: Config, dataset: Dataset, reporter: Reporter, make: MakeTrainable = Recommending, attempt: Attempt | None = None
-) -> TrainingState:
+def train(config: Config, dataset: Dataset, reporter: Reporter, make: MakeObjective, attempt: Attempt | None = None) -> TrainingState:
     """Train from the newest checkpoint, or from the start, to the end; every rank must call this.
 
     The process group must be initialised. Returns the final state; the best checkpoint is that of `best_step`.
@@ -56,25 +53,25 @@ class Trainer:
         config: Config,
         dataset: Dataset,
         reporter: Reporter,
-        make: MakeTrainable = Recommending,
+        make: MakeObjective,
         attempt: Attempt | None = None,
     ) -> None:
         self.config, self.reporter = config, reporter
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         clock = Clock(attempt or Attempt(), self.world_size)
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
-        self.trainable = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
-        self.weights = self.trainable.weights
+        self.objective = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
+        self.weights = self.objective.weights
         if config.training.recompute_activations:
-            recompute_activations(self.trainable.module)
+            recompute_activations(self.objective.module)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset, clock.attempt.token)
         self.memory_plan: MemoryPlan | None = None
         self._begun_steps: Iterator[Sequence[MicroBatch]] | None = None
         has_fitted = self.checkpoints.newest_world_size() == self.world_size
         waited_seconds = 0.0 if has_fitted else self._check_memory()
-        self.engine = Engine(self.trainable.module, config, self.device)
+        self.engine = Engine(self.objective.module, config, self.device)
         self.engine.train()  # a language model that was loaded comes in evaluation mode
-        self.steps_per_epoch = self.trainable.plan(0).num_steps
+        self.steps_per_epoch = self.objective.plan(0).num_steps
         self.total_steps = planned_steps(config, self.steps_per_epoch)
         self.watchdog = Watchdog(config.training.hang_seconds, config.storage, config.run.name, clock.attempt.token, self.rank)
         self._request = Request.NONE
@@ -88,7 +85,7 @@ class Trainer:
         self.clock = clock
         if resumed and self.rank == 0:
             logger.info("resuming run %s from step %d", config.run.name, self.state.step)
-        self.trainable.restore(self.state)
+        self.objective.load_state(self.state.objective)
         self.progress = self._progress(dataset.storage) if self.rank == 0 else None
         self.profile = Profile(config, dataset.storage) if self.rank == 0 and config.training.profile_steps else None
 
@@ -107,7 +104,7 @@ class Trainer:
         return self.state
 
     def _progress(self, storage: Storage) -> Progress:
-        encoder = next((part for part in self.trainable.module.modules() if isinstance(part, TextEncoder)), None)
+        encoder = next((part for part in self.objective.module.modules() if isinstance(part, TextEncoder)), None)
         flops = 0.0 if encoder is None else flops_per_token(encoder.backbone)
         peak = peak_flops(torch.cuda.get_device_name()) * self.world_size if self.config.training.use_gpu else 0.0
         return Progress(self.config, storage, self.total_steps, self.state, flops, peak)
@@ -115,11 +112,11 @@ class Trainer:
     def _check_memory(self) -> float:
         """Refuse, before the first step, what a worker cannot hold; return how long the step's samples were waited for."""
         begin = time.monotonic()
-        steps = iter(self.trainable.steps(0))
+        steps = iter(self.objective.steps(0))
         batches = next(steps)
         waited_seconds = time.monotonic() - begin
         self._begun_steps = chain([batches], steps)
-        self.memory_plan = plan_step(self.trainable.module, batches, self.config.training, self.world_size)
+        self.memory_plan = plan_step(self.objective.module, batches, self.config.training, self.world_size)
         if self.rank == 0:
             logger.info("memory of a worker, by part:\n%s", self.memory_plan.table())
         self.memory_plan.check(*self._capacity())
@@ -129,18 +126,18 @@ class Trainer:
         """Return how many bytes of the plan this rank can hold, with the weights that it holds already, and where."""
         free, where = device_bytes(self.config.training.use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
         is_held = not self.config.training.use_gpu
-        return free + is_held * sum(parameter.nbytes for parameter in self.trainable.module.parameters()), where
+        return free + is_held * sum(parameter.nbytes for parameter in self.objective.module.parameters()), where
 
     def _train_epoch(self) -> None:
         """Make the steps that are left of the epoch, or of the run."""
         config, state = self.config, self.state
         waiting_since = time.monotonic()
-        steps, self._begun_steps = self._begun_steps or self.trainable.steps(state.epoch, state.step_in_epoch), None
+        steps, self._begun_steps = self._begun_steps or self.objective.steps(state.epoch, state.step_in_epoch), None
         for batches in steps:
             loaded_at = time.monotonic()
             rate_factor = learning_rate_factor(config, state.step, self.total_steps)
             self.engine.set_learning_rate(rate_factor)
-            self.trainable.before_step(state.step)
+            self.objective.before_step(state.step)
             losses = self._skip(batches) if state.step in self.clock.attempt.skip else self._step(batches)
             self._count_step(losses, time.monotonic() - waiting_since, loaded_at - waiting_since)
             if self.progress:
@@ -165,12 +162,14 @@ class Trainer:
         if state.step_in_epoch == self.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
         self._upload()
-        state.record_validation(self._validate(), self.trainable.metric)
-        self.trainable.after_validation(state)
+        state.record_validation(self._validate(), self.objective.metric)
+        if state.step_in_epoch == 0:
+            self.objective.end_epoch(state.validation)
+            state.objective = self.objective.state()
         self._publish()
         self._wait_until_published()
         if self.progress:
-            self.progress.validation(state, self.trainable.metric)
+            self.progress.validation(state, self.objective.metric)
         self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
         self.watchdog.beat()
 
@@ -241,18 +240,18 @@ class Trainer:
 
     def _count_step(self, losses: dict[str, float], seconds: float, wait_seconds: float) -> None:
         self.clock.stepped(self.state, wait_seconds)
-        state, plan = self.state, self.trainable.plan(self.state.epoch)
+        state, plan = self.state, self.objective.plan(self.state.epoch)
         num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
         state.record_step(losses, num_samples, seconds, wait_seconds)
 
     def _tokens(self, batches: Sequence[MicroBatch]) -> int:
         """Count what the language model read for a step, on all ranks, by this rank's share of the samples."""
-        return self.world_size * sum(self.trainable.num_tokens(batch) for batch in batches)
+        return self.world_size * sum(self.objective.num_tokens(batch) for batch in batches)
 
     def _validate(self) -> dict[str, float]:
         self.engine.train(False)
         with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # its draws are after what was saved
-            metrics = self.trainable.validate()
+            metrics = self.objective.validate()
         self.engine.train()
         return metrics
 

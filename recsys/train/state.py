@@ -1,8 +1,9 @@
 """Where a run is; saving and loading it is `checkpoint.py`'s."""
 
 import math
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from recsys.config import Config
 from recsys.train.failures import Failure
@@ -43,6 +44,7 @@ class TrainingState(BaseModel):
     `history` has an entry per epoch that came to its end; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
     `skipped_steps` are those (from 0) whose samples made no update, since their loss was not finite. Seconds are those of steps that
     count: what a kill took back is not among them, but in `wall_seconds`. `saved_at` is seconds since 1970.
+    `objective` is the objective's own state.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +68,15 @@ class TrainingState(BaseModel):
     best_step: int | None = None
     epochs_without_improvement: int = 0
     validation: dict[str, float] = {}
-    duals: list[float] = []
+    objective: dict[str, list[float]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_release_0_1(cls, data: Any) -> Any:
+        """Accept checkpoints of release 0.1, which had the objective's state as `duals`."""
+        if isinstance(data, dict) and "duals" in data:
+            data = {name: value for name, value in data.items() if name != "duals"} | {"objective": {"duals": data["duals"]}}
+        return data
 
     def record_step(self, losses: dict[str, float], num_samples: int, seconds: float, wait_seconds: float) -> None:
         """Count a step that was made, or left out, which has no losses."""

@@ -17,11 +17,12 @@ from typing import Any
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.objectives.objective import MicroBatch
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter, Metrics
+from recsys.train.monitoring.reporter import LocalReporter, Metrics
 from recsys.train.state import TrainingState
-from recsys.train.trainable import MicroBatch
 from tests.benchmarks.peers.dataset import served_copy
 from tests.benchmarks.reading import show
 from tests.benchmarks.step_time import RECIPE
@@ -91,7 +92,7 @@ def config_of(arguments: argparse.Namespace, values: dict[str, Any]) -> Config:
 def measure(config: Config) -> dict[str, float]:
     """Train with saves of both kinds in turn; every rank must call this."""
     dataset, timer = Dataset.open(Storage.from_config(config.storage), config.data.dataset), StepTimer()
-    trainer = Trainer(dataset.adopt(config), dataset, timer)
+    trainer = Trainer(dataset.adopt(config), dataset, timer, NextItem)
     saves = Saves(trainer, config.checkpoint.every_steps)
     trainer.run()
     blocked, waited = (statistics.median(saves.seconds[kind][1:]) for kind in ("blocked", "waited"))

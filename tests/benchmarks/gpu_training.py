@@ -20,15 +20,15 @@ import torch.distributed as dist
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.model.catalogue_text import Ranks
-from recsys.runtime import free_port
-from recsys.storage import Storage
+from recsys.launch.head import free_port
+from recsys.model.text.catalogue_text import Ranks
+from recsys.objectives.next_item import NextItem
+from recsys.objectives.objective import MicroBatch
+from recsys.store import Storage
 from recsys.train.engine import Engine
 from recsys.train.loop import Trainer
-from recsys.train.recommending import Recommending
-from recsys.train.reporter import LocalReporter, Metrics
-from recsys.train.speed import flops_per_token, peak_flops
-from recsys.train.trainable import MicroBatch
+from recsys.train.monitoring.flops import flops_per_token, peak_flops
+from recsys.train.monitoring.reporter import LocalReporter, Metrics
 from tests.benchmarks.reading import show
 from tests.datasets import make_dataset
 
@@ -124,14 +124,14 @@ def config_of(arguments: argparse.Namespace, folder: Path, dataset: Dataset, mod
 def measure(config: Config, dataset: Dataset, steps_per_block: int) -> dict[str, float | None]:
     """Train, with the bare engine between."""
     beside = Beside(config, dataset, steps_per_block)
-    trainer = Trainer(config, dataset, beside)
+    trainer = Trainer(config, dataset, beside, NextItem)
     beside.trainer = trainer
     state = trainer.run()
     pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[WARM_UP_BLOCKS:]
     tokens, per_text = sum(beside.tokens[WARM_UP_BLOCKS:]), beside.mean_tokens
     seconds = sum(ours for ours, _ in pairs)
     between = CHECKPOINT_EVERY * seconds / (len(pairs) * steps_per_block)
-    backbone = next(part for part in trainer.trainable.module.modules() if hasattr(part, "backbone")).backbone
+    backbone = next(part for part in trainer.objective.module.modules() if hasattr(part, "backbone")).backbone
     peak = peak_flops(torch.cuda.get_device_name()) if config.training.use_gpu else 0.0
     return {
         "weights_millions": sum(getattr(weight, "ds_numel", weight.numel()) for weight in backbone.parameters()) / 1e6,
@@ -152,7 +152,7 @@ class Beside(LocalReporter):
     def __init__(self, config: Config, dataset: Dataset, steps_per_block: int) -> None:
         super().__init__()
         self._device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
-        bare = Recommending(config, dataset, self._device, Ranks(0, 1, dist.barrier))
+        bare = NextItem(config, dataset, self._device, Ranks(0, 1, dist.barrier))
         counts = bare.module.item_encoder.token_counts.double()
         self.mean_tokens = float(counts.square().sum() / counts.sum())  # as many does a token see in its text, on average
         self._engine = Engine(bare.module, config, self._device)

@@ -23,15 +23,15 @@ from torch import Tensor
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.data.rows import Rows
-from recsys.model.backbones import load_backbone, load_tokenizer
+from recsys.data.sequences import Rows
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import Recommender
-from recsys.model.text_encoder import TextEncoder, locate_backbone, tokenize
+from recsys.model.text.backbones import load_backbone, load_tokenizer
+from recsys.model.text.encoder import TextEncoder, locate_backbone, tokenize
 from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE
-from recsys.storage import Storage
+from recsys.store import Storage
 
 
 @dataclasses.dataclass(frozen=True)

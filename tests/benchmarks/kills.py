@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.benchmarks.reading import show
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset

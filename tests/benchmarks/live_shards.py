@@ -18,9 +18,10 @@ import torch.distributed as dist
 from recsys.config import load_config
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.distributed import run_distributed
 
 
@@ -55,10 +56,10 @@ def measure(uri: str, scratch: str, num_workers: int, rounds: int, num_steps: in
     }
     config = load_config().with_values(values)
     dataset = Dataset.open(Storage.from_config(config.storage), uri)
-    trainer = Trainer(dataset.adopt(config), dataset, LocalReporter())
+    trainer = Trainer(dataset.adopt(config), dataset, LocalReporter(), NextItem)
 
     def live() -> Iterable[Sequence[Batch]]:
-        return itertools.islice(trainer.trainable.steps(0), num_steps)
+        return itertools.islice(trainer.objective.steps(0), num_steps)
 
     held = list(live())
     seconds: dict[str, list[float]] = {"live": [], "held": []}

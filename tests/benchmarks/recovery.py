@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.benchmarks.reading import show
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset

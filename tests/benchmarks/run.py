@@ -15,9 +15,10 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.model.recommender import build_recommender
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -50,8 +51,8 @@ def main() -> None:
 def measure_steps(config: Config) -> dict[str, float]:
     """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop over the same batches."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
-    trainer = Trainer(config, dataset, LocalReporter())
-    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.trainable.steps(0), strict=False)]
+    trainer = Trainer(config, dataset, LocalReporter(), NextItem)
+    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.objective.steps(0), strict=False)]
     model = build_recommender(config, dataset, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 

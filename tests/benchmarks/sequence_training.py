@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.data.manifest import Dataset
-from recsys.data.preparing.splits import part_by_place
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
-from recsys.storage import Storage
+from recsys.ingest.write.splits import part_by_place
+from recsys.store import Storage
 from tests.benchmarks.peers.processes import ask, make_environment, run_module, talking
 from tests.benchmarks.reading import show
 

@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.model.catalogue_text import Ranks
 from recsys.model.recommender import build_recommender
-from recsys.storage import Storage
+from recsys.model.text.catalogue_text import Ranks
+from recsys.objectives.next_item import NextItem
+from recsys.objectives.objective import MicroBatch
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter, Metrics
-from recsys.train.trainable import MicroBatch
+from recsys.train.monitoring.reporter import LocalReporter, Metrics
 from tests.distributed import run_distributed
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "configs" / "ml-1m.toml"
@@ -73,7 +74,7 @@ def measure(config: Config, steps_per_block: int) -> dict[str, float]:
     """Train, with the bare loop between; every rank must call this."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     beside = Beside(config, dataset, steps_per_block)
-    Trainer(dataset.adopt(config), dataset, beside).run()
+    Trainer(dataset.adopt(config), dataset, beside, NextItem).run()
     pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[1:]  # the first block warms up
     ratios = [ours / bare for ours, bare in pairs]
     ours, bare = (statistics.median(each) for each in zip(*pairs, strict=True))

@@ -14,13 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from recsys.config.model import TextConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.model.backbones import check_backbone, load_backbone, load_tokenizer
-from recsys.model.text_encoder import _train_tokenizer
-from recsys.model_config import TextConfig
-from recsys.storage import Storage
-from recsys.train.preflight import check_pretraining
+from recsys.launch.preflight import check_pretraining
+from recsys.model.text.backbones import check_backbone, load_backbone, load_tokenizer
+from recsys.model.text.encoder import _train_tokenizer
+from recsys.store import Storage
 from tests.backbones import TEXTS, save_backbone
 from tests.conftest import S3Server
 from tests.datasets import make_dataset, small_config, small_settings
@@ -232,7 +232,7 @@ def test_lora_targets_that_the_model_has_not(folder: Path, tmp_path: Path) -> No
 
 
 def test_without_a_padding_token_any_other_serves_since_padding_is_masked(folder: Path, tmp_path: Path) -> None:
-    from recsys.model.text_encoder import TextEncoder, encode_texts
+    from recsys.model.text.encoder import TextEncoder, encode_texts
 
     def vectors() -> torch.Tensor:
         text = TextConfig(backbone=str(folder), mode="frozen", max_tokens=16)

@@ -13,10 +13,11 @@ import pytest
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.storage import Storage
-from recsys.train.checkpoint import DamagedCheckpointError, fetch_files, read_manifest
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.manifest import DamagedCheckpointError, fetch_files, read_manifest
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed
@@ -31,7 +32,7 @@ def make_config(folder: Path, **values: object) -> Config:
 
 
 def run(config: Config) -> dict[str, str]:
-    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter()).run()
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem).run()
     newest = store_of(config).newest()
     assert newest is not None
     return {file.path: file.sha256 for file in newest.files}
@@ -97,7 +98,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path: P
 
 
 def run_short_of_memory(config: Config) -> None:
-    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter())
+    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
     backward = trainer.engine.backward
 
     def starved(loss: object) -> None:

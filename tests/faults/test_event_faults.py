@@ -10,12 +10,12 @@ import pytest
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import find_dataset, prepare
-from recsys.data.preparing.catalogue import MAX_TEXT_CHARACTERS
-from recsys.data.preparing.report.page import REPORT_NAME
-from recsys.data.preparing.rules import NOTICED, REJECTED
 from recsys.errors import UserError
-from recsys.storage import Storage, join
+from recsys.ingest.clean.rules import NOTICED, REJECTED
+from recsys.ingest.prepare import find_dataset, prepare
+from recsys.ingest.report.page import REPORT_NAME
+from recsys.ingest.write.catalogue import MAX_TEXT_CHARACTERS
+from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
 
 KEY_VARIABLE = "TEST_PSEUDONYM_KEY"

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recsys.data.inputs.formats import FilePart
-from recsys.data.inputs.importers import import_events
-from recsys.data.inputs.input_files import event_columns, find_files, plan_tasks, read_items
-from recsys.data.inputs.sandbox import run_limited
-from recsys.data.preparing.partitions import Job, stage_events
-from recsys.data_config import DataConfig
+from recsys.config.data import DataConfig
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.ingest.partitions import Job, stage_events
+from recsys.ingest.sources.formats import FilePart
+from recsys.ingest.sources.importers import import_events
+from recsys.ingest.sources.input_files import event_columns, find_files, plan_tasks, read_items
+from recsys.ingest.sources.sandbox import run_limited
+from recsys.store import Storage
 
 ROOT = Path(__file__).parents[2]
 MEBI = 1 << 20

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from recsys.config import load_config
-from recsys.data.inputs.input_files import find_files
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
-from recsys.storage import Storage
+from recsys.ingest.prepare import prepare
+from recsys.ingest.sources.input_files import find_files
+from recsys.store import Storage
 from tests.proxy import FaultProxy, Faults
 from tests.without_ray import patch_run_tasks
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from recsys.data.manifest import Dataset
-from recsys.runtime import Head, start_head, stop_head
-from recsys.storage import Storage
+from recsys.launch.head import Head, start_head, stop_head
+from recsys.store import Storage
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset
 from tests.resume.ledger import read_ledger

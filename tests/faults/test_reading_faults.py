@@ -11,18 +11,18 @@ import pytest
 import torch
 from botocore.retries.standard import ExponentialBackoff
 
-from recsys import stores
 from recsys.config import Config, load_config
 from recsys.data import reader as reader_module
 from recsys.data.batch import Batch
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.packing import map_tensors
 from recsys.data.reader import Reader, Share
+from recsys.data.sequences import map_tensors
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage, backends
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
@@ -35,8 +35,8 @@ MAX_EPOCHS = 40
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten what is waited for, not how often it is tried; ask for it first, since clients keep what held when they were built."""
-    monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(stores, "LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(backends, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(backends, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
 
 
@@ -148,7 +148,7 @@ def test_stalls_of_half_a_minute_are_borne_with_the_timeouts_that_are_shipped(
     begin = time.monotonic()
     assert_equal(make_reader(stored, settings).steps(0), make_reader(undisturbed, settings).steps(0))
     assert stored.storage.num_retries >= s3_proxy.num_faults > 0
-    patience = stores.READ_TIMEOUT_SECONDS + stores.LONGEST_PAUSE_SECONDS
+    patience = backends.READ_TIMEOUT_SECONDS + backends.LONGEST_PAUSE_SECONDS
     assert time.monotonic() - begin < 30 + s3_proxy.num_faults * patience
 
 
@@ -168,7 +168,7 @@ def test_a_slow_store_is_read_to_the_end(
 def waited_seconds(settings: Config) -> float:
     """Train one epoch; return what the run says that its steps waited for data."""
     dataset = Dataset.open(Storage.from_config(settings.storage), settings.data.dataset)
-    return train(dataset.adopt(settings), dataset, LocalReporter()).data_wait_seconds
+    return train(dataset.adopt(settings), dataset, LocalReporter(), NextItem).data_wait_seconds
 
 
 def test_a_slow_store_shows_in_the_time_that_a_run_waits_for_data(

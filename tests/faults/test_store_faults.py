@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from recsys import stores
 from recsys.errors import UserError
-from recsys.storage import ReplacedError, Storage
+from recsys.store import ReplacedError, Storage, backends
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 
 RATES = (pytest.param(0.01, marks=pytest.mark.slow), 0.1, 0.3)  # the least takes the most requests until it shows
@@ -23,8 +22,8 @@ LARGE = bytes(range(256)) * 40_000  # more than one part of a multipart upload
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten what is waited for, not how often it is tried."""
-    monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(stores, "LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(backends, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(backends, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
 
 
@@ -124,7 +123,7 @@ def test_a_store_that_stays_out_of_order_ends_in_one_line(
         assert f"cannot read {uri}: " in str(error.value)
         assert CODES[fault] in str(error.value)
     assert time.monotonic() - begin < LIMIT_SECONDS
-    assert s3_proxy.num_faults == stores.MAX_ATTEMPTS
+    assert s3_proxy.num_faults == backends.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "reset", "stall"])
@@ -143,7 +142,7 @@ def test_every_call_names_bucket_key_and_code(
         "stat": lambda: faulty_storage.stat(uri),
         "delete": lambda: faulty_storage.delete(uri),
     }
-    monkeypatch.setattr(stores, "READ_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(backends, "READ_TIMEOUT_SECONDS", 0.1)
     s3_proxy.faults = Faults({fault: 1}, stall_seconds=1)
     begin = time.monotonic()
     with pytest.raises(UserError) as error:
@@ -165,7 +164,7 @@ def test_stalls_of_half_a_minute_are_borne_with_the_timeouts_that_are_shipped(fa
     run_until_struck(s3_proxy, lambda _: check_read(faulty_storage, uri))
     num_faults = s3_proxy.num_faults
     assert faulty_storage.num_retries >= num_faults >= 3  # a busy machine may run into a time limit more often
-    assert time.monotonic() - begin < num_faults * (stores.READ_TIMEOUT_SECONDS + stores.LONGEST_PAUSE_SECONDS) + 10
+    assert time.monotonic() - begin < num_faults * (backends.READ_TIMEOUT_SECONDS + backends.LONGEST_PAUSE_SECONDS) + 10
 
 
 def check_read(storage: Storage, uri: str) -> None:

@@ -10,14 +10,15 @@ import torch
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.storage import Storage
-from recsys.train.checkpoint import read_manifest
-from recsys.train.checkpoint_store import CheckpointStore
-from recsys.train.clock import Attempt
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.manifest import read_manifest
+from recsys.train.checkpoints.trained import load_trained
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.clock import Attempt
+from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
-from recsys.train.trained import load_trained
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import RankError, run_distributed
 
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(config: Config) -> int:
-    return Trainer(config, open_dataset(config), LocalReporter()).run().step
+    return Trainer(config, open_dataset(config), LocalReporter(), NextItem).run().step
 
 
 def without_gradient(loss: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,7 @@ def without_gradient(loss: torch.Tensor) -> torch.Tensor:
 
 def run_poisoned(config: Config, skip: tuple[int, ...] = (), poison: Poison = lambda loss: loss * float("nan")) -> TrainingState:
     """Poison the loss at step 2 on rank 1, and check that no weight took it in."""
-    trainer = Trainer(config, open_dataset(config), LocalReporter(), attempt=Attempt(skip=skip))
+    trainer = Trainer(config, open_dataset(config), LocalReporter(), NextItem, attempt=Attempt(skip=skip))
     healthy_forward = trainer.engine.forward
 
     def forward(batch: object) -> dict[str, torch.Tensor]:

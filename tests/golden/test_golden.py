@@ -12,9 +12,10 @@ import numpy as np
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 
@@ -35,7 +36,7 @@ def loss_curve(folder: Path) -> list[list[float]]:
 
 def run(config: Config) -> list[list[float]]:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     return [list(losses.values()) for losses in reporter.losses]
 
 

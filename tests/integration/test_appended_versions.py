@@ -13,8 +13,8 @@ import pytest
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
-from recsys.storage import Storage
+from recsys.ingest.prepare import prepare
+from recsys.store import Storage
 from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray

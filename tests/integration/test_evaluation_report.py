@@ -12,13 +12,14 @@ from playwright.sync_api import Browser
 from jobs.evaluate import run
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
 from recsys.evaluation.report.page import make_report
 from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM, WARM_AMONG_WARM
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.ingest.prepare import prepare
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.distributed import run_distributed
 from tests.pages import assert_readable, chromium, opened
 from tests.without_ray import patch_run_tasks, run_once
@@ -48,7 +49,7 @@ EVALUATION = {
 
 
 def train_here(config: Config) -> None:
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter())
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
 
 
 @pytest.fixture(scope="module")

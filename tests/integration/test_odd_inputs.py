@@ -13,10 +13,10 @@ import pytest
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
-from recsys.data.preparing.report.page import REPORT_NAME
 from recsys.errors import UserError
-from recsys.storage import Storage, join
+from recsys.ingest.prepare import prepare
+from recsys.ingest.report.page import REPORT_NAME
+from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
 
 START = 1_700_000_000

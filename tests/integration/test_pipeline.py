@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from recsys.runtime import Head, start_head, stop_head
-from recsys.storage import Storage
+from recsys.launch.head import Head, start_head, stop_head
+from recsys.store import Storage
 from tests.conftest import S3Server
 
 ROOT = Path(__file__).parents[2]

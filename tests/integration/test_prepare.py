@@ -7,9 +7,9 @@ import pytest
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.ingest.prepare import prepare
+from recsys.store import Storage
 from tests.conftest import local_ray
 
 pytestmark = pytest.mark.ray

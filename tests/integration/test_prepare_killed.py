@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from recsys.data.preparing.ray_tasks import Record, run_tasks
 from recsys.errors import UserError
-from recsys.storage import Storage, sha256_of
+from recsys.ingest.ray_tasks import Record, run_tasks
+from recsys.store import Storage, sha256_of
 from tests.conftest import kill_descendants, local_ray
 
 pytestmark = pytest.mark.ray

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from recsys.data.item_features import ItemFeatures
+from recsys.config.model import TextConfig
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.model.catalogue_text import VectorsManifest, frozen_vectors
-from recsys.model.text_encoder import locate_backbone
-from recsys.model_config import TextConfig
-from recsys.storage import Storage
+from recsys.model.text.catalogue_text import VectorsManifest, frozen_vectors
+from recsys.model.text.encoder import locate_backbone
+from recsys.store import Storage
 from tests.conftest import S3Server, kill_descendants
 from tests.datasets import make_dataset
 

@@ -8,9 +8,9 @@ from playwright.sync_api import Browser
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
-from recsys.data.preparing.report.page import REPORT_NAME
-from recsys.storage import Storage
+from recsys.ingest.prepare import prepare
+from recsys.ingest.report.page import REPORT_NAME
+from recsys.store import Storage
 from tests.pages import assert_readable, chromium, opened
 from tests.without_ray import patch_run_tasks, run_once
 

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from recsys.config import Config
+from recsys.launch.head import Head, free_port, start_head, stop_head
 from recsys.predictor import Predictor
-from recsys.runtime import Head, free_port, start_head, stop_head
 from tests.exports import METRICS, publish_damaged_export, publish_export, service_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -11,19 +11,19 @@ import torch
 import jobs.evaluate
 import jobs.export
 import jobs.prepare_data
-from recsys.config import Config, load_config
-from recsys.config_use import reads
-from recsys.data.item_features import ItemFeatures
+from recsys.config import Config, Section, load_config
+from recsys.config.use import reads
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.data_config import Section
 from recsys.errors import UserError
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.launch.preflight import check_training
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.trained import load_trained
 from recsys.train.loop import train
-from recsys.train.preflight import check_training
-from recsys.train.reporter import LocalReporter
-from recsys.train.trained import load_trained
+from recsys.train.monitoring.reporter import LocalReporter
 from serve.app import read_arguments, version_in_service
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
@@ -49,7 +49,7 @@ def trained(config: Config) -> str:
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.adopt(config)
-    state = train(config, dataset, LocalReporter())
+    state = train(config, dataset, LocalReporter(), NextItem)
     return CheckpointStore(storage, config, dataset).uri(state.step)
 
 
@@ -175,7 +175,7 @@ def _without_validation(dataset: Dataset) -> Dataset:
     import pyarrow.parquet as pq
 
     from recsys.data.manifest import MANIFEST_NAME
-    from recsys.storage import join
+    from recsys.store import join
 
     copied = dataset.uri + "-untested"
     users = dataset.read_users()

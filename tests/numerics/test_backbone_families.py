@@ -12,14 +12,15 @@ import torch
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.export import write_export
-from recsys.model.backbones import check_backbone
+from recsys.exports.write import write_export
+from recsys.model.text.backbones import check_backbone
+from recsys.objectives.next_item import NextItem
 from recsys.predictor import Predictor
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
-from recsys.train.trained import build_predictor, load_trained
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.backbones import FAMILIES, save_backbone
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
@@ -33,7 +34,7 @@ QUICK = {(family, MODES[place % 3], POOLINGS[(place + place // 3) % 3]) for plac
 def run(config: Config) -> tuple[str, list[float]]:
     storage = Storage.from_config(config.storage)
     dataset, reporter = Dataset.open(storage, config.data.dataset), LocalReporter()
-    state = train(config, dataset, reporter)
+    state = train(config, dataset, reporter, NextItem)
     return CheckpointStore(storage, config, dataset).uri(state.step), [losses["retrieval"] for losses in reporter.losses]
 
 

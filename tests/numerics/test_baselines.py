@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from recsys.model.baselines.factorisation import RANKING_PENALTY, MachineRanking, bpr_loss
-from recsys.model.baselines.implicit import solve
-from recsys.model.baselines.machine import BIAS_PENALTY, FactorisationMachine
-from recsys.model.baselines.neighbours import ItemNeighbours, nearest_neighbours
+from recsys.baselines.factorization import RANKING_PENALTY, MachineRanking, bpr_loss
+from recsys.baselines.factorization_machine import BIAS_PENALTY, FactorisationMachine
+from recsys.baselines.item_knn import ItemNeighbours, nearest_neighbours
+from recsys.baselines.least_squares import solve
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.batch import Collator
-from recsys.data.rows import Rows
+from recsys.data.sequences import Rows
 from recsys.model.recommender import build_recommender
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.benchmarks.item_encoding import encode_every_position
 from tests.datasets import make_dataset
 

@@ -7,11 +7,12 @@ import pytest
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.objectives.objective import MicroBatch
+from recsys.store import Storage
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
-from recsys.train.trainable import MicroBatch
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -53,7 +54,7 @@ class Dying(LocalReporter):
 def run(config: Config, is_dying: bool = False) -> tuple[TrainingState | None, list[dict[str, float]], list[dict[str, float]]]:
     reporter = Dying() if is_dying else LocalReporter()
     try:
-        state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+        state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     except KeyboardInterrupt:
         state = None
     return state, reporter.losses, reporter.history
@@ -68,7 +69,7 @@ def test_the_group_behind_gains_weight_and_what_is_reported_is_not_weighed(folde
     free, free_losses, _ = run_distributed(run, 2, config(folder, "free"))[0]
     assert state is not None
     assert free is not None
-    assert free.duals == []
+    assert free.objective == {}
     assert set(GROUPS).isdisjoint(free_losses[0])
     first = losses[0]
     share = (free_losses[0]["retrieval"] - first[GROUPS[1]]) / (first[GROUPS[0]] - first[GROUPS[1]])
@@ -79,7 +80,7 @@ def test_the_group_behind_gains_weight_and_what_is_reported_is_not_weighed(folde
         assert epoch["ndcg@10"] == pytest.approx(sum(epoch[name] for name in METRICS) / 2, rel=0.1)
         duals = [max(0.0, dual + 0.5 * (1 - epoch[name] / epoch["ndcg@10"])) for dual, name in zip(duals, METRICS, strict=True)]
     assert max(duals) > 0
-    assert state.duals == pytest.approx(duals)
+    assert state.objective["duals"] == pytest.approx(duals)
     assert losses[-1]["retrieval"] != pytest.approx(free_losses[-1]["retrieval"], rel=1e-6)
 
 
@@ -92,4 +93,4 @@ def test_a_run_that_was_killed_goes_on_with_its_duals(folder: Path) -> None:
     assert state is not None
     assert whole is not None
     assert losses == whole_losses[15:]
-    assert state.duals == whole.duals
+    assert state.objective["duals"] == whole.objective["duals"]

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from recsys.config import Config
 from recsys.data.batch import Collator
-from recsys.data.rows import Rows
+from recsys.data.sequences import Rows
 from recsys.errors import UserError
-from recsys.model.catalogue_text import Ranks
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
-from recsys.storage import Storage
+from recsys.model.text.catalogue_text import Ranks
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.recommending import Recommending
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import run_distributed
@@ -97,9 +97,9 @@ def test_the_ranks_share_a_refresh(tmp_path: Path) -> None:
 
 def trained(config: Config) -> tuple[list[int], dict[str, str]]:
     """Train; return at which steps this rank refreshed, and the hashes of the last checkpoint."""
-    trainer = Trainer(config, open_dataset(config), LocalReporter())
-    assert isinstance(trainer.trainable, Recommending)
-    encoder, steps = trainer.trainable.module.item_encoder, []
+    trainer = Trainer(config, open_dataset(config), LocalReporter(), NextItem)
+    assert isinstance(trainer.objective, NextItem)
+    encoder, steps = trainer.objective.module.item_encoder, []
     refresh = encoder.refresh_texts
 
     def noted(rank: int, world_size: int) -> None:

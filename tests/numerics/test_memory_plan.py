@@ -9,13 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import jobs.plan_memory as plan_memory_verb
-from recsys.config import Config, TrainingConfig, load_config
+from recsys.config import Config, load_config
+from recsys.config.training import TrainingConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.memory import ModelSize, free_host_bytes, plan_memory
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.memory import ModelSize, free_host_bytes, plan_memory
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.benchmarks.gpu_training import TINY, make_decoder
 from tests.datasets import make_dataset, small_settings
 from tests.distributed import run_distributed
@@ -50,12 +52,12 @@ def config_of(folder: Path, values: dict[str, Any]) -> Config:
 
 def planned_and_measured(config: Config) -> tuple[int, int]:
     """Return the planned peak and the most bytes of tensors alive at once in two steps, of this rank."""
-    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter())
+    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
     assert trainer.memory_plan is not None
     gc.collect()
     held = bytes_of([tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for number, batches in enumerate(trainer.trainable.steps(0)):
+        for number, batches in enumerate(trainer.objective.steps(0)):
             trainer._step(batches)
             gc.collect()  # what DeepSpeed leaves in cycles is freed some time, sooner or later
             if number == 1:
@@ -142,7 +144,7 @@ def refused(config: Config) -> str:
     recsys.train.loop.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")
     reporter = LocalReporter()
     with pytest.raises(UserError) as refusal:
-        recsys.train.loop.train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+        recsys.train.loop.train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     assert not reporter.losses
     return str(refusal.value)
 

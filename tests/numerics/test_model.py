@@ -13,17 +13,16 @@ from transformers import Qwen2Config, Qwen2Model
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
-from recsys.data.item_features import ItemFeatures
+from recsys.data.draws import NegativeSampler
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.negatives import NegativeSampler
-from recsys.data.packing import Histories
-from recsys.data.rows import Rows
+from recsys.data.sequences import Histories, Rows
 from recsys.model.attention import Attention, rotate, time_buckets
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.model.text_encoder import _train_tokenizer
+from recsys.model.text.encoder import _train_tokenizer
 from recsys.model.user_encoder import _gaps
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 
@@ -245,7 +244,7 @@ def test_a_decoder_from_a_folder_is_a_backbone(
 
 def test_the_tiny_tokenizer_is_the_same_in_every_process() -> None:
     program = """
-from recsys.model.text_encoder import _train_tokenizer
+from recsys.model.text.encoder import _train_tokenizer
 print(sorted(_train_tokenizer(tuple(f'Story {n}. A tale about the number {n} of many' for n in range(200))).get_vocab().items()))
 """
     printed = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout for _ in range(3)}

@@ -7,12 +7,13 @@ import pytest
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.evaluation.evaluator import evaluate
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
-from recsys.train.trained import build_predictor, load_trained
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -72,5 +73,5 @@ def test_offline_equals_training(folder: Path, zero_stage: int, precision: str, 
 
 def run(config: Config) -> tuple[TrainingState, list[float]]:
     reporter = LocalReporter()
-    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     return state, [losses["retrieval"] for losses in reporter.losses]

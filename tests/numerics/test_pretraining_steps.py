@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import BertConfig
 
 from recsys.config import Config, load_config
-from recsys.model.text_encoder import locate_backbone
-from recsys.storage import Storage
-from recsys.train.backbone import BackboneManifest, publish_backbone
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.model.text.encoder import locate_backbone
+from recsys.objectives.objective import MicroBatch
+from recsys.objectives.text_pretraining import TextPretraining
+from recsys.store import Storage
+from recsys.train.checkpoints.backbone import BackboneManifest, publish_backbone
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer, train
-from recsys.train.pretraining import Pretraining
-from recsys.train.reporter import LocalReporter, Metrics
-from recsys.train.trainable import MicroBatch
+from recsys.train.monitoring.reporter import LocalReporter, Metrics
 from tests.datasets import make_dataset, open_dataset
 from tests.distributed import RankError, run_distributed
 
@@ -62,12 +62,12 @@ class DyingReporter(LocalReporter):
 
 def pretrain(config: Config, dies: bool = False) -> tuple[np.ndarray, list[Metrics]]:
     reporter = DyingReporter() if dies else LocalReporter()
-    train(config, open_dataset(config), reporter, Pretraining)
+    train(config, open_dataset(config), reporter, TextPretraining)
     return np.array([list(losses.values()) for losses in reporter.losses]), reporter.history
 
 
 def validate_before_and_after(config: Config) -> tuple[Metrics, Metrics]:
-    trainer = Trainer(config, open_dataset(config), LocalReporter(), Pretraining)
+    trainer = Trainer(config, open_dataset(config), LocalReporter(), TextPretraining)
     before = trainer._validate()
     return before, trainer.run().validation
 

@@ -10,24 +10,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recsys.config import Config, EvaluationConfig, load_config
+from recsys.config import Config, load_config
+from recsys.config.evaluation import EvaluationConfig
 from recsys.data.batch import Batch, Collator
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
-from recsys.data.rows import Rows
+from recsys.data.sequences import Rows
+from recsys.data.text.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
 from recsys.evaluation.report.page import make_report
-from recsys.export import write_export
+from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
+from recsys.objectives.next_item import NextItem
 from recsys.predictor import History, Predictor
-from recsys.storage import Storage
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
-from recsys.train.trained import build_predictor, load_trained
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -157,7 +159,7 @@ def run_of(config: Config, name: str, **values: object) -> Config:
 
 def train_it(config: Config) -> tuple[int, list[float]]:
     reporter = LocalReporter()
-    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     return state.step, [losses["retrieval"] for losses in reporter.losses]
 
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from recsys.config import Config, load_config
+from recsys.config.model import ModelConfig
 from recsys.data.batch import keep_negatives
 from recsys.data.manifest import Dataset
-from recsys.data.packing import CPU_GROUP_COST, pack
-from recsys.data.rows import SEQUENCES
-from recsys.export import write_export
+from recsys.data.sequences import CPU_GROUP_COST, SEQUENCES, pack
+from recsys.exports.write import write_export
 from recsys.model.multitask import TaskLosses
 from recsys.model.ranker import Ranker
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.model_config import ModelConfig
+from recsys.objectives.next_item import NextItem
 from recsys.predictor import History, Predictor
 from recsys.schema import Task
-from recsys.storage import Storage
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
-from recsys.train.trained import build_predictor
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -111,7 +111,7 @@ def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset, 
 
 def train_and_record(config: Config) -> np.ndarray:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     return np.array([list(losses.values()) for losses in reporter.losses])
 
 

@@ -8,9 +8,10 @@ import torch
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 
@@ -32,7 +33,7 @@ def config_of(folder: Path, num_workers: int) -> Config:
 
 def bytes_after_training(config: Config) -> tuple[int, int, int]:
     """Return the bytes of weights and optimizer on this worker, of all large tensors alive, and of the whole model in float32."""
-    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter())
+    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
     trainer.run()
     gc.collect()
     optimizer, parameters = trainer.engine._optimizer, list(trainer.engine.module.parameters())

@@ -8,9 +8,10 @@ import pytest
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
 from recsys.train.loop import train
-from recsys.train.reporter import LocalReporter
+from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -76,5 +77,5 @@ def loss_curve(
 
 def train_and_record(config: Config) -> np.ndarray:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     return np.array([list(losses.values()) for losses in reporter.losses])

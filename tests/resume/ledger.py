@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from recsys.command import run_verb
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.model.catalogue_text import Ranks
-from recsys.train.recommending import Recommending
+from recsys.launch.command import run_verb
+from recsys.model.text.catalogue_text import Ranks
+from recsys.objectives.next_item import NextItem
 
 Ledger = dict[tuple[int, int], list[int]]
 """What each rank trained on in each step of a run, by rank and step."""
 
 
-class Recording(Recommending):
+class Recording(NextItem):
     """A recommender whose steps are written down as they are handed to the loop."""
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
@@ -86,10 +86,10 @@ def read_ledger(scratch: Path, world_size: int) -> tuple[Ledger, dict[int, int]]
 
 def run(config: Config) -> dict[str, Any]:
     """Train with a ledger."""
-    from recsys.launch import launch
+    from recsys.launch.run import launch
     from tests.resume.ledger import Recording as Imported  # workers find it by this name, and not in their own `__main__`
 
-    return launch(config, make=Imported)
+    return launch(config, Imported)
 
 
 if __name__ == "__main__":

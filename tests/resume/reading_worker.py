@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from recsys.config import load_config
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.storage import Storage
+from recsys.store import Storage
 
 POSITION_EVERY = 5
 GLOBAL_BATCH_SIZE = 24

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from recsys.data.manifest import Dataset
-from recsys.train.checkpoint import read_manifest
+from recsys.train.checkpoints.manifest import read_manifest
 from tests.datasets import small_settings
 from tests.resume.ledger import Ledger, read_ledger
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
-from recsys.train.checkpoint import read_manifest
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.manifest import read_manifest
+from recsys.train.checkpoints.resharding import needs_conversion
+from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter, Metrics, Request
-from recsys.train.resharding import needs_conversion
-from recsys.train.trained import load_trained
+from recsys.train.monitoring.reporter import LocalReporter, Metrics, Request
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
@@ -62,7 +63,7 @@ class Stopping(LocalReporter):
 def run(config: Config, stop: int) -> tuple[dict[int, list[int]], list[float]]:
     """Train up to a step; return this rank's samples by step, and the losses."""
     reporter = Stopping(stop)
-    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter)
+    trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
     with contextlib.suppress(TrainingError) if stop < STEPS else contextlib.nullcontext():
         trainer.run()
     assert trainer.state.step == stop

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recsys.data.manifest import Dataset
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset
 from tests.resume.ledger import order_kills

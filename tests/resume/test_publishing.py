@@ -16,13 +16,14 @@ import torch
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.storage import Storage
-from recsys.train.checkpoint import read_manifest
-from recsys.train.checkpoint_store import CheckpointStore
+from recsys.objectives.next_item import NextItem
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.manifest import read_manifest
+from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
-from recsys.train.reporter import LocalReporter, Metrics, Request
-from recsys.train.trained import load_trained
+from recsys.train.monitoring.reporter import LocalReporter, Metrics, Request
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed, run_until_killed
@@ -59,7 +60,7 @@ def run(config: Config, prepare: Callable[[], None] = lambda: None) -> tuple[dic
     prepare()
     store = store_of(config)
     reporter = Watching(store)
-    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter).run()
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     torch.distributed.barrier()
     newest = store.newest()
     assert newest is not None
@@ -118,7 +119,7 @@ def run_asking(config: Config, asked: Request) -> int:
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     last_step = -(-dataset.manifest.num_samples // config.training.global_batch_size)
     with pytest.raises(TrainingError, match=r"^stopped") if asked == Request.STOP else nullcontext():
-        Trainer(config, dataset, Asking(asked, last_step)).run()
+        Trainer(config, dataset, Asking(asked, last_step), NextItem).run()
     return last_step
 
 
@@ -220,7 +221,7 @@ def test_where_all_are_damaged_the_run_stops_and_lists_them(tmp_path: Path) -> N
 
 
 def run_part(config: Config) -> None:
-    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter()).run()
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem).run()
 
 
 def break_one(storage: Storage, uri: str, damage: str, seed: int) -> str:

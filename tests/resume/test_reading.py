@@ -15,7 +15,7 @@ import pytest
 
 from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 from tests.resume.reading_worker import GLOBAL_BATCH_SIZE
 

@@ -10,11 +10,11 @@ import torch
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.export import write_export
+from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import History, Predictor, top_k
-from recsys.storage import Storage
-from recsys.train.trained import build_predictor
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
 
 

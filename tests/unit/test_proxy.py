@@ -12,7 +12,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.proxy import FAULTS, WRONG_ETAG, Fault, FaultProxy, Faults
 
 BODY = bytes(range(256)) * 1000

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys.data.manifest import MANIFEST_NAME, Dataset, Shard
-from recsys.runtime import free_port
+from recsys.launch.head import free_port
 from recsys.schema import TRAIN_SCHEMA
-from recsys.storage import Storage, join, sha256_of
+from recsys.store import Storage, join, sha256_of
 from tests.datasets import make_dataset
 from tests.servers import answers
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from recsys.config import load_config
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.benchmarks.peers.serving import Form, Step
 
 

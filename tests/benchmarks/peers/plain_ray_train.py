@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recsys.command import run_verb
 from recsys.config import Config
+from recsys.launch.command import run_verb
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def run(config: Config) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from recsys.runtime import connect
+    from recsys.launch.head import connect
     from tests.benchmarks.peers.plain_ray_train import train_loop
 
     with connect(config):
@@ -46,9 +46,9 @@ def train_loop(settings: dict[str, str]) -> None:
     import torch.distributed as dist
 
     from recsys.data.manifest import Dataset
-    from recsys.model.catalogue_text import Ranks
-    from recsys.storage import Storage
-    from recsys.train.recommending import Recommending
+    from recsys.model.text.catalogue_text import Ranks
+    from recsys.objectives.next_item import NextItem
+    from recsys.store import Storage
     from tests.resume.ledger import die_where_told
 
     config = Config.model_validate(json.loads(settings["config"]))
@@ -60,11 +60,11 @@ def train_loop(settings: dict[str, str]) -> None:
 
     note("events", event="started")
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
-    trainable = Recommending(dataset.adopt(config), dataset, torch.device("cpu"), Ranks(rank, dist.get_world_size(), dist.barrier))
+    objective = NextItem(dataset.adopt(config), dataset, torch.device("cpu"), Ranks(rank, dist.get_world_size(), dist.barrier))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile for half a minute, as it would in ours
     engine, *_ = deepspeed.initialize(
-        model=trainable.module,
-        optimizer=torch.optim.AdamW(trainable.module.parameters(), lr=config.optimizer.learning_rate),
+        model=objective.module,
+        optimizer=torch.optim.AdamW(objective.module.parameters(), lr=config.optimizer.learning_rate),
         config={
             "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
             "gradient_clipping": config.optimizer.clip_norm,
@@ -78,8 +78,8 @@ def train_loop(settings: dict[str, str]) -> None:
         with checkpoint.as_directory() as folder:
             first_step = engine.load_checkpoint(folder)[1]["step"]
     note("events", event="loaded")
-    num_steps = config.training.epochs * trainable.plan(0).num_steps
-    steps = (batches for epoch in range(config.training.epochs) for batches in trainable.steps(epoch))
+    num_steps = config.training.epochs * objective.plan(0).num_steps
+    steps = (batches for epoch in range(config.training.epochs) for batches in objective.steps(epoch))
     for step, batches in zip(range(num_steps), steps, strict=False):
         if step < first_step:
             continue

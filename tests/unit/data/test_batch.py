@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from recsys.data.batch import Batch, Collator, cut_histories, shuffle_histories
 from recsys.data.manifest import Dataset
-from recsys.data.rows import Rows
+from recsys.data.sequences import Rows
 from recsys.schema import TRAIN_SCHEMA
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 NO_NEGATIVES = (torch.zeros(0, dtype=torch.long), torch.zeros(0))

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from recsys.data.cache import DiskCache
+from recsys.data.node_files import DiskCache
 
 LIMIT = 4 << 20
 
 FILL = """
 import sys
 from pathlib import Path
-from recsys.data.cache import DiskCache
+from recsys.data.node_files import DiskCache
 cache = DiskCache(Path(sys.argv[1]), int(sys.argv[2]))
 for number in range(400):
     key = f"{sys.argv[3]}-{number}"

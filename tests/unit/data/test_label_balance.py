@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from recsys.config.model import RankerConfig
 from recsys.data import label_balance
 from recsys.data.batch import Collator, keep_negatives
 from recsys.data.label_balance import count_labels, negative_rates
 from recsys.data.manifest import Dataset
-from recsys.data.rows import Rows
-from recsys.model_config import RankerConfig
-from recsys.storage import Storage
+from recsys.data.sequences import Rows
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 NO_NEGATIVES = torch.zeros(0, dtype=torch.long), torch.zeros(0)

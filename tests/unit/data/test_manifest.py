@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.manifest import MANIFEST_NAME, Dataset, Shard, content_fingerprint, last_rows
-from recsys.data.preparing.shuffle import write_table
 from recsys.errors import UserError
+from recsys.ingest.shuffle import write_table
 from recsys.schema import CATALOGUE_SCHEMA, COUNTS_SCHEMA, USERS_SCHEMA
-from recsys.storage import Storage, join
+from recsys.store import Storage, join
 from tests.datasets import make_dataset
 
 

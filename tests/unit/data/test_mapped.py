@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from recsys.data import mapped
-from recsys.data.mapped import Strings, create_array, locked, map_array, map_table, shared_entry, write_table
+from recsys.data import node_files as mapped
+from recsys.data.node_files import Strings, create_array, locked, map_array, map_table, shared_entry, write_table
 from recsys.errors import UserError
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from recsys.config import Config, load_config
-from recsys.data.item_features import ItemFeatures
+from recsys.data.draws import NegativeSampler
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.negatives import NegativeSampler
 from recsys.data.reader import Reader, Share
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from recsys.config import Config, load_config
 from recsys.data import reader as reader_module
-from recsys.data.cache import DiskCache
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset, Shard
+from recsys.data.node_files import DiskCache
 from recsys.data.reader import Reader, Share
 from recsys.data.shards import RowGroupSource
 from recsys.schema import TRAIN_SCHEMA
-from recsys.storage import Storage, join, sha256_of
+from recsys.store import Storage, join, sha256_of
 from tests.conftest import S3Server
 from tests.datasets import make_dataset
 

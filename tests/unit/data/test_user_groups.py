@@ -6,7 +6,7 @@ import pytest
 from recsys.data.manifest import Dataset
 from recsys.data.user_groups import UserGroups
 from recsys.errors import UserError
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from recsys.config import EvaluationConfig
-from recsys.data.item_features import ItemFeatures
+from recsys.config.evaluation import EvaluationConfig
+from recsys.data.items import ItemFeatures
 from recsys.errors import UserError
-from recsys.evaluation.content import content_vectors
 from recsys.evaluation.diversity import diversity_curve
+from recsys.evaluation.judge import content_vectors
 from recsys.evaluation.metrics import intra_list_diversity
 from recsys.evaluation.ranking import rank_users
 from recsys.evaluation.users import EvaluationUser, target_items
 from recsys.predictor import History
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 NUM_ITEMS = 60

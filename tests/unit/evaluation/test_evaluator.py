@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.config import Config, EvaluationConfig, load_config
+from recsys.baselines import fit_baseline
+from recsys.config import Config, load_config
+from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.evaluation.comparison import sentence
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.report.page import make_report
+from recsys.evaluation.slices import sentence
 from recsys.evaluation.users import read_evaluation_users
-from recsys.model.baselines import fit_baseline
 from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor, top_k
-from recsys.storage import Storage
-from recsys.train.trained import build_predictor
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
 
 SMALL = {"data.max_history": 10, "model.width": 16, "model.text.mode": "off"}

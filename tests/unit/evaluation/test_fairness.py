@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recsys.errors import UserError
-from recsys.evaluation.fairness import MIN_GROUP_USERS, fairness_gaps
+from recsys.evaluation.slices import MIN_GROUP_USERS, fairness_gaps
 from recsys.evaluation.users import EvaluationUser
 from recsys.predictor import History
 

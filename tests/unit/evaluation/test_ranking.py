@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recsys.config import EvaluationConfig
+from recsys.config.evaluation import EvaluationConfig
 from recsys.evaluation.ranking import Ranked, rank_users, summarise, target_ranks
 from recsys.evaluation.users import EvaluationUser
 from recsys.predictor import History

@@ -3,25 +3,26 @@
 import numpy as np
 import pytest
 
-from recsys.evaluation.reranking import OWN_SHARE, Values, dpp, mmr
+from recsys.arrays import Floats
+from recsys.evaluation.diversity import OWN_SHARE, dpp, mmr
 
 NUM_USERS, NUM_CANDIDATES, WIDTH = 4, 9, 5
 
 
 @pytest.fixture(scope="module")
-def relevance() -> Values:
+def relevance() -> Floats:
     return np.random.default_rng(0).random((NUM_USERS, NUM_CANDIDATES))
 
 
 @pytest.fixture(scope="module")
-def similarity() -> Values:
+def similarity() -> Floats:
     vectors = np.random.default_rng(1).normal(size=(NUM_USERS, NUM_CANDIDATES, WIDTH))
     vectors[:, 3] = vectors[:, 2]  # two items that are the same
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     return vectors @ vectors.transpose(0, 2, 1)
 
 
-def plain_mmr(relevance: Values, similarity: Values, weight: float, k: int) -> list[int]:
+def plain_mmr(relevance: Floats, similarity: Floats, weight: float, k: int) -> list[int]:
     taken: list[int] = []
     while len(taken) < k:
         left = [item for item in range(len(relevance)) if item not in taken]
@@ -30,7 +31,7 @@ def plain_mmr(relevance: Values, similarity: Values, weight: float, k: int) -> l
     return taken
 
 
-def plain_dpp(relevance: Values, similarity: Values, weight: float, k: int) -> list[int]:
+def plain_dpp(relevance: Floats, similarity: Floats, weight: float, k: int) -> list[int]:
     kernel = (1 - OWN_SHARE) * similarity + OWN_SHARE * np.eye(len(similarity))
 
     def log_det(items: list[int]) -> float:
@@ -46,20 +47,20 @@ def plain_dpp(relevance: Values, similarity: Values, weight: float, k: int) -> l
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize(("fast", "plain"), [(mmr, plain_mmr), (dpp, plain_dpp)])
-def test_greedy_choice(relevance: Values, similarity: Values, weight: float, fast, plain) -> None:
+def test_greedy_choice(relevance: Floats, similarity: Floats, weight: float, fast, plain) -> None:
     found = fast(relevance, similarity, weight, NUM_CANDIDATES)  # longer than the vectors are wide
     for user in range(NUM_USERS):
         assert found[user].tolist() == plain(relevance[user], similarity[user], weight, NUM_CANDIDATES)
 
 
 @pytest.mark.parametrize("rerank", [mmr, dpp])
-def test_without_weight_the_order_is_that_of_relevance(relevance: Values, similarity: Values, rerank) -> None:
+def test_without_weight_the_order_is_that_of_relevance(relevance: Floats, similarity: Floats, rerank) -> None:
     assert rerank(relevance, similarity, 0.0, 5).tolist() == np.argsort(-relevance, axis=1)[:, :5].tolist()
     assert rerank(relevance, similarity, 0.0, 50).shape == (NUM_USERS, NUM_CANDIDATES)
 
 
 @pytest.mark.parametrize("rerank", [mmr, dpp])
-def test_what_is_no_candidate_comes_last(relevance: Values, similarity: Values, rerank) -> None:
+def test_what_is_no_candidate_comes_last(relevance: Floats, similarity: Floats, rerank) -> None:
     padded = np.concatenate([relevance, np.full((NUM_USERS, 2), -np.inf)], axis=1)
     wider = np.zeros((NUM_USERS, NUM_CANDIDATES + 2, NUM_CANDIDATES + 2))
     wider[:, :NUM_CANDIDATES, :NUM_CANDIDATES] = similarity

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recsys.config import EvaluationConfig
+from recsys.config.evaluation import EvaluationConfig
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, rank_users
 from recsys.evaluation.slices import (

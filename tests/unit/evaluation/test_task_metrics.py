@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from recsys.evaluation.significance import measure_intervals
-from recsys.evaluation.task_metrics import calibration_error, task_measures, user_auc
+from recsys.evaluation.tasks import calibration_error, task_measures, user_auc
 
 ONE_USER = np.zeros(3, np.int64)
 Values = np.ndarray

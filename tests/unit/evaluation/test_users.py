@@ -7,11 +7,11 @@ import pytest
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.data.prepare import prepare
-from recsys.data.queries import read_queries
+from recsys.data.text.queries import read_queries
 from recsys.evaluation import users as module
 from recsys.evaluation.users import groups_of, read_evaluation_users, rectangle, target_items
-from recsys.storage import Storage
+from recsys.ingest.prepare import prepare
+from recsys.store import Storage
 from tests.datasets import make_dataset
 from tests.without_ray import patch_run_tasks, run_once
 

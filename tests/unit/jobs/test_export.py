@@ -7,8 +7,8 @@ import pytest
 
 from jobs.export import PRODUCTION, promote
 from recsys.config import load_config
-from recsys.registry import ExportManifest, Registry
-from recsys.storage import Storage
+from recsys.exports.registry import ExportManifest, Registry
+from recsys.store import Storage
 
 
 @pytest.fixture

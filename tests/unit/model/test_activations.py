@@ -11,9 +11,9 @@ from recsys.config import Config, load_config
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.model.activations import recompute_activations
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.storage import Storage
+from recsys.model.user_encoder import recompute_activations
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys.config import FairnessConfig
+from recsys.config.training import FairnessConfig
 from recsys.data.user_groups import UserGroups
 from recsys.model.fairness import LARGEST_DUAL_SUM, GroupBound
 

@@ -11,17 +11,16 @@ import torch
 from transformers import BertConfig, BertModel
 
 from recsys.config import Config, load_config
+from recsys.config.model import ModelConfig
 from recsys.data.batch import Batch
-from recsys.data.item_features import ItemFeatures
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.model.item_encoder import ItemEncoder, ItemText
-from recsys.model.item_ids import HashedIds
+from recsys.model.item_encoder import HashedIds, ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.model.text_encoder import TextEncoder
-from recsys.model_config import ModelConfig
+from recsys.model.text.encoder import TextEncoder
 from recsys.schema import CATALOGUE_SCHEMA
-from recsys.storage import Storage
+from recsys.store import Storage
 from recsys.train.engine import Engine
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed

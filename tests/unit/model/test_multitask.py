@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recsys.config.model import RankerConfig
 from recsys.model.multitask import TaskLosses
-from recsys.model_config import RankerConfig
 from recsys.schema import Task
 
 TASKS = (Task("like", "binary", threshold=4.0), Task("rating", "regression"))

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys.config.model import ModelConfig, RankerConfig
 from recsys.model.ranker import Ranker
-from recsys.model_config import ModelConfig, RankerConfig
 from recsys.schema import Task
 
 WIDTH, TASKS, PAIRS = 6, 3, 5

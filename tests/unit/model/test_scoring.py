@@ -13,8 +13,8 @@ from recsys.evaluation.users import EvaluationUser
 from recsys.model.recommender import build_recommender
 from recsys.model.scoring import RetrievalScores
 from recsys.predictor import History, Predictor
-from recsys.storage import Storage
-from recsys.train.trained import build_predictor
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
 from serve.answering import Answerer
 from serve.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.datasets import make_dataset

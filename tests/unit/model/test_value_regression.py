@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys.config.model import ModelConfig, RankerConfig
 from recsys.data.manifest import Dataset
-from recsys.data.packing import CPU_GROUP_COST, Histories, pack
+from recsys.data.sequences import CPU_GROUP_COST, Histories, pack
 from recsys.errors import UserError
 from recsys.model.ranker import Ranker
 from recsys.model.value_regression import LEVEL_VARIANCE, NOISE_VARIANCE, ValueRegression, build_regression
-from recsys.model_config import ModelConfig, RankerConfig
 from recsys.schema import Task
-from recsys.storage import Storage
+from recsys.store import Storage
 from tests.datasets import make_dataset
 
 WIDTH, FACTORS = 6, 3

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from recsys.exports.registry import Registry
 from recsys.predictor import History, Predictor
-from recsys.registry import Registry
-from recsys.storage import Storage
+from recsys.store import Storage
 from serve.answering import Answerer
 from serve.protocol import Answer, RecommendRequest, ScoreRequest
 from tests.exports import METRICS, publish_export, service_config

@@ -7,8 +7,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from recsys.config import load_config
+from recsys.config.service import ServiceConfig
 from recsys.errors import UserError
-from recsys.service_config import ServiceConfig
 from serve.app import build_app, read_arguments
 from tests.exports import publish_export, service_config
 

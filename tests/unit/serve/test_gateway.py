@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from recsys.service_config import ServiceConfig
+from recsys.config.service import ServiceConfig
 from serve.gateway import build_http_app, digest_of
 from serve.protocol import Answer
 

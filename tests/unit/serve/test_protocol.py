@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from recsys.service_config import ServiceConfig
+from recsys.config.service import ServiceConfig
 from serve.protocol import RecommendRequest, RequestError, ScoreRequest, read_request
 
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)

@@ -1,0 +1,9 @@
+"""The types of NumPy arrays that signatures use."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]

@@ -1,0 +1,41 @@
+"""Baselines, each fitted on a dataset's training data and asked as the model is; here are their names."""
+
+from collections.abc import Callable
+
+import torch
+
+from recsys.baselines.baseline import Baseline
+from recsys.baselines.factorization import fit_bpr, fit_factorisation_machine, fit_matrix_factorisation
+from recsys.baselines.interactions import TrainingData
+from recsys.baselines.item_knn import fit_item_knn
+from recsys.baselines.popularity import fit_popularity, fit_recent_popularity
+from recsys.baselines.sasrec import fit_sasrec
+from recsys.baselines.two_tower import fit_two_tower
+from recsys.config import Config
+from recsys.config.evaluation import BaselineName
+from recsys.data.items import ItemFeatures
+from recsys.data.manifest import Dataset
+
+_FITS: dict[BaselineName, Callable[[TrainingData, Config], Baseline]] = {
+    "popularity": fit_popularity,
+    "recent_popularity": fit_recent_popularity,
+    "item_knn": fit_item_knn,
+    "bpr": fit_bpr,
+    "matrix_factorisation": fit_matrix_factorisation,
+    "factorisation_machine": fit_factorisation_machine,
+    "two_tower": fit_two_tower,
+    "sasrec": fit_sasrec,
+}
+
+
+def fit_baseline(name: BaselineName, dataset: Dataset, catalogue: ItemFeatures, config: Config) -> Baseline:
+    """Fit a baseline on the training interactions; validation ones may choose its epoch or settings, test ones are not read.
+
+    The outcome depends on the data, the config and `training.seed` alone; the caller's random numbers are left as they are.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.training.seed)
+        return _FITS[name](TrainingData.read(dataset, catalogue), config)
+
+
+__all__ = ["Baseline", "fit_baseline"]

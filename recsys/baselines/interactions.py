@@ -1,0 +1,145 @@
+"""What baselines are fitted on: a dataset's training interactions as flat arrays, and its users' attributes; no baseline is here."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from recsys.arrays import Integers, Mask
+from recsys.data.batch import task_labels
+from recsys.data.items import ItemFeatures
+from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
+from recsys.data.sequences import SEQUENCES
+
+MIN_USERS_OF_VALUE = 5
+"""A value of a user attribute that fewer users have tells nothing that the user's id does not."""
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """N interactions, user after user and oldest first. `positions` count those of the same user from 0."""
+
+    users: Integers  # (N,)
+    items: Integers  # (N,)
+    events: Integers  # (N,)
+    timestamps: Integers  # (N,)
+    values: NDArray[np.float32]  # (N,) NaN where missing
+    positions: Integers  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def where(self, mask: Mask) -> "Interactions":
+        """Keep some of them."""
+        return Interactions(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
+
+    def items_of(self, users: Integers) -> list[Integers]:
+        """Return the items of each of some users."""
+        starts, stops = np.searchsorted(self.users, users), np.searchsorted(self.users, users, side="right")
+        return [self.items[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+    def labelled(self, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return users, items and labels of those that have a label of a task, (M,) each; values are standardised."""
+        labels, masks = task_labels(manifest, torch.from_numpy(self.events), torch.from_numpy(self.values))
+        has_label = masks[:, column] > 0
+        return torch.from_numpy(self.users)[has_label], torch.from_numpy(self.items)[has_label], labels[has_label, column]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a baseline may see. `validation` may choose between epochs or settings, and trains nothing; test targets are not here.
+
+    Shapes: U users, I items, A attributes.
+    """
+
+    dataset: Dataset
+    catalogue: ItemFeatures
+    train: Interactions
+    validation: Interactions
+    num_users: int
+    attributes: Integers  # (U, A) number of each user's value from 1 up, over all attributes; 0: none, or a rare one
+    num_attribute_values: int
+
+    @classmethod
+    def read(cls, dataset: Dataset, catalogue: ItemFeatures) -> "TrainingData":
+        """Read all users."""
+        table = dataset.read_users([USER_INDEX, *SEQUENCES, "num_train", "num_validation", "attributes"]).combine_chunks()
+        everything = _flatten(table)
+        num_train, num_validation = (table[name].to_numpy().astype(np.int64) for name in ("num_train", "num_validation"))
+        is_train = everything.positions < num_train[everything.users]
+        is_validation = ~is_train & (everything.positions < (num_train + num_validation)[everything.users])
+        attributes, num_values = _attributes(table)
+        train, validation = everything.where(is_train), everything.where(is_validation)
+        return cls(dataset, catalogue, train, validation, table.num_rows, attributes, num_values)
+
+    @property
+    def manifest(self) -> DatasetManifest:
+        """What the dataset is."""
+        return self.dataset.manifest
+
+    @property
+    def num_items(self) -> int:
+        """Items, the padding item not counted."""
+        return self.catalogue.num_items
+
+    @cached_property
+    def matrix(self) -> csr_array:
+        """Which items each user has in training, (U, I + 1) of zeros and ones."""
+        shape = (self.num_users, self.num_items + 1)
+        matrix = csr_array((np.ones(len(self.train), np.float32), (self.train.users, self.train.items)), shape=shape)
+        matrix.sum_duplicates()
+        matrix.data[:] = 1
+        return matrix
+
+    @cached_property
+    def item_counts(self) -> Integers:
+        """Training interactions of each item (I + 1,)."""
+        return np.bincount(self.train.items, minlength=self.num_items + 1)
+
+
+def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArray[np.float32] | None = None) -> csr_array:
+    """Lay B histories out as (B, I + 1), each interaction with its weight, or 1; those of one item add up."""
+    items = np.concatenate([np.zeros(0, np.int64), *histories])
+    offsets = np.cumsum([0, *map(len, histories)])
+    values = np.ones(len(items), np.float32) if weights is None else weights
+    matrix = csr_array((values, items, offsets), shape=(len(histories), num_items + 1))
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _flatten(table: pa.Table) -> Interactions:
+    lists = {name: table[name].combine_chunks() for name in SEQUENCES}
+    lengths = lists["items"].value_lengths().to_numpy().astype(np.int64)
+    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
+    starts = np.cumsum(lengths) - lengths
+    return Interactions(
+        users=np.repeat(table[USER_INDEX].to_numpy(), lengths),
+        items=flat["items"].astype(np.int64),
+        events=flat["events"].astype(np.int64),
+        timestamps=flat["timestamps"],
+        values=flat["values"].astype(np.float32),
+        positions=np.arange(lengths.sum()) - np.repeat(starts, lengths),
+    )
+
+
+def _attributes(table: pa.Table) -> tuple[Integers, int]:
+    """Number the (attribute, value) pairs that are not rare; return each user's (U, A), and how many there are."""
+    rows: list[list[tuple[str, Any]]] = [pairs or [] for pairs in table["attributes"].to_pylist()]
+    counts = Counter(pair for pairs in rows for pair in pairs)
+    common = sorted(pair for pair, count in counts.items() if count >= MIN_USERS_OF_VALUE and pair[1])
+    numbers = {pair: number for number, pair in enumerate(common, start=1)}
+    columns = {name: column for column, name in enumerate(sorted({name for name, _ in common}))}
+    attributes = np.zeros((table.num_rows, len(columns)), np.int64)
+    for row, pairs in enumerate(rows):
+        for pair in pairs:
+            if pair in numbers:
+                attributes[row, columns[pair[0]]] = numbers[pair]
+    return attributes, len(common)

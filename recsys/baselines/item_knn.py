@@ -1,0 +1,71 @@
+"""Item-to-item nearest neighbours: cosine of the items' users, shrunk, over the user's history, recent items weighing more."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array, vstack
+
+from recsys.arrays import Integers, Scores
+from recsys.baselines.baseline import Baseline
+from recsys.baselines.fitting import ValidationRanking, choose
+from recsys.baselines.interactions import TrainingData, history_matrix
+from recsys.config import Config
+
+NUM_NEIGHBOURS = 50
+SHRINKAGE = 10.0
+HALF_LIVES = (np.inf, 32.0, 8.0, 2.0, 1.0)
+CHUNK_CELLS = 1 << 24
+"""Pairs of items that are held at once."""
+
+
+@dataclass(frozen=True)
+class ItemNeighbours(Baseline):
+    """Scores an item by its similarity to those of the history; an interaction `half_life` before the last weighs half as much.
+
+    `popularity` (I + 1,), below every similarity, orders what is similar to nothing in the history.
+    """
+
+    similarity: csr_array  # (I + 1, I + 1) of each item its neighbours
+    popularity: Scores
+    half_life: float
+
+    def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
+        """Sum the similarities to the history, weighed by how recent each of its items is."""
+        ages = np.concatenate([np.zeros(0), *(np.arange(len(history))[::-1] for history in histories)])
+        weights = np.exp2(-ages / self.half_life).astype(np.float32)
+        matrix = history_matrix(histories, len(self.popularity) - 1, weights)
+        scores: Scores = (matrix @ self.similarity).toarray() + self.popularity
+        return scores
+
+
+def fit_item_knn(data: TrainingData, config: Config) -> Baseline:
+    """Compute the neighbours and choose the half life by the validation targets."""
+    similarity = nearest_neighbours(data.matrix, NUM_NEIGHBOURS, SHRINKAGE)
+    popularity = (1e-4 * data.item_counts / (1 + data.item_counts.max())).astype(np.float32)
+    return choose((ItemNeighbours(similarity, popularity, half_life) for half_life in HALF_LIVES), ValidationRanking(data))
+
+
+def nearest_neighbours(matrix: csr_array, num_neighbours: int, shrinkage: float) -> csr_array:
+    """Keep of each item (column) the largest of |users of both| / (sqrt(|users of one| |users of other|) + shrinkage)."""
+    by_item = matrix.T.tocsr()
+    norms = np.sqrt(by_item.sum(1)).astype(np.float32)
+    num_rows = max(1, CHUNK_CELLS // len(norms))
+    chunks = []
+    for begin in range(0, len(norms), num_rows):
+        both = (by_item[begin : begin + num_rows] @ matrix).tocoo()
+        ones, others = both.coords[0] + begin, both.coords[1]
+        values = np.where(ones == others, 0, both.data / (norms[ones] * norms[others] + shrinkage))
+        chunks.append(_largest(csr_array((values, both.coords), shape=both.shape), num_neighbours))
+    return vstack(chunks, format="csr")
+
+
+def _largest(similarity: csr_array, count: int) -> csr_array:
+    """Keep the `count` largest of each row."""
+    for begin, end in itertools.pairwise(similarity.indptr.tolist()):
+        if end - begin > count:
+            row = similarity.data[begin:end]
+            row[np.argpartition(row, -count)[:-count]] = 0
+    similarity.eliminate_zeros()
+    return similarity

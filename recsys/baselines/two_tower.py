@@ -1,0 +1,92 @@
+"""The two-tower baseline: a user's attributes and the mean of the history against an item's id and features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys.arrays import Integers, Scores
+from recsys.baselines.baseline import Baseline
+from recsys.baselines.fitting import ValidationRanking, fit
+from recsys.baselines.interactions import TrainingData
+from recsys.config import Config
+from recsys.data.sequences import ranges
+from recsys.model.item_encoder import ItemEncoder, ItemText
+from recsys.model.losses import sampled_softmax
+
+LEARNING_RATE = 0.005
+
+
+class TwoTower(nn.Module):
+    """Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width."""
+
+    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not known, column 0 is none, so that there is a column
+
+    def __init__(self, data: TrainingData, config: Config) -> None:
+        super().__init__()
+        width = config.model.width
+        without_text = config.with_values({"model.use_ids": True, "model.use_features": True, "model.id_dropout": 0.0})
+        self.items = ItemEncoder(without_text.model, data.catalogue, ItemText())
+        self.register_buffer("attributes", F.pad(torch.from_numpy(data.attributes), (1, 0, 1, 0)), persistent=False)
+        self.of_attributes = nn.EmbeddingBag(data.num_attribute_values + 1, width, mode="sum", padding_idx=0)
+        nn.init.normal_(self.of_attributes.weight, std=0.1 * width**-0.5)
+        self.dropout = nn.Dropout(config.model.dropout)
+        self.network = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def users(self, rows: Tensor, history: Tensor, starts: Tensor, item_vectors: Tensor) -> Tensor:
+        """Encode users by their rows (N,) of the attributes and histories (H,) of rows of `item_vectors`; return (N, W)."""
+        mean = F.embedding_bag(history, item_vectors, starts, mode="mean")
+        known = self.dropout(mean + self.of_attributes(self.attributes[rows]))
+        encoded: Tensor = known + self.network(known)
+        return encoded
+
+
+@dataclass(frozen=True)
+class TwoTowerRanking(Baseline):
+    """Ranks by the product of the towers; a user not known is the history alone."""
+
+    towers: TwoTower
+    max_history: int
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
+        """Score every item for each user."""
+        is_known = (users >= 0) & (users < len(self.towers.attributes) - 1)
+        rows = torch.from_numpy(np.where(is_known, users + 1, 0))
+        recent = [history[-self.max_history :] for history in histories]
+        lengths = torch.tensor([len(history) for history in recent])
+        items = self.towers.items()
+        flat = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *recent]))
+        scores: Scores = (self.towers.users(rows, flat, lengths.cumsum(0) - lengths, items) @ items.T).numpy()
+        return scores
+
+
+def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
+    """Predict each training interaction from those before it, against the others of its batch.
+
+    The others are corrected for how often they are drawn, which is how often they occur (logQ: Yi et al. 2019).
+    """
+    train, max_history = data.train, config.data.max_history
+    towers = TwoTower(data, config)
+    ranking, quality = TwoTowerRanking(towers, max_history), ValidationRanking(data)
+    places = np.flatnonzero(train.positions > 0)
+    log_frequency = torch.from_numpy(np.log(np.maximum(data.item_counts, 1) / len(train)).astype(np.float32))
+
+    def loss(samples: Tensor) -> Tensor:
+        chosen = places[samples.numpy()]
+        lengths = np.minimum(train.positions[chosen], max_history)
+        history = train.items[ranges(chosen - lengths, lengths)]
+        distinct, numbers = np.unique(np.concatenate([train.items[chosen], history]), return_inverse=True)
+        vectors = towers.items(torch.from_numpy(distinct))
+        targets, history_rows = torch.from_numpy(numbers).split([len(chosen), len(history)])
+        starts = torch.from_numpy(np.cumsum(lengths) - lengths)
+        users = towers.users(torch.from_numpy(train.users[chosen] + 1), history_rows, starts, vectors)
+        positives, ids = F.embedding(targets, vectors), torch.from_numpy(train.items[chosen])
+        total, _ = sampled_softmax(users, positives, ids, positives, ids, log_frequency[ids], torch.ones(len(ids)))
+        return total / len(ids)
+
+    fit(towers, len(places), loss, lambda: quality(ranking), config.evaluation.baseline_epochs, LEARNING_RATE)
+    return ranking

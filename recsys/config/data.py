@@ -1,0 +1,211 @@
+"""The config's section `data`: input tables, cleaning, features, splits and shards."""
+
+import codecs
+import math
+from datetime import date
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from recsys.config.base import Count, Fact, Fraction, PositiveInt, Section
+from recsys.schema import LARGEST_SECONDS, read_time
+
+AUTO = "auto"
+CSV_SEPARATORS = (",", ";", "\t", "|")
+"""Separators that are detected; others can be given."""
+
+
+def _read_seconds(value: Any) -> Any:
+    """Return a time given as ISO text, as TOML's own type or as a number in seconds since 1970."""
+    if isinstance(value, date):  # a datetime is one
+        value = value.isoformat()
+    if isinstance(value, str) and not value.lstrip("+-").isdigit():
+        seconds = read_time(value)
+        if math.isnan(seconds):
+            raise ValueError("must be seconds since 1970 or an ISO time (UTC where it names no zone); 1704067200 or 2024-01-01 would work")
+        return math.floor(seconds)
+    if isinstance(value, int) and abs(value) >= LARGEST_SECONDS:
+        raise ValueError(f"must be seconds since 1970, and has too many digits for them; {value // 1000} would be milliseconds as seconds")
+    return value
+
+
+Seconds = Annotated[int, BeforeValidator(_read_seconds)]
+
+
+class ColumnsConfig(Section):
+    """The input's names of the event columns; the catalogue's and the users' id columns have the same names."""
+
+    user_id: str = "user_id"
+    """Column of user ids."""
+    item_id: str = "item_id"
+    """Column of item ids."""
+    timestamp: str = "timestamp"
+    """Column of times."""
+    position: str = "position"
+    """Column of positions within a user's history, where there are no times."""
+    event: str = "event"
+    """Column of event kinds, such as view or purchase; optional."""
+    value: str = "value"
+    """Column of ratings or other values; optional."""
+    query: str = "query"
+    """Column of what the user typed before the event; optional; empty: ignored."""
+
+
+class CsvConfig(Section):
+    r"""How CSV files are written; `auto` detects it from the beginning of each file."""
+
+    separator: str = AUTO
+    r"""Character between fields; `\t` is a tab."""
+    quote: str = AUTO
+    """Character around fields; empty: none."""
+    escape: str = AUTO
+    """Character before a quote within quotes; empty: the quote is doubled."""
+    encoding: str = AUTO
+    """Python's name of the encoding, such as `cp1252`."""
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _name_tab(cls, value: Any) -> Any:
+        return "\t" if value in ("\\t", "tab") else value
+
+    @model_validator(mode="after")
+    def _check_characters(self) -> Self:
+        for name, examples in (("separator", CSV_SEPARATORS), ("quote", ('"', "'", "")), ("escape", ("\\", ""))):
+            value = getattr(self, name)
+            if value != AUTO and (value not in examples if not value else len(value) > 1 or not value.isascii() or value in "\r\n"):
+                raise ValueError(f"data.csv.{name} = {value!r}: must be one ASCII character or 'auto'; {examples[0]!r} would work")
+        if self.encoding != AUTO:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(f"data.csv.encoding = {self.encoding!r}: is unknown to Python; 'utf-8' or 'cp1252' would work") from None
+        return self
+
+
+class ItemFeaturesConfig(Section):
+    """Kinds of the catalogue's columns. If none is given, each column's kind follows from its type."""
+
+    text: tuple[str, ...] = ()
+    """Columns that the language model reads, in this order; the first is the title."""
+    categories: tuple[str, ...] = ()
+    """Columns of one category or a list of categories."""
+    numbers: tuple[str, ...] = ()
+    """Columns of numbers; they are standardised."""
+    vectors: tuple[str, ...] = ()
+    """Columns of pretrained vectors."""
+    ignored: tuple[str, ...] = ()
+    """Columns that are not used."""
+    separator: str = "|"
+    """Splits text into categories; empty: no splitting."""
+    statistics: bool = False
+    """Add statistics of the training interactions, such as popularity and mean value, as item features."""
+
+    @property
+    def names_columns(self) -> bool:
+        """Return whether any feature column is configured."""
+        return bool(self.text or self.categories or self.numbers or self.vectors)
+
+
+class CleaningConfig(Section):
+    """Which readable events are dropped; every rule counts what it drops. Rules about time need timestamps."""
+
+    max_events_per_minute: PositiveInt | None = None
+    """A user with more events within any minute of the clock is a bot and dropped entirely."""
+    min_time: Seconds = 0
+    """Earliest time that is kept."""
+    max_time: Seconds = 4_102_444_800  # 2100-01-01
+    """Latest time that is kept."""
+    min_value: float | None = None
+    """Smallest value that is kept."""
+    max_value: float | None = None
+    """Largest value that is kept."""
+    reject_negative_ids: bool = False
+    """Drop events whose user or item id is a negative number."""
+
+
+class SyntheticConfig(Section):
+    """The seeded generator of `data.source = "synthetic"`."""
+
+    num_users: Annotated[int, Field(ge=10)] = 2000
+    """Number of users."""
+    num_items: Annotated[int, Field(ge=10)] = 800
+    """Number of items."""
+    mean_events: Annotated[float, Field(ge=3)] = 40.0
+    """Mean number of events per user."""
+    num_tastes: Annotated[int, Field(ge=2)] = 12
+    """Number of latent tastes of users and items."""
+    seed: int = 0
+    """Seed of the generator."""
+
+
+class DataConfig(Section):
+    """Input tables, how they are cleaned and split, and the dataset that training reads."""
+
+    source: Annotated[Literal["files", "synthetic"], Fact.INPUT, Fact.MAY_CHANGE] = "files"
+    """Read `files`, or generate `synthetic` events."""
+    folder: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """Folder that has all tables under their usual names."""
+    events: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """Event table: a file, a folder or a pattern."""
+    items: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """Catalogue: a file, a folder or a pattern; optional."""
+    users: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """User attributes: a file, a folder or a pattern; optional."""
+    dataset: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """Dataset that training reads, as `jobs.prepare_data` printed it."""
+    base: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    """Dataset that these events are appended to."""
+    columns: Annotated[ColumnsConfig, Fact.INPUT] = ColumnsConfig()
+    csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
+    item_features: ItemFeaturesConfig = ItemFeaturesConfig()
+    time_unit: Annotated[Literal["auto", "s", "ms", "us", "ns"], Fact.INPUT] = "auto"
+    """Unit of times that are numbers; `auto` tells it from their digits."""
+    cleaning: CleaningConfig = CleaningConfig()
+    pseudonym_key_env: str = ""
+    """Environment variable with the key that user ids are hashed with; empty: ids are kept."""
+    synthetic: Annotated[SyntheticConfig, Fact.INPUT] = SyntheticConfig()
+    event_kinds: tuple[str, ...] = ()
+    """Event kinds from weak to strong; kinds that are not listed follow in the known order."""
+    like_threshold: float = 4.0
+    """Values from here on count as a like."""
+    k_core: Count = 0
+    """Drop users and items with fewer interactions, repeatedly; 0: none."""
+    split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
+    """Hold out each user's last two interactions, all after a `time`, or a `random` share; a user's training interactions come first."""
+    validation_from: Seconds | None = None
+    """Start of the validation data, for `split = "time"`."""
+    test_from: Seconds | None = None
+    """Start of the test data, for `split = "time"`."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of all interactions in the test data, for `split = "random"`."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the remaining interactions in the validation data, for `split = "random"`."""
+    withheld_items: Fraction = 0.0
+    """Share of the catalogue that is kept out of training, so that it is cold in validation and test."""
+    split_seed: int = 0
+    """Seed of random splits and of the withheld items."""
+    max_history: Annotated[int, Field(ge=2, le=4096)] = 50
+    """Longest history that the model reads; below the dataset's, training uses the end of each sample."""
+    window_stride: PositiveInt | None = None
+    """Interactions between the starts of two training samples of a long history; unset: `max_history`."""
+    session_gap_seconds: PositiveInt = 1800
+    """A longer pause ends a session."""
+    num_shards: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Number of training shards; unset: from the size of the input."""
+    row_group_rows: PositiveInt = 1024
+    """Samples per Parquet row group."""
+    num_streams: Annotated[int, Field(ge=1, le=5040)] = 48
+    """Streams that samples are dealt from in turn."""
+    max_file_memory_bytes: Annotated[int, Field(ge=64 << 20), Fact.INPUT] = 4 << 30
+    """A file that needs more memory to be read is refused."""
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.split == "time":
+            if self.validation_from is None or self.test_from is None:
+                raise ValueError("data.split = 'time' needs data.validation_from and data.test_from, such as 1704067200 or 2024-01-01")
+            if self.validation_from >= self.test_from:
+                raise ValueError("data.validation_from must be before data.test_from")
+        if self.window_stride is not None and self.window_stride > self.max_history:
+            raise ValueError(f"data.window_stride must be at most data.max_history ({self.max_history})")
+        return self

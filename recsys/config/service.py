@@ -1,0 +1,61 @@
+"""The config's sections `export` and `service`: publishing versions and answering from them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from recsys.config.base import Count, Fact, NonNegative, Positive, PositiveInt, Section
+
+
+class ExportConfig(Section):
+    """Publishing an immutable version and moving the aliases."""
+
+    checkpoint: Annotated[str, Fact.PATH] = ""
+    """Checkpoint to export, as `jobs.train` or `tune.search` printed it."""
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
+    """Name that versions are published under; empty: the run's."""
+    promote: Literal["if_better", "always", "never"] = "if_better"
+    """When the alias `production` moves to the new version."""
+    num_golden: Count = 16
+    """Answers that are stored with the version and compared by every replica before it serves."""
+
+
+class ServiceConfig(Section):
+    """The HTTP endpoint."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0: a free one."""
+    export: str = ""
+    """Name of the export to serve; empty: `export.name`."""
+    alias: str = "production"
+    """Alias of the version to serve."""
+    token_env: str = "RECSYS_SERVICE_TOKEN"
+    """Environment variable with the bearer token."""
+    max_body_bytes: PositiveInt = 1_000_000
+    """Largest request body."""
+    max_k: PositiveInt = 500
+    """Largest `k` of a request."""
+    max_candidates: PositiveInt = 5000
+    """Most candidates of a request."""
+    max_batch_size: PositiveInt = 32
+    """Most requests that are answered at once."""
+    batch_wait_seconds: NonNegative = 0.002
+    """How long a request waits for others to be answered with."""
+    min_replicas: PositiveInt = 1
+    """Fewest scorer replicas."""
+    max_replicas: PositiveInt = 2
+    """Most scorer replicas."""
+    ingress_replicas: PositiveInt = 1
+    """Replicas of the HTTP ingress."""
+    cpus_per_replica: Positive = 1
+    """CPUs that Ray reserves per scorer replica."""
+    request_timeout_seconds: Positive = 10.0
+    """A request that takes longer is answered with an error."""
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"service.min_replicas = {self.min_replicas} must be at most service.max_replicas = {self.max_replicas}")
+        return self

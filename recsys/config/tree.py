@@ -1,0 +1,161 @@
+"""The whole config tree, and loading it from TOML and `--set`."""
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import PrivateAttr, ValidationError, model_validator
+
+from recsys.config.base import Fact, Section, fields_of
+from recsys.config.data import DataConfig
+from recsys.config.errors import explain
+from recsys.config.evaluation import EvaluationConfig, SearchConfig
+from recsys.config.model import ModelConfig
+from recsys.config.service import ExportConfig, ServiceConfig
+from recsys.config.storage import RunConfig, StorageConfig
+from recsys.config.training import CheckpointConfig, FairnessConfig, OptimizerConfig, PretrainingConfig, TrainingConfig
+from recsys.errors import UserError
+
+
+class Config(Section):
+    """One config for every stage; each stage reads the sections that it needs."""
+
+    storage: Annotated[StorageConfig, Fact.MAY_CHANGE] = StorageConfig()
+    run: Annotated[RunConfig, Fact.MAY_CHANGE] = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    fairness: FairnessConfig = FairnessConfig()
+    pretraining: PretrainingConfig = PretrainingConfig()
+    checkpoint: Annotated[CheckpointConfig, Fact.MAY_CHANGE] = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    search: Annotated[SearchConfig, Fact.MAY_CHANGE] = SearchConfig()
+    export: Annotated[ExportConfig, Fact.MAY_CHANGE] = ExportConfig()
+    service: Annotated[ServiceConfig, Fact.MAY_CHANGE] = ServiceConfig()
+
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Return the keys that a file or the command line gave; the others have their default or were adopted."""
+        return self._given
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        bad = [width for width in self.search.width if width % self.model.num_heads]
+        if bad:
+            raise ValueError(
+                f"search.width = {list(self.search.width)}: {bad[0]} must be divisible by model.num_heads = {self.model.num_heads}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.training.shuffle_histories and self.model.use_gaps:
+            raise ValueError("training.shuffle_histories = true leaves no time between interactions to learn; set model.use_gaps=false")
+        return self
+
+    @property
+    def export_name(self) -> str:
+        """Return the name that versions are published under."""
+        return self.export.name or self.run.name.replace("/", ".")
+
+    @property
+    def served_export(self) -> str:
+        """Return the export name that the service answers from."""
+        return self.service.export or self.export_name
+
+    def as_given(self, keys: frozenset[str]) -> "Config":
+        """Return a copy for which these keys were given."""
+        copy = self.model_copy()
+        copy._given = keys
+        return copy
+
+    def with_values(self, values: dict[str, Any]) -> "Config":
+        """Return a copy with `{"section.key": value}` replaced, checked as a whole.
+
+        Raises:
+            UserError: a key is unknown or a value breaks a rule.
+        """
+        tree = self.model_dump(mode="json")
+        for key, value in values.items():
+            _put(tree, key, value)
+        return _validate(tree, self.given)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, check all, and make local paths absolute.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value breaks a rule; one line.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: is not valid TOML: {error}") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or "." not in key:
+            raise UserError(f"--set {override}: must be section.key=value, such as --set training.epochs=3")
+        _put(tree, key, _parse_value(text))
+    return _with_absolute_paths(_validate(tree, frozenset(_keys(tree))))
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}",)
+
+
+def _parse_value(text: str) -> Any:
+    """Read a value as TOML would; what is not TOML is a plain string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: '{parent}' is a value, not a section")
+    tree[last] = value
+
+
+def _validate(tree: dict[str, Any], given: frozenset[str]) -> Config:
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, Config)) from None
+    return config.as_given(given)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Make local paths absolute, since workers and jobs run in folders of their own."""
+    values: dict[str, Any] = {}
+    for key, _, facts in fields_of(Config):
+        if facts.isdisjoint((Fact.PATH, Fact.PATH_OR_NAME)):
+            continue
+        value = attrgetter(key)(config)
+        if not isinstance(value, str):
+            values[key] = [_absolute(path) for path in value]
+        elif value and (Fact.PATH in facts or Path(value).is_dir()):
+            values[key] = _absolute(value)
+    return config.with_values(values)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())

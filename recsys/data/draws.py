@@ -1,0 +1,70 @@
+"""Seeded draws that are the same on every machine, device and version: a hash of integers, and negatives of sampled losses."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.config import Config
+from recsys.config.model import ModelConfig
+from recsys.data.items import ItemFeatures
+
+_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def stable_hash(numbers: Tensor, seed: int) -> Tensor:
+    """Hash int64 numbers to int64 from 0 to 2^63 - 1, another way for each seed: splitmix64 (Steele et al. 2014)."""
+    words = numbers + _signed(_STEP * (seed + 1))
+    words = (words ^ _shift(words, 30)) * _signed(_FIRST)  # wraps at 64 bits
+    words = (words ^ _shift(words, 27)) * _signed(_SECOND)
+    return (words ^ _shift(words, 31)) & (2**63 - 1)
+
+
+def sample_draws(sample_ids: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draw a number for each sample, another one in each epoch, to be hashed further: what is drawn is the same on any number of ranks."""
+    return stable_hash(stable_hash(sample_ids, seed), epoch)
+
+
+def _shift(words: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros whatever the sign."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """Read the lowest 64 bits as a signed number, the only kind that tensors hold."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def negative_items(catalogue: ItemFeatures, model: ModelConfig) -> torch.Tensor:
+    """List the items that a target is compared with, by catalogue index: those that training saw, or every one.
+
+    To be scored low is all that an item which training never saw could learn as a negative. So it is none where training teaches what
+    text and features are worth alone; where it does not, nothing else would keep the score of such an item down.
+    """
+    is_compared = catalogue.train_count > 0
+    if not model.scores_unseen_items:
+        is_compared = torch.arange(len(is_compared)) > 0
+    return torch.nonzero(is_compared).flatten()
+
+
+class NegativeSampler:
+    """Draws each step's negatives, the same on every rank: uniformly from `negative_items`, or as often as training saw them."""
+
+    def __init__(self, catalogue: ItemFeatures, config: Config) -> None:
+        loss = config.model.loss
+        self._num = loss.num_negatives if loss.draws_negatives else 0
+        self._seed = config.training.seed
+        weights = catalogue.train_count.double().numpy()
+        if loss.negatives != "popularity":
+            weights = np.zeros_like(weights)
+            weights[negative_items(catalogue, config.model).numpy()] = 1
+        self._log_probability = np.log(weights / weights.sum(), where=weights > 0, out=np.full(len(weights), -np.inf))
+        cumulative = weights.cumsum() / weights.sum()
+        self._cumulative = cumulative / cumulative[-1]
+
+    def draw(self, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return catalogue indices (K,) drawn with replacement and the log probability of each."""
+        if self._num == 0:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        uniform = np.random.default_rng((self._seed, epoch, step, 1)).random(self._num)
+        indices = np.searchsorted(self._cumulative, uniform, side="right")
+        return torch.from_numpy(indices), torch.from_numpy(self._log_probability[indices]).float()

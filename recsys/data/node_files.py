@@ -1,0 +1,236 @@
+"""Files that the processes of a node share: a cache with a limit, and files that are built once under a lock and memory-mapped."""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from recsys.errors import UserError
+from recsys.store import private_folder
+from recsys.store.backends import replacing
+
+logger = logging.getLogger(__name__)
+_KEPT_SHARE = 0.8
+_CHECKED_SHARE = 0.01
+
+
+class DiskCache:
+    """Least recently used entries are dropped; a full disk turns it off, with a warning.
+
+    Each process looks at the folder's size again after it has written a hundredth of the limit, and then frees a fifth, so that
+    up to twenty processes together stay below the limit.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = private_folder(folder)
+        self._max_bytes = max_bytes
+        self._unchecked_bytes = max_bytes
+        self._is_on = max_bytes > 0
+
+    def get(self, key: str) -> bytes | None:
+        """Return what was put under a key, if it is still there."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return data
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep bytes under a key; an entry that alone is too large for the limit is not kept."""
+        if not self._is_on or len(data) > self._max_bytes * _CHECKED_SHARE * 10:
+            return
+        try:
+            self._make_room(len(data))
+            with replacing(self._path(key)) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            self._is_on = False
+            logger.warning("%s: cannot keep what is read (%s); reading goes on without it; free disk space", self._folder, error.strerror)
+
+    def drop(self, key: str) -> None:
+        """Forget an entry, such as one that turned out to be damaged."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self._folder / name[:2] / name
+
+    def _make_room(self, num_bytes: int) -> None:
+        self._unchecked_bytes += num_bytes
+        if self._unchecked_bytes < self._max_bytes * _CHECKED_SHARE:
+            return
+        self._unchecked_bytes = 0
+        with self._alone():
+            entries = sorted(self._entries())
+            total = sum(size for _, size, _ in entries) + num_bytes
+            if total <= self._max_bytes * (1 - 20 * _CHECKED_SHARE):
+                return
+            for _, size, path in entries:
+                if total <= self._max_bytes * _KEPT_SHARE * (1 - 20 * _CHECKED_SHARE):
+                    return
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                total -= size
+
+    def _entries(self) -> Iterator[tuple[int, int, str]]:
+        """Give (time of last use, bytes, path) of each entry."""
+        for folder in os.scandir(self._folder):
+            for entry in os.scandir(folder.path) if folder.is_dir() else ():
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    yield status.st_mtime_ns, status.st_size, entry.path
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one process at a time free space."""
+        with (self._folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+KEPT_UNUSED_SECONDS = 7 * 24 * 3600
+"""An entry that nobody opened for so long is removed when another one is built beside it."""
+
+_STRINGS_AT_ONCE = 4096
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def shared_entry(folder: Path, build: Callable[[Path], None]) -> Iterator[Path]:
+    """Give the folder that `build` has filled, here or in another process of this node.
+
+    Whoever comes first builds, the others wait. A builder writes under another name, so one that dies leaves nothing that is read.
+    Files must be opened inside the block; what is mapped then stays readable even when the entry is removed later.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with locked(folder):
+        if not folder.is_dir():
+            _build(folder, build)
+        os.utime(folder)
+        yield folder
+
+
+@contextmanager
+def locked(folder: Path, waits: bool = True) -> Iterator[None]:
+    """Hold the node's lock of that name, which the system gives up for a process that dies.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one does not wait.
+    """
+    private_folder(folder.parent)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        yield
+
+
+def create_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Make an array of zeros in a file, to be filled in place.
+
+    The disk's space is taken here, where a full disk is an error: met later, in mapped memory, it would kill the process.
+    """
+    array = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def map_array(path: Path) -> Tensor:
+    """View an array's file as a tensor, which nobody may write to: the memory is read-only, and writing would end the process."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def write_table(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+    """Write tables of one schema as an uncompressed Arrow file, part by part."""
+    with pa.ipc.new_file(path, schema) as writer:
+        for part in parts:
+            writer.write_table(part)
+
+
+def map_table(path: Path) -> pa.Table:
+    """View an Arrow file as a table."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+class Strings(Sequence[str]):
+    """A column of strings read like a list of them; each is made when it is asked for, so that none is held in memory."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Strings": ...
+    def __getitem__(self, index: int | slice) -> "str | Strings":
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError(f"a slice of strings has step 1, not {step}")
+            return Strings(self._column.slice(start, max(0, stop - start)))
+        text: str = self._column[int(index)].as_py()
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            for begin in range(0, len(chunk), _STRINGS_AT_ONCE):
+                yield from chunk.slice(begin, _STRINGS_AT_ONCE).to_pylist()
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    """Fill a folder under another name and rename it; the caller holds the entry's lock, so a leftover is a dead builder's."""
+    _remove_unused(folder.parent)
+    new = _unfinished(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        build(private_folder(new))
+        pa.default_memory_pool().release_unused()  # or this process would keep what it read, for as long as it lives
+        for path in filter(Path.is_file, new.rglob("*")):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(new, folder)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise UserError(
+            f"run.scratch: the disk of {folder.parent} is full; free space there, or set run.scratch to a larger disk"
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.new")
+
+
+def _remove_unused(parent: Path) -> None:
+    for folder in [path for path in parent.iterdir() if path.is_dir()]:
+        with suppress(FileNotFoundError, BlockingIOError):
+            if time.time() - folder.stat().st_mtime > KEPT_UNUSED_SECONDS:
+                with locked(folder.with_name(folder.name.removesuffix(".new")), waits=False):
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -1,1 +1,0 @@
-"""Raw tables to the shards of a dataset; `recsys.data.prepare` is the way in."""

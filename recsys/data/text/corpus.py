@@ -1,0 +1,184 @@
+"""What the language model is pretrained on: the catalogue's texts with hidden tokens, and pairs of texts; their order is `plan.py`'s.
+
+Every draw is a hash of the seed, the epoch and the item, so that it is the same wherever and with whatever else an item is read.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.arrays import Floats, Integers, Mask
+from recsys.data.draws import stable_hash
+from recsys.data.items import ItemFeatures, node_folder
+from recsys.data.manifest import Dataset
+from recsys.data.node_files import create_array, map_array, shared_entry
+from recsys.data.sequences import map_tensors
+from recsys.data.text.pairs import Partners
+from recsys.errors import UserError
+from recsys.schema import PADDING_ITEM
+
+NO_TARGET = -100
+"""The target of a token that is not to be predicted, which cross-entropy ignores."""
+
+VALIDATION = 1 << 32
+"""Stands for the epoch in the draws of the validation, which are the same each time."""
+
+_FORMAT = "v1"
+_FEWEST_HELD_OUT = 64
+_MOST_HELD_OUT = 4096
+
+
+@dataclass(frozen=True)
+class HiddenTokens:
+    """Right-padded tokens (B, T), how many are real (B,), and what is to be predicted at each place (B, T)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Items and a partner of each. The first B rows of `tokens` and `lengths` are the items', the others the partners'."""
+
+    items: Tensor  # (B,)
+    partners: Tensor  # (B,) PADDING_ITEM where an item has none
+    known: Tensor  # (B, K) all partners of an item, filled up with PADDING_ITEM
+    tokens: Tensor  # (2B, T)
+    lengths: Tensor  # (2B,)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """One micro batch of items (B,), with a part for each objective. T is the longest text's tokens."""
+
+    sample_ids: Tensor
+    hidden: HiddenTokens | None
+    pairs: Pairs | None
+
+    def to(self, device: torch.device) -> "TextBatch":
+        """Copy to a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return TextBatch(self.sample_ids, self.hidden and map_tensors(self.hidden, move), self.pairs and map_tensors(self.pairs, move))
+
+    def valid_counts(self) -> Tensor:
+        """Count the tokens to predict, then the pairs, as far as there are such parts; float64 since they are summed over ranks."""
+        counts = [(self.hidden.targets != NO_TARGET).sum()] if self.hidden else []
+        counts += [(self.pairs.partners != PADDING_ITEM).sum()] if self.pairs else []
+        return torch.stack(counts).to(torch.float64)
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """The items with text in the order of a hash of their indices, which a run shuffles anew; the first are held out for validation."""
+
+    held_out: Integers
+    trained: NDArray[np.int32]
+
+    @classmethod
+    def read(cls, dataset: Dataset, catalogue: ItemFeatures, scratch: Path) -> "TextSplit":
+        """Order the items, once on this node; a twentieth is held out, of a small catalogue more and of a large one less.
+
+        Raises:
+            UserError: there are too few.
+        """
+
+        def build(folder: Path) -> None:
+            items = np.flatnonzero(catalogue.has_text.numpy())
+            create_array(folder / "order.npy", (len(items),), np.int32)[:] = items[np.argsort(_hash(items))]
+
+        with shared_entry(node_folder(scratch, dataset.manifest, f"texts-{_FORMAT}"), build) as entry:
+            order = map_array(entry / "order.npy").numpy()
+        num_held_out = min(max(len(order) // 20, min(_FEWEST_HELD_OUT, len(order) // 5)), _MOST_HELD_OUT)
+        if not num_held_out:
+            raise UserError(f"data.dataset = {dataset.uri}: has {len(order)} items with text; pretraining needs 5 or more")
+        return cls(order[:num_held_out].astype(np.int64), order[num_held_out:])
+
+    def is_held_out(self, items: Integers) -> Mask:
+        """Tell which items are held out; those without text may be either."""
+        return np.asarray(_hash(items) <= _hash(self.held_out[-1:]))
+
+
+@dataclass(frozen=True)
+class Hiding:
+    """How tokens become targets. Without a `mask_token` each token but the first is one, predicted from those before it.
+
+    Otherwise the share `fraction` of the tokens, `special` ones aside. Of them 8 in 10 are replaced by the mask token, 1 in 10 by any
+    token, and 1 in 10 stay (Devlin et al. 2019, section 3.1).
+    """
+
+    fraction: float
+    mask_token: int | None
+    special: tuple[int, ...]
+    vocabulary: int
+
+    def __call__(self, tokens: Integers, lengths: Integers, draws: Floats) -> HiddenTokens:
+        """Hide tokens (B, T) by draws (B, 3, T) in [0, 1)."""
+        is_target = np.arange(tokens.shape[1]) < lengths[:, None]
+        if self.mask_token is None:
+            targets = np.roll(np.where(is_target, tokens, NO_TARGET), -1, axis=1)
+            targets[:, -1] = NO_TARGET
+        else:
+            chosen, action, replacement = np.moveaxis(draws, 1, 0)
+            is_target &= ~np.isin(tokens, self.special) & (chosen < self.fraction)
+            targets = np.where(is_target, tokens, NO_TARGET)
+            others = (replacement * self.vocabulary).astype(np.int64)
+            tokens = np.where(is_target, np.select([action < 0.8, action < 0.9], [self.mask_token, others], tokens), tokens)
+        return HiddenTokens(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(targets))
+
+
+@dataclass(frozen=True)
+class TextCollator:
+    """Turns items into a `TextBatch`, without hidden tokens where there is no `hiding`, without pairs where there are no `partners`."""
+
+    tokens: Tensor  # (I + 1, T)
+    lengths: Tensor  # (I + 1,)
+    split: TextSplit
+    hiding: Hiding | None
+    partners: Partners | None
+    seed: int
+
+    def __call__(self, items: Integers, epoch: int) -> TextBatch:
+        """Build a micro batch; no items give the padding item, so that every rank runs every step."""
+        items = items if len(items) else np.array([PADDING_ITEM])
+        width = self.tokens.shape[1]
+        draws = _hash(self.seed, epoch, items[:, None], np.arange(1 + 3 * width)) // 2**10 / 2.0**53
+        hidden = pairs = None
+        if self.hiding:
+            tokens, lengths = self._texts(items)
+            own = draws[:, 1:].reshape(-1, 3, width)[:, :, : tokens.shape[1]]
+            hidden = self.hiding(tokens, lengths, own)
+            hidden.targets[torch.from_numpy(items == PADDING_ITEM)] = NO_TARGET
+        if self.partners:
+            pairs = self._pairs(self.partners, items, draws[:, :1], may_be_held_out=epoch == VALIDATION)
+        return TextBatch(torch.from_numpy(items), hidden, pairs)
+
+    def _pairs(self, source: Partners, items: Integers, draws: Floats, may_be_held_out: bool) -> Pairs:
+        """Draw a partner of each item by how often they were taken together; what is held out is no partner in training."""
+        known, counts = source.of(items)
+        ends = np.cumsum(counts if may_be_held_out else counts * ~self.split.is_held_out(known), axis=1)  # (B, K)
+        has_partner = ends[:, -1] > 0
+        places = (ends <= draws * ends[:, -1:]).sum(1) * has_partner
+        partners = np.where(has_partner, np.take_along_axis(known, places[:, None], axis=1)[:, 0], PADDING_ITEM)
+        tokens, lengths = self._texts(np.concatenate([items, partners]))
+        return Pairs(*map(torch.from_numpy, (items, partners, known, tokens, lengths)))
+
+    def _texts(self, items: Integers) -> tuple[Integers, Integers]:
+        """Return tokens (B, T) and lengths (B,), cut to the longest."""
+        lengths = self.lengths[items].numpy().astype(np.int64)
+        return self.tokens[items, : lengths.max()].numpy().astype(np.int64), lengths
+
+
+def _hash(*parts: int | Integers) -> Integers:
+    """Hash numbers, broadcast against each other, to numbers from 0 to 2^63 - 1."""
+    value = torch.zeros(1, dtype=torch.int64)
+    for part in parts:
+        value = stable_hash(value ^ torch.as_tensor(part), seed=0)
+    return value.numpy()

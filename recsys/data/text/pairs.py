@@ -1,0 +1,149 @@
+"""Which items the same users took near one another, counted from the training rows within bounded memory; texts are not looked at here."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from recsys.arrays import Integers, Mask
+from recsys.data.items import ItemFeatures, node_folder
+from recsys.data.manifest import Dataset
+from recsys.data.node_files import create_array, map_array, shared_entry
+from recsys.data.shards import RowGroupSource
+from recsys.errors import UserError
+
+MOST_PARTNERS = 32
+"""So many partners of an item are kept, the most frequent ones."""
+
+_FORMAT = "v1"
+_CHUNK_PAIRS = 1 << 22
+_BLOCK_PAIRS = 1 << 24
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Of each item those that users took within `window` interactions of it, the most frequent first; item i's are
+    `items[offsets[i]:offsets[i + 1]]`, and `counts` says how often. The arrays are views of files."""
+
+    offsets: Integers  # (I + 2,)
+    items: NDArray[np.int32]
+    counts: NDArray[np.int32]
+
+    @classmethod
+    def read(cls, dataset: Dataset, catalogue: ItemFeatures, window: int, scratch: Path) -> "Partners":
+        """Count the pairs of items with text in the training rows, once on this node.
+
+        Raises:
+            UserError: there is no such pair.
+        """
+
+        def build(folder: Path) -> None:
+            logger.info("pretraining: counting the items that users took within %d interactions of each other, once on this node", window)
+            _count(dataset, catalogue, window, folder)
+
+        with shared_entry(node_folder(scratch, dataset.manifest, f"partners-{_FORMAT}-{window}"), build) as entry:
+            return cls(*(map_array(entry / f"{name}.npy").numpy() for name in ("offsets", "items", "counts")))
+
+    def of(self, items: Integers) -> tuple[Integers, Integers]:
+        """Return the partners of items (B,) and their counts, both (B, K), zeros behind; K is the longest list's length, 1 at least."""
+        starts = self.offsets[items]
+        lengths = self.offsets[items + 1] - starts
+        places = np.arange(lengths.max(initial=1))
+        is_real = places < lengths[:, None]
+        partners, counts = np.zeros((2, *is_real.shape), np.int64)
+        where = (starts[:, None] + places)[is_real]
+        partners[is_real], counts[is_real] = self.items[where], self.counts[where]
+        return partners, counts
+
+
+def near_pairs(table: pa.Table, window: int) -> Iterator[tuple[Integers, Integers]]:
+    """Give the items of training rows (TRAIN_SCHEMA) that are at most `window` interactions apart, as earlier and later ones.
+
+    Rows may overlap, but an interaction is a target in one of them only: a pair counts where its later one is a target, and is not found
+    where a cut between two rows of a long history parts it.
+    """
+    lists = table["items"].combine_chunks()
+    items, lengths = lists.flatten().to_numpy().astype(np.int64), lists.value_lengths().to_numpy()
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(items)) - (np.cumsum(lengths) - lengths)[row]
+    is_target = place >= table["first_target"].to_numpy()[row]
+    for distance in range(1, window + 1):
+        earlier, later = items[:-distance], items[distance:]
+        is_pair = (row[:-distance] == row[distance:]) & is_target[distance:] & (earlier != later)
+        yield earlier[is_pair], later[is_pair]
+
+
+def _count(dataset: Dataset, catalogue: ItemFeatures, window: int, folder: Path) -> None:
+    """Fill a folder with the arrays of `Partners`.
+
+    Sorted pieces of the pairs go to files by blocks of items, with about equally many pairs each; then block after block is summed up.
+    """
+    base = catalogue.num_items + 1
+    load = np.cumsum(catalogue.train_count.numpy())
+    num_blocks = max(1, -(-2 * window * int(load[-1]) // _BLOCK_PAIRS))
+    bounds = np.searchsorted(load, load[-1] * np.arange(1, num_blocks) // num_blocks, side="right")
+    lengths = np.zeros(base, np.int64)
+    with TemporaryDirectory(dir=folder) as temporary:
+        blocks = [Path(temporary) / str(number) for number in range(num_blocks)]
+        for path in blocks:
+            path.touch()
+        for keys, counts in _sorted_pieces(dataset, catalogue.has_text.numpy(), window, base):
+            pieces = np.split(np.stack([keys, counts], 1), np.searchsorted(keys, bounds * base))
+            for path, piece in zip(blocks, pieces, strict=True):
+                with path.open("ab") as file:
+                    piece.tofile(file)
+        for path in blocks:
+            anchors, partners, counts = _most_frequent(np.fromfile(path, np.int64).reshape(-1, 2), base)
+            lengths += np.bincount(anchors, minlength=base)
+            np.stack([partners, counts]).astype(np.int32).tofile(path)
+        if not lengths.any():
+            raise UserError(
+                "pretraining.objectives: 'contrastive' needs users who took two items with text one after the other, and there are none; "
+                "pretraining.objectives=['masked'] would work"
+            )
+        _join(folder, blocks, lengths)
+
+
+def _sorted_pieces(dataset: Dataset, has_text: Mask, window: int, base: int) -> Iterator[tuple[Integers, Integers]]:
+    """Read the training rows and give pairs in both directions as keys `item * base + partner`, sorted, with their counts."""
+    source = RowGroupSource(dataset, ("items", "first_target"))
+    pending: list[Integers] = []
+    for group in range(sum(len(shard.row_groups) for shard in dataset.manifest.train_shards)):
+        for earlier, later in near_pairs(source.read(group), window):
+            has_both = has_text[earlier] & has_text[later]
+            pending += [(earlier * base + later)[has_both], (later * base + earlier)[has_both]]
+        if sum(map(len, pending)) >= _CHUNK_PAIRS:
+            yield np.unique(np.concatenate(pending), return_counts=True)
+            pending = []
+    if pending:
+        yield np.unique(np.concatenate(pending), return_counts=True)
+
+
+def _most_frequent(pieces: Integers, base: int) -> tuple[Integers, Integers, Integers]:
+    """Sum the counts of equal keys (rows are key and count); return items, partners and counts, the best `MOST_PARTNERS` per item."""
+    keys, inverse = np.unique(pieces[:, 0], return_inverse=True)
+    counts = np.bincount(inverse, weights=pieces[:, 1], minlength=len(keys)).astype(np.int64)
+    anchors, partners = np.divmod(keys, base)
+    order = np.lexsort((partners, -counts, anchors))
+    anchors, partners, counts = anchors[order], partners[order], counts[order]
+    is_kept = np.arange(len(anchors)) - np.searchsorted(anchors, anchors) < MOST_PARTNERS
+    return anchors[is_kept], partners[is_kept], counts[is_kept]
+
+
+def _join(folder: Path, blocks: Sequence[Path], lengths: Integers) -> None:
+    create_array(folder / "offsets.npy", (len(lengths) + 1,), np.int64)[1:] = np.cumsum(lengths)
+    items, counts = (create_array(folder / f"{name}.npy", (int(lengths.sum()),), np.int32) for name in ("items", "counts"))
+    begin = 0
+    for path in blocks:
+        block = np.fromfile(path, np.int32).reshape(2, -1)
+        end = begin + block.shape[1]
+        items[begin:end], counts[begin:end] = block
+        begin = end

@@ -1,0 +1,147 @@
+"""Queries, those that users typed and those made of items' texts, and which samples are asked with one; encoding them is the model's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys.arrays import Integers, Mask
+from recsys.data.draws import sample_draws, stable_hash
+from recsys.data.items import node_folder
+from recsys.data.manifest import Dataset
+from recsys.data.node_files import Strings, map_table, shared_entry, write_table
+from recsys.data.sequences import Rows, ranges
+from recsys.schema import QUERIES_SCHEMA, QUERY
+
+_FORMAT = "v1"
+
+NUM_VARIANTS = 4
+"""So many queries are made of each item's text for training."""
+
+EVALUATION_VARIANT = NUM_VARIANTS
+"""What an evaluation asks is made as in training, and by draws that training never makes."""
+
+MAX_WORDS = 8
+FIRST_WORDS = 32
+"""A query has words of a text's beginning alone, since the language model reads no more of it."""
+
+ALONE_RATE = 0.1
+"""In so many of the cases there is no history before the query, as of a user of whom nothing else is known."""
+
+
+def drop_words(text: str, item: int, variant: int) -> str:
+    """Keep 1 to `MAX_WORDS` words of a text, in their order; the draws depend on the item's index and the variant alone."""
+    words = text.split()[:FIRST_WORDS]
+    if not words:
+        return ""
+    draws = stable_hash(stable_hash(torch.tensor(item), variant) + torch.arange(len(words) + 1), 0).numpy()
+    num_kept = 1 + int(draws[0]) % min(len(words), MAX_WORDS)
+    return " ".join(words[place] for place in sorted(np.argsort(draws[1:])[:num_kept].tolist()))
+
+
+def read_queries(dataset: Dataset, scratch: Path) -> Sequence[str]:
+    """Read what users typed, by index less one, from a file below `scratch` that all processes of the node share."""
+    if not dataset.manifest.num_queries:
+        return ()
+
+    def build(folder: Path) -> None:
+        write_table(folder / "queries.arrow", QUERIES_SCHEMA, (dataset.read_shard(shard) for shard in dataset.manifest.query_shards))
+
+    with shared_entry(node_folder(scratch, dataset.manifest, f"queries-{_FORMAT}"), build) as folder:
+        return Strings(map_table(folder / "queries.arrow")[QUERY])
+
+
+class QueryTexts(Sequence[str]):
+    """All queries that training asks. Row v x (I + 1) + i is variant v of item i's text, made when it is asked for; behind are `typed`."""
+
+    def __init__(self, texts: Sequence[str], typed: Sequence[str] = ()) -> None:
+        self._texts, self._typed = texts, typed
+
+    def __len__(self) -> int:
+        return NUM_VARIANTS * len(self._texts) + len(self._typed)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        place = range(len(self))[row]
+        if place >= NUM_VARIANTS * len(self._texts):
+            return self._typed[place - NUM_VARIANTS * len(self._texts)]
+        variant, item = divmod(place, len(self._texts))
+        return drop_words(self._texts[item], item, variant)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The Q targets of a micro batch that are predicted with a query too, those first whose query follows their sample's whole history.
+
+    The others, E of them, come after a part of it or after nothing, which is a history of its own.
+    """
+
+    samples: Integers  # (Q,) places among the rows
+    targets: Integers  # (Q,) places in their samples
+    texts: Integers  # (Q,) rows of `QueryTexts`
+    own_lengths: Integers  # (E,)
+
+    @property
+    def num_whole(self) -> int:
+        """How many queries follow a whole history."""
+        return len(self.samples) - len(self.own_lengths)
+
+    def histories(self, starts: Integers, lengths: Integers) -> tuple[Integers, Integers, Mask]:
+        """Add the E others behind the samples' histories: where each starts, its length, and whether a query follows it."""
+        has_query = np.zeros(len(starts) + len(self.own_lengths), np.bool_)
+        has_query[self.samples[: self.num_whole]] = True
+        has_query[len(starts) :] = True
+        return np.append(starts, starts[self.samples[self.num_whole :]]), np.append(lengths, self.own_lengths), has_query
+
+
+@dataclass(frozen=True)
+class QueryDraws:
+    """Draws the samples that are asked with a query by their ids and the epoch, so that it is the same on any number of ranks.
+
+    Where users typed something, one of the sample's targets that it led to is asked for by it; of other samples the last target, where
+    it has text, by words of that.
+    """
+
+    rate: float
+    seed: int
+    has_text: Tensor  # (I + 1,) bool
+
+    def __call__(self, rows: Rows, epoch: int) -> Asked:
+        """Choose samples, and of each a target."""
+        last = rows.lengths.astype(np.int64) - 1
+        items = rows.flat["items"][rows.starts + last].astype(np.int64)
+        draws = sample_draws(torch.from_numpy(rows.sample_ids), self.seed, epoch)
+        chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
+        targets, typed = _draw_typed(rows, choice) if "queries" in rows.flat else (last, np.zeros(len(rows), np.int64))
+        chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))
+        is_alone = alone[chosen] < ALONE_RATE * 2.0**63
+        is_own = is_alone | (targets[chosen] < last[chosen])
+        order = np.argsort(is_own, kind="stable")
+        chosen, num_own = chosen[order], int(is_own.sum())
+        made = choice[chosen] % NUM_VARIANTS * len(self.has_text) + items[chosen]
+        texts = np.where(typed[chosen] > 0, NUM_VARIANTS * len(self.has_text) + typed[chosen] - 1, made)
+        own_lengths = np.where(is_alone[order], 0, targets[chosen])[len(chosen) - num_own :]
+        return Asked(chosen, targets[chosen], texts, own_lengths)
+
+
+def _draw_typed(rows: Rows, draws: Integers) -> tuple[Integers, Integers]:
+    """Draw one of each row's targets that a typed query led to; return their places and queries: the last place and 0 where none did."""
+    lengths, first = rows.lengths.astype(np.int64), rows.first_target.astype(np.int64)
+    owners, places = np.repeat(np.arange(len(rows)), lengths - first), ranges(first, lengths - first)
+    queries = rows.flat["queries"][rows.starts[owners] + places].astype(np.int64)
+    owners, places, queries = (column[queries > 0] for column in (owners, places, queries))
+    counts = np.bincount(owners, minlength=len(rows))
+    targets, typed = lengths - 1, np.zeros(len(rows), np.int64)
+    has_some = counts > 0
+    picked = (np.cumsum(counts) - counts + draws % np.maximum(counts, 1))[has_some]
+    targets[has_some], typed[has_some] = places[picked], queries[picked]
+    return targets, typed

@@ -1,0 +1,286 @@
+"""Exports as immutable versions, and the aliases that name one of them; what is in an export, `jobs.export` decides.
+
+`{root}/exports/{name}/versions/{version}/manifest.json` is created once and last, so a version is there whole or not at
+all. Its files lie beside it in a folder of the one attempt that won. `{root}/exports/{name}/aliases/{alias}/` is a log
+with one object per generation, each created once: the highest counts, and nothing that was ever true is lost.
+"""
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recsys.errors import UserError
+from recsys.store import Storage, join, private_folder, sha256_of
+
+MANIFEST_NAME = "manifest.json"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LOWER_IS_BETTER = ("logloss", "rmse")
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Record = TypeVar("Record", bound=_Record)
+
+
+class ExportFile(_Record):
+    """One file of an export; `path` is relative to the folder that was published."""
+
+    path: str
+    num_bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ExportManifest(_Record):
+    """What a version consists of; `attempt` names the folder beside the manifest that its files are in."""
+
+    format_version: Literal[1] = 1
+    name: Name
+    version: Name
+    created_at: str
+    attempt: Name
+    files: tuple[ExportFile, ...]
+    metadata: dict[str, Any]
+
+
+class AliasEntry(_Record):
+    """One generation of an alias: which version it named from then on, and why."""
+
+    generation: Annotated[int, Field(ge=1)]
+    version: Name
+    action: Literal["promote", "roll_back"]
+    reason: str
+    created_at: str
+
+
+class Registry:
+    """The versions and aliases of one export name. Holds no state of its own: every answer is read from the store."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self._name = _checked("name", name)
+        self._root = storage.uri("exports", name)
+
+    def publish(self, folder: Path, version: str, metadata: dict[str, Any]) -> tuple[ExportManifest, bool]:
+        """Publish all files below `folder` as a version; return the version's manifest and whether this call made it.
+
+        A version that is there already is returned as it is. Of publishers that race, one wins; the others remove what
+        they uploaded. A publisher that dies leaves a folder that no manifest names, which is never read.
+        """
+        if self._storage.exists(self._manifest_uri(version)):
+            return self.manifest(version), False
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not paths:
+            raise UserError(f"{folder}: has no files to publish; give the folder that an export was written to")
+        manifest = ExportManifest(
+            name=self._name,
+            version=version,
+            created_at=_now(),
+            attempt=f"files-{uuid.uuid4().hex}",
+            files=tuple(
+                ExportFile(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path))
+                for path in paths
+            ),
+            metadata=metadata,
+        )
+        for file in manifest.files:
+            self._storage.upload(folder / file.path, self._file_uri(manifest, file))
+        if self._storage.create(self._manifest_uri(version), manifest.model_dump_json(indent=1).encode()):
+            return self.manifest(version), True
+        self._storage.delete_tree(join(self._root, "versions", version, manifest.attempt))
+        return self.manifest(version), False
+
+    def uri(self, version: str) -> str:
+        """Return the folder of a version."""
+        return join(self._root, "versions", _checked("version", version))
+
+    def versions(self) -> list[str]:
+        """List the published versions, sorted by name."""
+        root = join(self._root, "versions")
+        paths = [found.uri.removeprefix(f"{root}/").split("/") for found in self._storage.list(root)]
+        return [path[0] for path in paths if path[1:] == [MANIFEST_NAME]]
+
+    def manifest(self, version: str) -> ExportManifest:
+        """Read a version's manifest.
+
+        Raises:
+            UserError: there is no such version, or its manifest is damaged or another version's.
+        """
+        uri = self._manifest_uri(version)
+        if not self._storage.exists(uri):
+            known = ", ".join(self.versions()) or "none"
+            raise UserError(f"export {self._name} has no version '{version}'; published: {known}")
+        manifest = self._read(uri, ExportManifest)
+        if (manifest.name, manifest.version) != (self._name, version):
+            raise UserError(f"{uri}: is the manifest of {manifest.name} {manifest.version}; publish {self._name} {version} anew")
+        return manifest
+
+    def fetch(self, version: str, folder: Path) -> Path:
+        """Bring a version's files to `folder/name/version` and return that path; all sizes and hashes hold then.
+
+        Files that are there already and whole are not downloaded again.
+
+        Raises:
+            UserError: a file is missing in the store or differs from the manifest.
+        """
+        manifest = self.manifest(version)
+        target = private_folder(folder / self._name / version)
+        for file in manifest.files:
+            local = Path(join(str(target), file.path))
+            if _find_damage(local, file) is None:
+                continue
+            uri = self._file_uri(manifest, file)
+            self._storage.download(uri, local)
+            damage = _find_damage(local, file)
+            if damage is not None:
+                local.unlink()
+                raise UserError(f"{uri}: {damage}; publish a new version")
+        return target
+
+    def read(self, manifest: ExportManifest, path: str) -> bytes:
+        """Read one small file of a version, unverified."""
+        return self._storage.read_bytes(join(self._root, "versions", manifest.version, manifest.attempt, path))
+
+    def history(self, alias: str) -> list[AliasEntry]:
+        """Read all generations of an alias, oldest first."""
+        return [self._read(uri, AliasEntry) for uri in self._generations(alias)]
+
+    def current(self, alias: str) -> AliasEntry | None:
+        """Read the generation of an alias that counts."""
+        uris = self._generations(alias)
+        return self._read(uris[-1], AliasEntry) if uris else None
+
+    def resolve(self, alias: str) -> str | None:
+        """Tell the version that an alias names."""
+        entry = self.current(alias)
+        return entry.version if entry else None
+
+    def promote(self, alias: str, version: str, reason: str, seen: int | None = None) -> bool:
+        """Let an alias name `version`; return whether it does so now.
+
+        `seen`: the generation that the decision was made upon (0: none yet). Where the alias has moved on since, nothing
+        is changed and the answer is False: compare again. Without `seen`, the last to promote has its way.
+
+        Raises:
+            UserError: there is no such version.
+        """
+        self.manifest(version)
+        while True:
+            latest = self.current(alias)
+            generation = latest.generation if latest else 0
+            if seen is not None and seen != generation:
+                return False
+            if latest and latest.version == version:
+                return True
+            if self._append(
+                alias, AliasEntry(generation=generation + 1, version=version, action="promote", reason=reason, created_at=_now())
+            ):
+                return True
+
+    def roll_back(self, alias: str, reason: str) -> str:
+        """Let an alias name the version before its current one again; return that version. Again goes further back.
+
+        Raises:
+            UserError: there is no version before, or somebody else moved the alias at the same time.
+        """
+        history = self.history(alias)
+        version = previous_version(history)
+        if version is None:
+            raise UserError(
+                f"alias {alias} of export {self._name} has no earlier version; promote one of: {', '.join(self.versions()) or 'none'}"
+            )
+        generation = history[-1].generation + 1
+        if not self._append(
+            alias, AliasEntry(generation=generation, version=version, action="roll_back", reason=reason, created_at=_now())
+        ):
+            raise UserError(f"alias {alias} of export {self._name} was moved by somebody else just now; look at it and roll back again")
+        return version
+
+    def _manifest_uri(self, version: str) -> str:
+        return join(self._root, "versions", _checked("version", version), MANIFEST_NAME)
+
+    def _file_uri(self, manifest: ExportManifest, file: ExportFile) -> str:
+        return join(self._root, "versions", manifest.version, manifest.attempt, file.path)
+
+    def _alias_uri(self, alias: str) -> str:
+        return join(self._root, "aliases", _checked("alias", alias))
+
+    def _generations(self, alias: str) -> list[str]:
+        uris = [found.uri for found in self._storage.list(self._alias_uri(alias))]
+        return [uri for uri in uris if re.fullmatch(r"\d{8}\.json", uri.rpartition("/")[2])]
+
+    def _append(self, alias: str, entry: AliasEntry) -> bool:
+        return self._storage.create(join(self._alias_uri(alias), f"{entry.generation:08d}.json"), entry.model_dump_json().encode())
+
+    def _read(self, uri: str, kind: type[Record]) -> Record:
+        try:
+            return kind.model_validate_json(self._storage.read_bytes(uri))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "JSON"
+            raise UserError(f"{uri}: is damaged or of another release ({where}: {first['msg']}); use or publish another version") from error
+
+
+def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, float | None] | None, metric: str) -> bool:
+    """Tell whether a candidate's metric beats the incumbent's; equal does not, NaN never, and no incumbent is beaten by all else.
+
+    NaN comes back from a manifest as None, since JSON has no other word for it.
+
+    Raises:
+        UserError: one of them does not have the metric.
+    """
+    if metric not in candidate:
+        raise UserError(f"evaluation.metric = '{metric}': is not among the candidate's metrics; {', '.join(candidate) or 'it has none'}")
+    given = candidate[metric]
+    value = math.nan if given is None else given
+    if incumbent is None or math.isnan(value):
+        return not math.isnan(value)
+    if metric not in incumbent:
+        raise UserError(
+            f"evaluation.metric = '{metric}': the promoted version was published without it; export.promote = 'always' would work"
+        )
+    before = incumbent[metric]
+    if before is None or math.isnan(before):
+        return True
+    return value < before if metric.endswith(LOWER_IS_BETTER) else value > before
+
+
+def previous_version(history: list[AliasEntry]) -> str | None:
+    """Find the version that a roll back leads to: promotions stack up, a roll back takes the topmost off."""
+    stack: list[str] = []
+    for entry in history:
+        if entry.action == "roll_back":
+            while stack and stack[-1] != entry.version:
+                stack.pop()
+        if not stack or stack[-1] != entry.version:
+            stack.append(entry.version)
+    return stack[-2] if len(stack) > 1 else None
+
+
+def _find_damage(path: Path, file: ExportFile) -> str | None:
+    """Say how a local file differs from what was published; None if it does not."""
+    if not path.is_file():
+        return "is not there"
+    num_bytes = path.stat().st_size
+    if num_bytes != file.num_bytes:
+        return f"has {num_bytes} bytes where the manifest says {file.num_bytes}"
+    return None if sha256_of(path) == file.sha256 else "has another sha256 than the manifest says"
+
+
+def _checked(kind: str, name: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(f"export {kind} '{name}': must be letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    return name
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""Raw events to clean ones: identifiers, text, times, rules, and what they reject."""

@@ -1,0 +1,176 @@
+"""Raw events to clean ones, as pure functions over Arrow tables that count what they drop; `rules.py` tells every rule."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.config.data import CleaningConfig
+from recsys.ingest.clean.normalising import MAX_TEXT_CHARACTERS, cut, fold
+from recsys.ingest.clean.rejects import Rejects
+from recsys.ingest.clean.times import cast_times
+from recsys.ingest.sources.formats import INPUT_ORDER
+from recsys.ingest.sources.scalars import ids_of, may_be_rounded, numbers_of
+from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, MAX_ID_CHARACTERS, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE
+
+Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
+
+_NEGATIVE = r"^-\d+(\.\d+)?$"
+_ODD = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{fffd}]|\\x[89a-f][0-9a-f]"
+_SPREADSHEET = r"^\d(\.\d+)?[eE]\+\d+$"
+
+
+def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
+    """Cast events to EVENTS_SCHEMA and drop those that cannot be, counted by reason.
+
+    Ids are strings as `recsys.schema.normalise_id` spells them, and an empty one is null. Times are seconds: numbers of `unit` (rounded
+    down), Arrow timestamps and dates, or ISO 8601 text (UTC where it names no zone). A value that is not a finite number is
+    bad; an absent one is not. Without an event column every event is of the default kind.
+    """
+    time_column = TIMESTAMP if TIMESTAMP in raw.column_names else POSITION
+    users, items = ids_of(raw[USER_ID], USER_ID), ids_of(raw[ITEM_ID], ITEM_ID)
+    times, bad_times = cast_times(raw[time_column], unit if time_column == TIMESTAMP else "s")
+    events = pa.chunked_array([pa.array([DEFAULT_EVENT], pa.string()).take(pa.array([0] * raw.num_rows, pa.int32()))])
+    if EVENT in raw.column_names:
+        events = ids_of(raw[EVENT], EVENT)
+    values, bad_values = pa.nulls(raw.num_rows, pa.float32()), pa.chunked_array([pa.array([False] * raw.num_rows, pa.bool_())])
+    if VALUE in raw.column_names:
+        values, bad_values = _cast_values(raw[VALUE])
+    queries = ids_of(raw[QUERY], QUERY) if QUERY in raw.column_names else pa.nulls(raw.num_rows, pa.string())
+    longest = [pc.if_else(is_long(ids), ids, pa.scalar(None, pa.string())) for ids in (users, items, events)]
+    too_long = pc.coalesce(*longest)
+    faults = {
+        "null_user": (users.is_null(), raw[USER_ID]),
+        "null_item": (items.is_null(), raw[ITEM_ID]),
+        "long_id": (too_long.is_valid(), too_long),
+        "null_time": (raw[time_column].is_null(), raw[time_column]),
+        "bad_time": (bad_times, raw[time_column]),
+        "null_event": (events.is_null(), raw[EVENT] if EVENT in raw.column_names else events),
+        "bad_value": (bad_values, raw[VALUE] if VALUE in raw.column_names else values),
+    }
+    table = pa.table([users, items, times, events, values, queries, raw[INPUT_ORDER]], schema=EVENTS_SCHEMA)
+    return _without(table, faults)
+
+
+def is_long(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Tell which ids have more than MAX_ID_CHARACTERS."""
+    return pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID_CHARACTERS), False)
+
+
+def _without(table: pa.Table, faults: Mapping[str, tuple[pa.ChunkedArray, Values]]) -> tuple[pa.Table, Rejects]:
+    """Drop the rows with a fault (a mask, and the values that it is about or what gives them), each counted under its first."""
+    keep = pa.chunked_array([pa.array(np.ones(table.num_rows, bool))])
+    rejects = Rejects()
+    for reason, (fault, values) in faults.items():
+        is_dropped = pc.and_(keep, fault)
+        if pc.any(is_dropped).as_py():
+            rejects.add(reason, is_dropped, table[INPUT_ORDER], values() if callable(values) else values)
+        keep = pc.and_not(keep, fault)
+    return table.filter(keep), rejects
+
+
+def apply_rules(events: pa.Table, rules: CleaningConfig, has_time: bool, raw: pa.Table | None = None) -> tuple[pa.Table, Rejects]:
+    """Drop the events (EVENTS_SCHEMA) that break a rule about one event alone; times are no matter where they are positions.
+
+    Values are compared in the precision that they are stored in, so that a bound itself is inside. Examples show what `raw` has.
+    """
+
+    def shown(name: str) -> pa.ChunkedArray:
+        if raw is None or name not in raw.column_names:
+            return events[name]
+        return raw[name].filter(pc.is_in(raw[INPUT_ORDER], value_set=events[INPUT_ORDER].combine_chunks()))
+
+    faults: dict[str, tuple[pa.ChunkedArray, Values]] = {}
+    low, high = (bound if bound is None else pa.scalar(np.float32(bound), pa.float32()) for bound in (rules.min_value, rules.max_value))
+    if low is not None or high is not None:
+        below = pc.less(events[VALUE], low) if low is not None else None
+        above = pc.greater(events[VALUE], high) if high is not None else None
+        faults["outlier_value"] = _either(below, above), partial(shown, VALUE)
+    if has_time:
+        faults["early_time"] = pc.less(events[TIMESTAMP], rules.min_time), partial(shown, TIMESTAMP)
+        faults["future_time"] = pc.greater(events[TIMESTAMP], rules.max_time), partial(shown, TIMESTAMP)
+    if rules.reject_negative_ids:
+        of_user, of_item = is_negative(events[USER_ID]), is_negative(events[ITEM_ID])
+        faults["negative_id"] = _either(of_user, of_item), partial(pc.if_else, of_user, events[USER_ID], events[ITEM_ID])
+    return _without(events, faults)
+
+
+def _either(first: pa.ChunkedArray | None, second: pa.ChunkedArray | None) -> pa.ChunkedArray:
+    found = first if second is None else second if first is None else pc.or_kleene(first, second)
+    return pc.fill_null(found, False)
+
+
+def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Tell which ids are negative numbers."""
+    return pc.match_substring_regex(ids, _NEGATIVE)
+
+
+def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
+    """Normalise what was asked, each distinct text once; count the events whose query is cut."""
+    encoded = events[QUERY].combine_chunks().dictionary_encode()
+    folded = [fold(text) for text in encoded.dictionary.to_pylist()]
+    texts = pa.array([cut(text) or None for text in folded], pa.string())
+    is_cut = pa.array([len(text) > MAX_TEXT_CHARACTERS for text in folded], pa.bool_())
+    noticed = Counter(query_cut=pc.sum(is_cut.take(encoded.indices)).as_py() or 0)
+    return events.set_column(events.column_names.index(QUERY), QUERY, texts.take(encoded.indices)), +noticed
+
+
+def notice_ids(events: pa.Table) -> Counter[str]:
+    """Count the events with odd ids, before these become pseudonyms."""
+    odd = [_either(is_negative(events[USER_ID]), is_negative(events[ITEM_ID]))]
+    odd.append(_either(*(pc.match_substring_regex(events[name], _ODD) for name in (USER_ID, ITEM_ID))))
+    return +Counter({name: pc.sum(rows).as_py() or 0 for name, rows in zip(("negative_id", "odd_id"), odd, strict=True)})
+
+
+def notice_rounded(raw: pa.Table) -> Counter[str]:
+    """Count the raw events with an id that may have lost digits before it came here."""
+    found = []
+    for name in (USER_ID, ITEM_ID):
+        is_text = pa.types.is_string(raw[name].type)
+        found.append(pc.fill_null(pc.match_substring_regex(raw[name], _SPREADSHEET), False) if is_text else may_be_rounded(raw[name]))
+    return +Counter(rounded_id=pc.sum(pc.or_(*found)).as_py() or 0)
+
+
+def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:
+    """Keep the first by input order of events that agree in user, item, time and kind; return them sorted, and how many went.
+
+    The order is that of the tie rule: user, time, input order.
+    """
+    keys = [USER_ID, ITEM_ID, TIMESTAMP, EVENT]
+    firsts = events.group_by(keys, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
+    kept = events.filter(pc.is_in(events[INPUT_ORDER], value_set=firsts.combine_chunks()))
+    order = [(USER_ID, "ascending"), (TIMESTAMP, "ascending"), (INPUT_ORDER, "ascending")]
+    return kept.sort_by(order).combine_chunks(), events.num_rows - kept.num_rows
+
+
+def drop_bots(events: pa.Table, max_per_minute: int | None) -> tuple[pa.Table, int]:
+    """Drop all events of users with more than `max_per_minute` in any minute of the clock; tell how many events went."""
+    if max_per_minute is None:
+        return events, 0
+    minutes = pa.array(events[TIMESTAMP].to_numpy() // 60)
+    counts = pa.table([events[USER_ID], minutes], [USER_ID, "minute"]).group_by([USER_ID, "minute"], use_threads=False)
+    busy = counts.aggregate([([], "count_all")])
+    bots = pc.unique(busy.filter(pc.greater(busy["count_all"], max_per_minute))[USER_ID])
+    kept = events.filter(pc.invert(pc.is_in(events[USER_ID], value_set=bots)))
+    return kept, events.num_rows - kept.num_rows
+
+
+def notice_order(events: pa.Table) -> Counter[str]:
+    """Count events that the input has out of order, and ties, in events sorted by the tie rule."""
+    users = events[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
+    times, order = events[TIMESTAMP].to_numpy(), events[INPUT_ORDER].to_numpy()
+    by_input = np.lexsort((order, users))
+    is_same_user = np.diff(users) == 0
+    goes_back = np.diff(times[by_input]) < 0
+    is_tie = np.diff(times) == 0
+    return +Counter(out_of_order=int((goes_back & is_same_user).sum()), equal_time=int((is_tie & is_same_user).sum()))
+
+
+def _cast_values(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    numbers = numbers_of(column).cast(pa.float32(), safe=False)
+    is_good = pc.fill_null(pc.is_finite(numbers), False)
+    return numbers, pc.and_not(column.is_valid(), is_good)

@@ -1,0 +1,138 @@
+"""What the input of a preparation is: its files, the address of the dataset that they make, and how many partitions it gets."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from recsys.config import Config
+from recsys.config.data import AUTO, DataConfig
+from recsys.data.manifest import FORMAT_VERSION
+from recsys.errors import UserError
+from recsys.ingest.clean.pseudonyms import PSEUDONYM_KEY, key_identity
+from recsys.ingest.clean.times import guess_unit
+from recsys.ingest.sources.formats import FilePart
+from recsys.ingest.sources.importers import import_events
+from recsys.ingest.sources.input_files import event_columns, find_files, find_in_folder
+from recsys.ingest.sources.sandbox import reading, run_limited
+from recsys.ingest.synthetic.events import GENERATOR_VERSION
+from recsys.schema import POSITION, TIMESTAMP
+from recsys.store import ObjectInfo, Storage
+
+ROLES = ("events", "items", "users")
+_NOT_CONTENT = {"dataset", "base", "folder", *ROLES, "max_file_memory_bytes"}
+_PARTITION_EVENTS = 350_000
+_FEWEST_PARTITIONS = 4
+_MOST_PARTITIONS = 65_536
+_SAMPLED_FILES = 8
+_EVENT_BYTES = {".csv.gz": 9, ".jsonl.gz": 14, ".jsonl": 100}
+_DELIMITED_EVENT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of each table, the column that orders events, `timestamp` or `position`, and the unit of its numbers, if any."""
+
+    events: list[ObjectInfo]
+    items: list[ObjectInfo]
+    users: list[ObjectInfo]
+    time_column: str
+    time_unit: str
+
+
+def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
+    """Find the files that the config names.
+
+    Raises:
+        UserError: a table is missing or has no column that it needs.
+    """
+    files = _find_tables(data, storage)
+    first = files["events"][0].uri
+    columns = event_columns(storage, first, data)
+    time_column = next(name for name in columns if name in (TIMESTAMP, POSITION))
+    if data.split == "time" and time_column != TIMESTAMP:
+        raise UserError(f"data.split = 'time': {first} has no column '{data.columns.timestamp}'; 'leave_one_out' would work")
+    return Inputs(**files, time_column=time_column, time_unit=_find_unit(data, storage, files["events"], time_column))
+
+
+def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], time_column: str) -> str:
+    """Tell the unit of times that are numbers: the config's or, by its digits, that of the first number; empty where there is none."""
+    if time_column != TIMESTAMP:
+        return ""
+    if data.time_unit != AUTO:
+        return data.time_unit
+    units = (run_limited(data.max_file_memory_bytes, first_unit, storage, file, data) for file in events[:_SAMPLED_FILES])
+    return next(filter(None, units), "")
+
+
+def first_unit(storage: Storage, file: ObjectInfo, data: DataConfig) -> str:
+    """Tell the unit by the beginning of a file; empty where it has no number there."""
+    with reading(file.uri):
+        first = next(iter(import_events(storage, FilePart(file.uri, 0, num_bytes=file.num_bytes), data, TIMESTAMP)), None)
+        return "" if first is None else guess_unit(first[TIMESTAMP])
+
+
+def _find_tables(data: DataConfig, storage: Storage) -> dict[str, list[ObjectInfo]]:
+    if not data.events and not data.folder:
+        raise UserError("data.events: is empty; give a file or folder of events, data.folder, or data.source = 'synthetic'")
+    uris = {role: getattr(data, role) for role in ROLES}
+    return {role: find_files(storage, role, uri) if uri else find_in_folder(storage, role, data.folder) for role, uri in uris.items()}
+
+
+def identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]:
+    """Describe the input as it is before any work; the generator's is its config. Which key makes pseudonyms is part of it.
+
+    Raises:
+        UserError: a table is missing, or the key that the config names.
+    """
+    identity = key_identity(data.pseudonym_key_env)
+    keys = [{"role": PSEUDONYM_KEY, "identity": identity}] if identity else []
+    if data.source == "synthetic":
+        return [{"role": "synthetic", "version": GENERATOR_VERSION, **data.synthetic.model_dump(mode="json")}, *keys]
+    files = [(role, file) for role, found in _find_tables(data, storage).items() for file in found]
+    return [*({"role": role, "uri": file.uri, "num_bytes": file.num_bytes, "etag": file.etag} for role, file in files), *keys]
+
+
+def content_config(data: DataConfig) -> dict[str, Any]:
+    """The part of the config that decides what a dataset contains; where its input lies and how much memory reads it do not."""
+    return data.model_dump(mode="json", exclude=_NOT_CONTENT | (set() if data.source == "synthetic" else {"synthetic"}))
+
+
+def dataset_uri(config: Config, storage: Storage, base_fingerprint: str = "") -> str:
+    """Derive a dataset's address from its input, its config, the format and, for an appended version, its base's content."""
+    identity = [FORMAT_VERSION, identify_inputs(config.data, storage), content_config(config.data)]
+    identity += [base_fingerprint] if base_fingerprint else []
+    return storage.uri("datasets", hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12])
+
+
+def choose_num_shards(storage: Storage, events: Sequence[ObjectInfo], data: DataConfig) -> int:
+    """Choose the number of partitions from the files alone, so that one partition's events are few enough to be held at once.
+
+    Parquet files tell their rows, of which a few are asked; the other formats are guessed from their size.
+    """
+    tables = [file for file in events if file.uri.lower().endswith(".parquet")]
+    others = [file for file in events if not file.uri.lower().endswith(".parquet")]
+    num_events = sum(file.num_bytes / _event_bytes(file.uri) for file in others)
+    if tables:
+        sample = tables[:: -(-len(tables) // _SAMPLED_FILES)]
+        num_rows = run_limited(data.max_file_memory_bytes, _count_rows, storage, [file.uri for file in sample])
+        num_events += num_rows / sum(file.num_bytes for file in sample) * sum(file.num_bytes for file in tables)
+    return min(max(_FEWEST_PARTITIONS, -(-int(num_events) // _PARTITION_EVENTS)), _MOST_PARTITIONS)
+
+
+def _event_bytes(uri: str) -> int:
+    return next((size for suffix, size in _EVENT_BYTES.items() if uri.lower().endswith(suffix)), _DELIMITED_EVENT_BYTES)
+
+
+def _count_rows(storage: Storage, uris: list[str]) -> int:
+    num_rows = 0
+    for uri in uris:
+        filesystem, path = storage.locate(uri)
+        try:
+            num_rows += pq.read_metadata(path, filesystem=filesystem).num_rows
+        except (OSError, ValueError):
+            continue  # whoever reads the file says what is wrong with it
+    return num_rows

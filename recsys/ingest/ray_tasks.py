@@ -1,0 +1,129 @@
+"""One way to run independent tasks over the cluster with Ray Data: bounded, resumable, with progress, and one-line user errors."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from recsys.errors import UserError
+from recsys.store import Storage, join
+
+logger = logging.getLogger(__name__)
+Task = TypeVar("Task")
+Outcome = dict[str, Any]
+_LOG_SECONDS = 5.0
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """The folder in which each finished task's outcome is kept until the whole work is published."""
+
+    storage: Storage
+    folder: str
+
+    def add(self, number: int, outcome: Outcome) -> None:
+        """Note that a task is finished; call it after its objects are written."""
+        self.storage.write_bytes(join(self.folder, f"{number:06d}.json"), json.dumps(outcome).encode())
+
+    def read(self) -> dict[int, Outcome]:
+        """Return the outcomes of the tasks that are finished, by number."""
+        uris = [found.uri for found in self.storage.list(self.folder)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            outcomes = [json.loads(content) for content in pool.map(self.storage.read_bytes, uris)]
+        return {int(uri.rpartition("/")[2].removesuffix(".json")): outcome for uri, outcome in zip(uris, outcomes, strict=True)}
+
+
+def run_tasks(label: str, function: Callable[[Task], Outcome], tasks: Sequence[Task], record: Record) -> list[Outcome]:
+    """Run `function` on every task that `record` does not know, one CPU each, and return all outcomes in the tasks' order.
+
+    An outcome is a small JSON object with `rows`, which the progress counts. Ray may run a task again after a lost
+    worker, so a task must write the same objects each time. Call it with Ray initialised.
+
+    Raises:
+        UserError: the first one that a task raised.
+    """
+    import ray.data  # Ray reads its environment when it is imported, which `recsys.launch.head.connect` prepares
+    from ray.data import TaskPoolStrategy
+
+    _quieten()
+    outcomes = {number: outcome for number, outcome in record.read().items() if number < len(tasks)}
+    waiting = [number for number in range(len(tasks)) if number not in outcomes]
+
+    def run_one(row: dict[str, int]) -> dict[str, str | int]:
+        # A user's mistake travels as a value: as an exception Ray would print its traceback.
+        number = row["number"]
+        try:
+            outcome = function(tasks[number])
+        except UserError as error:
+            return {"number": number, "outcome": "", "error": str(error)}
+        record.add(number, outcome)
+        pa.default_memory_pool().release_unused()  # a worker is used again, and would keep its largest task's memory
+        return {"number": number, "outcome": json.dumps(outcome), "error": ""}
+
+    with Progress(label, len(tasks), len(outcomes)) as progress:
+        if waiting:
+            numbers = ray.data.from_items([{"number": number} for number in waiting], override_num_blocks=len(waiting))
+            for row in numbers.map(run_one, num_cpus=1, compute=TaskPoolStrategy(min(_num_cores(), len(waiting)))).iter_rows():
+                if row["error"]:
+                    raise UserError(row["error"])
+                outcomes[row["number"]] = json.loads(row["outcome"])
+                progress.add(outcomes[row["number"]]["rows"])
+    return [outcomes[number] for number in range(len(tasks))]
+
+
+class Progress:
+    """Tasks, rows and rows per second of one pass on stderr: a live bar on a terminal, otherwise a line every few seconds."""
+
+    def __init__(self, label: str, num_tasks: int, num_known: int) -> None:
+        self._label, self._num_tasks, self._num_done, self._num_rows = label, num_tasks, num_known, 0
+        self._started = self._logged = time.monotonic()
+        self._bar = tqdm(total=num_tasks, initial=num_known, desc=label, unit="task", file=sys.stderr, disable=not sys.stderr.isatty())
+        if num_known:
+            logger.info("%s: %d of %d tasks were finished before", label, num_known, num_tasks)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, num_rows: int) -> None:
+        """Count one finished task and its rows."""
+        self._num_done += 1
+        self._num_rows += num_rows
+        now = time.monotonic()
+        rows_per_second = self._num_rows / max(now - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{self._num_rows:,} rows, {rows_per_second:,.0f} rows/s", refresh=False)
+        self._bar.update()
+        if self._bar.disable and (now - self._logged > _LOG_SECONDS or self._num_done == self._num_tasks):
+            self._logged = now
+            logger.info(
+                "%s: %d of %d tasks, %d rows, %.0f rows/s", self._label, self._num_done, self._num_tasks, self._num_rows, rows_per_second
+            )
+
+
+def _num_cores() -> int:
+    """The cores that are there: a private Ray offers more slots than cores, and these tasks keep a core busy."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    slots = sum(int(node["Resources"].get("CPU", 0)) for node in nodes)
+    return max(1, min(slots, (os.cpu_count() or 1) * len(nodes)))
+
+
+def _quieten() -> None:
+    """Leave the progress to the bars and lines here; Ray Data's own describe its operators and their resources."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

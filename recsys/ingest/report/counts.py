@@ -1,0 +1,185 @@
+"""What the report is drawn from: counts over one partition's users in fixed bins, which add up over partitions; no I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recsys.arrays import Floats, Integers, Mask
+from recsys.ingest.write.splits import TEST, VALIDATION, part_by_place
+from recsys.ingest.write.statistics import Histories, session_lengths
+
+NUM_TIME_BINS = 60
+NUM_VALUE_BINS = 40
+MOST_DISTINCT_VALUES = 30
+LENGTH_EDGES: Integers = np.unique(np.ceil(2.0 ** (np.arange(0, 43) / 2)).astype(np.int64))
+GAP_EDGES: Integers = np.unique(np.concatenate([[0], np.floor(10.0 ** (np.arange(0, 41) / 4))]).astype(np.int64))
+"""Lower ends of the bins for numbers of interactions and for gaps in seconds; the last bin has no upper end."""
+
+SPLITS = ("training", "validation", "test")
+Counts = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The smallest and largest time and value of all interactions, and of the training interactions' times; none: there are none."""
+
+    times: tuple[int, int] | None
+    train_times: tuple[int, int] | None
+    values: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, histories: Histories, has_time: bool) -> "Limits":
+        """Find one partition's limits."""
+        known = histories.values[np.isfinite(histories.values)]
+        return cls(
+            _range(histories.timestamps) if has_time else None,
+            _range(histories.training.timestamps) if has_time else None,
+            _range(known),
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence["Limits"]) -> "Limits":
+        """Join the limits of all partitions."""
+        joined = [_join([getattr(part, name) for part in parts]) for name in ("times", "train_times", "values")]
+        return cls(*joined)
+
+
+def _range(numbers: npt.NDArray[Any]) -> Any:
+    return (numbers.min().item(), numbers.max().item()) if len(numbers) else None
+
+
+def _join(ranges: Sequence[Any]) -> Any:
+    known = [each for each in ranges if each is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def count_partition(
+    histories: Histories, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
+) -> Counts:
+    """Count everything that the report shows of one partition.
+
+    `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` tells of each item, by
+    its index less one, whether it is kept out of training.
+    """
+    splits = part_by_place(histories.offsets, histories.num_train, histories.num_validation)
+    lengths = np.diff(histories.offsets)
+    counts = {
+        "splits": np.bincount(splits, minlength=3),
+        "users_with": np.array([(np.bincount(histories.owners[splits == split]) > 0).sum() for split in range(3)]),
+        "pairs": np.array([_is_first(histories).sum()]),
+        "lengths": _histogram(lengths[lengths > 0], LENGTH_EDGES),
+        "kinds": np.bincount(histories.events, minlength=num_kinds),
+        **_count_times(histories, splits, limits, session_gap_seconds),
+        **_count_values(histories, limits),
+        **_count_leaks(histories, splits, samples, limits),
+        **_count_withheld(histories, splits, samples, is_withheld),
+    }
+    return {name: [int(count) for count in column] for name, column in counts.items()}
+
+
+def time_edges(times: tuple[int, int]) -> Floats:
+    """Give the ends of the equal bins over all times."""
+    return np.linspace(times[0], times[1] + 1, NUM_TIME_BINS + 1)
+
+
+def value_edges(values: tuple[float, float]) -> Floats:
+    """Give the ends of the equal bins over all values."""
+    low, high = values
+    return np.linspace(low, high, NUM_VALUE_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
+
+
+def _count_times(histories: Histories, splits: Integers, limits: Limits, session_gap_seconds: int) -> dict[str, npt.NDArray[Any]]:
+    if limits.times is None:
+        return {}
+    edges = time_edges(limits.times)
+    counts = {f"times_{name}": np.histogram(histories.timestamps[splits == split], edges)[0] for split, name in enumerate(SPLITS)}
+    # A row need not be in the order of time: it has what is held out at its end, and what an appended version adds late.
+    in_time = replace(histories, timestamps=histories.timestamps[np.lexsort((histories.timestamps, histories.owners))])
+    gaps = np.diff(in_time.timestamps)[np.diff(in_time.owners) == 0]
+    _, lengths = session_lengths(in_time, session_gap_seconds)
+    return {**counts, "gaps": _histogram(gaps, GAP_EDGES), "session_lengths": _histogram(lengths, LENGTH_EDGES)}
+
+
+def _count_values(histories: Histories, limits: Limits) -> dict[str, npt.NDArray[Any]]:
+    """Count values in bins, and those that are whole or half numbers of a short scale one by one."""
+    if limits.values is None:
+        return {}
+    values = histories.values[np.isfinite(histories.values)]
+    counts = {"values": np.histogram(values, value_edges(limits.values))[0]}
+    first, steps = value_scale(limits.values)
+    if steps:
+        places = (values - first) * 2
+        is_on_scale = places == np.rint(places)
+        counts["scale"] = np.bincount(places[is_on_scale].astype(np.int64), minlength=steps)
+        counts["off_scale"] = np.array([(~is_on_scale).sum()])
+    return counts
+
+
+def value_scale(values: tuple[float, float]) -> tuple[float, int]:
+    """Tell the scale of half numbers that values may lie on, as (its first, its number of steps); no steps where it would be long."""
+    first = float(np.floor(values[0]))
+    steps = (np.ceil(values[1]) - first) * 2 + 1
+    return first, int(steps) if steps <= 2 * MOST_DISTINCT_VALUES else 0
+
+
+def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, npt.NDArray[Any]]:
+    """Count, for validation and for test, the targets that a clean split would not have; `checks.py` tells what each means."""
+    is_target = splits > 0
+    owners, times, split = histories.owners[is_target], histories.timestamps[is_target], splits[is_target]
+    keys = {"user_index": histories.user_indices[owners], "item": histories.items[is_target], "time": times}
+    targets = pa.table({**keys, "event": histories.events[is_target], "split": split})
+    twice = targets.join(samples, ["user_index", "item", "time", "event"], join_type="left semi", use_threads=False)["split"].to_numpy()
+    latest = _latest(samples["user_index"].to_numpy(), samples["time"].to_numpy(), histories.user_indices)
+    validation = splits == VALIDATION
+    latest_validation = _latest(histories.owners[validation], histories.timestamps[validation], np.arange(len(histories.num_train)))
+    return {
+        "targets": _by_split(split),
+        "before_training": _by_split(split[times < latest[owners]]),
+        "before_validation": _by_split(split[(split == TEST) & (times < latest_validation[owners])]),
+        "in_samples": _by_split(twice),
+        "in_history": _by_split(split[~_is_first(histories)[is_target]]),
+        "before_training_of_others": _by_split(split[times < limits.train_times[1]] if limits.train_times else split[:0]),
+    }
+
+
+def _count_withheld(histories: Histories, splits: Integers, samples: pa.Table, is_withheld: Mask) -> dict[str, npt.NDArray[Any]]:
+    """Count the targets with an item that is kept out of training, and what there is of such items in training samples all the same."""
+    return {
+        "withheld": _by_split(splits[(splits > 0) & is_withheld[histories.items - 1]]),
+        "withheld_in_samples": np.array([is_withheld[samples["item"].to_numpy() - 1].sum()]),
+    }
+
+
+def _by_split(splits: npt.NDArray[Any]) -> Integers:
+    return np.bincount(splits, minlength=3)[1:]
+
+
+def _latest(users: Integers, times: Integers, wanted: Integers) -> Integers:
+    """Find the latest time of each wanted user (ascending); the earliest time there is where the user has none."""
+    latest = np.full(len(wanted), np.iinfo(np.int64).min)
+    if len(users):
+        np.maximum.at(latest, np.searchsorted(wanted, users), times)
+    return latest
+
+
+def _is_first(histories: Histories) -> Mask:
+    """Tell which interactions are their user's first with the item."""
+    keys = histories.owners * (int(histories.items.max(initial=0)) + 1) + histories.items
+    is_first = np.zeros(len(keys), bool)
+    is_first[np.unique(keys, return_index=True)[1]] = True
+    return is_first
+
+
+def _histogram(numbers: Integers, edges: Integers) -> Integers:
+    # What lies below the first edge, as a negative gap in broken data, is counted in the first bin.
+    return np.bincount(np.maximum(np.searchsorted(edges, numbers, side="right") - 1, 0), minlength=len(edges))
+
+
+def merge_counts(parts: Sequence[Counts]) -> dict[str, Integers]:
+    """Add up the counts of all partitions."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: np.sum([part[name] for part in parts if name in part], axis=0).astype(np.int64) for name in names}

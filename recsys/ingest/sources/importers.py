@@ -1,0 +1,313 @@
+"""Input tables under the house's column names, and what each of their columns is used as; casting and counting is `cleaning.py`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys.config.data import ColumnsConfig, DataConfig
+from recsys.data.manifest import ColumnUse
+from recsys.errors import UserError
+from recsys.ingest.sources.formats import FILE_SHIFT, INPUT_ORDER, FilePart, plan_parts, read_header, read_tables
+from recsys.ingest.sources.item_columns import (
+    AN_INDEX,
+    as_kind,
+    as_vectors,
+    infer_kind,
+    is_index_name,
+    is_missing,
+    odd_vector,
+    scalar_lists,
+    title_column,
+)
+from recsys.ingest.sources.layouts import catalogue_kinds, find_column, is_amazon_review
+from recsys.ingest.sources.sandbox import reading
+from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
+from recsys.ingest.sources.text_formats import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
+from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind
+from recsys.store import ObjectInfo, Storage
+
+Headers = Mapping[str, Mapping[str, str]]
+"""Of each file, its columns with their declared types."""
+
+_ATTRIBUTE = "attribute"
+_TAKEN = {
+    USER_ID: "another column is the id",
+    ITEM_ID: "another column is the id",
+    INPUT_ORDER: "this name is kept for the number of a row; rename the column",
+}
+_LEFT_OUT = "data.item_features names the columns that are used, and not this one"
+_OF_LAYOUT = "the known layout of this file leaves it out"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A part of a table under the house's names, uncast, batch by batch, and what each of its columns is used as."""
+
+    uses: tuple[ColumnUse, ...]
+    tables: Iterator[pa.Table]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return self.tables
+
+
+@dataclass(frozen=True)
+class Items:
+    """The whole catalogue: `item_id` as text and the feature columns, the kind of each, and what each column of the files is used as."""
+
+    rows: pa.Table
+    kinds: dict[str, FeatureKind]
+    uses: tuple[ColumnUse, ...]
+
+
+def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
+    """Tell which of the file's columns the event columns come from, as {house name: file's name}.
+
+    The order comes from the timestamp where there is one and from the position otherwise. A column that the config
+    renames must be there; those of event, value and query may be empty, and are not read then. JSON lines always have queries: few
+    events may have the key, and none of those that the header is told from.
+
+    Raises:
+        UserError: a required column is missing; the line names the columns that exist.
+    """
+    return _match_event_columns(uri, list(read_header(storage, uri, data.csv)), data.columns)
+
+
+def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> dict[str, str]:
+    found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
+    time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
+    found[time_column] = find_column(time_column, columns, names)
+    if is_jsonl(uri):
+        names = [*names, columns.query]
+    for optional in (EVENT, VALUE, QUERY):
+        name = find_column(optional, columns, names)
+        if name and (name in names or name != optional):
+            found[optional] = name
+    for house_name, name in found.items():
+        if name == INPUT_ORDER:
+            raise UserError(f"{uri}: its column '{name}' ({house_name}) has a name that is kept for the number of a row; rename it")
+        if name not in names:
+            wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
+            raise _missing(uri, wanted, house_name, names)
+    return found
+
+
+def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Imported:
+    """Read the event columns of one part under the house's names.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column; `time_column`, the first file's, is one that it must have.
+    """
+    header = read_header(storage, part.uri, data.csv)
+    found = _match_event_columns(part.uri, list(header), data.columns)
+    if time_column not in found:
+        raise UserError(f"{part.uri}: has no column for {time_column}, which the first file of data.events has")
+
+    def tables() -> Iterator[pa.Table]:
+        for table in read_tables(storage, part, list(dict.fromkeys(found.values())), data.csv, has_lists=False):
+            columns = [
+                _without_floats(table[own], header, own) if name in (USER_ID, ITEM_ID, EVENT) else table[own] for name, own in found.items()
+            ]
+            yield pa.table([*columns, table[INPUT_ORDER]], [*found, INPUT_ORDER])
+
+    used = {own: house_name for house_name, own in found.items()}
+    return Imported(
+        tuple(_use("events", header, name, used.get(name, ""), "" if name in used else _unused_event(name, used)) for name in header),
+        tables(),
+    )
+
+
+def _unused_event(name: str, used: Mapping[str, str]) -> str:
+    if name == POSITION and TIMESTAMP in used.values():
+        return "the order comes from the time"
+    return AN_INDEX if is_index_name(name) else "events have no use for it"
+
+
+def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported:
+    """Read the users of one part: `user_id`, and every other column that has a text as text."""
+    header = read_header(storage, part.uri, data.csv, is_whole=True)
+    id_name = find_column(USER_ID, data.columns, header)
+    if id_name not in header:
+        raise _missing(part.uri, f"'{id_name}'", USER_ID, list(header))
+    wanted = [name for name in header if name == id_name or not (is_index_name(name) or name in (USER_ID, INPUT_ORDER))]
+    tables = read_tables(storage, part, wanted, data.csv)
+    first = next(tables, None)
+    spelled = {} if first is None else {name: _attribute(first[name]) for name in wanted}
+    attributes = [name for name in wanted if name != id_name and spelled.get(name) is not None]
+
+    def rename(table: pa.Table) -> pa.Table:
+        columns = [_attribute(table[name]) for name in attributes]
+        return pa.table(
+            [_without_floats(table[id_name], header, id_name), *columns, table[INPUT_ORDER]], [USER_ID, *attributes, INPUT_ORDER]
+        )
+
+    uses = dict.fromkeys(attributes, _ATTRIBUTE) | {id_name: USER_ID}
+    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type have no text" for name in header} | _TAKEN
+    reasons |= dict.fromkeys(uses, "")
+    return Imported(
+        tuple(_use("users", header, name, uses.get(name, ""), reasons[name]) for name in header),
+        (rename(table) for table in _chained(first, tables)),
+    )
+
+
+def _chained(first: pa.Table | None, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    if first is not None:
+        yield first
+        yield from others
+
+
+def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Spell an attribute as text; None where its type has none."""
+    try:
+        return pc.binary_join(spell(simple_lists(column)), " ") if is_list(column.type) else spell(column)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        return None
+
+
+def _without_floats(column: pa.ChunkedArray, header: Mapping[str, str], name: str) -> pa.ChunkedArray:
+    """Take the `.0` off ids of a file that declares no types; where a type says that they are text, they are what they say."""
+    return without_point_zero(column) if header.get(name, TEXT) in (TEXT, *ATOMIC_TYPES) else column
+
+
+def _use(table: str, header: Mapping[str, str], name: str, use: str, reason: str) -> ColumnUse:
+    return ColumnUse(table=table, name=name, type=header[name], use=use, reason=reason)
+
+
+def _share_of_files(name: str, headers: Headers) -> str:
+    num_files = sum(name in header for header in headers.values())
+    return f"{num_files} of {len(headers)} files have it" if num_files < len(headers) else ""
+
+
+def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
+    """Read the whole catalogue.
+
+    The kinds are the configured ones, those of a known layout or, where there are none, told by `item_columns`. Text of a category is
+    a list, split at the separator of the config, or at blanks where RecBole declares a token_seq; a vector is a list of numbers.
+
+    Raises:
+        UserError: a column is missing or changes its type from file to file, vectors differ in length, or there is no row.
+    """
+    features = data.item_features
+    is_told = bool(catalogue_kinds(features, read_header(storage, files[0].uri, data.csv)))
+    headers = {file.uri: read_header(storage, file.uri, data.csv, is_whole=not is_told) for file in files}
+    first = headers[files[0].uri]
+    header = {name: declared for own in reversed(headers.values()) for name, declared in own.items()}
+    header = {name: header[name] for name in (*first, *(name for name in header if name not in first))}
+    id_name = find_column(ITEM_ID, data.columns, first)
+    known = {name: kind for name, kind in catalogue_kinds(features, first).items() if name not in features.ignored}
+    if is_amazon_review(first) and not known:
+        raise UserError(f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz beside it")
+    for name in (id_name, *known):
+        if name not in first:
+            raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(first))
+    wanted = list(known) or [name for name in header if name not in (id_name, ITEM_ID, INPUT_ORDER, *features.ignored)]
+    table = _read_whole(storage, files, headers, id_name, wanted, data)
+    title = title_column([name for name in wanted if known.get(name, "text") == "text"])
+    kinds, reasons = dict(known), dict.fromkeys(header, _LEFT_OUT if features.names_columns else _OF_LAYOUT)
+    reasons |= _TAKEN | dict.fromkeys(features.ignored, "data.item_features.ignored names it") | dict.fromkeys((id_name, *known), "")
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in wanted:
+        columns[name] = scalar_lists(table[name])
+        if not known:
+            kind, reasons[name] = infer_kind(name, columns[name], header[name], name == title)
+            kinds |= {name: kind} if kind else {}
+    for name, kind in kinds.items():
+        before = columns[name]
+        columns[name] = _as_feature(before, name, kind, header[name], features.separator)
+        if kind == "numbers" and (lost := _lost_numbers(before, columns[name], name)):
+            reasons[name] = lost
+        if kind == "vectors" and (odd := odd_vector(columns[name])) is not None:
+            place = int(table[INPUT_ORDER][odd[0]].as_py())
+            raise UserError(
+                f"{files[place >> FILE_SHIFT].uri}: row {place % (1 << FILE_SHIFT) + 1}: column '{name}' has a vector of {odd[1]} numbers, "
+                f"where most rows have {odd[2]}; make them equal, or leave it out by data.item_features.ignored=['{name}']"
+            )
+    rows = pa.table([table[ITEM_ID], *(columns[name] for name in kinds), table[INPUT_ORDER]], [ITEM_ID, *kinds, INPUT_ORDER])
+    uses: dict[str, str] = {**kinds, id_name: ITEM_ID}
+    reasons |= {name: note for name in uses if (note := _share_of_files(name, headers))}
+    return Items(rows, kinds, tuple(_use("items", header, name, uses.get(name, ""), reasons[name]) for name in header))
+
+
+def _as_feature(column: pa.ChunkedArray, name: str, kind: FeatureKind, declared: str, separator: str) -> pa.ChunkedArray:
+    if kind == "vectors":
+        return as_vectors(column, name)
+    try:
+        column = as_kind(column, kind)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise UserError(f"data.item_features.{kind}: column '{name}' ({column.type}) cannot be read as {kind} ({error})") from error
+    if kind == "categories" and pa.types.is_string(column.type):
+        if declared == "token_seq":
+            return pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
+        if declared not in ATOMIC_TYPES and separator:
+            return pc.split_pattern(column, separator)
+    return column
+
+
+def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) -> str:
+    """Say how many values of a column of numbers are none, apart from the usual words for a missing one.
+
+    Raises:
+        UserError: none of them is a number.
+    """
+    is_lost = pc.and_(pc.invert(is_missing(before)), numbers.is_null()) if not is_list(before.type) else before.is_valid()
+    num_lost = pc.sum(is_lost).as_py() or 0
+    if not num_lost:
+        return ""
+    example = str(before.filter(is_lost)[0].as_py())[:60]
+    if numbers.null_count == len(numbers) or is_list(before.type):
+        raise UserError(f"data.item_features.numbers: column '{name}' has no number in any row, but such as '{example}'")
+    return f"{num_lost} values are no numbers, such as '{example}'"
+
+
+def _read_whole(
+    storage: Storage, files: Sequence[ObjectInfo], headers: Headers, id_name: str, wanted: list[str], data: DataConfig
+) -> pa.Table:
+    """Read all files end to end, ids as text; a column that some files lack is null there."""
+    tables: list[pa.Table] = []
+    for part in plan_parts(storage, files):
+        header = headers[part.uri]
+        if id_name not in header:
+            raise _missing(part.uri, f"'{id_name}'", "which the first file has", list(header))
+        own = [name for name in wanted if name in header or is_jsonl(part.uri)]
+        for table in read_tables(storage, part, list(dict.fromkeys([id_name, *own])), data.csv):
+            with reading(part.uri):
+                ids = ids_of(_without_floats(table[id_name], header, id_name), id_name)
+            tables.append(pa.table([ids, *(table[name] for name in own), table[INPUT_ORDER]], [ITEM_ID, *own, INPUT_ORDER]))
+    if not any(table.num_rows for table in tables):
+        raise UserError(f"{files[0].uri}: has no rows")
+    try:
+        return pa.concat_tables(_with_equal_lists(tables), promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"{files[0].uri}: a column changes its type from one file or batch to the next ({error})") from error
+
+
+def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
+    """Give a JSON column one type where batches differ: lists of text if any has those, of numbers with a point if any has those."""
+    kinds = {(field.name, field.type) for table in tables for field in table.schema}
+    texts, vectors = ({name for name, kind in kinds if kind == pa.list_(value)} for value in (pa.string(), pa.float64()))
+
+    def align(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if name in texts:
+            return _as_text_lists(column)
+        return column.cast(pa.list_(pa.float64())) if name in vectors and column.type == pa.list_(WHOLE_JSON) else column
+
+    return [
+        pa.table([align(*pair) for pair in zip(table.column_names, table.columns, strict=True)], table.column_names) for table in tables
+    ]
+
+
+def _as_text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if is_list(column.type):
+        return spell(simple_lists(column))
+    if not is_text(column):
+        return column
+    texts = column.combine_chunks()
+    starts = pc.if_else(texts.is_valid(), pa.array(range(len(texts)), pa.int32()), None)
+    ends = pa.array([len(texts)], pa.int32())
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.concat_arrays([starts, ends]), texts)])
+
+
+def _missing(uri: str, wanted: str, meaning: str, names: list[str]) -> UserError:
+    shown = ", ".join(name[:80] for name in names[:50]) + (", ..." if len(names) > 50 else "")
+    return UserError(f"{uri}: has no column {wanted} ({meaning}); its columns are {shown}; data.columns.* maps other names")

@@ -1,0 +1,125 @@
+"""What the driver asks of its input: which files there are and, answered by the child with the memory limit, what is in them."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from recsys.config.data import DataConfig
+from recsys.data.manifest import ColumnUse
+from recsys.errors import UserError
+from recsys.ingest.sources.formats import FilePart, group_parts, plan_parts
+from recsys.ingest.sources.importers import Items, find_event_columns, import_items
+from recsys.ingest.sources.layouts import ATOMIC_SUFFIXES, COMMON_SUFFIXES, choose_by_name, is_table
+from recsys.ingest.sources.sandbox import run_limited
+from recsys.schema import FeatureKind
+from recsys.store import ObjectInfo, Storage, fixed_part
+from recsys.store.backends import S3_SCHEME
+
+
+def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
+    """List the files of an input table, sorted by name; `role` is events, items or users, `uri` a file, a folder or a pattern.
+
+    In a folder, names that start with `_` or `.` are passed over, and so is what has no suffix of a table and what is text
+    without a byte, as some writers leave it for a part without rows.
+
+    Raises:
+        UserError: nothing is there, no file has a known suffix, a file is empty, or a link leads out of the folder.
+    """
+    files = [file for file in _list_visible(storage, f"data.{role}", uri) if is_table(file.uri, role)]
+    if not files:
+        suffixes = " ".join((ATOMIC_SUFFIXES[role], *COMMON_SUFFIXES))
+        raise UserError(f"data.{role} = {uri}: no file has one of the suffixes {suffixes}")
+    return _without_empty(files)
+
+
+def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]:
+    """List a table's files in a folder that holds them all, known by their names (see `layouts.choose_by_name`).
+
+    Raises:
+        UserError: there are no events. Items and users may be absent.
+    """
+    if not folder:
+        return []
+    root = fixed_part(folder)
+    files = {file.uri.removeprefix(root).lstrip("/"): file for file in _list_visible(storage, "data.folder", folder)}
+    chosen = choose_by_name(files, role)
+    if role == "events" and not chosen:
+        raise UserError(
+            f"data.folder = {folder}: has no file *{ATOMIC_SUFFIXES[role]} and none like events.parquet; name the tables with data.events"
+        )
+    return _without_empty([file for path, file in files.items() if path in chosen]) if chosen else []
+
+
+def event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
+    """Answer `importers.find_event_columns`."""
+    found: dict[str, str] = run_limited(data.max_file_memory_bytes, find_event_columns, storage, uri, data)
+    return found
+
+
+def plan_tasks(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> list[tuple[FilePart, ...]]:
+    """Cut and group the files into what one task reads."""
+    parts = run_limited(data.max_file_memory_bytes, _plan, storage, list(files))
+    return group_parts([FilePart(**{**part, "row_groups": part["row_groups"] and tuple(part["row_groups"])}) for part in parts])
+
+
+def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
+    """Answer `importers.import_items`; the table comes back as an Arrow file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "items.arrow"
+        kinds, uses = run_limited(data.max_file_memory_bytes, _write_items, str(path), storage, list(files), data)
+        with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
+            return Items(reader.read_all(), kinds, tuple(ColumnUse.model_validate(use) for use in uses))
+
+
+def _plan(storage: Storage, files: list[ObjectInfo]) -> list[dict[str, Any]]:
+    return [asdict(part) for part in plan_parts(storage, files)]
+
+
+def _write_items(path: str, storage: Storage, files: list[ObjectInfo], data: DataConfig) -> tuple[dict[str, FeatureKind], list[Any]]:
+    items = import_items(storage, files, data)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, items.rows.schema) as writer:
+        writer.write_table(items.rows)
+    return items.kinds, [use.model_dump() for use in items.uses]
+
+
+def _list_visible(storage: Storage, key: str, uri: str) -> list[ObjectInfo]:
+    if ".." in uri.split("/"):
+        raise UserError(f"{key} = {uri}: must not have a '..' in it; {os.path.normpath(uri)} would work")
+    files = storage.expand(uri)
+    root = fixed_part(uri)
+    visible = [file for file in files if _is_visible(file.uri, root)]
+    if not uri.startswith(S3_SCHEME):
+        _check_links(key, root, visible)
+    return visible
+
+
+def _is_visible(uri: str, root: str) -> bool:
+    names = uri.removeprefix(root).split("/")
+    return not any(name.startswith(("_", ".")) for name in names if name)
+
+
+def _check_links(key: str, root: str, files: list[ObjectInfo]) -> None:
+    """Refuse links that lead out of the folder that was given; the folder itself may be reached by one."""
+    real_root = os.path.realpath(root)
+    for file in files:
+        target = os.path.realpath(file.uri)
+        if target != real_root and not target.startswith(real_root.rstrip("/") + "/"):
+            raise UserError(f"{file.uri}: is a link to {target}, outside of {key} = {root}; copy the file there or name it itself")
+    for folder, names, _ in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and _is_visible(path, root):
+                raise UserError(f"{path}: is a link to a folder, which is not followed; name the folder itself")
+
+
+def _without_empty(files: list[ObjectInfo]) -> list[ObjectInfo]:
+    filled = [file for file in files if file.num_bytes]
+    for file in files:
+        if not file.num_bytes and (not filled or file.uri.lower().endswith(".parquet")):
+            raise UserError(f"{file.uri}: is empty (0 bytes)")
+    return filled

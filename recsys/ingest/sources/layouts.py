@@ -1,0 +1,130 @@
+"""Known layouts of input tables: what their files and columns are called, their units and the kinds of their features; no I/O."""
+
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+from recsys.config.data import ColumnsConfig, ItemFeaturesConfig
+from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID, VALUE, FeatureKind
+
+ATOMIC_SUFFIXES = {"events": ".inter", "items": ".item", "users": ".user"}
+COMMON_SUFFIXES = (".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
+_ALIASES = {
+    USER_ID: ("userId", "UserID"),
+    ITEM_ID: ("parent_asin", "movieId", "MovieID", "asin"),
+    TIMESTAMP: ("Timestamp",),
+    VALUE: ("rating", "Rating"),
+}
+_MOVIELENS_COLUMNS = {
+    "ratings": ("UserID", "MovieID", "Rating", "Timestamp"),
+    "movies": ("MovieID", "Title", "Genres"),
+    "users": ("UserID", "Gender", "Age", "Occupation", "Zip-code"),
+}
+"""MovieLens's `.dat` files have no header line; these are the names that its README gives."""
+
+_FILE_NAMES = {"events": ("events", "ratings", "reviews"), "items": ("items", "movies", "meta_"), "users": ("users",)}
+"""How the files of a role begin; the first beginning that a folder has counts alone."""
+
+_AMAZON_REVIEW = {USER_ID, "parent_asin", "rating", TIMESTAMP}
+_CATALOGUES: tuple[tuple[set[str], dict[str, FeatureKind]], ...] = (
+    (
+        {"parent_asin", "main_category", "title"},
+        {
+            "title": "text",
+            "features": "text",
+            "description": "text",
+            "main_category": "categories",
+            "store": "categories",
+            "categories": "categories",
+            "price": "numbers",
+        },
+    ),
+    ({"MovieID", "Title", "Genres"}, {"Title": "text", "Genres": "categories"}),
+    ({"movieId", "title", "genres"}, {"title": "text", "genres": "categories"}),
+)
+"""By their columns: average ratings and their number are left out, since they tell of the time after the split."""
+
+_PATH_COLUMN = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)=(.*)")
+_PATH_NULL = "__HIVE_DEFAULT_PARTITION__"
+
+
+def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -> str:
+    """Tell what a file calls a column: as configured or, where the config has the default and no such column is there, by layout."""
+    name: str = getattr(columns, house_name)
+    if name != house_name or name in names:
+        return name
+    return next((alias for alias in _ALIASES.get(house_name, ()) if alias in names), name)
+
+
+def is_amazon_review(names: Iterable[str]) -> bool:
+    """Tell whether a file is one of Amazon's reviews (2023), by its columns."""
+    return _AMAZON_REVIEW.issubset(names) and ITEM_ID not in names
+
+
+def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:
+    """Tell the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where the types must tell."""
+    configured: dict[str, FeatureKind] = {}
+    configured |= dict.fromkeys(features.text, "text")
+    configured |= dict.fromkeys(features.categories, "categories")
+    configured |= dict.fromkeys(features.numbers, "numbers")
+    configured |= dict.fromkeys(features.vectors, "vectors")
+    if configured:
+        return configured
+    for signature, kinds in _CATALOGUES:
+        if signature.issubset(names):
+            return {name: kind for name, kind in kinds.items() if name in names}
+    return {}
+
+
+def movielens_columns(uri: str) -> tuple[str, ...]:
+    """Name the columns of a MovieLens `.dat` file by the file's name; empty for every other file."""
+    name = _file_name(uri)
+    return next((names for stem, names in _MOVIELENS_COLUMNS.items() if name.startswith(stem) and name.endswith(".dat")), ())
+
+
+def is_table(uri: str, role: str) -> bool:
+    """Tell by its name whether a file can be a table of this role: events, items or users."""
+    name = _file_name(uri)
+    if movielens_columns(uri):
+        return name.startswith(_FILE_NAMES[role])
+    return name.endswith((ATOMIC_SUFFIXES[role], *COMMON_SUFFIXES))
+
+
+def choose_by_name(paths: Iterable[str], role: str) -> set[str]:
+    """Choose a role's files from a folder that holds several tables; `paths` are relative to it.
+
+    A file has RecBole's suffix, begins with one of the role's names, or lies below a folder of the role's name. Reviews that are called
+    like their category, as Amazon's are, are known by the `meta_` file beside them.
+    """
+    tables = {path for path in paths if is_table(path, role)}
+    for beginning in _FILE_NAMES[role]:
+        chosen = {
+            path for path in tables if _begins(path, beginning) or (beginning == role and _file_name(path).endswith(ATOMIC_SUFFIXES[role]))
+        }
+        if chosen:
+            return chosen
+    described = {_stem(path).replace("meta_", "", 1) for path in tables if _begins(path, "meta_")}
+    return {path for path in tables if role == "events" and _stem(path) in described}
+
+
+def path_columns(uri: str) -> dict[str, str | None]:
+    """Read the columns that a path gives: folders named `key=value`, as Hive, Spark and Athena write them."""
+    found: dict[str, str | None] = {}
+    for segment in uri.split("/")[:-1]:
+        match = _PATH_COLUMN.fullmatch(segment)
+        if match:
+            found[match[1]] = None if match[2] == _PATH_NULL else unquote(match[2])
+    return found
+
+
+def _begins(path: str, beginning: str) -> bool:
+    return _file_name(path).startswith(beginning) or path.partition("/")[0] == beginning
+
+
+def _stem(path: str) -> str:
+    name = _file_name(path)
+    return next((name.removesuffix(suffix) for suffix in (*COMMON_SUFFIXES, ".dat") if name.endswith(suffix)), name)
+
+
+def _file_name(uri: str) -> str:
+    return uri.rpartition("/")[2].lower()

@@ -1,0 +1,231 @@
+"""Where untrusted files are opened: a child process with a memory limit, and errors that name the file; no format is known here."""
+
+import atexit
+import csv
+import gc
+import json
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from recsys.errors import UserError
+
+BAD_FILE_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError, csv.Error, zlib.error)
+"""What decoders and casts raise on content that they cannot take."""
+
+_IDLE_SECONDS = 300
+_LENGTH = struct.Struct("<Q")
+_QUIET_ENVIRONMENT = {
+    # The pool that gives memory back, and no arenas and threads that count against the limit before anything is read.
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "MALLOC_ARENA_MAX": "2",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_lock = threading.Lock()
+_children: list["_Child"] = []
+_announcements: list[Callable[[str], None]] = []
+
+
+def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function of a module in a child process that may take `limit_bytes` of memory, and return its result through JSON.
+
+    The arguments are pickled. The child is a fresh interpreter with this process's environment, used again by later
+    calls and gone with this process.
+
+    Raises:
+        UserError: the function raised one, needed more memory, or the child died of what it read; one line with the file.
+    """
+    request = pickle.dumps((limit_bytes, function, arguments))
+    with _lock:
+        while True:
+            if _children and _children[0].environment != os.environ:
+                _children.pop().close()
+            if not _children:
+                _children.append(_Child())
+            try:
+                reply = _children[0].call(request)
+            except BaseException:
+                _children.pop().close()
+                raise
+            if reply is None:
+                _children.pop().close()
+                continue
+            break
+    if "failure" in reply:
+        raise RuntimeError(f"{function.__name__} failed in its child process:\n{reply['failure']}")
+    if "refusal" in reply:
+        raise UserError(reply["refusal"])
+    return reply["result"]
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Say in one line which file is broken and how, whatever the decoder raises; a child that dies in the block died of this file."""
+    for announce in _announcements:
+        announce(uri)
+    try:
+        yield
+    except UserError as error:
+        if uri in str(error):
+            raise
+        raise UserError(f"{uri}: {error}") from error
+    except MemoryError as error:
+        raise UserError(_too_large(uri, _short(error))) from error
+    except BAD_FILE_ERRORS as error:
+        raise UserError(f"{uri}: cannot be read ({_short(error)})") from error
+
+
+class _Child:
+    """The parent's end: sends a call, reads what the child says while it works, and explains its death."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it stays open as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from recsys.ingest.sources.sandbox import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**self.environment, **_QUIET_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        atexit.register(self.close)
+
+    def call(self, request: bytes) -> dict[str, Any] | None:
+        """Return the child's answer, or None where it had ended before it began: idle, worn, or killed by somebody else."""
+        if self._process.poll() is not None:
+            return None
+        log_start = os.fstat(self._log.fileno()).st_size
+        requests, replies = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert replies is not None
+        with suppress(BrokenPipeError):
+            _send(requests, request)
+        uri = ""
+        while (message := _receive(replies)) is not None:
+            reply: dict[str, Any] = json.loads(message)
+            if "reading" not in reply:
+                return reply
+            uri = reply["reading"]
+        code = self._process.wait()
+        if code == 0:
+            return None
+        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if not uri:
+            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_words(log_start)}")
+        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_words(log_start)}"))
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def _last_words(self, log_start: int) -> str:
+        """Return the first line that the child wrote to its stderr in the call that it died of; what follows it are details."""
+        words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
+        return next((line.strip()[:200] for line in words if line.strip()), "it said nothing, as when memory runs out")
+
+
+def serve() -> None:
+    """Answer calls on stdin until it closes: the body of the child process, which writes nothing else to its stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_reader, args=(replies.fileno(),), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _announcements.append(lambda uri: _send(replies, json.dumps({"reading": uri}).encode()))
+    _answer_calls(replies)
+    # No tidy end of the interpreter: a decoder's threads may still read ahead in a file that was refused.
+    os._exit(0)
+
+
+def _answer_calls(replies: BinaryIO) -> None:
+    start_bytes = 0
+    while select.select([0], [], [], _IDLE_SECONDS)[0]:
+        request = _receive(sys.stdin.buffer)
+        if request is None:
+            return
+        limit_bytes, function, arguments = pickle.loads(request)
+        start_bytes = start_bytes or _data_bytes()
+        if _is_worn(start_bytes, limit_bytes):  # by an earlier call with a higher limit
+            return
+        resource.setrlimit(resource.RLIMIT_DATA, (start_bytes + limit_bytes, resource.RLIM_INFINITY))
+        _send(replies, _answer(function, arguments))
+        if _is_worn(start_bytes, limit_bytes):
+            return
+
+
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    try:
+        answer = {"result": function(*arguments)}
+        return json.dumps(answer).encode()
+    except UserError as error:
+        answer = {"refusal": str(error)}
+    except MemoryError:
+        answer = {"refusal": _too_large("the input", "out of memory")}
+    except Exception:
+        answer = {"failure": traceback.format_exc()}
+    return json.dumps(answer).encode()
+
+
+def _is_worn(start_bytes: int, limit_bytes: int) -> bool:
+    """Tell whether so much memory stayed taken that the next file would not have its share."""
+    most_bytes = start_bytes + limit_bytes // 4
+    if _data_bytes() > most_bytes:
+        gc.collect()
+        pa.default_memory_pool().release_unused()
+    return _data_bytes() > most_bytes
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts: this process's private writable memory."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
+
+
+def _end_with_reader(descriptor: int) -> None:
+    """End this process when its parent does, in the middle of a call too: the parent alone holds the other end."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    poll.poll()
+    os._exit(1)
+
+
+def _send(stream: Any, message: bytes) -> None:
+    stream.write(_LENGTH.pack(len(message)) + message)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO | Any) -> bytes | None:
+    """Read one message; None where the other side has ended."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    message: bytes = stream.read(_LENGTH.unpack(head)[0])
+    return message
+
+
+def _too_large(uri: str, reason: str) -> str:
+    return f"{uri}: cannot be read within data.max_file_memory_bytes ({reason}); split the file, or set a higher limit if you trust it"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The seeded generator of `data.source = "synthetic"`."""

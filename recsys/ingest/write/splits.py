@@ -1,0 +1,74 @@
+"""Which part of a dataset each interaction is in, and which items are kept out of training, as pure functions; rows are made elsewhere."""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from recsys.arrays import Floats, Integers, Mask
+from recsys.config.data import DataConfig
+from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+TRAINING, VALIDATION, TEST, WITHHELD = range(4)
+"""The part of an interaction; what is withheld is in none."""
+
+
+def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integers:
+    """Tell the part of each event (EVENTS_SCHEMA, sorted by the tie rule); user u's are `[offsets[u]:offsets[u + 1]]`.
+
+    random: an event is held out by a draw that follows from its user, item, time and the seed alone, so that it is the same in every
+    order, partition and version.
+    """
+    if data.split != "random":
+        return split_in_order(events[TIMESTAMP].to_numpy(), offsets, data)
+    keys = zip(*(events[name].to_pylist() for name in (USER_ID, ITEM_ID, TIMESTAMP)), strict=True)
+    draws = draw((f"{user} {item} {time}" for user, item, time in keys), data.split_seed)
+    held_out = data.test_fraction + (1 - data.test_fraction) * data.validation_fraction
+    return np.select([draws < data.test_fraction, draws < held_out], [TEST, VALIDATION], TRAINING)
+
+
+def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) -> Integers:
+    """Tell the part of each interaction by its place or its time.
+
+    leave_one_out: a user's last is the test target and the one before it the validation target; a user with fewer than three is training
+    data alone. time: training ends with the first interaction at or after `validation_from`, validation with the first at or after
+    `test_from`; what an appended version adds late is held out where it follows what is.
+    """
+    lengths = np.diff(offsets)
+    if data.split == "leave_one_out":
+        num_held_out = np.where(lengths >= 3, 1, 0)
+        return part_by_place(offsets, lengths - 2 * num_held_out, num_held_out)
+    num_train = _leading_before(timestamps, offsets, data.validation_from)
+    return part_by_place(offsets, num_train, _leading_before(timestamps, offsets, data.test_from) - num_train)
+
+
+def part_by_place(offsets: Integers, num_train: Integers, num_validation: Integers) -> Integers:
+    """Tell the part of each interaction of rows that have their training interactions first and then those for validation."""
+    lengths = np.diff(offsets)
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    is_held_out, is_test = (place >= np.repeat(bound, lengths) for bound in (num_train, num_train + num_validation))
+    return np.asarray(is_held_out.astype(np.int64) + is_test)
+
+
+def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None) -> Integers:
+    """Count each user's interactions before the first that is at or after the moment."""
+    lengths = np.diff(offsets)
+    if moment is None:
+        return np.zeros_like(lengths)
+    late = np.flatnonzero(timestamps >= moment)
+    firsts = np.append(late, len(timestamps))[np.searchsorted(late, offsets[:-1])]
+    return np.asarray(np.minimum(firsts - offsets[:-1], lengths), np.int64)
+
+
+def draw(keys: Iterable[str], seed: int) -> Floats:
+    """Draw a number in [0, 1) for each key: a hash of the key and the seed, the same on every machine and in every release."""
+    digests = (hashlib.blake2b(f"{seed} {key}".encode(), digest_size=6).digest() for key in keys)
+    return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.float64) / 2.0**48
+
+
+def withheld(item_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
+    """Tell which items are kept out of training: about the share `data.withheld_items`, each by a draw of its own."""
+    if not data.withheld_items:
+        return np.zeros(len(item_ids), bool)
+    return draw((f"item {item}" for item in item_ids.to_pylist()), data.split_seed) < data.withheld_items

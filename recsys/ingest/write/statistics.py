@@ -1,0 +1,250 @@
+"""Features of users and items from training interactions alone, as pure functions; reading and writing them is `measuring.py`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recsys.arrays import Floats, Integers, Mask
+from recsys.ingest.write.sequences import gather_ranges
+from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA
+
+NUM_PERIODS = 8
+NUMBER_PREFIX = "statistics."
+
+
+@dataclass(frozen=True)
+class TrainSpan:
+    """The times of the first and the last training interaction of all users, and where training data ends."""
+
+    first: int
+    last: int
+    end: int
+
+    def period_of(self, times: Integers) -> Integers:
+        """Tell which of the equal periods each time falls into."""
+        return np.asarray((times - self.first) * NUM_PERIODS // (self.last - self.first + 1), np.int64)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and sum of squared deviations of groups of values (one each per group)."""
+
+    count: Integers
+    mean: Floats
+    deviations: Floats
+
+    @classmethod
+    def of(cls, values: Floats, groups: Integers, num_groups: int) -> "Moments":
+        """Measure the finite values of each group in two passes, which keeps what a sum of squares would lose."""
+        is_there = np.isfinite(values)
+        values, groups = values[is_there].astype(np.float64), groups[is_there]
+        count = np.bincount(groups, minlength=num_groups).astype(np.int64)
+        divisor = np.maximum(count, 1)
+        mean = np.bincount(groups, values, num_groups) / divisor
+        apart = values - mean[groups]
+        rest = np.bincount(groups, apart, num_groups)  # what rounding left of the mean
+        deviations = np.bincount(groups, apart**2, num_groups) - rest**2 / divisor
+        return cls(count, mean + rest / divisor, np.maximum(deviations, 0.0))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Join the moments of two parts of each group (Chan, Golub and LeVeque, 1979)."""
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        delta = other.mean - self.mean
+        return Moments(count, self.mean + delta * share, self.deviations + other.deviations + delta**2 * self.count * share)
+
+    @property
+    def variance(self) -> Floats:
+        """Variance of the population; 0 where there is no value."""
+        return self.deviations / np.maximum(self.count, 1)
+
+
+def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
+    """Join `[number, mean, sum of squared deviations]` of parts into number, mean and standard deviation; 0 and 1 without values."""
+    total = Moments(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
+    for number, mean, deviations in parts:
+        total = total.merge(Moments(np.array([int(number)]), np.array([mean]), np.array([deviations])))
+    return int(total.count[0]), float(total.mean[0]), float(total.variance[0]) ** 0.5 or 1.0
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Users' interactions flat, as USERS_SCHEMA has them: user u's are `[offsets[u]:offsets[u + 1]]`, oldest first."""
+
+    user_indices: Integers
+    offsets: Integers
+    items: Integers
+    events: Integers
+    timestamps: Integers
+    values: Floats
+    num_train: Integers
+    num_validation: Integers
+
+    @classmethod
+    def from_users(cls, users: pa.Table) -> "Histories":
+        """Lay out a table of USERS_SCHEMA; attributes and ids are not needed."""
+        flat: dict[str, Any] = {name: users[name].combine_chunks().flatten() for name in ("items", "events", "timestamps", "values")}
+        lengths = users["items"].combine_chunks().value_lengths().to_numpy()
+        return cls(
+            user_indices=users["user_index"].to_numpy(),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            items=flat["items"].to_numpy().astype(np.int64),
+            events=flat["events"].to_numpy().astype(np.int64),
+            timestamps=flat["timestamps"].to_numpy(),
+            values=flat["values"].to_numpy(zero_copy_only=False).astype(np.float64),
+            num_train=users["num_train"].to_numpy().astype(np.int64),
+            num_validation=users["num_validation"].to_numpy().astype(np.int64),
+        )
+
+    @property
+    def owners(self) -> Integers:
+        """The position of each interaction's user."""
+        return np.repeat(np.arange(len(self.num_train)), np.diff(self.offsets))
+
+    @property
+    def training(self) -> "Histories":
+        """The training interactions alone."""
+        rows, offsets = gather_ranges(self.offsets[:-1], self.offsets[:-1] + self.num_train)
+        columns = (self.items[rows], self.events[rows], self.timestamps[rows], self.values[rows])
+        return Histories(self.user_indices, offsets, *columns, self.num_train, np.zeros_like(self.num_validation))
+
+
+def session_lengths(histories: Histories, gap_seconds: int) -> tuple[Integers, Integers]:
+    """Cut each user's interactions where more than `gap_seconds` pass: (owner of each session, its interactions)."""
+    owners = histories.owners
+    if not len(owners):
+        return owners, owners
+    starts = (np.diff(owners, prepend=-1) != 0) | (np.diff(histories.timestamps, prepend=histories.timestamps[:1]) > gap_seconds)
+    positions = np.flatnonzero(starts)
+    return owners[positions], np.diff(np.append(positions, len(owners)))
+
+
+def user_statistics(histories: Histories, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
+    """Measure users (USER_STATISTICS_SCHEMA); without a span there is no time. What is not training data is not looked at."""
+    training = histories.training
+    num_users, owners, count = len(training.num_train), training.owners, training.num_train
+    moments = Moments.of(training.values, owners, num_users)
+    kinds = np.bincount(owners * num_kinds + training.events, minlength=num_users * num_kinds).reshape(num_users, num_kinds)
+    has_any = (count > 0) & (span is not None)
+    gaps, recency, sessions = np.zeros(num_users), np.zeros(num_users, np.int64), np.zeros(num_users, np.int64)
+    if span is not None:
+        lasts, firsts = training.offsets[1:][has_any] - 1, training.offsets[:-1][has_any]
+        elapsed = training.timestamps[lasts] - training.timestamps[firsts]
+        gaps[has_any] = elapsed / np.maximum(count[has_any] - 1, 1)
+        recency[has_any] = span.end - training.timestamps[lasts]
+        sessions = np.bincount(session_lengths(training, session_gap_seconds)[0], minlength=num_users)
+    return pa.table(
+        [
+            pa.array(training.user_indices, pa.int64()),
+            pa.array(count, pa.int64()),
+            *_moment_columns(moments),
+            _where(gaps, has_any & (count > 1), pa.float64()),
+            _where(recency, has_any, pa.int64()),
+            _where(sessions, has_any, pa.int64()),
+            _where(count / np.maximum(sessions, 1), has_any, pa.float64()),
+            _lists(kinds),
+        ],
+        schema=USER_STATISTICS_SCHEMA,
+    )
+
+
+def item_sums(histories: Histories, span: TrainSpan | None) -> pa.Table:
+    """Sum one partition's training interactions by the items that occur, for `ItemTotals.add`."""
+    training = histories.training
+    items, groups = np.unique(training.items, return_inverse=True)
+    moments = Moments.of(training.values, groups, len(items))
+    first, last = np.full(len(items), np.iinfo(np.int64).max), np.full(len(items), np.iinfo(np.int64).min)
+    np.minimum.at(first, groups, training.timestamps)
+    np.maximum.at(last, groups, training.timestamps)
+    columns: dict[str, npt.NDArray[Any]] = {"item_index": items, "train_count": np.bincount(groups, minlength=len(items))}
+    columns |= {"num_values": moments.count, "mean": moments.mean, "deviations": moments.deviations, "first": first, "last": last}
+    if span is not None:
+        cells = groups * NUM_PERIODS + span.period_of(training.timestamps)
+        periods = np.bincount(cells, minlength=len(items) * NUM_PERIODS).reshape(len(items), NUM_PERIODS)
+        columns |= {f"period_{number}": periods[:, number] for number in range(NUM_PERIODS)}
+    return pa.table(columns)
+
+
+class ItemTotals:
+    """The sums of all partitions by item, which are numbered from 1; `first` and `last` count where `train_count` does."""
+
+    def __init__(self, num_items: int, has_time: bool) -> None:
+        self.train_count = np.zeros(num_items, np.int64)
+        self.moments = Moments(np.zeros(num_items, np.int64), np.zeros(num_items), np.zeros(num_items))
+        self.first = np.full(num_items, np.iinfo(np.int64).max)
+        self.last = np.full(num_items, np.iinfo(np.int64).min)
+        self.periods = np.zeros((num_items, NUM_PERIODS if has_time else 0), np.int64)
+
+    def add(self, sums: pa.Table) -> None:
+        """Add one partition's `item_sums`."""
+        column = {name: sums[name].to_numpy() for name in sums.column_names}
+        rows = column["item_index"] - 1
+        self.train_count[rows] += column["train_count"]
+        mine = Moments(self.moments.count[rows], self.moments.mean[rows], self.moments.deviations[rows])
+        both = mine.merge(Moments(column["num_values"], column["mean"], column["deviations"]))
+        self.moments.count[rows], self.moments.mean[rows], self.moments.deviations[rows] = both.count, both.mean, both.deviations
+        self.first[rows] = np.minimum(self.first[rows], column["first"])
+        self.last[rows] = np.maximum(self.last[rows], column["last"])
+        for number in range(self.periods.shape[1]):
+            self.periods[rows, number] += column[f"period_{number}"]
+
+
+def item_statistics(totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
+    """Lay out the totals over all partitions (ITEM_STATISTICS_SCHEMA); without a span there is no time."""
+    has_time = (totals.train_count > 0) & (span is not None)
+    end = span.end if span is not None else 0
+    return pa.table(
+        [
+            pa.array(np.arange(1, len(totals.train_count) + 1), pa.int32()),
+            pa.array(totals.train_count, pa.int64()),
+            *_moment_columns(totals.moments),
+            _where(totals.first, has_time, pa.int64()),
+            _where(totals.last, has_time, pa.int64()),
+            _where(end - np.where(has_time, totals.last, end), has_time, pa.int64()),
+            _lists(totals.periods),
+        ],
+        schema=ITEM_STATISTICS_SCHEMA,
+    )
+
+
+def item_numbers(statistics: pa.Table) -> dict[str, Floats]:
+    """Turn item statistics into the catalogue's number columns, NaN where missing; a column that nothing has is left out.
+
+    log_count: log(1 + training interactions). mean_value. recency: log(1 + seconds since the last one). trend: log of (1 + those of the
+    later half of the periods) / (1 + those of the earlier half).
+    """
+    numbers = {"log_count": np.log1p(statistics["train_count"].to_numpy()), "mean_value": _floats(statistics["value_mean"])}
+    recency = _floats(statistics["recency_seconds"])
+    numbers["recency"] = np.log1p(recency)
+    periods = statistics["period_counts"].combine_chunks().flatten().to_numpy()
+    if len(periods):
+        halves = periods.reshape(statistics.num_rows, 2, NUM_PERIODS // 2).sum(axis=2)
+        trend = np.log1p(halves[:, 1]) - np.log1p(halves[:, 0])
+        numbers["trend"] = np.where(np.isnan(recency), np.nan, trend)
+    return {NUMBER_PREFIX + name: column for name, column in numbers.items() if not np.isnan(column).all()}
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+
+
+def _moment_columns(moments: Moments) -> list[pa.Array]:
+    has_value = moments.count > 0
+    return [
+        pa.array(moments.count, pa.int64()),
+        _where(moments.mean, has_value, pa.float64()),
+        _where(moments.variance, has_value, pa.float64()),
+    ]
+
+
+def _where(values: npt.NDArray[Any], is_there: Mask, kind: pa.DataType) -> pa.Array:
+    return pa.array(values, kind, mask=~is_there)
+
+
+def _lists(block: npt.NDArray[Any]) -> pa.Array:
+    offsets = np.arange(block.shape[0] + 1, dtype=np.int32) * block.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(block.reshape(-1), pa.int64()))

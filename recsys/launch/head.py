@@ -1,0 +1,234 @@
+"""Ray for a verb: the cluster that `RAY_ADDRESS` names, or a private head on loopback that ends with the verb."""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from recsys.config import Config
+from recsys.store import private_folder
+
+ADDRESS = "RAY_ADDRESS"
+HEAD_RECORD = "head.json"
+PRIVATE = "RECSYS_PRIVATE_RAY"
+PR_SET_PDEATHSIG = 1
+LONGEST_FOLDER = 24
+"""A socket's path may have 107 characters: these, 13 of a folder's own name, 43 of Ray's session and 25 of its dashboard's sockets."""
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
+
+FREE_PORTS = range(20_000, 32_768)
+START_SECONDS = 60
+STOP_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """A private Ray on loopback, alive as long as its process is."""
+
+    address: str
+    dashboard: str
+    process_id: int
+    folder: str
+    environment: dict[str, str]
+
+
+@contextlib.contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Attach to the cluster that `RAY_ADDRESS` names, or to a private head that ends with the block.
+
+    Ray reads its environment when it is imported, so nothing may import Ray before this does.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    with contextlib.nullcontext() if os.environ.get(ADDRESS) else _private_head(config):
+        import ray
+
+        ray.init(log_to_driver=True, logging_level="warning")
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_head(config: Config) -> Iterator[None]:
+    if "ray" in sys.modules:
+        raise RuntimeError("Ray was imported before recsys.launch.head.connect prepared its environment")
+    folder = ray_folder(config)
+    head = start_head(folder, logical_cpus(config), ends_with_parent=True)
+    before = dict(os.environ)
+    os.environ |= head.environment
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+        stop_head(head.process_id)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -> Head:
+    """Start a head that listens on loopback only, under a token of its own, with all its files below `folder`.
+
+    `ray.init` would listen on the machine's address, so this is `ray start`. With `ends_with_parent` the kernel ends the
+    head when this process dies, however that happens.
+    """
+    port, dashboard = free_port(), free_port()
+    address = f"127.0.0.1:{port}"
+    environment = {
+        ADDRESS: address,
+        PRIVATE: "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without this, Ray takes the machine's address for loopback
+    }
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "dashboard-agent-grpc-port": free_port(),
+        "runtime-env-agent-port": free_port(),
+        "metrics-export-port": free_port(),
+        "ray-client-server-port": free_port(),
+        "temp-dir": folder,
+        "num-cpus": num_cpus,
+        "object-store-memory": OBJECT_STORE_BYTES,
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = (Path(folder) / "head.log").open("wb")
+    own_programs = str(Path(sys.executable).parent)  # a submitted job runs the first `python` on its head's path
+    child_environment = {
+        **os.environ,
+        **environment,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # with a service on it, a head would take half a minute to stop
+        "PATH": os.pathsep.join([own_programs, os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    process = subprocess.Popen(
+        command,
+        env=child_environment,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
+    )
+    _wait_until_listening(process, dashboard, Path(folder) / "head.log")
+    return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
+
+
+@contextlib.contextmanager
+def local_head(config: Config, outlives: bool) -> Iterator[None]:
+    """Point this process and its children at a cluster for the block: the given one, or a head on this machine.
+
+    A head that `outlives` the block goes on for whoever comes next, who finds it by the record in `run.scratch`.
+    """
+    if os.environ.get(ADDRESS):
+        yield
+        return
+    record = private_folder(Path(config.run.scratch)) / HEAD_RECORD
+    found = _recorded_head(record)
+    head = found or start_head(ray_folder(config), logical_cpus(config), ends_with_parent=not outlives)
+    if found is None:
+        record.touch(mode=0o600)
+        record.write_text(json.dumps(asdict(head)), encoding="utf-8")
+    os.environ |= head.environment
+    is_kept = found is not None
+    try:
+        yield
+        is_kept = is_kept or outlives
+    finally:
+        if not is_kept:
+            stop_local_head(config)
+
+
+def stop_local_head(config: Config) -> bool:
+    """Stop the head that `local_head` left running, and all that runs on it; tell whether there was one."""
+    record = Path(config.run.scratch) / HEAD_RECORD
+    head = _recorded_head(record)
+    if head is not None:
+        stop_head(head.process_id)
+        shutil.rmtree(head.folder, ignore_errors=True)
+    record.unlink(missing_ok=True)
+    return head is not None
+
+
+def stop_head(process_id: int) -> None:
+    """End a head and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process_id, signal.SIGTERM)
+        for _ in range(STOP_SECONDS * 10):
+            if _has_ended(process_id):
+                return
+            time.sleep(0.1)
+        os.killpg(process_id, signal.SIGKILL)
+
+
+def logical_cpus(config: Config) -> int:
+    """Slots of a private head: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
+    two_trials = 2 * (1 + math.ceil(config.training.max_workers * config.training.cpus_per_worker))
+    return max(two_trials, 2 * (os.cpu_count() or 1))
+
+
+def free_port() -> int:
+    """Find a loopback port that nobody listens on, outside the ranges that the kernel and Ray's workers take ports from."""
+    for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1}")
+
+
+def ray_folder(config: Config) -> str:
+    """Make a private folder for one Ray: below `run.scratch`, or a temporary one where that path is too long for sockets."""
+    parent = private_folder(Path(config.run.scratch))
+    return tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= LONGEST_FOLDER else None)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    stop_head(process.pid)
+    raise RuntimeError(f"Ray did not start within {START_SECONDS} s:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _recorded_head(record: Path) -> Head | None:
+    """Return the head of a record if that very process still runs."""
+    if not record.exists():
+        return None
+    head = Head(**json.loads(record.read_text(encoding="utf-8")))
+    command = Path(f"/proc/{head.process_id}/cmdline")
+    return head if command.exists() and head.folder.encode() in command.read_bytes() else None
+
+
+def _has_ended(process_id: int) -> bool:
+    try:
+        return os.waitpid(process_id, os.WNOHANG)[0] == process_id
+    except ChildProcessError:  # another process started it
+        return not Path(f"/proc/{process_id}").exists()

@@ -1,0 +1,129 @@
+"""Launching a run: whether it may start or resume, who holds it, and what comes of it. Ray is imported only if workers must start."""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.launch.head import connect
+from recsys.objectives.objective import MakeObjective
+from recsys.store import Storage
+from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.lease import Ownership
+from recsys.train.checkpoints.manifest import read_manifest
+from recsys.train.monitoring.report import REPORT_NAME, make_report
+from recsys.train.state import TrainingState
+
+logger = logging.getLogger(__name__)
+RETRY_SECONDS = 1.0
+
+
+def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train what `make` builds on a cluster, and return what `jobs.train` prints.
+
+    A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
+
+    Raises:
+        UserError: the run's name is taken by another config or dataset, another process trains it, or the workers met a user's mistake.
+    """
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.adopt(config)
+    checkpoints = CheckpointStore(storage, config, dataset)
+    begin = time.monotonic()
+    _check_resume(checkpoints, config)
+    if finished_state(checkpoints, config) is None:
+        with connect(config):
+            from recsys.launch.workers import check_resources, train_to_the_end
+
+            check_resources(config)
+            ownership = Ownership(storage, config.run.name)
+            with ownership.held(config.run.lease_seconds), _stopped_by_signal(ownership):
+                _check_resume(checkpoints, config)
+                train_to_the_end(config, storage, ownership, make, callbacks)
+    state = finished_state(checkpoints, config)
+    if state is None:
+        raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
+    best = checkpoints.uri(state.best_step or state.step)
+    report = storage.uri("runs", config.run.name, REPORT_NAME)
+    storage.write_bytes(report, make_report(config.run.name, state).encode())
+    return {
+        "run": config.run.name,
+        "checkpoint": best,
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "seconds": round(time.monotonic() - begin, 2),
+        "samples_per_second": round(state.samples_seen / max(state.train_seconds, 1e-9), 1),
+        "data_wait": round(state.data_wait_seconds / max(state.train_seconds, 1e-9), 4),
+        "checkpoint_stall": round(state.checkpoint_stall_seconds / max(state.train_seconds, 1e-9), 4),
+        "goodput": round(state.goodput, 4),
+        "incidents": [incident.model_dump() for incident in state.incidents],
+        "skipped_steps": state.skipped_steps,
+        "validation": read_manifest(storage, best).state.validation,
+        "report": report,
+    }
+
+
+def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingState | None:
+    """Return the final state if nothing of the run is left to do.
+
+    Raises:
+        UserError: the run's checkpoints are of another config or dataset.
+    """
+    newest = checkpoints.newest()
+    if newest is None:
+        return None
+    checkpoints.check_compatible(newest)
+    return newest.state if newest.state.is_finished(config) else None
+
+
+@contextlib.contextmanager
+def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
+    """Turn the first SIGTERM into a request to stop; a second one ends this process at once."""
+
+    def ask(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
+        threading.Thread(target=_ask_to_stop, args=(ownership,), name="stop").start()  # the interrupted code may be in the store's client
+
+    if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ask_to_stop(ownership: Ownership) -> None:
+    while True:
+        try:
+            return ownership.ask_to_stop()
+        except UserError as error:  # the store may come back before the time to end is over
+            logger.warning("SIGTERM: %s", error)
+            time.sleep(RETRY_SECONDS)
+
+
+def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
+    """Hold to `run.resume`; restarts of workers are not its concern.
+
+    Raises:
+        UserError: the run has a checkpoint and must not, or has none and must.
+    """
+    resume = config.run.resume
+    if resume == "auto":
+        return
+    has_checkpoint = bool(checkpoints.steps())
+    if has_checkpoint and resume == "never":
+        raise UserError(
+            f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to go on'
+        )
+    if not has_checkpoint and resume == "must":
+        raise UserError(f'run.resume = must: run {config.run.name} has no checkpoint; correct run.name, or run.resume="auto" to start it')

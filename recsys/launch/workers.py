@@ -1,0 +1,203 @@
+"""The adapter of Ray Train: starts workers that run the training loop, and restarts them when one dies."""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.errors import StoreError, UserError
+from recsys.launch.head import PRIVATE
+from recsys.launch.ray_internals import RestartingTrainer, WorkerHealthCheckTimeoutError, is_preempted, worker_nodes
+from recsys.objectives.objective import MakeObjective, MicroBatch
+from recsys.store import Storage
+from recsys.train.checkpoints.lease import Ownership
+from recsys.train.failures import Failure, Kind, TrainingError, describe, root_cause
+from recsys.train.loop import train
+from recsys.train.monitoring.reporter import Metrics, Request
+from recsys.train.recovery.restarts import Restarts
+
+logger = logging.getLogger(__name__)
+STOP_POLL_SECONDS = 1.0
+RESIZE_POLL_SECONDS = 15.0
+STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+"""After a node is lost Ray first tries to place workers on it; it gives that up after so many seconds, by default 60."""
+
+HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+"""So often the controller looks after the workers, by default every 2 s."""
+
+DOOR_SECONDS = 1.0
+"""A node that takes no connection for so long is gone."""
+
+
+class RayReporter:
+    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop or to save."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        self._ownership, self._is_asked, self._has_saved = ownership, False, False
+        if ray.train.get_context().get_world_rank() == 0:
+            threading.Thread(target=self._watch, name="stop", daemon=True).start()
+
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
+        """Do nothing: reporting to Ray is a barrier, too dear for every step."""
+
+    def request(self) -> Request:
+        """Pass on what the owner was asked for, and once that a node will soon be taken away.
+
+        Ray's public call for the latter is a barrier of its own, too dear for every step; the loop agrees on requests in any case.
+        """
+        if self._is_asked:
+            return Request.STOP
+        if self._has_saved or not is_preempted():
+            return Request.NONE
+        self._has_saved = True
+        return Request.SAVE
+
+    def _watch(self) -> None:
+        while not self._is_asked:
+            time.sleep(STOP_POLL_SECONDS)
+            with contextlib.suppress(Exception):  # a store that is out of order is found by those who need it
+                self._is_asked = self._ownership.is_asked_to_stop()
+
+    def report(self, metrics: Metrics) -> None:
+        """Report the metrics; Ray keeps no checkpoint of its own, the store has them."""
+        ray.train.report(metrics)
+
+
+def train_to_the_end(config: Config, storage: Storage, ownership: Ownership, make: MakeObjective, callbacks: Sequence[Any]) -> None:
+    """Start the workers, again where that may help, until the run is done.
+
+    Raises:
+        UserError: what went wrong can be mended by a person.
+        RuntimeError: anything else went wrong, too often or in the same way again.
+    """
+    lost = ownership.lost
+    causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without a word"),)
+    restarts = Restarts(config, storage, ownership, causes)
+    restarts.begin()
+    while True:
+        trouble: Exception
+        try:
+            _fit(config, restarts, make, callbacks)
+            return
+        except (TrainingFailedError, RayActorError) as error:
+            trouble = error
+        if restarts.read().given_up is None and restarts.after(failure_of(trouble)):  # it was the controller that failed
+            continue
+        attempt = restarts.read()
+        failure = attempt.causes[-1]
+        if failure.is_explained:
+            raise UserError(failure.message) from None
+        raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {attempt.given_up}") from trouble
+
+
+def failure_of(error: Exception) -> Failure:
+    """Tell what failed, out of Ray's wrappers."""
+    if isinstance(error, RayActorError):
+        return Failure(kind="driver_lost", message=f"Ray Train's controller: {' '.join(str(error).split())[:300]}")
+    if isinstance(error, PreemptionError):
+        return Failure(kind="preempted", message=str(error))
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
+        return Failure(kind="exception", message=" ".join(str(error).split()))
+    failure = root_cause(_failure_of_worker(rank, failure) for rank, failure in error.worker_failures.items())
+    if failure.kind in ("worker_lost", "collective") and (lost := _lost_node()):
+        return Failure(kind="node_lost", message=lost)
+    return failure
+
+
+def _failure_of_worker(rank: int, error: BaseException) -> Failure:
+    cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None) or error
+    if isinstance(cause, TrainingError):
+        return cause.failure
+    message = " ".join(str(cause).split())
+    if isinstance(cause, RayActorError):
+        kind: Kind = "preempted" if cause.preempted else "node_lost" if "its node has died" in message else "worker_lost"
+        return Failure(kind=kind, message=message[:300], rank=rank)
+    if isinstance(cause, WorkerHealthCheckTimeoutError):
+        return Failure(kind="hang", message=message[:300], rank=rank)
+    return describe(cause, rank, None, "")
+
+
+def _lost_node() -> str | None:
+    """Name a node with workers of this job that is gone: Ray learns that only after a while, but its door is closed at once."""
+    hosts = worker_nodes()
+    for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=DOOR_SECONDS).close()
+        except OSError as error:
+            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} takes no connection ({error})"
+    return None
+
+
+def check_resources(config: Config) -> None:
+    """Refuse what a private Ray will never have; a cluster may still grow.
+
+    Raises:
+        UserError: there are not enough GPUs.
+    """
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.min_workers:
+        raise UserError(
+            f"training.num_workers = {config.training.min_workers} with training.use_gpu = true: this machine has {num_gpus} GPUs; "
+            "set training.use_gpu=false, or RAY_ADDRESS to a cluster with GPUs"
+        )
+
+
+def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Sequence[Any]) -> None:
+    """Run the workers until they are done or are not to be started again. Ray's own records go to the run's folder under a new name.
+
+    With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
+    """
+    training, storage = config.training, Storage.from_config(config.storage)
+    os.environ.setdefault(*HEALTH_CHECK)
+    if training.is_elastic:
+        os.environ.setdefault(*STALE_CAPACITY)
+    records = storage.uri("runs", config.run.name, "ray")
+    filesystem, path = storage.locate(records)
+    trainer = RestartingTrainer(
+        partial(_run_worker, make, config, restarts),
+        should_restart=lambda error: restarts.after(failure_of(error)),
+        scaling_config=ScalingConfig(
+            num_workers=(training.min_workers, training.max_workers) if training.is_elastic else training.max_workers,
+            elastic_resize_monitor_interval_s=RESIZE_POLL_SECONDS,
+            use_gpu=training.use_gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if training.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            callbacks=list(callbacks),
+        ),
+        torch_config=TorchConfig(backend="nccl" if training.use_gpu else "gloo"),
+    )
+    try:
+        trainer.fit()
+    finally:
+        with contextlib.suppress(StoreError):  # it would hide what the workers met
+            storage.delete_tree(records)
+
+
+def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    storage, attempt = Storage.from_config(config.storage), restarts.read()
+    reporter = RayReporter(Ownership(storage, config.run.name, attempt.token))
+    train(config, Dataset.open(storage, config.data.dataset), reporter, make, attempt)

@@ -1,0 +1,180 @@
+"""What is made of all of a dataset's texts: tokens, once per node, and frozen vectors, once per dataset and shared out over the ranks."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from torch import Tensor
+
+from recsys.config.model import TextConfig
+from recsys.data.items import node_folder
+from recsys.data.manifest import MANIFEST_NAME, Dataset
+from recsys.data.node_files import create_array, map_array, shared_entry
+from recsys.errors import UserError
+from recsys.model.text.backbones import backbone_identity, load_tokenizer
+from recsys.model.text.encoder import encode_texts, load_frozen, tokenize
+from recsys.store import Storage, join
+
+TOKENIZED_AT_ONCE = 8192
+CHUNK_ROWS = 16_384
+"""Rows of one object of frozen vectors, which one rank encodes without a pause."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Those who share a piece of work: this one's number, how many they are, and how they wait for one another."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], object] = lambda: None
+
+
+ALONE = Ranks()
+
+
+class VectorsManifest(BaseModel):
+    """Frozen vectors that are complete: rows (the padding item's first), width, and rows per object."""
+
+    num_rows: int
+    width: int
+    chunk_rows: int
+    backbone: str
+    pooling: str
+    max_tokens: int
+
+
+def text_tokens(
+    folder: str, text: TextConfig, texts: Sequence[str], dataset: Dataset, scratch: Path, kind: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Return the token ids of R texts (R, T), int32 and right-padded, and how many are real (R,), 1 at least.
+
+    `kind` tells the files of other texts than the items' from those.
+    """
+
+    def build(new: Path) -> None:
+        logger.info("text: tokenizing %d texts with the tokenizer of %s, once on this node", len(texts) - 1, text.backbone)
+        tokenizer = load_tokenizer(folder)
+        tokens = create_array(new / "tokens.npy", (len(texts), text.max_tokens), np.int32)
+        lengths = create_array(new / "lengths.npy", (len(texts),), np.int32)
+        for begin in range(0, len(texts), TOKENIZED_AT_ONCE):
+            ids, mask = tokenize(tokenizer, texts[begin : begin + TOKENIZED_AT_ONCE], text.max_tokens)
+            end = begin + len(ids)
+            tokens[begin:end] = tokenizer.pad_token_id
+            tokens[begin:end, : ids.shape[1]] = ids
+            lengths[begin:end] = mask.sum(1)
+
+    key = _key(backbone_identity(folder, with_weights=False), text.max_tokens, kind)
+    with shared_entry(node_folder(scratch, dataset.manifest, f"tokens-{key}"), build) as entry:
+        return map_array(entry / "tokens.npy"), map_array(entry / "lengths.npy")
+
+
+def frozen_vectors(
+    folder: str,
+    text: TextConfig,
+    texts: Sequence[str],
+    dataset: Dataset,
+    scratch: Path,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    kind: str = "",
+) -> Tensor:
+    """Return the vectors of R texts (R, H), computed once and kept with the dataset; all of `ranks` must call this.
+
+    `kind` tells the files of other texts than the items' from those.
+
+    Raises:
+        UserError: stored vectors are damaged.
+    """
+    key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, kind)
+    uri = join(dataset.uri, "text_vectors", key)
+    _encode_missing(folder, text, texts, dataset.storage, uri, device, ranks)
+
+    def build(new: Path) -> None:
+        manifest = VectorsManifest.model_validate_json(dataset.storage.read_bytes(join(uri, MANIFEST_NAME)))
+        vectors = create_array(new / "vectors.npy", (manifest.num_rows, manifest.width), np.float32)
+        for number, begin in enumerate(range(0, manifest.num_rows, manifest.chunk_rows)):
+            rows = vectors[begin : begin + manifest.chunk_rows]
+            rows[:] = _read_chunk(dataset.storage, _chunk_uri(uri, number), rows.shape)
+
+    with shared_entry(node_folder(scratch, dataset.manifest, f"vectors-{key}"), build) as entry:
+        return map_array(entry / "vectors.npy")
+
+
+def _encode_missing(
+    folder: str, text: TextConfig, texts: Sequence[str], storage: Storage, uri: str, device: torch.device, ranks: Ranks
+) -> None:
+    """Encode the chunks that the store lacks, and then write the manifest.
+
+    Rank r of N has chunks r, r + N, ... and all ranks meet after each round, so that none waits longer than for one chunk: a
+    barrier gives up after half an hour. Every rank runs the same rounds, whichever chunks it finds.
+    """
+    num_rows = len(texts)
+    num_chunks = -(-num_rows // CHUNK_ROWS)
+    present = {found.uri for found in storage.list(uri)}
+    model = None
+    for first in range(0, num_chunks, ranks.world_size):
+        number = first + ranks.rank
+        if number < num_chunks and _chunk_uri(uri, number) not in present:
+            model = model or (load_frozen(folder, text, device), load_tokenizer(folder))
+            begin = number * CHUNK_ROWS
+            chunk = texts[begin : begin + CHUNK_ROWS]
+            logger.info("text: encoding texts %d to %d of %d with %s", begin, begin + len(chunk) - 1, num_rows - 1, text.backbone)
+            vectors = encode_texts(*model, chunk, text.max_tokens, device)
+            storage.create(_chunk_uri(uri, number), _chunk_bytes(vectors.numpy()))
+        ranks.barrier()
+    if ranks.rank == 0 and join(uri, MANIFEST_NAME) not in present:
+        storage.create(join(uri, MANIFEST_NAME), _manifest(text, storage, uri, num_rows).model_dump_json(indent=1).encode())
+    ranks.barrier()
+
+
+def _manifest(text: TextConfig, storage: Storage, uri: str, num_rows: int) -> VectorsManifest:
+    width = _open_chunk(storage, _chunk_uri(uri, 0)).schema.field("vector").type.list_size
+    return VectorsManifest(
+        num_rows=num_rows,
+        width=width,
+        chunk_rows=CHUNK_ROWS,
+        backbone=text.backbone,
+        pooling=text.pooling,
+        max_tokens=text.max_tokens,
+    )
+
+
+def _chunk_uri(uri: str, number: int) -> str:
+    return join(uri, f"{number:05d}.arrow")
+
+
+def _chunk_bytes(vectors: NDArray[np.float32]) -> bytes:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    sink = pa.BufferOutputStream()
+    table = pa.table({"vector": column})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _open_chunk(storage: Storage, uri: str) -> pa.Table:
+    try:
+        return pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri}: is damaged ({error}); delete it, and it is made anew") from error
+
+
+def _read_chunk(storage: Storage, uri: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    column = _open_chunk(storage, uri)["vector"].combine_chunks()
+    found = (len(column), column.type.list_size)
+    if found != shape:
+        raise UserError(f"{uri}: has vectors of shape {found} in place of {shape}; delete it, and it is made anew")
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(shape))
+
+
+def _key(*identity: str | int) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]

@@ -1,0 +1,151 @@
+"""The language model over item text: tokens and pooled vectors; its files are `backbones.py`'s, whole catalogues `catalogue_text.py`'s."""
+
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from recsys.config.model import TextConfig
+from recsys.data.items import ItemFeatures, node_folder
+from recsys.data.manifest import Dataset
+from recsys.data.node_files import locked
+from recsys.model.text.backbones import MINILM, TINY, fetch_folder, load_backbone, minilm_folder
+from recsys.store import join, private_folder
+from recsys.store.backends import S3_SCHEME
+
+ENCODE_CHUNK = 64
+TINY_VOCABULARY = 4096
+TINY_TEXTS = 200_000
+"""So many texts at most, evenly over the catalogue, does the tiny tokenizer learn from."""
+
+TINY_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+
+
+class TextEncoder(nn.Module):
+    """A Hugging Face encoder or decoder, pooled to one vector per text. Shapes: D texts, T tokens, H its width."""
+
+    def __init__(self, backbone: Any, pooling: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        self.width: int = backbone.config.hidden_size
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Encode right-padded token ids (D, T) where mask (D, T) is 1; return (D, H). Padding that all have is the caller's to cut."""
+        hidden = self.backbone(input_ids=tokens, attention_mask=mask).last_hidden_state  # (D, T, H)
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def locate_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
+    """Return a local folder with the backbone, or a hub name.
+
+    Raises:
+        UserError: the backbone is not installed or not in the store.
+    """
+    if text.backbone == MINILM:
+        return str(minilm_folder())
+    if text.backbone == TINY:
+        return str(fetch_folder(dataset.storage, _tiny_backbone(text, dataset, scratch), scratch))
+    if text.backbone.startswith(S3_SCHEME):
+        return str(fetch_folder(dataset.storage, text.backbone, scratch))
+    return text.backbone
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask, both (D, T) int64, right-padded to the longest text; an empty text has one token at least."""
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    mask = encoded["attention_mask"].clone()
+    mask[:, 0] = 1  # a decoder's tokenizer gives an empty text no token at all, and a mean over nothing is NaN
+    return encoded["input_ids"], mask
+
+
+def load_frozen(folder: str, text: TextConfig, device: torch.device) -> TextEncoder:
+    """Load a backbone that is not trained."""
+    return TextEncoder(load_backbone(folder, text.model_copy(update={"mode": "frozen"})), text.pooling).to(device).eval()
+
+
+@torch.no_grad()
+def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max_tokens: int, device: torch.device) -> Tensor:
+    """Encode texts with a frozen encoder, (D, H) float32 on the CPU; like lengths are encoded together."""
+    tokens, mask = tokenize(tokenizer, texts, max_tokens)
+    lengths = mask.sum(1)
+    vectors = torch.zeros(len(texts), encoder.width)
+    for chunk in torch.argsort(lengths, stable=True).split(ENCODE_CHUNK):
+        width = int(lengths[chunk].max())
+        vectors[chunk] = encoder(tokens[chunk, :width].to(device), mask[chunk, :width].to(device)).float().cpu()
+    return vectors
+
+
+def group_widths(lengths: Tensor, max_groups: int) -> Tensor:
+    """Choose how wide groups of texts are, so that the least padding is computed (dynamic programming); return widths, rising.
+
+    A text of some length (one of `lengths`) belongs to the narrowest group that holds it.
+    """
+    widths, counts = np.unique(lengths.numpy(), return_counts=True)
+    up_to = np.concatenate([[0], np.cumsum(counts)])  # texts no longer than each width
+    cost = np.where(up_to == 0, 0.0, np.inf)
+    firsts = []
+    for _ in range(max_groups):
+        costs = [cost[:last] + (up_to[last] - up_to[:last]) * widths[last - 1] for last in range(1, len(cost))]
+        firsts.append([0, *(int(np.argmin(choices)) for choices in costs)])
+        cost = np.array([0.0, *(choices.min() for choices in costs)])
+    chosen, last = [], len(widths)
+    for first in reversed(firsts):
+        if last:
+            chosen.append(int(widths[last - 1]))
+        last = first[last]
+    return torch.tensor(chosen[::-1])
+
+
+def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
+    """Make a small Transformer with a tokenizer trained on the catalogue, once, in the store; return its URI."""
+    uri = join(dataset.uri, "backbones", f"tiny-{text.max_tokens}")
+    with locked(node_folder(scratch, dataset.manifest, f"tiny-{text.max_tokens}")):
+        if not dataset.storage.exists(join(uri, "model.safetensors")):
+            _make_tiny_backbone(uri, text, dataset, scratch)
+    return uri
+
+
+def _make_tiny_backbone(uri: str, text: TextConfig, dataset: Dataset, scratch: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    folder = private_folder(scratch / "backbones" / f"new-{uuid.uuid4().hex[:8]}")
+    texts = ItemFeatures.read(dataset, scratch).texts
+    stride = -(-len(texts) // TINY_TEXTS)
+    tokenizer = _train_tokenizer(texts if stride == 1 else (texts[row] for row in range(0, len(texts), stride)))
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(
+            BertConfig(vocab_size=len(tokenizer), max_position_embeddings=text.max_tokens, **TINY_SHAPE), add_pooling_layer=False
+        )
+    model.config.save_pretrained(folder)  # not the model's own save_pretrained, which writes nothing on any rank but the first
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mark it complete
+        dataset.storage.create(join(uri, path.name), path.read_bytes())
+    shutil.rmtree(folder)
+
+
+def _train_tokenizer(texts: Iterable[str]) -> Any:
+    """Train byte-pair encoding, the one trainer here that gives the same vocabulary each time."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=TINY_VOCABULARY, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")

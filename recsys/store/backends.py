@@ -1,0 +1,355 @@
+"""The two kinds of store behind `recsys.store.storage`, local folders and S3; only that module uses them."""
+
+import os
+import random
+import shutil
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, HTTPClientError, IncompleteReadError
+from pyarrow import fs
+
+from recsys.errors import UserError
+
+S3_SCHEME = "s3://"
+TEMP_PREFIX = ".partial-"
+"""Names of local files that a killed writer may leave behind; `scan` does not show them."""
+
+MAX_ATTEMPTS = 10
+"""Tries of one request, with jittered back-off: a minute of 503s at most."""
+
+LONGEST_PAUSE_SECONDS = 10.0
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 10
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, order=True)
+class ObjectInfo:
+    """One stored object; `etag` changes whenever the content does and is comparable within one store only."""
+
+    uri: str
+    num_bytes: int
+    etag: str
+
+
+class ReplacedError(Exception):
+    """An object is not the one that was asked for; `etag` is what is there instead, None where the answers differ."""
+
+    def __init__(self, etag: str | None) -> None:
+        super().__init__(f"is another object (ETag {etag or 'changing'})")
+        self.etag = etag
+
+
+class LocalStore:
+    """Folders. What must be atomic is written under another name and then renamed or linked."""
+
+    num_retries = 0
+
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        return fs.LocalFileSystem()
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return None if stat.S_ISDIR(status.st_mode) else ObjectInfo(path, status.st_size, _local_etag(status))
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, num_bytes: int, etag: str) -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            found = _local_etag(os.fstat(file.fileno()))
+            data = os.pread(file.fileno(), num_bytes, start)
+        if etag not in ("", found) or len(data) != num_bytes:
+            raise ReplacedError(found)
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        with _temporary(Path(path)) as temporary:
+            temporary.write_bytes(data)
+            _flush(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        return True
+
+    def upload(self, source: Path, path: str) -> None:
+        with replacing(Path(path)) as temporary:
+            shutil.copyfile(source, temporary)
+
+    def download(self, path: str, target: Path) -> None:
+        shutil.copyfile(path, target)
+
+    def scan(self, path: str) -> Iterator[ObjectInfo]:
+        for folder, _, names in os.walk(path, onerror=_raise_unless_missing):
+            for name in names:
+                found = None if name.startswith(TEMP_PREFIX) else self.stat(os.path.join(folder, name))
+                if found is not None:
+                    yield found
+
+    def delete(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+
+    def delete_tree(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+class S3Store:
+    """S3 through boto3, and through pyarrow for tables; both built from the same fields."""
+
+    def __init__(self, endpoint: str | None, region: str) -> None:
+        self._endpoint = endpoint
+        self._region = region
+        self._known_buckets: set[str] = set()
+        self._counting = threading.Lock()
+        self.num_retries = 0
+
+    @cached_property
+    def filesystem(self) -> fs.FileSystem:
+        address = urlsplit(self._endpoint) if self._endpoint else None
+        return fs.S3FileSystem(
+            region=self._region,
+            scheme=address.scheme if address else "https",
+            endpoint_override=address.netloc if address else None,
+            allow_bucket_creation=False,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            request_timeout=READ_TIMEOUT_SECONDS,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+        )
+
+    @cached_property
+    def _client(self) -> Any:
+        return self._make_client(MAX_ATTEMPTS)
+
+    @cached_property
+    def _reading_client(self) -> Any:
+        return self._make_client(1)
+
+    def _make_client(self, max_attempts: int) -> Any:
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": max_attempts},
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            read_timeout=READ_TIMEOUT_SECONDS,
+            max_pool_connections=32,
+            # Streamed checksums are what servers other than AWS often do not understand; TLS or the signed hash covers the way.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            # pyarrow knows no such variables, and both must talk to the same server.
+            ignore_configured_endpoint_urls=True,
+            s3={"addressing_style": "path" if self._endpoint else "auto"},
+        )
+        return boto3.Session().client("s3", endpoint_url=self._endpoint, region_name=self._region, config=config)
+
+    def _head(self, bucket: str, key: str) -> dict[str, Any] | None:
+        try:
+            head: dict[str, Any] = self._client.head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            # A HEAD has no body to say what is missing; a wrong bucket must not look like a missing object.
+            if bucket not in self._known_buckets:
+                self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+                self._known_buckets.add(bucket)
+            return None
+        return head
+
+    def stat(self, path: str) -> ObjectInfo | None:
+        bucket, _, key = path.partition("/")
+        head = self._head(bucket, key) if key else None
+        return None if head is None else ObjectInfo(S3_SCHEME + path, head["ContentLength"], head["ETag"].strip('"'))
+
+    def read(self, path: str) -> bytes:
+        return self._get(path, "", {})
+
+    def read_range(self, path: str, start: int, num_bytes: int, etag: str) -> bytes:
+        data = self._get(path, etag, {"Range": f"bytes={start}-{start + num_bytes - 1}"})
+        if len(data) != num_bytes:
+            raise ReplacedError(None)
+        return data
+
+    def _get(self, path: str, etag: str, request: dict[str, str]) -> bytes:
+        """Get an object or a part of it; what can pass is tried again after a random pause, a body that breaks off too.
+
+        Each answer's ETag is compared here: not every server honours `If-Match`.
+        """
+        bucket, key = _split_key(path)
+        others: set[str] = set()
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                answer = self._reading_client.get_object(Bucket=bucket, Key=key, **request)
+                found = answer.get("ETag", "").strip('"')
+                if etag in ("", found):
+                    return bytes(answer["Body"].read())
+                answer["Body"].close()
+                others.add(found)
+            except (ClientError, BotoCoreError) as error:
+                if isinstance(error, ClientError) and _status(error) == 416:  # what is there ends before the range begins
+                    raise ReplacedError(None) from error
+                if attempt == MAX_ATTEMPTS or not _can_pass(error):
+                    raise
+            with self._counting:
+                self.num_retries += 1
+            time.sleep(random.uniform(0, min(LONGEST_PAUSE_SECONDS, 0.05 * 2**attempt)))
+        raise ReplacedError(others.pop() if len(others) == 1 else None)
+
+    def write(self, path: str, data: bytes) -> None:
+        _repeat_if_damaged(lambda: self._client.upload_fileobj(BytesIO(data), *_split_key(path)))
+
+    def create(self, path: str, data: bytes) -> bool:
+        bucket, key = _split_key(path)
+        if self._head(bucket, key) is not None:  # all the protection there is where the server ignores If-None-Match
+            return False
+        writer = uuid.uuid4().hex
+        for attempt in range(MAX_ATTEMPTS):
+            winner = self._put_once(bucket, key, data, writer)
+            if winner is not None:
+                return winner == writer
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))
+        raise UserError(f"{S3_SCHEME}{path}: was refused {MAX_ATTEMPTS} times for another object that is not there; start again later")
+
+    def _put_once(self, bucket: str, key: str, data: bytes, writer: str) -> str | None:
+        """Put an object unless there is one; return the writer of the one that is there then, None if it is gone again."""
+        try:
+            self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+            return writer
+        except ClientError as error:
+            if _status(error) not in {409, 412}:
+                raise
+        # A put whose answer was lost is repeated by boto3 and then refused: the object is ours all the same.
+        head = self._head(bucket, key)
+        return None if head is None else str(head["Metadata"].get("writer"))
+
+    def upload(self, source: Path, path: str) -> None:
+        def send() -> None:
+            with source.open("rb") as file:
+                self._client.upload_fileobj(file, *_split_key(path))
+
+        _repeat_if_damaged(send)
+
+    def download(self, path: str, target: Path) -> None:
+        def fetch() -> None:
+            before = self.stat(path)
+            with target.open("wb") as file:
+                self._client.download_fileobj(*_split_key(path), file)
+            # After a body that broke off, boto3 writes over what it has: of an object replaced meanwhile, an old tail stays.
+            if before is not None and target.stat().st_size != before.num_bytes:
+                raise ClientError({"Error": {"Code": "PreconditionFailed", "Message": "replaced while it was read"}}, "GetObject")
+
+        _repeat_if_damaged(fetch)
+
+    def _entries(self, path: str) -> Iterator[dict[str, Any]]:
+        bucket, _, key = path.partition("/")
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
+        for page in pages:
+            yield from page.get("Contents", [])
+
+    def scan(self, path: str) -> Iterator[ObjectInfo]:
+        bucket = path.partition("/")[0]
+        for entry in self._entries(path):
+            if not entry["Key"].endswith("/"):
+                yield ObjectInfo(f"{S3_SCHEME}{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        bucket = paths[0].partition("/")[0]
+        for start in range(0, len(paths), 1000):
+            keys = [{"Key": _split_key(path)[1]} for path in paths[start : start + 1000]]
+            answer = self._client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+            if answer.get("Errors"):
+                raise ClientError({"Error": answer["Errors"][0]}, "DeleteObjects")
+
+    def delete_tree(self, path: str) -> None:
+        bucket = path.partition("/")[0]
+        paths = [f"{bucket}/{entry['Key']}" for entry in self._entries(path)]
+        if paths:
+            self.delete(paths)
+
+
+def _split_key(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    if not key:
+        raise UserError(f"{S3_SCHEME}{path}: is a bucket, not an object; s3://{path}/key would work")
+    return bucket, key
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` for a file that is gone afterwards; makes the parents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; what is there at the end takes the place of `path` at once."""
+    with _temporary(path) as temporary:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    """Put a file on the disk, so that after a power cut no name stands for an empty file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _local_etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _can_pass(error: ClientError | BotoCoreError) -> bool:
+    """Tell whether the same request may succeed a moment later."""
+    if isinstance(error, ClientError):
+        return _status(error) >= 500 or _status(error) in {408, 409, 429}
+    return isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
+    """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced.
+
+    NoSuchUpload is what a server says that had put the parts together already, when the answer was lost and the request repeated.
+    """
+    for _ in range(MAX_ATTEMPTS - 1):
+        try:
+            return transfer()
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in {"InvalidPart", "NoSuchUpload", "PreconditionFailed", "BadDigest"}:
+                raise
+    return transfer()

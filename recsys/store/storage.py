@@ -1,0 +1,258 @@
+"""The one door to object storage: local folders and S3 behind one class; what is stored where, each stage decides itself.
+
+Callers name objects by full URIs: an absolute local path or `s3://bucket/key`. Writes are atomic on both, `create` is
+won by one writer. On S3 that needs a server that honours `If-None-Match: *` (AWS, MinIO, Ceph and moto do). `rclone
+serve s3` ignores the header: there the second of two `create` calls is refused, but two at the same moment may both win.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+from pyarrow import fs
+
+from recsys.config.storage import StorageConfig
+from recsys.errors import UserError
+from recsys.store.errors import explained
+from recsys.store.backends import S3_SCHEME, LocalStore, ObjectInfo, ReplacedError, S3Store, replacing
+
+Listing = list[ObjectInfo]
+"""Objects sorted by URI."""
+
+
+def join(base: str, *parts: str) -> str:
+    """Append relative parts to a URI; a part may hold several segments.
+
+    Raises:
+        UserError: a part is absolute or empty, or has an empty, `.` or `..` segment.
+    """
+    for part in parts:
+        _check_segments(part, part)
+    return "/".join([base.rstrip("/"), *parts])
+
+
+def fixed_part(uri: str) -> str:
+    """Return the folder that a pattern starts from: the segments before the first with `*`, `?` or `[`. Without one, all of it."""
+    segments = uri.split("/")
+    first = next((index for index, segment in enumerate(segments) if any(sign in segment for sign in "*?[")), len(segments))
+    return "/".join(segments[:first]) or "/"
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a local file's content, as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can open, with its parents.
+
+    Raises:
+        UserError: the folder cannot be made, or it belongs to somebody else.
+    """
+    with explained("make the private folder", str(path)):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise UserError(f"{path}: belongs to another user; give a folder of your own, such as {Path.home() / 'scratch'}")
+        path.chmod(0o700)
+    return path
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Everything that is needed to reach the store, without credentials: those come from the AWS chain of each process.
+
+    Compares and hashes by its fields. Hand it to other processes by pickle: connections are built anew there (a pickled
+    `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
+    """
+
+    root: str
+    endpoint: str | None = None
+    region: str = "us-east-1"
+
+    def __post_init__(self) -> None:
+        """Refuse an address that could not work.
+
+        Raises:
+            UserError: `root` is no absolute path or S3 URI, or `endpoint` is not `http(s)://host[:port]`.
+        """
+        _split(self.root)
+        if self.endpoint is not None:
+            _check_endpoint(self.endpoint)
+
+    @classmethod
+    def from_config(cls, config: StorageConfig) -> Self:
+        """Build from the config; where it names no endpoint, the standard AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL counts."""
+        root = config.root.rstrip("/") if config.root.startswith(S3_SCHEME) else str(Path(config.root).absolute())
+        endpoint = config.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        return cls(root, endpoint, config.region)
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str, str | None, str]]:
+        return type(self), (self.root, self.endpoint, self.region)
+
+    @cached_property
+    def _local(self) -> LocalStore:
+        return LocalStore()
+
+    @cached_property
+    def _s3(self) -> S3Store:
+        return S3Store(self.endpoint, self.region)
+
+    def _find(self, uri: str) -> tuple[LocalStore | S3Store, str]:
+        is_s3, path = _split(uri)
+        return (self._s3 if is_s3 else self._local), path
+
+    def uri(self, *parts: str) -> str:
+        """Name what lies at relative `parts` under the root."""
+        return join(self.root, *parts)
+
+    def locate(self, uri: str) -> tuple[fs.FileSystem, str]:
+        """Return the pyarrow filesystem and the path in it; the same filesystem each time. Never `create_dir` on S3."""
+        store, path = self._find(uri)
+        return store.filesystem, path
+
+    def exists(self, uri: str) -> bool:
+        """Tell whether there is an object at exactly this URI (a folder is none)."""
+        return self.stat(uri) is not None
+
+    def read_bytes(self, uri: str) -> bytes:
+        """Read an object whole.
+
+        Raises:
+            UserError: it is not there or cannot be read, as with every other method here.
+        """
+        store, path = self._find(uri)
+        with explained("read", uri):
+            return store.read(path)
+
+    def stat(self, uri: str) -> ObjectInfo | None:
+        """Describe the object at exactly this URI; None where there is none."""
+        store, path = self._find(uri)
+        with explained("look up", uri):
+            return store.stat(path)
+
+    def read_range(self, uri: str, start: int, num_bytes: int, etag: str = "") -> bytes:
+        """Read a part of an object; where `etag` is given, only of the object that carries it.
+
+        Raises:
+            ReplacedError: another object is there, or the object ends before the part does.
+            UserError: it is not there or cannot be read.
+        """
+        store, path = self._find(uri)
+        with explained("read", uri):
+            return store.read_range(path, start, num_bytes, etag)
+
+    def is_remote(self, uri: str) -> bool:
+        """Tell whether an object lies on S3."""
+        return _split(uri)[0]
+
+    @property
+    def num_retries(self) -> int:
+        """Requests of this process for objects' content that had to be repeated."""
+        return self._s3.num_retries
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        """Write or overwrite an object; readers see the old content or the new, never half."""
+        store, path = self._find(uri)
+        with explained("write", uri):
+            store.write(path, data)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write an object unless there is one; of racing writers one gets True. See the module about servers that cannot."""
+        store, path = self._find(uri)
+        with explained("create", uri):
+            return store.create(path, data)
+
+    def upload(self, path: Path, uri: str) -> None:
+        """Copy a local file to `uri`, overwriting; large files in parts, visible when complete."""
+        store, target = self._find(uri)
+        with explained(f"upload {path} to", uri):
+            store.upload(path, target)
+
+    def download(self, uri: str, path: Path) -> None:
+        """Copy an object to a local file, overwriting; the file appears when complete."""
+        store, source = self._find(uri)
+        with explained("download", uri), replacing(path) as temporary:
+            store.download(source, temporary)
+
+    def list(self, uri: str) -> Listing:
+        """List all objects below a folder, at any depth, sorted by URI; empty where there is none."""
+        store, path = self._find(uri)
+        with explained("list", uri):
+            return sorted(store.scan(path))
+
+    def expand(self, uri: str) -> Listing:
+        """List one object, all below a folder, or all that a pattern names: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
+
+        Raises:
+            UserError: there is nothing at `uri`.
+        """
+        store, path = self._find(uri)
+        with explained("look up", uri):
+            single = store.stat(path)
+        found = [single] if single is not None else self._match(uri)
+        if not found:
+            raise UserError(f"{uri}: there is no such file, and no folder with files in it; give an absolute path or s3://bucket/key")
+        return found
+
+    def _match(self, uri: str) -> Listing:
+        root = fixed_part(uri)
+        if root == uri:
+            return self.list(uri)
+        pattern = uri.removeprefix(root).strip("/").split("/")
+        return [entry for entry in self.list(root) if _is_match(pattern, entry.uri.removeprefix(root).strip("/").split("/"))]
+
+    def delete(self, uri: str) -> None:
+        """Delete one object; none there is fine."""
+        store, path = self._find(uri)
+        with explained("delete", uri):
+            store.delete([path])
+
+    def delete_tree(self, uri: str) -> None:
+        """Delete all objects below a folder; none there is fine.
+
+        Raises:
+            UserError: the folder is not below the root, so it is none of ours.
+        """
+        if ".." in uri.split("/") or not uri.rstrip("/").startswith(self.root.rstrip("/") + "/"):
+            raise UserError(f"{uri}: is not below storage.root = {self.root}; only folders below it are deleted whole")
+        store, path = self._find(uri)
+        with explained("delete", uri):
+            store.delete_tree(path)
+
+
+def _split(uri: str) -> tuple[bool, str]:
+    """Tell whether a URI is on S3, and its path in that store's filesystem."""
+    if uri.startswith(S3_SCHEME):
+        path = uri.removeprefix(S3_SCHEME).removesuffix("/")
+        _check_segments(path, uri)
+        return True, path
+    if "://" in uri or not os.path.isabs(uri):
+        raise UserError(f"'{uri}': is neither an absolute path nor on S3; /data/events.parquet or s3://bucket/events.parquet would work")
+    return False, uri
+
+
+def _is_match(pattern: list[str], path: list[str]) -> bool:
+    """Tell whether a path's segments fit a pattern's; what lies below a match is one."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_is_match(pattern[1:], path[start:]) for start in range(len(path)))
+    return bool(path) and fnmatchcase(path[0], pattern[0]) and _is_match(pattern[1:], path[1:])
+
+
+def _check_segments(path: str, shown: str) -> None:
+    if any(segment in {"", ".", ".."} for segment in path.split("/")):
+        raise UserError(f"'{shown}': has an empty, '.' or '..' segment; name every folder, as in folder/file")
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?/?", endpoint):
+        # What comes before an @ may be a password and is not repeated.
+        shown = endpoint.rpartition("@")[2]
+        raise UserError(f"storage.endpoint = '{shown}': must be http(s)://host[:port]; http://127.0.0.1:9000 would work")

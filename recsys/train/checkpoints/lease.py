@@ -1,0 +1,196 @@
+"""Who trains a run: one live owner at a time, each with a number greater than the last one's, which its checkpoints carry.
+
+Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is created once, so
+that of racing owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the
+same machine, the process gone, may take over.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from recsys.errors import UserError
+from recsys.store import Storage, join
+from recsys.train.processes import stat_of
+
+logger = logging.getLogger(__name__)
+
+
+class SupersededError(UserError):
+    """Another process has taken the run over."""
+
+
+class Owner(BaseModel):
+    """The process that trains a run; `machine` tells machines, and containers that do not see one another's processes, apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str
+    machine: str
+    process_id: int
+    process_started: str
+    since: str
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """Describe the calling process."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(
+            host=socket.gethostname(), machine=_machine(), process_id=os.getpid(), process_started=_start_of(os.getpid()) or "", since=now
+        )
+
+    def is_here(self) -> bool:
+        """Tell whether this machine's list of processes would have it."""
+        return bool(self.machine) and self.machine == _machine()
+
+    def is_gone(self) -> bool:
+        """Tell whether the process is known to have ended."""
+        return self.is_here() and _start_of(self.process_id) != self.process_started
+
+    def __str__(self) -> str:
+        return f"process {self.process_id} on {self.host} since {self.since}"
+
+
+class Ownership:
+    """The owners of one run, and which of them this is; 0 is nobody, who may not publish where there is an owner."""
+
+    def __init__(self, storage: Storage, run: str, token: int = 0) -> None:
+        self._storage, self._run, self.token = storage, run, token
+        self.lost: Owner | None = None
+        self.lost_at: float | None = None
+        self._uri = storage.uri("runs", run, "owners")
+
+    def newest(self) -> int:
+        """Return the last owner's number, 0 where there was none."""
+        names = [found.uri.split("/")[-2] for found in self._storage.list(self._uri) if found.uri.endswith("/owner.json")]
+        return max(map(int, names), default=0)
+
+    def owner(self, token: int) -> Owner:
+        """Return who has, or had, a number."""
+        return Owner.model_validate_json(self._storage.read_bytes(self._file(token, "owner.json")))
+
+    def check(self) -> None:
+        """Refuse to go on where another owner has come after this one.
+
+        Raises:
+            SupersededError: one has; the line names it.
+        """
+        newest = self.newest()
+        if newest != self.token:
+            raise SupersededError(f"run.name = {self._run}: {self.owner(newest)} has taken it over; this process publishes nothing more")
+
+    def ask_to_stop(self) -> None:
+        """Have the run publish a checkpoint after the step under way, and end."""
+        self._storage.write_bytes(self._file(self.token, "stop"), b"")
+
+    def is_asked_to_stop(self) -> bool:
+        """Tell whether this owner was asked to."""
+        return self._storage.exists(self._file(self.token, "stop"))
+
+    def write_attempt(self, attempt: bytes) -> None:
+        """Put down what this owner's workers are to do."""
+        self._storage.write_bytes(self._file(self.token, "attempt.json"), attempt)
+
+    def read_attempt(self) -> bytes:
+        """Return what was last put down."""
+        return self._storage.read_bytes(self._file(self.token, "attempt.json"))
+
+    def note_hang(self, rank: int) -> None:
+        """Leave word that a rank made no progress and was killed for it."""
+        self._storage.write_bytes(self._file(self.token, f"hang-{rank}"), b"")
+
+    def take_hangs(self) -> list[int]:
+        """Return the ranks of which such word was left since the last time."""
+        folder = join(self._uri, f"{self.token:08d}")
+        found = [stored.uri for stored in self._storage.list(folder) if stored.uri.startswith(f"{folder}/hang-")]
+        for uri in found:
+            self._storage.delete(uri)
+        return sorted(int(uri.rpartition("-")[2]) for uri in found)
+
+    @contextmanager
+    def held(self, lease_seconds: float) -> Iterator[int]:
+        """Own the run for the block; yields the owner's number.
+
+        `lost` is then the owner before, if it died, and `lost_at` its last sign of life, in seconds since 1970.
+
+        Raises:
+            UserError: the run has a live owner; the line names it.
+        """
+        self._take(lease_seconds)
+        ended = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(ended, lease_seconds / 4), name="owner", daemon=True)
+        beating.start()
+        try:
+            yield self.token
+        finally:
+            ended.set()
+            beating.join()
+            with suppress(UserError):  # without it, the next owner waits for a sign of life
+                self._storage.write_bytes(self._file(self.token, "released"), b"")
+
+    def _take(self, lease_seconds: float) -> None:
+        while True:
+            last = self.newest()
+            if last and self._is_alive(last, lease_seconds):
+                raise UserError(
+                    f"run.name = {self._run}: is trained by {self.owner(last)}; wait for it, stop it, or choose another run.name"
+                )
+            self.lost = self.owner(last) if last and not self._is_released(last) else None
+            self.lost_at = float(self._last_beat(last) or 0) or None if self.lost else None
+            self.token = last + 1
+            if self._storage.create(self._file(self.token, "owner.json"), Owner.this_process().model_dump_json().encode()):
+                return
+
+    def _is_alive(self, token: int, lease_seconds: float) -> bool:
+        if self._is_released(token):
+            return False
+        owner = self.owner(token)
+        if owner.is_here():
+            return not owner.is_gone()
+        logger.info("run %s was last trained by %s; waiting up to %.0f s for a sign of life", self._run, owner, lease_seconds)
+        before, deadline = self._last_beat(token), time.monotonic() + lease_seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, lease_seconds / 10))
+            if self._last_beat(token) != before:
+                return True
+        return False
+
+    def _is_released(self, token: int) -> bool:
+        return self._storage.exists(self._file(token, "released"))
+
+    def _beat(self, ended: threading.Event, seconds: float) -> None:
+        while True:
+            try:
+                self._storage.write_bytes(self._file(self.token, "alive"), str(time.time()).encode())
+            except Exception as error:  # whatever it is, the next one may be given
+                logger.warning("run %s: no sign of life could be given: %s", self._run, error)
+            if ended.wait(seconds):
+                return
+
+    def _last_beat(self, token: int) -> bytes:
+        uri = self._file(token, "alive")
+        return self._storage.read_bytes(uri) if self._storage.exists(uri) else b""
+
+    def _file(self, token: int, name: str) -> str:
+        return join(self._uri, f"{token:08d}", name)
+
+
+def _machine() -> str:
+    """Name this machine, or this container of it; empty where that cannot be told."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip()}-{namespace.stat().st_ino}" if boot.exists() and namespace.exists() else ""
+
+
+def _start_of(process_id: int) -> str | None:
+    """Return when a process of this machine started, in the kernel's ticks; None where there is none or it is a zombie."""
+    fields = stat_of(process_id)
+    return None if fields[:1] in ([], ["Z"]) else fields[19]

@@ -1,0 +1,131 @@
+"""What a checkpoint is in the store, and reading one; writing them is `checkpoint_store.py`'s, the state inside the engine's.
+
+Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only: what an attempt that died
+has left is never read.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from recsys.errors import UserError
+from recsys.store import Storage, join, sha256_of
+from recsys.train.engine import SHARED_FILE
+from recsys.train.state import TrainingState
+
+MANIFEST_NAME = "manifest.json"
+
+
+class CheckpointFile(BaseModel):
+    """One file of a checkpoint, written by `rank`; `path` is relative to the attempt's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    num_bytes: int
+    sha256: str
+    rank: int = 0
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint is of, and the files that it has; `token` is the number of the owner who published it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str
+    token: int = 0
+    state: TrainingState
+    world_size: int
+    zero_stage: int
+    dataset: str
+    dataset_fingerprint: str
+    config: dict[str, Any]
+    code_version: str
+    attempt: str
+    files: tuple[CheckpointFile, ...]
+
+    def sealed(self) -> bytes:
+        """Return it as JSON whose first entry is the hash of all the rest."""
+        return _seal(self.model_dump_json(indent=1))
+
+    @classmethod
+    def unsealed(cls, data: bytes) -> Self:
+        """Read what `sealed` returned.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        body = "{\n" + data.decode().partition(",\n")[2]
+        if _seal(body) != data:
+            raise ValueError("it is not the manifest that was written")
+        return cls.model_validate_json(body)
+
+
+def _seal(body: str) -> bytes:
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{\n "sha256": "{digest}",{body[1:]}'.encode()
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not what was saved."""
+
+
+def published_steps(storage: Storage, run: str) -> list[int]:
+    """List the steps of a run that have a published checkpoint, oldest first."""
+    found = storage.list(storage.uri("runs", run, "checkpoints"))
+    return sorted(steps_in(stored.uri for stored in found if stored.uri.endswith(f"/{MANIFEST_NAME}")))
+
+
+def steps_in(addresses: Iterable[str]) -> set[int]:
+    """Return the steps whose folders these addresses are in; what is not named as a checkpoint is not one."""
+    found = (re.search(r"/checkpoints/step-(\d{8,})/", address) for address in addresses)
+    return {int(match[1]) for match in found if match}
+
+
+def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        UserError: there is no checkpoint at `uri`, or its manifest is damaged.
+    """
+    if not uri or not storage.exists(join(uri, MANIFEST_NAME)):
+        raise UserError(f"checkpoint = {uri or '(empty)'}: is no checkpoint; give the 'checkpoint' that python -m jobs.train printed")
+    try:
+        return CheckpointManifest.unsealed(storage.read_bytes(join(uri, MANIFEST_NAME)))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedCheckpointError(f"checkpoint {uri}: {MANIFEST_NAME} is damaged ({reason})") from None
+
+
+def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path, rank: int | None = None) -> None:
+    """Download a checkpoint's files, or those that one rank needs, and check them against the manifest.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or not what was saved; its name is in the message.
+    """
+    for file in manifest.files:
+        if rank not in (None, file.rank) and Path(file.path).name != SHARED_FILE:
+            continue
+        fetch_file(storage, uri, join(uri, f"files-{manifest.attempt}", file.path), file, folder / file.path)
+
+
+def fetch_file(storage: Storage, uri: str, address: str, file: CheckpointFile, path: Path) -> None:
+    """Download one file of the checkpoint at `uri` and check it.
+
+    Raises:
+        DamagedCheckpointError: it is missing or not what was saved.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not storage.exists(address):
+        raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
+    if not any(_fetch_whole(storage, address, path, file) for _ in range(2)):  # once more, since it may have been damaged on the way
+        raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
+
+
+def _fetch_whole(storage: Storage, address: str, path: Path, file: CheckpointFile) -> bool:
+    storage.download(address, path)
+    return path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256

@@ -1,0 +1,60 @@
+"""A checkpoint as a whole model that can answer, on the CPU, whatever it was trained on."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from recsys.config import Config
+from recsys.config.use import refuse_contradictions
+from recsys.data.manifest import Dataset
+from recsys.errors import UserError
+from recsys.model.recommender import Recommender, build_recommender
+from recsys.model.text.queries import query_encoder_of
+from recsys.predictor import Predictor, encode_with_text
+from recsys.store import Storage, private_folder
+from recsys.train.checkpoints.manifest import CheckpointManifest, fetch_files, read_manifest
+from recsys.train.engine import consolidate
+
+
+def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointManifest, Config, Dataset, Recommender]:
+    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage.
+
+    Raises:
+        UserError: there is no valid checkpoint at `uri`.
+    """
+    manifest = read_manifest(storage, uri)
+    saved = Config.model_validate(manifest.config)
+    config = saved.with_values({"run.scratch": scratch})
+    dataset = Dataset.open(storage, manifest.dataset)
+    recommender = build_recommender(config, dataset, torch.device("cpu"))
+    folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
+    fetch_files(storage, uri, manifest, folder)
+    recommender.load_state_dict(consolidate(folder))
+    shutil.rmtree(folder)
+    return manifest, config, dataset, recommender.eval()
+
+
+def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
+    """Read a checkpoint's manifest and hold what was given against what it carries.
+
+    Raises:
+        UserError: a key that was given contradicts the checkpoint, or there is none at `uri`.
+    """
+    manifest = read_manifest(storage, uri)
+    refuse_contradictions(config, manifest.config, f"the checkpoint {uri}", "train with it under another run.name", manifest.run)
+    if "data.dataset" in config.given:
+        given = Dataset.open(storage, config.data.dataset)
+        if given.manifest.fingerprint != manifest.dataset_fingerprint:
+            raise UserError(
+                f"data.dataset = {given.uri}: the checkpoint {uri} was trained on {manifest.dataset}; "
+                "train on the other under another run.name, or leave the key out"
+            )
+    return manifest
+
+
+def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
+    """Make a predictor of a trained module, its catalogue encoded anew."""
+    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
+    queries = query_encoder_of(config, dataset, recommender.item_encoder)
+    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)

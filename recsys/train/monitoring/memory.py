@@ -1,0 +1,294 @@
+"""What a worker's memory will hold, by part, told without running a step; what DeepSpeed keeps was read in its source and measured."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from recsys.config.training import TrainingConfig
+from recsys.errors import UserError
+from recsys.objectives.objective import MicroBatch
+from recsys.train.engine import BUCKET_ELEMENTS
+from recsys.train.torch_internals import TorchDispatchMode, storage_id, tree_leaves
+
+logger = logging.getLogger(__name__)
+_GATHERED = 1_000_000_000
+"""So many weights at most does ZeRO-3 keep whole at once."""
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How many numbers a model has: trained ones, frozen ones, and the bytes of what is neither, such as a catalogue's features."""
+
+    trained: int
+    frozen: int
+    buffer_bytes: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Self:
+        """Count a module's."""
+        sizes = {True: 0, False: 0}
+        for parameter in module.parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        return cls(sizes[True], sizes[False], sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one worker's device by part: those that stay all the time, and what each phase of a step adds to them in turn."""
+
+    parts: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    micro_batch_size: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at once."""
+        return sum(self.parts.values()) + max(sum(phase.values()) for phase in self.phases.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parts in bytes."""
+        return {"parts": dict(self.parts), **{phase: dict(parts) for phase, parts in self.phases.items()}}
+
+    def table(self) -> str:
+        """Return a line per part, in MiB."""
+        rows = [("", name, size) for name, size in self.parts.items()]
+        rows += [(f"{phase}: ", name, size) for phase, parts in self.phases.items() for name, size in parts.items()]
+        rows.append(("", "at once, at most", self.peak_bytes))
+        return "\n".join(f"{phase + name:<40}{size / 2**20:>12,.1f} MiB" for phase, name, size in rows if size)
+
+    def fitting_micro_batch(self, capacity_bytes: int) -> int | None:
+        """Return the largest smaller micro batch that divides this one and would fit, if one would; activations grow with it."""
+        computing = self.phases["computing"]
+        fixed = sum(self.parts.values()) + sum(computing.values()) - computing["activations"]
+        for size in range(self.micro_batch_size - 1, 0, -1):
+            needed = fixed + computing["activations"] * size / self.micro_batch_size
+            if self.micro_batch_size % size == 0 and max(needed, self._without_computing()) <= capacity_bytes:
+                return size
+        return None
+
+    def _without_computing(self) -> int:
+        others = [sum(parts.values()) for phase, parts in self.phases.items() if phase != "computing"]
+        return sum(self.parts.values()) + max(others)
+
+    def check(self, capacity_bytes: int, where: str) -> None:
+        """Hold the plan against what there is.
+
+        Raises:
+            UserError: it does not fit; the line has the largest parts, and a micro batch that would fit, if one would.
+        """
+        if self.peak_bytes <= capacity_bytes:
+            return
+        fitting = self.fitting_micro_batch(capacity_bytes)
+        largest = sorted([*self.parts.items(), *self.phases["computing"].items()], key=lambda part: -part[1])[:3]
+        named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in largest)
+        way = "raise training.zero_stage or training.num_workers" if fitting is None else f"training.micro_batch_size={fitting} would fit"
+        raise UserError(
+            f"training.micro_batch_size = {self.micro_batch_size}: a worker would need {self.peak_bytes / 2**30:.2f} GiB of the "
+            f"{capacity_bytes / 2**30:.2f} GiB of {where} ({named} GiB); {way}"
+        )
+
+
+def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, activation_bytes: int) -> MemoryPlan:
+    """Predict the bytes on one of `world_size` workers; `activation_bytes` as `trace_activations` gives them."""
+    stage, element = training.zero_stage, 2 if training.precision == "bf16" else 4
+    share = world_size if stage else 1
+    size_bytes, trained = (size.trained + size.frozen) * element, size.trained * element
+    has_master = stage > 0 or training.precision == "bf16"
+    kept = trained // world_size if stage >= 2 else trained
+    bucket = min(size.trained, BUCKET_ELEMENTS) * element
+    gathered = min(size.trained + size.frozen, _GATHERED) * element if stage == 3 else 0
+    is_apart = training.use_gpu  # what is offloaded leaves the device only where the host's memory is another
+    parts = {
+        "weights": 0 if training.offload_parameters and is_apart else size_bytes // (world_size if stage == 3 else 1),
+        "optimizer": 0 if training.offload_optimizer and is_apart else (12 if has_master else 8) * size.trained // share,
+        "buffers": size.buffer_bytes if is_apart else 0,  # on a CPU they are files that all processes of the machine share
+        "bucket of gradients": bucket if stage == 3 else 0,
+    }
+    saved = parts["weights"] if stage < 3 else size.frozen * element // world_size  # by rank 0, who has most
+    parts["checkpoint's copy"] = 0 if is_apart else saved + (12 if has_master else 8) * size.trained // share
+    computing = {
+        "gathered weights": gathered,
+        "gradients": kept if stage >= 2 or training.accumulation_steps(world_size) > 1 else 0,
+        "bucket of gradients": bucket if stage in (1, 2) else 0,
+        "activations": activation_bytes,
+    }
+    # ZeRO-3 joins what it sends, twice; gloo copies that once more.
+    sent = (2 if training.use_gpu else 3) * bucket if stage == 3 else bucket if stage == 0 else 0
+    reducing = {"gathered weights": gathered, "gradients": kept, "gradients sent": sent}
+    copies = 4 * size.trained // share if training.precision == "bf16" else 0
+    updating = {"gradients": kept, "gradients in float32": copies}
+    return MemoryPlan(parts, {"computing": computing, "reducing": reducing, "updating": updating}, training.micro_batch_size)
+
+
+def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: TrainingConfig, world_size: int) -> MemoryPlan:
+    """Predict the bytes on one of `world_size` workers from the largest micro batch of a step of its own, which sets training mode."""
+    module.train()
+    try:
+        activation_bytes = trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
+    except (NotImplementedError, RuntimeError) as error:
+        logger.warning("memory: how much this model's activations take cannot be told in advance (%s)", " ".join(str(error).split())[:200])
+        activation_bytes = 0
+    return plan_memory(ModelSize.of(module), training, world_size, activation_bytes)
+
+
+def _num_elements(part: object) -> int:
+    if isinstance(part, Tensor):
+        return part.numel()
+    return sum(_num_elements(each) for each in vars(part).values()) if dataclasses.is_dataclass(part) else 0
+
+
+def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
+    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and gradients kept before.
+
+    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away as soon as it is there counts
+    as long as it is there.
+    """
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    state = {name: _without_content(parameter, dtype) for name, parameter in module.named_parameters()}
+    state |= {name: _without_content(buffer, buffer.dtype) for name, buffer in module.named_buffers()}
+    for tensor in state.values():
+        if training.zero_stage in (1, 2, 3) and tensor.requires_grad:
+            tensor.register_post_accumulate_grad_hook(_drop_gradient)
+        elif tensor.requires_grad and accumulates:
+            tensor.grad = torch.empty_like(tensor)
+    empty = batch.to(META)
+    with Allocations() as allocations, fused_attention(training.use_gpu), Undecided(), torch.random.fork_rng([]):
+        torch.func.functional_call(_Pass(module), {f"module.{name}": tensor for name, tensor in state.items()}, (empty,))
+    return allocations.peak_bytes
+
+
+class _Pass(nn.Module):
+    """Both passes as one forward, so that what is computed again in the backward pass finds the same weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: MicroBatch) -> None:
+        torch.stack([total.float() for total in self.module(batch).values()]).sum().backward()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors without content that live, and the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = self._bytes = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operator and count what it made."""
+        inputs = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and storage_id(tensor) not in inputs:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = _Released(self._release, size)
+        self._bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+
+    def _release(self, size: int) -> None:
+        self._bytes -= size
+
+
+class _Released:
+    """Calls back when the storage that it belongs to is gone."""
+
+    def __init__(self, callback: Callable[[int], None], size: int) -> None:
+        self._callback, self._size = callback, size
+
+    def __del__(self) -> None:
+        self._callback(self._size)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention whose scores are never whole in memory: what it keeps are its inputs, its output and a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def fused_attention(use_gpu: bool) -> Iterator[None]:
+    """Have attention allocate what its kernel does: on a GPU it is fused; on a CPU too, but with dropout or a mask that learns.
+
+    By its name, since PyTorch's modes for functions end where the backward pass computes a layer again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:
+        if use_gpu or not options.get("dropout_p"):
+            return _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return plain(query, key, value, *arguments, **options)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class Undecided(TorchFunctionMode):
+    """Answers no where a model asks whether a mask hides nothing, which no tensor without content can tell."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Call a function, but for those questions."""
+        if func in (Tensor.__bool__, Tensor.item) and args[0].device.type == "meta":
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+def _without_content(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=META, requires_grad=tensor.requires_grad)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def device_bytes(use_gpu: bool, local_workers: int) -> tuple[int, str]:
+    """Return how much memory each of a machine's workers has, and what that is called; on a CPU what is free now is shared."""
+    if use_gpu:
+        return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    return free_host_bytes() // local_workers, f"free memory for each of {local_workers} workers on this machine"
+
+
+def free_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what the machine has free, or what its container has where that is less; the kernel gives file caches back."""
+    free = _numbers(meminfo)["MemAvailable:"] << 10
+    limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
+    if limit == "max":
+        return free
+    cached = sum(size for name, size in _numbers(cgroup / "memory.stat").items() if name in ("active_file", "inactive_file"))
+    return min(free, int(limit) - int((cgroup / "memory.current").read_text()) + cached)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines}

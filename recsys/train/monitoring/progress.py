@@ -1,0 +1,110 @@
+"""What a person sees of a run: lines on stderr, TensorBoard files and what trackers show; nothing here changes the training."""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from recsys.config import Config
+from recsys.errors import StoreError
+from recsys.store import Storage, private_folder
+from recsys.train.monitoring.trackers import Trackers
+from recsys.train.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts samples, tokens and waiting, prints a line every few seconds, and writes TensorBoard scalars. For rank 0.
+
+    With `flops_per_token` of the language model and what the run's GPUs can do, `peak_flops`, the line has the share of it that is used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        storage: Storage,
+        total_steps: int,
+        state: TrainingState,
+        flops_per_token: float = 0.0,
+        peak_flops: float = 0.0,
+    ) -> None:
+        self._every, self._metric = config.training.log_every_seconds, config.evaluation.metric
+        self._epochs = config.training.epochs
+        self._total = total_steps
+        self._storage = storage
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._target = storage.uri("runs", config.run.name, "tensorboard")
+        self._folder = private_folder(Path(config.run.scratch) / "tensorboard" / config.run.name)
+        self._writer = SummaryWriter(str(self._folder), purge_step=state.step or None)  # steps that are made again are drawn once
+        self._trackers = Trackers(config)
+        self._first_step, self._since = state.step, state.model_copy()
+        self._begin = self._last_line = time.monotonic()
+        self._tokens = 0
+
+    def step(self, state: TrainingState, losses: dict[str, float], num_tokens: int, learning_rate: float) -> None:
+        """Record the optimizer step that `state` has just counted; `num_tokens` is what the language model read for it."""
+        self._tokens += num_tokens
+        self._write({f"loss/{name}": value for name, value in losses.items()} | {"learning_rate": learning_rate}, state.step)
+        now = time.monotonic()
+        if now - self._last_line >= self._every or state.step == self._total:
+            self._print(state, losses, learning_rate, now)
+
+    def validation(self, state: TrainingState, metric: str) -> None:
+        """Record an epoch's validation and send the TensorBoard files to the store."""
+        self._metric = metric
+        values = {f"validation/{name}": value for name, value in state.validation.items()}
+        self._write(values, state.step)
+        self._trackers.send(values, state.step)
+        best = " (best)" if state.best_step == state.step else ""
+        logger.info("epoch %d/%d | validation %s %.4f%s", state.epoch, self._epochs, metric, state.validation[metric], best)
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        """End the TensorBoard file and the trackers' records; send what of the former the store has not."""
+        self._writer.close()
+        self._upload()
+        self._trackers.close()
+
+    def _upload(self) -> None:
+        with suppress(StoreError):  # the next time takes all of it along
+            for path in filter(Path.is_file, self._folder.iterdir()):
+                self._storage.upload(path, f"{self._target}/{path.name}")
+
+    def _write(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _print(self, state: TrainingState, losses: dict[str, float], learning_rate: float, now: float) -> None:
+        seconds, since = max(now - self._last_line, 1e-9), self._since
+        speeds = {"samples/s": (state.samples_seen - since.samples_seen) / seconds}
+        if self._tokens:
+            speeds["tokens/s"] = self._tokens / seconds
+        if self._tokens and self._peak_flops:
+            speeds["MFU %"] = 100 * self._tokens / seconds * self._flops_per_token / self._peak_flops
+        speeds["data wait %"] = 100 * (state.data_wait_seconds - since.data_wait_seconds) / seconds
+        speeds["checkpoint stall %"] = 100 * (state.checkpoint_stall_seconds - since.checkpoint_stall_seconds) / seconds
+        remaining = (now - self._begin) / max(1, state.step - self._first_step) * (self._total - state.step)
+        parts = [
+            f"{bar(state.step, self._total)} step {state.step}/{self._total} | epoch {state.epoch + 1}/{self._epochs}",
+            "loss " + " ".join(f"{name} {value:.4f}" for name, value in losses.items()),
+            *([f"{self._metric} {state.validation[self._metric]:.4f}"] if self._metric in state.validation else []),
+            *(f"{value:.{1 if '%' in name else 0}f} {name}" for name, value in speeds.items()),
+            "ETA {}:{:02d}".format(*divmod(int(remaining), 60)),
+        ]
+        logger.info("%s", " | ".join(parts))
+        values = {f"speed/{name}": value for name, value in speeds.items()}
+        self._write(values, state.step)
+        values |= {f"loss/{name}": value for name, value in losses.items()} | {"learning_rate": learning_rate}
+        self._trackers.send(values, state.step)
+        self._last_line, self._since, self._tokens = now, state.model_copy(), 0
+
+
+def bar(done: int, total: int, width: int = 20) -> str:
+    """Draw how much is done."""
+    filled = width * done // max(1, total)
+    return "█" * filled + "·" * (width - filled)

@@ -1,0 +1,50 @@
+"""Where the loop tells its results: to a scheduler, or to nobody but the caller. Ray's own is in `recsys.launch.workers`."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Protocol
+
+from recsys.objectives.objective import MicroBatch
+
+Metrics = dict[str, float]
+
+
+class Request(IntEnum):
+    """What the loop may be asked for between two steps; of several ranks' requests the greatest is followed."""
+
+    NONE = 0
+    SAVE = 1  # a checkpoint now, since a machine will soon be gone
+    STOP = 2  # a checkpoint now, and no step more
+
+
+class Reporter(Protocol):
+    """Told of every step, and once an epoch, by every rank, after its checkpoint is published."""
+
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
+        """Take note of an optimizer step (from 0), its global losses and what this rank read for it."""
+
+    def request(self) -> Request:
+        """Tell what this rank was asked for since the last step; one rank that was asked is enough."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Hand on the epoch's metrics; may wait for the other ranks."""
+
+
+class LocalReporter:
+    """Keeps what it is told: for runs without Ray, and for tests."""
+
+    def __init__(self) -> None:
+        self.history: list[Metrics] = []
+        self.losses: list[Metrics] = []
+
+    def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
+        """Keep the losses."""
+        self.losses.append(losses)
+
+    def request(self) -> Request:
+        """Ask for nothing."""
+        return Request.NONE
+
+    def report(self, metrics: Metrics) -> None:
+        """Keep the metrics."""
+        self.history.append(metrics)

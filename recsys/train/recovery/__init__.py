@@ -1,0 +1,1 @@
+"""What happens when workers fail: restarts, and the watchdog of ranks that hang."""

@@ -1,0 +1,102 @@
+"""Ends a rank whose steps no longer end: a process beside it that a stopped or deadlocked rank cannot hold up.
+
+`python -m recsys.train.recovery.watchdog` is that process. It imports next to nothing until it has to say what it found.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from recsys.train.processes import stat_of
+
+if TYPE_CHECKING:
+    from recsys.config.storage import StorageConfig
+
+BEAT, REST = b"b", b"r"
+LONGEST_WORD_SECONDS = 15.0
+LONGEST_LOOK_SECONDS = 1.0
+
+
+class Watchdog:
+    """Watches the calling process for the block: from each `beat` on, the next `beat` or `rest` must come within the limit.
+
+    At rest it may take any time, but must not be stopped for as long. Two ranks that wait for each other there are ended by their
+    collective's own limit.
+    """
+
+    def __init__(self, limit_seconds: float, storage: "StorageConfig", run: str, token: int, rank: int) -> None:
+        arguments = [str(os.getpid()), str(limit_seconds), storage.model_dump_json(), run, str(token), str(rank)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, env=environment)
+
+    def beat(self) -> None:
+        """Say that a step has ended and another begins."""
+        self._say(BEAT)
+
+    def rest(self) -> None:
+        """Say that something begins that may take any time."""
+        self._say(REST)
+
+    def _say(self, word: bytes) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # nobody watches any more, which ends no training
+            os.write(self._process.stdin.fileno(), word)
+
+    def __enter__(self) -> Self:
+        """Begin at rest."""
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """End the watching process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def is_silent(process_id: int, limit_seconds: float) -> bool:
+    """Read what the watched process says on stdin, until it ends, which is False, or is silent for too long, which is True."""
+    word, silent_since = REST, time.monotonic()
+    while time.monotonic() - silent_since < limit_seconds:
+        ready, _, _ = select.select([sys.stdin], [], [], min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
+        if ready:
+            said = os.read(sys.stdin.fileno(), 4096)
+            if not said:
+                return False
+            word = said[-1:]
+        if ready or (word == REST and stat_of(process_id)[:1] not in (["T"], ["t"])):  # at rest, but not held up by a signal
+            silent_since = time.monotonic()
+    return os.getppid() == process_id
+
+
+def main() -> None:
+    """Watch, and leave word for the run's owner of what was killed."""
+    process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
+    if is_silent(int(process_id), float(limit_seconds)):
+        print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
+        word = threading.Thread(target=leave_word, args=(int(process_id), storage, run, int(token), int(rank)), daemon=True)
+        word.start()
+        word.join(LONGEST_WORD_SECONDS)
+        if os.getppid() == int(process_id):
+            os.kill(int(process_id), signal.SIGKILL)
+
+
+def leave_word(process_id: int, storage: str, run: str, token: int, rank: int) -> None:
+    """Note in the store that this rank was found hanging."""
+    from recsys.config.storage import StorageConfig
+    from recsys.store import Storage
+    from recsys.train.checkpoints.lease import Ownership
+
+    ownership = Ownership(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token)
+    if os.getppid() == process_id:  # or others have ended it meanwhile
+        ownership.note_hang(rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The files of an export: the catalogue with all versions' counts, in a form that any reader of Parquet takes."""
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from recsys.config import load_config
+from recsys.data.manifest import Shard
+from recsys.exports.write import write_export
+from recsys.model.recommender import build_recommender
+from recsys.predictor import Predictor
+from recsys.schema import CATALOGUE_SCHEMA
+from recsys.store import Storage
+from recsys.train.checkpoints.trained import build_predictor
+from tests.datasets import make_dataset
+
+
+def test_an_export_holds_the_catalogue_of_all_versions(tmp_path: Path) -> None:
+    dataset = make_dataset(Storage(str(tmp_path / "store")))
+    path = Path(dataset.uri) / "counts" / "0.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"item_index": pa.array([2, 40], pa.int32()), "count": pa.array([100, 1], pa.int64())}), path)
+    shard = Shard(path="counts/0.parquet", row_groups=(2,), num_bytes=path.stat().st_size, sha256="counts")
+    fields = {"version": 2, "fingerprint": "counted", "count_shards": (shard,)}
+    appended = dataclasses.replace(dataset, manifest=dataset.manifest.model_copy(update=fields))
+    config = load_config(None, ["model.width=16", "data.max_history=10", "model.text.mode=off", f"run.scratch={tmp_path / 'scratch'}"])
+    recommender = build_recommender(config, appended, torch.device("cpu")).eval()
+    predictor = build_predictor(config, appended, recommender)
+    predictor.remember(appended.read_users())
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_export(predictor, recommender.state_dict(), appended, folder, num_golden=2)
+    written = pq.read_table(folder / "catalogue.parquet")
+    assert written.schema.equals(CATALOGUE_SCHEMA)
+    assert written.drop_columns("numbers").equals(appended.catalogue.drop_columns("numbers"))  # NaN equals nothing
+    shared = Predictor.from_export(folder, tmp_path / "served")
+    alone = Predictor.from_export(folder)
+    histories = list(shared.users.values())
+    torch.testing.assert_close(shared.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)
+    torch.testing.assert_close(alone.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)
+    assert shared.item_index == alone.item_index == {f"item-{index}": index for index in range(1, 41)}
+    assert shared.popularity[2] == dataset.catalogue["train_count"][1].as_py() + 100
