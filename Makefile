@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 DATA ?=
+CONFIG ?=
 STORE ?= $(CURDIR)/store
 NAME := $(notdir $(patsubst %/,%,$(DATA)))
-RECIPE := $(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml)
-DEMO := $(if $(DATA),--config $(RECIPE) --set data.source=files --set data.folder=$(abspath $(DATA)) --set 'run.name="$(NAME)"',--config jobs/configs/demo.toml)
+RECIPE := $(if $(CONFIG),$(CONFIG),$(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml))
+DEMO := --config $(RECIPE) $(if $(DATA),--set data.source=files --set data.folder=$(abspath $(DATA)) $(if $(CONFIG),,--set 'run.name="$(NAME)"'))
 
 # Two processes, for many tests wait for what they started; a file's tests stay together, and the long ones come first.
 IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.summary import ask_users, render
+from recsys import terminal
 from recsys.config import Config
 from recsys.config.use import leaves, reads
 from recsys.errors import UserError
@@ -32,7 +33,7 @@ def run(config: Config) -> dict[str, Any]:
     with local_head(config, outlives="serve" in config.run.stages):
         results = _run_stages(config)
     results["seconds"] = round(time.monotonic() - begin, 1)
-    print(render(config, results), file=sys.stderr)
+    print(render(config, results), file=terminal.stream())
     return results
 
 
@@ -80,9 +81,10 @@ def _stage(config: Config, module: str, values: dict[str, str] | None = None) ->
     given = {key: json.dumps(own[key], ensure_ascii=False) for key in sorted(config.given) if reads(module, key) and own[key] is not None}
     chosen = {key: value for key, value in (values or {}).items() if value}
     settings = [f"--set={key}={value}" for key, value in (given | chosen).items()]
-    logger.info("=== %s %s", module, " ".join(settings))
+    logger.info("=== %s", module)
+    logger.debug("%s", " ".join(settings))
     begin = time.monotonic()
-    finished = subprocess.run([sys.executable, "-m", module, *settings], stdout=subprocess.PIPE, check=False)
+    finished = subprocess.run([sys.executable, "-m", module, *settings], stdout=subprocess.PIPE, stderr=terminal.stream(), check=False)
     if finished.returncode:
         raise UserError(f"{module}: failed with exit status {finished.returncode}; its error stands above")
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,6 @@ from tune.space import trial_config
 
 if TYPE_CHECKING:
     from recsys.data.manifest import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -65,10 +62,6 @@ def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
     if best is None:
         raise UserError(
             f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above"
-        )
-    for rank, trial in enumerate(leaderboard(trials), start=1):
-        logger.info(
-            "%d. %s %s after %d epochs (%s): %s", rank, config.evaluation.metric, trial.metric, trial.epochs, trial.status, trial.values
         )
     return {
         "num_trials": len(trials),

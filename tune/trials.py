@@ -1,9 +1,11 @@
 """The trials of a search on Ray Tune: each a whole distributed training run that a driver starts."""
 
+import logging
+import math
 from typing import Any
 
 import ray
-from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import ConcurrencyLimiter
@@ -15,6 +17,34 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from tune.select import concurrent_trials
 from tune.space import search_space, trial_config
+
+logger = logging.getLogger(__name__)
+
+
+class ShowTrials(Callback):  # type: ignore[misc]
+    """Shows a line for each trial that has ended."""
+
+    def __init__(self, config: Config) -> None:
+        self._metric, self._num_trials, self._num_ended = config.evaluation.metric, config.search.num_trials, 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show what the trial reached."""
+        self._num_ended += 1
+        last = trial.last_result or {}
+        reached = f"{self._metric} {last.get(self._metric, math.nan):.4f} after epoch {last.get('epoch', 0)}"
+        logger.info("search: trial %d of %d: %s; %s", self._num_ended, self._num_trials, reached, shown(trial.config))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show that the trial failed."""
+        self._num_ended += 1
+        logger.warning(
+            "search: trial %d of %d failed; its error is in the log file; %s", self._num_ended, self._num_trials, shown(trial.config)
+        )
+
+
+def shown(sample: dict[str, Any]) -> str:
+    """Write a trial's values out, such as `model.width=64`."""
+    return " ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in sample.items())
 
 
 def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[dict[str, Any], str]]:
@@ -47,6 +77,7 @@ def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[di
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
             verbose=1,
+            callbacks=[ShowTrials(config)],
         ),
     )
     try:

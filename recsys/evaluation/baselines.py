@@ -1,6 +1,7 @@
 """The baselines of `recsys.baselines` under the same judge as the model, popularity always among them and first."""
 
 import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,8 +26,10 @@ def evaluate_baselines(judge: Judge, predictor: Predictor, dataset: Dataset) -> 
     for name in judge.config.baselines:
         if name == POPULARITY:
             continue
-        logger.info("evaluate: fitting the baseline %s", name)
+        logger.info("evaluate: fitting %s", name)
+        begin = time.monotonic()
         baseline = fit_baseline(name, dataset, predictor.catalogue, config)
+        logger.info("evaluate: fitted %s in %.1f s", name, time.monotonic() - begin)
         metrics = judge.summarise(judge.rank(_score_by(baseline))) if baseline.ranks else {}
         results[name] = metrics | judge.tasks(_predict_by(baseline)).values()
     return results

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from recsys.errors import UserError
 from recsys.store import Storage, join
+from recsys.terminal import stream
 
 logger = logging.getLogger(__name__)
 Task = TypeVar("Task")
@@ -86,7 +86,7 @@ class Progress:
     def __init__(self, label: str, num_tasks: int, num_known: int) -> None:
         self._label, self._num_tasks, self._num_done, self._num_rows = label, num_tasks, num_known, 0
         self._started = self._logged = time.monotonic()
-        self._bar = tqdm(total=num_tasks, initial=num_known, desc=label, unit="task", file=sys.stderr, disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=num_tasks, initial=num_known, desc=label, unit="task", file=stream(), disable=not stream().isatty())
         if num_known:
             logger.info("%s: %d of %d tasks were finished before", label, num_known, num_tasks)
 

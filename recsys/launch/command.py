@@ -1,25 +1,52 @@
-"""What every verb shares: `--config` and `--set`, logs on stderr, one JSON object as the last line of stdout."""
+"""The command line that all verbs share: `--config`, `--set`, `--verbose`, `--help`; one JSON object as the last line of stdout."""
 
 import argparse
 import json
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from recsys import terminal
 from recsys.config import Config, load_config
 from recsys.config.use import unread
 from recsys.errors import UserError
+from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
 
 
 def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
-    """Parse the command line, run the verb `name` and print its result; exit with 2 on a user's mistake.
+    """Parse the command line, run the verb `name` and print its result.
 
-    While the verb runs, everything that it or its workers print goes to stderr, so that stdout ends with the JSON alone.
+    Exits with 2 on a user's mistake and with 1 on any other failure; either is one line on stderr.
     """
+    arguments = _parser(name, description).parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        _fail(error)
+    log = None if arguments.verbose else _log_file(config, name)
+    begin = time.monotonic()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout, terminal.output_to(log):
+        try:
+            if missed := unread(name, config):
+                logger.warning("%s does not read %s", name, ", ".join(missed))
+            result = verb(config)
+        except UserError as error:
+            _fail(error)
+        except Exception as error:
+            traceback.print_exc()
+            _fail(f"{type(error).__name__}: {error}" + (f"; the traceback is in {log}" if log else ""), status=1)
+        print(json.dumps(result), file=stdout)
+    terminal.show(f"I {name} took {time.monotonic() - begin:.1f} s" + (f"; log: {log}" if log else ""))
+
+
+def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {name}",
         description=description,
@@ -29,21 +56,18 @@ def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: s
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
     )
+    parser.add_argument("--verbose", action="store_true", help="show what goes to the log file otherwise")
     if {"-h", "--help"} & set(sys.argv):
         from recsys.config.settings import help_text
 
         parser.epilog = f"settings:\n\n{help_text(name)}"
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    result_descriptor = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if missed := unread(name, config):
-            logger.warning("%s does not read %s", name, ", ".join(missed))
-        result = verb(config)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    with os.fdopen(result_descriptor, "w", encoding="utf-8") as stream:
-        print(json.dumps(result), file=stream)
+    return parser
+
+
+def _log_file(config: Config, name: str) -> Path:
+    return private_folder(Path(config.run.scratch) / "logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+
+
+def _fail(error: object, status: int = 2) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=terminal.stream())
+    sys.exit(status)

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import logging
 import math
 import os
 import secrets
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from recsys.config import Config
 from recsys.store import private_folder
+
+logger = logging.getLogger(__name__)
 
 ADDRESS = "RAY_ADDRESS"
 HEAD_RECORD = "head.json"
@@ -58,6 +61,7 @@ def connect(config: Config) -> Iterator[None]:
     with contextlib.nullcontext() if os.environ.get(ADDRESS) else _private_head(config):
         import ray
 
+        logger.debug("Ray at %s", os.environ[ADDRESS])
         ray.init(log_to_driver=True, logging_level="warning")
         try:
             yield

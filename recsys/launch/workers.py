@@ -20,12 +20,14 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from recsys.config import Config
+from recsys.config.use import TRIALS
 from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.launch.head import PRIVATE
 from recsys.launch.ray_internals import RestartingTrainer, WorkerHealthCheckTimeoutError, is_preempted, worker_nodes
 from recsys.objectives.objective import MakeObjective, MicroBatch
 from recsys.store import Storage
+from recsys.terminal import mark_lines
 from recsys.train.checkpoints.lease import Ownership
 from recsys.train.failures import Failure, Kind, TrainingError, describe, root_cause
 from recsys.train.loop import train
@@ -106,6 +108,12 @@ def train_to_the_end(config: Config, storage: Storage, ownership: Ownership, mak
         raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {attempt.given_up}") from trouble
 
 
+def _should_restart(restarts: Restarts, error: TrainingFailedError) -> bool:
+    """Decide in the controller of Ray Train, a process of its own."""
+    mark_lines()
+    return restarts.after(failure_of(error))
+
+
 def failure_of(error: Exception) -> Failure:
     """Tell what failed, out of Ray's wrappers."""
     if isinstance(error, RayActorError):
@@ -171,7 +179,7 @@ def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Seq
     filesystem, path = storage.locate(records)
     trainer = RestartingTrainer(
         partial(_run_worker, make, config, restarts),
-        should_restart=lambda error: restarts.after(failure_of(error)),
+        should_restart=partial(_should_restart, restarts),
         scaling_config=ScalingConfig(
             num_workers=(training.min_workers, training.max_workers) if training.is_elastic else training.max_workers,
             elastic_resize_monitor_interval_s=RESIZE_POLL_SECONDS,
@@ -195,7 +203,8 @@ def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Seq
 
 
 def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    if TRIALS not in config.run.name:  # a search shows its trials by a line each
+        mark_lines()
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     storage, attempt = Storage.from_config(config.storage), restarts.read()

@@ -118,7 +118,7 @@ class Trainer:
         self._begun_steps = chain([batches], steps)
         self.memory_plan = plan_step(self.objective.module, batches, self.config.training, self.world_size)
         if self.rank == 0:
-            logger.info("memory of a worker, by part:\n%s", self.memory_plan.table())
+            logger.debug("memory of a worker, by part:\n%s", self.memory_plan.table())
         self.memory_plan.check(*self._capacity())
         return waited_seconds
 

@@ -26,6 +26,7 @@ from recsys.train.state import TrainingState
 from tests.benchmarks.peers.dataset import served_copy
 from tests.benchmarks.reading import show
 from tests.benchmarks.step_time import RECIPE
+from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
 from tests.proxy import FaultProxy, Faults
 
@@ -35,7 +36,8 @@ LATE_SECONDS = 0.05
 def main() -> None:
     """Measure with both stores; a table on stderr, one JSON line on stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser.add_argument("dataset", nargs="?")
+    add_tiny(parser)
     parser.add_argument("--config", default=str(RECIPE))
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="of the config; repeatable")
     parser.add_argument("--saves", type=int, default=12, help="half of them waited for")
@@ -44,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name, place in (("folder", in_folder), ("S3, answers 50 ms late", on_slow_s3)):
-        with tempfile.TemporaryDirectory() as folder, place(Path(folder), arguments.dataset) as values:
+        with tempfile.TemporaryDirectory() as folder, dataset_of(arguments) as dataset, place(Path(folder), dataset) as values:
             config = config_of(arguments, values)
             found = run_distributed(measure, arguments.workers, config, timeout_seconds=3000)
             rows.append({"store": name, **found[0]})

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from recsys.model.text.backbones import load_backbone, load_tokenizer
 from recsys.model.text.encoder import TextEncoder, locate_backbone, tokenize
 from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE
 from recsys.store import Storage
+from tests.backbones import save_backbone
+from tests.benchmarks.tiny import add_tiny, write_movies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Movies:
 def main() -> None:
     """Print a table for people on stderr and one JSON line for programs on stdout."""
     arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.tiny:
+            arguments.folder, arguments.backbone = str(write_movies(Path(folder))), save_backbone(Path(folder) / "backbone", "bert")
+            arguments.users = 8
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure both forms and print what was found."""
     values = ["model.text.mode=lora", "model.loss.kind=sampled", f"model.text.backbone={arguments.backbone}", *arguments.overrides]
     config = load_config(None, [*values, f"data.max_history={arguments.positions}"])
     movies = read_movies(Path(arguments.folder))
@@ -72,7 +84,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", nargs="?")
+    add_tiny(parser)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--users", type=int, default=128)
     parser.add_argument("--positions", type=int, default=50)

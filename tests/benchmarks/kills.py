@@ -17,6 +17,7 @@ from typing import Any
 
 from recsys.store import Storage
 from tests.benchmarks.reading import show
+from tests.benchmarks.tiny import add_tiny
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset
 from tests.resume.ledger import order_kills
@@ -32,7 +33,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ends", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    add_tiny(parser)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.kills, arguments.ends = 1, 1
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

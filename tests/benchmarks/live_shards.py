@@ -22,20 +22,22 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import LocalReporter
+from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
 
 
 def main() -> None:
     """Measure both numbers of workers; a table on stderr, one JSON line on stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("dataset")
+    parser.add_argument("dataset", nargs="?")
+    add_tiny(parser)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=100, help="steps of an epoch at most")
     arguments = parser.parse_args()
     results = {}
     for num_workers in (1, 2):
-        with tempfile.TemporaryDirectory() as scratch:
-            settings = (arguments.dataset, scratch, num_workers, arguments.rounds, arguments.steps)
+        with tempfile.TemporaryDirectory() as scratch, dataset_of(arguments) as dataset:
+            settings = (dataset, scratch, num_workers, arguments.rounds, arguments.steps)
             results[f"{num_workers} workers"] = run_distributed(measure, num_workers, *settings, timeout_seconds=1800)[0]
     for name, result in results.items():
         print(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in result.items()), file=sys.stderr)

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from tests.benchmarks.tiny import add_tiny
+
 ROOT = Path(__file__).parents[2]
 MEAN_EVENTS = 40
 SAMPLE_SECONDS = 0.5
@@ -148,7 +150,10 @@ def main() -> None:
     parser.add_argument("--millions", type=float, nargs="+", default=[2, 20], help="events of each log, in millions")
     parser.add_argument("--kill-halfway", action="store_true", help="also kill a run of the first size half-way and run it again")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="section.key=value")
+    add_tiny(parser)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.millions = [0.01, 0.02]
     runs = [measure(millions, arguments.overrides) for millions in arguments.millions]
     print("millions   peak PSS   peak USS   seconds    rows/s", file=sys.stderr)
     for run in runs:

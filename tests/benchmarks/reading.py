@@ -57,12 +57,12 @@ FULL = Plan(
     num_starts=5,
     num_kills=3,
 )
-QUICK = Plan(
-    num_rows=20_000,
-    row_group_rows=1024,
-    settings=(("local", 2, (SHUFFLED, ORDERED)), ("s3", 2, (SHUFFLED,))),
+TINY = Plan(
+    num_rows=4_000,
+    row_group_rows=128,
+    settings=(("local", 2, (SHUFFLED, PADDED)), ("s3", 2, (SHUFFLED,))),
     num_rounds=1,
-    limit_seconds=1.0,
+    limit_seconds=0.2,
     fractions=(0.5,),
     num_starts=1,
     num_kills=1,
@@ -196,7 +196,7 @@ def _cell(value: Any) -> str:
 def main() -> None:
     """Run it all; one JSON line for programs on stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small dataset and one round: shows that it works, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="a small dataset and one round: shows that the bench runs, not how fast")
     parser.add_argument(
         "--peers", type=Path, help="folder for the environment of datasets and mosaicml-streaming; without it they are left out"
     )
@@ -207,7 +207,7 @@ def main() -> None:
     peers = [peer for peer in PEERS if peer in wanted and (arguments.peers or peer not in OWN_ENVIRONMENT)]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        plan = QUICK if arguments.quick else FULL
+        plan = TINY if arguments.tiny else FULL
         plan = replace(plan, num_rows=arguments.rows or plan.num_rows)
         bench = Bench(plan, peers, arguments.peers, Path(folder), stack)
         results: dict[str, Any] = {"speed": bench.measure_speed()}

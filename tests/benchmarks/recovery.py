@@ -13,6 +13,7 @@ from pathlib import Path
 from recsys.data.manifest import Dataset
 from recsys.store import Storage
 from tests.benchmarks.reading import show
+from tests.benchmarks.tiny import add_tiny
 from tests.conftest import kill_descendants
 from tests.datasets import make_dataset
 from tests.resume.ledger import order_kills
@@ -27,7 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=600)
+    add_tiny(parser)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.rounds, arguments.users = 1, 200
     found: dict[str, list[dict[str, float]]] = {OURS: [], PLAIN: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

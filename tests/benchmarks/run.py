@@ -1,5 +1,6 @@
 """`make bench`, first part: the training loop beside a bare one, measured in turn in one run; the reader is `reading.py`'s."""
 
+import argparse
 import json
 import statistics
 import sys
@@ -19,6 +20,7 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import LocalReporter
+from tests.benchmarks.tiny import add_tiny
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 
@@ -28,9 +30,13 @@ STEPS_PER_ROUND = 15
 
 def main() -> None:
     """Run every benchmark; a table for people on stderr, one JSON line for programs on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_tiny(parser)
+    arguments = parser.parse_args()
+    rounds, num_steps, num_users = (1, 2, 120) if arguments.tiny else (ROUNDS, STEPS_PER_ROUND, 4000)
     with tempfile.TemporaryDirectory() as folder:
         storage = Storage(str(Path(folder) / "store"))
-        dataset = make_dataset(storage, num_users=4000, num_items=2000, max_history=50)
+        dataset = make_dataset(storage, num_users=num_users, num_items=num_users // 2, max_history=50)
         values = {
             "storage.root": storage.root,
             "run.scratch": str(Path(folder) / "scratch"),
@@ -42,17 +48,17 @@ def main() -> None:
             "training.micro_batch_size": 128,
         }
         config = load_config().with_values(values)
-        results = {"step": run_distributed(measure_steps, 1, config)[0]}
+        results = {"step": run_distributed(measure_steps, 1, config, rounds, num_steps)[0]}
     for name, result in results.items():
         print(f"{name:<6}" + "  ".join(f"{key} {value:.4g}" for key, value in result.items()), file=sys.stderr)
     print(json.dumps(results))
 
 
-def measure_steps(config: Config) -> dict[str, float]:
+def measure_steps(config: Config, rounds: int, num_steps: int) -> dict[str, float]:
     """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop over the same batches."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     trainer = Trainer(config, dataset, LocalReporter(), NextItem)
-    steps = [batches for _, batches in zip(range(STEPS_PER_ROUND), trainer.objective.steps(0), strict=False)]
+    steps = [batches for _, batches in zip(range(num_steps), trainer.objective.steps(0), strict=False)]
     model = build_recommender(config, dataset, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate)
 
@@ -64,7 +70,7 @@ def measure_steps(config: Config) -> dict[str, float]:
         for batches in steps:
             bare_step(model, optimizer, batches[0], trainer.weights)
 
-    return in_turn(ours, bare, STEPS_PER_ROUND)
+    return in_turn(ours, bare, len(steps), rounds)
 
 
 def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: dict[str, float]) -> None:
@@ -77,10 +83,10 @@ def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: B
     optimizer.step()
 
 
-def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int) -> dict[str, Any]:
+def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int, rounds: int) -> dict[str, Any]:
     """Run both in turn, after one warm-up each; report seconds per unit and the ratio round by round."""
     times: dict[str, list[float]] = {"ours": [], "bare": []}
-    for round_number in range(ROUNDS + 1):
+    for round_number in range(rounds + 1):
         for name, function in (("ours", ours), ("bare", bare)):
             begin = time.perf_counter()
             function()

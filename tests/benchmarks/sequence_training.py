@@ -27,6 +27,7 @@ from recsys.ingest.write.splits import part_by_place
 from recsys.store import Storage
 from tests.benchmarks.peers.processes import ask, make_environment, run_module, talking
 from tests.benchmarks.reading import show
+from tests.benchmarks.tiny import add_tiny, write_movies
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).parent / "peers" / "rectools_requirements.txt"
@@ -192,7 +193,7 @@ def speed_rows(rounds: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run it all; one JSON line for programs on stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="events and items of Amazon Beauty, as jobs.prepare_data reads them")
+    parser.add_argument("folder", type=Path, nargs="?", help="events and items of Amazon Beauty, as jobs.prepare_data reads them")
     parser.add_argument("--peers", type=Path, help="folder for RecTools' environment; without it RecTools is left out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="steps of ours and of the bare loop in a round")
@@ -201,10 +202,11 @@ def main() -> None:
     parser.add_argument("--loss", default="sampled_softmax", help="RecTools', with 256 negatives: sampled_softmax, gBCE or BCE")
     parser.add_argument("--quality", type=float, help="then train ours and RecTools for so many seconds each, and rank the test users")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="of our config, for --quality; repeatable")
+    add_tiny(parser)
     arguments = parser.parse_args()
-    arguments.folder = arguments.folder.resolve()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        arguments.folder = write_movies(Path(folder)) if arguments.tiny else arguments.folder.resolve()
         bench = Bench(arguments, Path(folder), stack)
         rounds = [bench.measure_round(number, arguments.seconds) for number in range(arguments.rounds)]
         results: dict[str, Any] = {"shape": asdict(Shape()), "threads": arguments.threads, "speed": speed_rows(rounds), "rounds": rounds}

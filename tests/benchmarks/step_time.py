@@ -29,6 +29,7 @@ from recsys.objectives.objective import MicroBatch
 from recsys.store import Storage
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import LocalReporter, Metrics
+from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "configs" / "ml-1m.toml"
@@ -37,7 +38,8 @@ RECIPE = Path(__file__).parents[2] / "jobs" / "configs" / "ml-1m.toml"
 def main() -> None:
     """Measure both numbers of workers; a table on stderr, one JSON line on stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset")
+    parser.add_argument("dataset", nargs="?")
+    add_tiny(parser)
     parser.add_argument("--config", default=str(RECIPE))
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10, help="of each loop in a block")
@@ -45,22 +47,22 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {}
     for num_workers in arguments.workers:
-        with tempfile.TemporaryDirectory() as scratch:
-            config = config_of(arguments, scratch, num_workers)
+        with tempfile.TemporaryDirectory() as scratch, dataset_of(arguments) as dataset:
+            config = config_of(arguments, dataset, scratch, num_workers)
             results[f"{num_workers} workers"] = run_distributed(measure, num_workers, config, arguments.steps, timeout_seconds=3000)[0]
         row = results[f"{num_workers} workers"]
         print(f"{num_workers} workers  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), file=sys.stderr)
     print(json.dumps(results))
 
 
-def config_of(arguments: argparse.Namespace, scratch: str, num_workers: int) -> Config:
+def config_of(arguments: argparse.Namespace, dataset: str, scratch: str, num_workers: int) -> Config:
     """Take the recipe as it is, but for where it runs and how long."""
     config = load_config(arguments.config)
     values = {
         "run.scratch": scratch,
         "run.name": f"step-time-{num_workers}-{time.time_ns()}",
-        "storage.root": arguments.dataset.rpartition("/datasets/")[0],
-        "data.dataset": arguments.dataset,
+        "storage.root": dataset.rpartition("/datasets/")[0],
+        "data.dataset": dataset,
         "training.num_workers": num_workers,
         "training.micro_batch_size": config.training.global_batch_size // num_workers,
         "training.zero_stage": 0,

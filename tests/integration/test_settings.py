@@ -10,13 +10,13 @@ import torch
 
 import jobs.evaluate
 import jobs.export
-import jobs.prepare_data
 from recsys.config import Config, Section, load_config
 from recsys.config.use import reads
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.errors import UserError
+from recsys.ingest.prepare import prepare
 from recsys.launch.preflight import check_training
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
@@ -185,7 +185,7 @@ def _without_validation(dataset: Dataset) -> Dataset:
     Path(copied, "users").mkdir(parents=True)
     pq.write_table(users, Path(copied, "users", "0.parquet"))
     shards = {
-        name: [shard.model_copy(update={"dataset": dataset.name}) for shard in getattr(dataset.manifest, name)]
+        name: tuple(shard.model_copy(update={"dataset": dataset.name}) for shard in getattr(dataset.manifest, name))
         for name in ("train_shards", "catalogue_shards")
     }
     manifest = dataset.manifest.model_copy(update={"fingerprint": "untested", **shards})
@@ -238,7 +238,7 @@ def test_verbs_read_what_they_are_said_to_read(folder: Path, checkpoint: str, ve
         elif verb == "jobs.export":
             jobs.export.run(config)
         elif verb == "jobs.prepare_data":
-            jobs.prepare_data.prepare(config, Storage.from_config(config.storage))
+            prepare(config, Storage.from_config(config.storage))
         else:
             version_in_service(config)
     assert found

@@ -40,7 +40,8 @@ def generate(folder: Path, num_rows: int, row_group_rows: int) -> Dataset:
         metadata = pq.read_metadata(path)
         groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         shards.append(Shard(path=f"train/{number}.parquet", row_groups=groups, num_bytes=path.stat().st_size, sha256=sha256_of(path)))
-    shutil.copytree(join(small.uri, "catalogue"), join(uri, "catalogue"))
+    for part in ("catalogue", "users"):
+        shutil.copytree(join(small.uri, part), join(uri, part))
     dataset = Dataset(storage, uri, small.manifest.model_copy(update={"train_shards": tuple(shards), "num_streams": 12}))
     return _note_etags(dataset)
 

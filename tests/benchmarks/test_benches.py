@@ -1,0 +1,62 @@
+"""Every bench still runs in its tiny form, and every command that BENCHMARKS.md names still starts."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+BENCHES = {
+    "run": [],
+    "reading": ["--only", "ours", "torch_loader"],
+    "live_shards": ["--rounds", "1", "--steps", "2"],
+    "checkpointing": [
+        *("--config", "jobs/configs/demo.toml", "--saves", "6", "--every", "2", "--set", "model.text.mode=off"),
+        *("--set", "training.num_workers=1", "--set", "training.global_batch_size=4", "--set", "training.micro_batch_size=4"),
+    ],
+    "step_time": ["--config", "jobs/configs/demo.toml", "--blocks", "2", "--steps", "2"],
+    "item_encoding": ["--steps", "1"],
+    "gpu_training": ["--blocks", "4", "--steps", "2"],
+}
+WITH_RAY = {
+    "sequence_training": ["--rounds", "1", "--steps", "4"],
+    "preparing": [],
+    "recovery": [],
+    "kills": [],
+}
+
+
+def run(name: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
+
+
+@pytest.mark.parametrize(("name", "options"), BENCHES.items(), ids=BENCHES)
+def test_a_bench_runs_in_its_tiny_form(name: str, options: list[str]) -> None:
+    result = run(name, "--tiny", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize(("name", "options"), WITH_RAY.items(), ids=WITH_RAY)
+def test_a_bench_with_ray_runs_in_its_tiny_form(name: str, options: list[str]) -> None:
+    result = run(name, "--tiny", *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_command_of_the_results_still_starts() -> None:
+    text = (FOLDER / "BENCHMARKS.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python -m tests\.benchmarks\.(\w+)([^`\n]*)", text)
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py") if path != Path(__file__)}
+    benches = {name for name, source in sources.items() if 'if __name__ == "__main__"' in source}
+    assert commands
+    assert {name for name, _ in commands} <= benches == BENCHES.keys() | WITH_RAY.keys()
+    unknown = {(name, option) for name, rest in commands for option in re.findall(r"--[a-z-]+", rest) if f'"{option}"' not in sources[name]}
+    assert unknown == set()

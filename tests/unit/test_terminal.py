@@ -1,0 +1,75 @@
+"""A verb's terminal has this project's lines and nothing else; its log file has everything."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VERB = """
+    import logging, os, subprocess, sys, warnings
+    from recsys.errors import UserError
+    from recsys.launch.command import run_verb
+
+    def run(config):
+        print("printed by a library")
+        os.write(2, b"written by native code\\n")
+        subprocess.run(["sh", "-c", "echo said by a child >&2"], check=True)
+        warnings.warn("warned by a library")
+        logging.getLogger("ray.train").warning("logged by a library")
+        print("(RayTrainWorker pid=7) [recsys] I told by a worker")
+        logging.getLogger("recsys.train").info("told by the driver")
+        logging.getLogger("recsys.train").debug("a detail")
+        if "{how}" == "mistake":
+            raise UserError("data.events = x:\\n no such file")
+        if "{how}" == "failure":
+            raise RuntimeError("something broke")
+        return {{"answer": 1}}
+
+    run_verb("serve.stop", run, None)
+"""
+HIDDEN = ("printed by a library", "written by native code", "said by a child", "warned by a library", "logged by a library", "a detail")
+
+
+def run(tmp_path: Path, how: str, *arguments: str) -> "tuple[subprocess.CompletedProcess[str], str]":
+    script = textwrap.dedent(VERB.format(how=how))
+    command = [sys.executable, "-c", script, "--set", f"run.scratch={tmp_path}", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    logs = list((tmp_path / "logs").glob("serve.stop-*.log"))
+    return finished, logs[0].read_text() if logs else ""
+
+
+def test_the_terminal_has_own_lines_and_the_log_everything(tmp_path: Path) -> None:
+    finished, log = run(tmp_path, "well")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == '{"answer": 1}\n'
+    lines = [line[9:] for line in finished.stderr.splitlines()]
+    assert sorted(lines[:2]) == ["I told by a worker", "I told by the driver"]
+    (last,) = lines[2:]
+    assert last.startswith("I serve.stop took ")
+    assert last.endswith(".log")
+    assert [text for text in HIDDEN if text not in log] == []
+    assert "told by the driver" in log
+    assert "told by a worker" in log
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "line"),
+    [("mistake", 2, "error: data.events = x: no such file"), ("failure", 1, "error: RuntimeError: something broke; the traceback is in ")],
+)
+def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(tmp_path: Path, how: str, status: int, line: str) -> None:
+    finished, log = run(tmp_path, how)
+    assert (finished.returncode, finished.stdout) == (status, "")
+    assert next(each for each in finished.stderr.splitlines() if "told by" not in each).startswith(line)
+    assert len(finished.stderr.splitlines()) == 3
+    assert ("RuntimeError: something broke" in log and "Traceback" in log) == (how == "failure")
+
+
+def test_verbose_shows_everything_and_keeps_no_file(tmp_path: Path) -> None:
+    finished, log = run(tmp_path, "well", "--verbose")
+    assert log == ""
+    assert finished.stdout == '{"answer": 1}\n'
+    assert [text for text in HIDDEN[:-1] if text not in finished.stderr] == []
