@@ -1,4 +1,4 @@
-"""What a person reads at the end of the pipeline: data, training, leaderboard, test metrics, and answers of the service."""
+"""What the pipeline prints at its end: data, training, leaderboard, test metrics, and answers of the service."""
 
 import json
 import urllib.request
@@ -16,7 +16,8 @@ SHOWN_ITEMS = 5
 def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[dict[str, Any]]:
     """Ask the running service for some users' recommendations; return them beside the ends of their histories."""
     dataset = Dataset.open(Storage.from_config(config.storage), dataset_uri)
-    titles = dict(zip(dataset.catalogue["item_index"].to_pylist(), dataset.catalogue["title"].to_pylist(), strict=True))
+    columns = (dataset.catalogue[name].to_pylist() for name in ("item_index", "title", "item_id"))
+    names = {index: title or item_id for index, title, item_id in zip(*columns, strict=True)}
     users = dataset.read_shard(dataset.manifest.users_shards[0], ["user_id", "items"]).slice(0, NUM_USERS).to_pylist()
     answers = []
     for user in users:
@@ -24,8 +25,8 @@ def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[di
         answers.append(
             {
                 "user_id": user["user_id"],
-                "history": [titles[index] for index in user["items"][-SHOWN_HISTORY:]],
-                "recommendations": [item["title"] for item in answer["items"]],
+                "history": [names[index] for index in user["items"][-SHOWN_HISTORY:]],
+                "recommendations": [item["title"] or item["item_id"] for item in answer["items"]],
                 "version": answer["version"],
             }
         )
@@ -69,9 +70,17 @@ def render(config: Config, results: dict[str, Any]) -> str:
     if serve := results.get("serve"):
         token = "the token of $" + config.service.token_env + f", or in {config.run.scratch}/service.token"
         lines += ["", f"service    {serve['url']} answers with version {serve['version']}; bearer token: {token}"]
-        lines += ["           stop it with: make stop (or python -m serve.stop)"]
+        lines += [
+            f'           ask it: curl {serve["url"]}/v1/recommend -H "Authorization: Bearer $(cat {config.run.scratch}/service.token)" \\',
+            f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': _some_user(results), 'k': SHOWN_ITEMS})}'",
+            "           stop it: make stop (or python -m serve.stop)",
+        ]
     lines += ["", f"wall time  {results['seconds']} s", "=" * 100]
     return "\n".join(lines)
+
+
+def _some_user(results: dict[str, Any]) -> str:
+    return next((str(answer["user_id"]) for answer in results.get("recommendations", [])), "1")
 
 
 def _test_table(config: Config, results: dict[str, Any]) -> list[str]:

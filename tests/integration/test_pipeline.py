@@ -78,7 +78,7 @@ def test_every_stage_gives_its_part(local: dict[str, Any]) -> None:
 
 def test_the_summary_is_for_people(local: dict[str, Any]) -> None:
     text = local["first"]["stderr"]
-    for part in ("300 users, 120 items", "popularity", "id only", "may like", "wall time", "stop it with"):
+    for part in ("300 users, 120 items", "popularity", "id only", "may like", "wall time", "stop it", "ask it: curl "):
         assert part in text
 
 
