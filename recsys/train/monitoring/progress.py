@@ -43,7 +43,7 @@ class Progress:
         self._trackers = Trackers(config)
         self._first_step, self._since = state.step, state.model_copy()
         self._begin = self._last_line = time.monotonic()
-        self._tokens = 0
+        self._tokens, self._result = 0, ""
 
     def step(self, state: TrainingState, losses: dict[str, float], num_tokens: int, learning_rate: float) -> None:
         """Record the optimizer step that `state` has just counted; `num_tokens` is what the language model read for it."""
@@ -60,12 +60,16 @@ class Progress:
         self._write(values, state.step)
         self._trackers.send(values, state.step)
         best = " (best)" if state.best_step == state.step else ""
-        logger.info("epoch %d/%d | validation %s %.4f%s", state.epoch, self._epochs, metric, state.validation[metric], best)
+        logger.debug("epoch %d/%d | validation %s %.4f%s", state.epoch, self._epochs, metric, state.validation[metric], best)
+        reached = f"{state.best_metric:.4f} at step {state.best_step}" if state.best_metric is not None else "unknown"
+        self._result = f"{state.epoch} of {self._epochs} epochs; best validation {metric} {reached}"
         self._writer.flush()
         self._upload()
 
     def close(self) -> None:
         """End the TensorBoard file and the trackers' records; send what of the former the store has not."""
+        if self._result:
+            logger.info("trained %s", self._result)
         self._writer.close()
         self._upload()
         self._trackers.close()
