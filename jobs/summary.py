@@ -71,7 +71,8 @@ def render(config: Config, results: dict[str, Any]) -> str:
         token = "the token of $" + config.service.token_env + f", or in {config.run.scratch}/service.token"
         lines += ["", f"service    {serve['url']} answers with version {serve['version']}; bearer token: {token}"]
         lines += [
-            f'           ask it: curl {serve["url"]}/v1/recommend -H "Authorization: Bearer $(cat {config.run.scratch}/service.token)" \\',
+            f"           ask it: curl {serve['url']}/v1/recommend \\",
+            f'             -H "Authorization: Bearer $(cat {config.run.scratch}/service.token)" \\',
             f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': _some_user(results), 'k': SHOWN_ITEMS})}'",
             "           stop it: make stop (or python -m serve.stop)",
         ]
