@@ -27,7 +27,7 @@ ID_ONLY = {"model.text.mode": "off", "model.use_features": "false"}
 def run(config: Config) -> dict[str, Any]:
     """Run `run.stages` in order; a stage that finds its result made returns at once.
 
-    Without a cluster in `RAY_ADDRESS` the stages share a local head, which goes on after the end where it serves.
+    Without a cluster in `RAY_ADDRESS` the stages share a local head, which keeps running at the end if it serves.
     """
     begin = time.monotonic()
     with local_head(config, outlives="serve" in config.run.stages):

@@ -1,4 +1,4 @@
-"""Tell what a worker's memory will hold, by part, without starting one; `jobs.train` holds the same plan against what there is."""
+"""Predict the memory of a worker, by part, without starting one; `jobs.train` makes the same prediction before its first step."""
 
 import logging
 from typing import Any

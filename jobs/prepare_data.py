@@ -28,7 +28,7 @@ def prepare_data(config: Config) -> dict[str, Any]:
 
 
 def describe(dataset: "Dataset", is_skipped: bool, seconds: float) -> dict[str, Any]:
-    """Tell what the dataset holds and how it was made; `rows_per_second` counts the interactions of this version, null where skipped."""
+    """Describe the dataset and how it was made; `rows_per_second` counts the interactions of this version, null where skipped."""
     from recsys.ingest.report.page import REPORT_NAME
 
     manifest = dataset.manifest

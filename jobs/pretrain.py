@@ -1,4 +1,4 @@
-"""Pretrain the language model on the catalogue's texts, and publish it as a start for `jobs.train`; the same command again goes on."""
+"""Pretrain the language model on the catalogue's texts, and publish it for `jobs.train`; the same command resumes it."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Train one model: a config in, the best checkpoint out. Submitting the same command again goes on where it stopped."""
+"""Train one model: a config in, the best checkpoint out. The same command resumes it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The one exception that means: a person can mend this, so print one line and no traceback."""
+"""The exception for user-fixable errors: they are printed as one line, without a traceback."""
 
 
 class UserError(Exception):

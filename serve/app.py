@@ -108,7 +108,7 @@ def read_arguments(args: dict[str, Any]) -> Config:
 
 
 def version_in_service(config: Config) -> str:
-    """Tell the version that `service.alias` names.
+    """Return the version that `service.alias` names.
 
     Raises:
         UserError: it names none, or a key was given that contradicts what the version was made with.

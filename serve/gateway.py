@@ -74,7 +74,7 @@ class Gateway:
         return _respond(await self._ask(self._scorer.score, await self._read(request, ScoreRequest)))
 
     async def model(self) -> Response:
-        """Tell what is served."""
+        """Return what is served."""
         return _respond(await self._ask(self._scorer.describe))
 
     async def health(self) -> Response:

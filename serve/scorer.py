@@ -60,11 +60,11 @@ class Scorer:
         return self._loaded.score(requests)
 
     async def describe(self) -> Answer:
-        """Tell what is served."""
+        """Return what is served."""
         return Answer.of(self._loaded.info)
 
     async def status(self) -> dict[str, str | None]:
-        """Tell the version that is served, and why a newer one is not."""
+        """Return the version that is served, and why a newer one is not."""
         return {"version": self._loaded.info.version, "refusal": self._refusal}
 
     async def check_health(self) -> None:

@@ -126,7 +126,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ItemFeatures:
-    """Item features by catalogue index. The tensors may be views of read-only files: nobody writes to them.
+    """Item features by catalogue index. The tensors may be views of read-only files.
 
     Shapes: I items, K most categories of one item, N number columns, V vector width. Row 0 is padding.
     """

@@ -11,7 +11,7 @@ from recsys.data.sequences import Rows, ranges
 from recsys.data.shards import RowGroupSource
 
 MAX_ROW_GROUPS = 64
-"""So many row groups at most, evenly over the shards, are labels counted in: all of a small dataset, a sample of a large one."""
+"""Labels are counted in at most this many row groups, spread evenly over the shards."""
 
 
 def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:

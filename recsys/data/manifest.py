@@ -145,7 +145,7 @@ class DatasetManifest(BaseModel):
 
     @property
     def has_values(self) -> bool:
-        """Tell whether interactions have values, such as ratings."""
+        """Return whether interactions have values, such as ratings."""
         return any(task.event is None for task in self.tasks)
 
 

@@ -106,7 +106,7 @@ class DiskCache:
 
 
 KEPT_UNUSED_SECONDS = 7 * 24 * 3600
-"""An entry that nobody opened for so long is removed when another one is built beside it."""
+"""An entry that was not opened for this long is removed when another one is built beside it."""
 
 _STRINGS_AT_ONCE = 4096
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -155,7 +155,7 @@ def create_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArra
 
 
 def map_array(path: Path) -> Tensor:
-    """View an array's file as a tensor, which nobody may write to: the memory is read-only, and writing would end the process."""
+    """View an array's file as a tensor, read-only: writing to it would end the process."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -43,7 +43,7 @@ class Share:
 class Reader:
     """Gives each step's micro batches of one rank, read and collated on threads of their own.
 
-    The order and its promises are the plan's; a run goes on at any (epoch, step), with any number of ranks, without reading what was
+    The order and its promises are the plan's; a run resumes at any (epoch, step), with any number of ranks, without reading what was
     passed. A shard that is not the manifest's stops it.
     """
 

@@ -192,7 +192,7 @@ def pack(
 
 
 def group_cost(is_gpu: bool) -> int:
-    """Tell what one more group costs where the histories are encoded."""
+    """Return the cost of one more group, in padded places, on a GPU or a CPU."""
     return GPU_GROUP_COST if is_gpu else CPU_GROUP_COST
 
 

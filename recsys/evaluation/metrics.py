@@ -73,7 +73,7 @@ def coverage(recommended: Integers, num_items: int) -> float:
 
 
 def gini(recommended: Integers, num_items: int) -> float:
-    """Tell how unequally often the items of the whole catalogue are recommended: 0 all alike, 1 - 1 / I one item alone.
+    """Return how unequally often the items of the whole catalogue are recommended: 0 all alike, 1 - 1 / I one item alone.
 
     With counts x_1 <= .. <= x_I: sum over i of (2 i - I - 1) x_i, divided by I times their sum (Gini 1912).
     """

@@ -23,7 +23,7 @@ Measure = Callable[[Floats], float]
 
 
 def task_measures(kind: str, labels: Floats, predictions: Floats, owners: Integers) -> dict[str, Measure]:
-    """Tell what a task is judged by: rmse of a regression; logloss, ece, auc and uauc of probabilities.
+    """Return what a task is judged by: rmse of a regression; logloss, ece, auc and uauc of probabilities.
 
     AUC and UAUC are left out where no two labels can be compared.
 

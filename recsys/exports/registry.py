@@ -160,7 +160,7 @@ class Registry:
         return self._read(uris[-1], AliasEntry) if uris else None
 
     def resolve(self, alias: str) -> str | None:
-        """Tell the version that an alias names."""
+        """Return the version that an alias names."""
         entry = self.current(alias)
         return entry.version if entry else None
 
@@ -231,7 +231,7 @@ class Registry:
 
 
 def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, float | None] | None, metric: str) -> bool:
-    """Tell whether a candidate's metric beats the incumbent's; equal does not, NaN never, and no incumbent is beaten by all else.
+    """Return whether a candidate's metric beats the incumbent's; equal does not, NaN never, and no incumbent is beaten by all else.
 
     NaN comes back from a manifest as None, since JSON has no other word for it.
 

@@ -1,7 +1,7 @@
 """A day's events to a new version of a dataset: the rules, what is refused, and the order of the passes.
 
 A version is a dataset of its own whose manifest lists the older versions' shards before its own; nothing of those is touched, and a
-run that trains on an older version goes on there. Versions form a tree: any version may be appended to, any number of times.
+run that trains on an older version is not affected. Versions form a tree: any version may be appended to, any number of times.
 
 - How a dataset is made stays what it was: partitions, split, windows and cleaning are the base's, and a key that asks for something
   else is refused by name. Input column names and units may differ, since a day's files may. `data.k_core` is not applied to a day:
@@ -9,7 +9,7 @@ run that trains on an older version goes on there. Versions form a tree: any ver
 - Users and items keep their indices; new users are numbered after them, new items too, in natural order. Event kinds, tasks, moments of
   values and numbers, and the category vocabulary are the base's, the latter extended at its end, so that old shards and old
   checkpoints mean what they meant. A new kind of event is refused.
-- A user's history goes on with the day's events in their own time order, also with those that are older than what is known, which
+- A user's history continues with the day's events in their own time order, also with those that are older than what is known, which
   are counted as "late". An event that agrees with a known one in user, item, time and kind is a duplicate.
 - The split rule is applied to the whole sequence. Of it, only the day's interactions that fall into its training part become targets,
   with up to `data.max_history` older ones before them as context. What was held out before and now has newer interactions behind it is

@@ -116,7 +116,7 @@ def _known_users(base: Dataset, partition: int, user_ids: pa.ChunkedArray) -> pa
 
 
 def _agree(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Any:
-    """Tell which events agree with a known one in user, item, time and kind."""
+    """Return which events agree with a known one in user, item, time and kind."""
     keys = [owners, columns["items"].astype(np.int64), columns["timestamps"], columns["events"].astype(np.int64)]
     lengths = known["items"].combine_chunks().value_lengths().to_numpy()
     flat = [known[name].combine_chunks().flatten().to_numpy().astype(np.int64) for name in ("items", "timestamps", "events")]
@@ -153,7 +153,7 @@ def _join(known: pa.Table, day: Sequences, rows_of_day: Integers) -> tuple[Seque
 
 
 def _assign_parts(job: Job, everything: Sequences, is_day: Mask) -> Integers:
-    """Tell the part of each interaction: by the rule over a user's whole sequence, or, where parts are drawn, as it was or is drawn."""
+    """Return the part of each interaction: by the rule over a user's whole sequence, or, where parts are drawn, as it was or is drawn."""
     parts = everything.columns[_PART]
     if job.data.split != "random":
         was_trained_on = (parts == TRAINING) & ~is_day  # and is not held out any more

@@ -59,7 +59,7 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
 
 
 def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], time_column: str) -> str:
-    """Tell the unit of times that are numbers: the config's or, by its digits, that of the first number; empty where there is none."""
+    """Return the unit of times that are numbers: the config's or, by its digits, that of the first number; empty where there is none."""
     if time_column != TIMESTAMP:
         return ""
     if data.time_unit != AUTO:
@@ -69,7 +69,7 @@ def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], tim
 
 
 def first_unit(storage: Storage, file: ObjectInfo, data: DataConfig) -> str:
-    """Tell the unit by the beginning of a file; empty where it has no number there."""
+    """Return the unit by the beginning of a file; empty where it has no number there."""
     with reading(file.uri):
         first = next(iter(import_events(storage, FilePart(file.uri, 0, num_bytes=file.num_bytes), data, TIMESTAMP)), None)
         return "" if first is None else guess_unit(first[TIMESTAMP])

@@ -58,7 +58,7 @@ def prepare(config: Config, storage: Storage) -> Dataset:
     """Make the dataset of `config.data`, or open it where it has been made; call it with Ray initialised.
 
     Its address follows from the input files, the config and the format version. The manifest comes last and once, so
-    a dataset is there whole or not at all. A run that was killed is simply run again and goes on with the tasks that
+    a dataset is there whole or not at all. A run that was killed is simply run again and continues with the tasks that
     were not finished. This process holds what grows with the number of items, and counts; events and users stay with
     the tasks, each of which holds one partition.
 

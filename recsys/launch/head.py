@@ -143,7 +143,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
 def local_head(config: Config, outlives: bool) -> Iterator[None]:
     """Point this process and its children at a cluster for the block: the given one, or a head on this machine.
 
-    A head that `outlives` the block goes on for whoever comes next, who finds it by the record in `run.scratch`.
+    A head that `outlives` the block keeps running; the next caller finds it by the record in `run.scratch`.
     """
     if os.environ.get(ADDRESS):
         yield
@@ -193,7 +193,7 @@ def logical_cpus(config: Config) -> int:
 
 
 def free_port() -> int:
-    """Find a loopback port that nobody listens on, outside the ranges that the kernel and Ray's workers take ports from."""
+    """Find a free loopback port, outside the ranges that the kernel and Ray's workers take ports from."""
     for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -27,7 +27,7 @@ RETRY_SECONDS = 1.0
 def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train what `make` builds on a cluster, and return what `jobs.train` prints.
 
-    A run that is finished is not started again, and one that was killed goes on from its newest checkpoint.
+    A finished run is not started again; a killed one resumes from its newest checkpoint.
 
     Raises:
         UserError: the run's name is taken by another config or dataset, another process trains it, or the workers met a user's mistake.

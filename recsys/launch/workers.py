@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 STOP_POLL_SECONDS = 1.0
 RESIZE_POLL_SECONDS = 15.0
 STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-"""After a node is lost Ray first tries to place workers on it; it gives that up after so many seconds, by default 60."""
+"""After a node is lost Ray first tries to place workers on it, by default for 60 s."""
 
 HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-"""So often the controller looks after the workers, by default every 2 s."""
+"""Interval of the controller's health checks, by default 2 s."""
 
 DOOR_SECONDS = 1.0
-"""A node that takes no connection for so long is gone."""
+"""A node that accepts no connection within this time is gone."""
 
 
 class RayReporter:
@@ -85,7 +85,7 @@ def train_to_the_end(config: Config, storage: Storage, ownership: Ownership, mak
     """Start the workers, again where that may help, until the run is done.
 
     Raises:
-        UserError: what went wrong can be mended by a person.
+        UserError: the failure is user-fixable.
         RuntimeError: anything else went wrong, too often or in the same way again.
     """
     lost = ownership.lost
@@ -115,7 +115,7 @@ def _should_restart(restarts: Restarts, error: TrainingFailedError) -> bool:
 
 
 def failure_of(error: Exception) -> Failure:
-    """Tell what failed, out of Ray's wrappers."""
+    """Return the failure behind Ray's exceptions."""
     if isinstance(error, RayActorError):
         return Failure(kind="driver_lost", message=f"Ray Train's controller: {' '.join(str(error).split())[:300]}")
     if isinstance(error, PreemptionError):
@@ -142,7 +142,7 @@ def _failure_of_worker(rank: int, error: BaseException) -> Failure:
 
 
 def _lost_node() -> str | None:
-    """Name a node with workers of this job that is gone: Ray learns that only after a while, but its door is closed at once."""
+    """Name a node with workers of this job that is gone: Ray learns that only after a while, but it accepts no connection at once."""
     hosts = worker_nodes()
     for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
         try:
@@ -169,7 +169,7 @@ def check_resources(config: Config) -> None:
 def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Sequence[Any]) -> None:
     """Run the workers until they are done or are not to be started again. Ray's own records go to the run's folder under a new name.
 
-    With a name that Ray knows it would resume by rules of its own; where a run goes on is decided by the checkpoints.
+    With a name that Ray knows it would resume by its own rules; here the checkpoints decide where a run resumes.
     """
     training, storage = config.training, Storage.from_config(config.storage)
     os.environ.setdefault(*HEALTH_CHECK)

@@ -56,10 +56,10 @@ class HashedIds(nn.Module):
 
 
 ENCODE_CHUNK = 256
-"""So many texts at once does a refresh encode."""
+"""Texts that a refresh encodes at once."""
 
 LENGTH_GROUPS = 4
-"""In so many runs of the language model are a batch's texts encoded, each as wide as its longest text may be."""
+"""Forward passes of the language model per batch of texts, each as wide as its longest text."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class ItemEncoder(nn.Module):
         return self._join(vectors, present), vectors.get("text") if self.is_text_asked else None
 
     def _has(self, name: str, items: Tensor | None) -> Tensor:
-        """Tell which items have anything of a source (D,); padding has nothing."""
+        """Return which items have anything of a source (D,); padding has nothing."""
         if name == "id":
             return _rows(self.train_count, items) > 0
         if name == "text":
@@ -215,6 +215,7 @@ class Projection(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), width**-0.5))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Project features (D, F) to (D, W)."""
         projected = self.linear(features.to(self.linear.weight.dtype))
         return F.layer_norm(projected, projected.shape[-1:]) * self.scale
 

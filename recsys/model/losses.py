@@ -162,6 +162,6 @@ _softmax_loss: Callable[..., Loss] = _SoftmaxLoss.apply
 
 
 def _num_rows(candidates: Tensor, chunk_bytes: int | None) -> int:
-    """Tell how many targets' scores are held at once."""
+    """Return how many targets' scores are held at once."""
     chunk_bytes = chunk_bytes or (GPU_CHUNK_BYTES if candidates.is_cuda else CPU_CHUNK_BYTES)
     return max(1, chunk_bytes // (SCORE_BYTES * max(1, len(candidates))))

@@ -7,7 +7,7 @@ from torch import Tensor
 class RetrievalScores:
     """Scores items for users by the product of their vectors. Shapes: B users, I items, C candidates, W width.
 
-    An item that nobody took in training, and that has neither text nor features for the model to go by, has a vector of zeros. Its score
+    An item without interactions in training that has neither text nor features for the model to go by, has a vector of zeros. Its score
     of 0 would beat every negative one, so it is given one below all others of the user: such items rank last, by index among themselves.
     """
 

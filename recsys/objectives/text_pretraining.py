@@ -22,7 +22,7 @@ from recsys.model.text.pretraining import CONTRASTIVE, MASKED, build_pretrainer,
 from recsys.schema import PADDING_ITEM
 
 GROUP_ITEMS = 256
-"""The texts lie in memory; in the plan so many of them stand for a row group."""
+"""Texts are in memory; the plan treats this many of them as a row group."""
 
 PAIR_AUC = "pair_auc"
 """How often a text is nearer to its partner than to another's; steadier than how often it is the nearest, which few pairs tell."""

@@ -331,7 +331,7 @@ def _local_etag(status: os.stat_result) -> str:
 
 
 def _can_pass(error: ClientError | BotoCoreError) -> bool:
-    """Tell whether the same request may succeed a moment later."""
+    """Return whether the same request may succeed a moment later."""
     if isinstance(error, ClientError):
         return _status(error) >= 500 or _status(error) in {408, 409, 429}
     return isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)

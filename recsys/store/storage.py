@@ -1,4 +1,4 @@
-"""The one door to object storage: local folders and S3 behind one class; what is stored where, each stage decides itself.
+"""The adapter of object storage: local folders and S3 behind one class.
 
 Callers name objects by full URIs: an absolute local path or `s3://bucket/key`. Writes are atomic on both, `create` is
 won by one writer. On S3 that needs a server that honours `If-None-Match: *` (AWS, MinIO, Ceph and moto do). `rclone
@@ -117,7 +117,7 @@ class Storage:
         return store.filesystem, path
 
     def exists(self, uri: str) -> bool:
-        """Tell whether there is an object at exactly this URI (a folder is none)."""
+        """Return whether there is an object at exactly this URI (a folder is none)."""
         return self.stat(uri) is not None
 
     def read_bytes(self, uri: str) -> bytes:
@@ -148,7 +148,7 @@ class Storage:
             return store.read_range(path, start, num_bytes, etag)
 
     def is_remote(self, uri: str) -> bool:
-        """Tell whether an object lies on S3."""
+        """Return whether an object lies on S3."""
         return _split(uri)[0]
 
     @property
@@ -227,7 +227,7 @@ class Storage:
 
 
 def _split(uri: str) -> tuple[bool, str]:
-    """Tell whether a URI is on S3, and its path in that store's filesystem."""
+    """Return whether a URI is on S3, and its path in that store's filesystem."""
     if uri.startswith(S3_SCHEME):
         path = uri.removeprefix(S3_SCHEME).removesuffix("/")
         _check_segments(path, uri)
@@ -238,7 +238,7 @@ def _split(uri: str) -> tuple[bool, str]:
 
 
 def _is_match(pattern: list[str], path: list[str]) -> bool:
-    """Tell whether a path's segments fit a pattern's; what lies below a match is one."""
+    """Return whether a path's segments fit a pattern's; what lies below a match is one."""
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -13,9 +13,9 @@ import torch.distributed as dist
 def import_deepspeed(use_gpu: bool) -> Any:
     """Import DeepSpeed for the device that is asked for; by itself it takes a GPU wherever there is one."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
-    with _not_imported("mlflow"):  # its autotuner, which nobody uses here, would
+    with _not_imported("mlflow"):  # its autotuner, which is not used here, would
         import deepspeed
-    with _nothing_compiled():  # all stages look at Muon, which nobody uses here, and whose functions load a compiler
+    with _nothing_compiled():  # all stages import Muon, which is not used here and loads a compiler
         import deepspeed.runtime.zero.muon.muon_optimizer
     # The shared-memory kernel serves inference only, and compiling it takes half a minute at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -46,7 +46,7 @@ def _not_imported(module: str) -> Iterator[None]:
 
 
 def write_no_recovery_script(engine: Any) -> None:
-    """Keep an engine from copying a script beside each state, which nobody here runs."""
+    """Keep an engine from copying a script beside each state, which is not used here."""
     engine._copy_recovery_script = lambda folder: None
 
 

@@ -27,7 +27,7 @@ _NOWHERE = "nowhere"
 
 _FULL_BYTES = 16 << 20
 BUCKET_ELEMENTS = 500_000_000
-"""So many gradients at most does DeepSpeed send at once; it makes room for as many, 2 GB, whatever the model's size."""
+"""Most gradients that DeepSpeed reduces at once; it allocates a buffer for as many (2 GB), whatever the model's size."""
 
 SHARED_FILE = "mp_rank_00_model_states.pt"
 """The one file that rank 0 writes and every rank reads."""
@@ -124,7 +124,7 @@ class Engine:
             group["lr"] = peak * factor
 
     def snapshot(self) -> Snapshot:
-        """Copy this rank's part of the state, so that training can go on while it is written.
+        """Copy this rank's part of the state, so that training continues while it is written.
 
         The copy's memory is used again by the next one: the one before must be written by then.
         """
@@ -153,7 +153,7 @@ class Engine:
 
 
 def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[str, Any]:
-    """Derive DeepSpeed's own config for a model of so many trained parameters."""
+    """Derive DeepSpeed's config for a model with `num_trained` trained parameters."""
     training = config.training
     zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": min(num_trained, BUCKET_ELEMENTS)}
     if training.offload_optimizer:

@@ -40,12 +40,12 @@ class Failure(BaseModel):
 
     @property
     def is_explained(self) -> bool:
-        """Tell whether the message says all that a person needs, without a traceback."""
+        """Return whether the message explains the failure without a traceback."""
         return self.kind in _EXPLAINED
 
     @property
     def is_deterministic(self) -> bool:
-        """Tell whether the same cause would have the same effect; a machine may lack memory for what others do on it."""
+        """Return whether the same cause would have the same effect; a machine may lack memory for what others do on it."""
         return self.kind in ("exception", "not_finite") or (self.kind == "out_of_memory" and self.step is not None)
 
     @property
@@ -116,7 +116,7 @@ def steps_to_skip(failures: Sequence[Failure], on_non_finite: str) -> tuple[int,
 
 
 def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite: str = "roll_back") -> str | None:
-    """Tell why a run should not be started again, given its failures since its newest checkpoint, or since the start; None to go on."""
+    """Return why a run should not be started again, given its failures since its newest checkpoint, or since the start; None to restart."""
     last = failures[-1]
     if last.kind in ("stopped", "mistake"):
         return "to start again would not help"

@@ -1,4 +1,4 @@
-"""A checkpoint engine for DeepSpeed that copies a state to host memory, so that training goes on while it is written."""
+"""A checkpoint engine for DeepSpeed that copies a state to host memory, so that training continues while it is written."""
 
 from pathlib import Path
 from typing import Any

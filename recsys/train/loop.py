@@ -281,7 +281,7 @@ def _samples(batches: Sequence[MicroBatch]) -> list[int]:
 
 
 def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int, request: Request) -> bool:
-    """Tell whether the loop saves after this step; an epoch's last step is saved later, with its validation, unless that is asked for."""
+    """Return whether the loop saves after this step; an epoch's last step is saved later, with its validation, unless that is asked for."""
     return request != Request.NONE or (state.step % every_steps == 0 and state.step_in_epoch < steps_per_epoch)
 
 

@@ -39,7 +39,7 @@ class Epoch(BaseModel):
 
 
 class TrainingState(BaseModel):
-    """Where a run is: everything the loop needs to go on besides the engine's and the random generators' state.
+    """Where a run is: everything the loop needs to resume besides the engine's and the random generators' state.
 
     `history` has an entry per epoch that came to its end; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
     `skipped_steps` are those (from 0) whose samples made no update, since their loss was not finite. Seconds are those of steps that
@@ -108,7 +108,7 @@ class TrainingState(BaseModel):
         return (self.train_seconds - self.data_wait_seconds) / max(self.wall_seconds, 1e-9)
 
     def is_finished(self, config: Config) -> bool:
-        """Tell whether nothing is left to do: all epochs or steps done, or validation no longer improving."""
+        """Return whether nothing is left to do: all epochs or steps done, or validation no longer improving."""
         training = config.training
         patience = training.early_stopping_patience or math.inf
         is_stopped_early = self.epochs_without_improvement >= patience

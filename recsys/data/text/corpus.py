@@ -102,7 +102,7 @@ class TextSplit:
         return cls(order[:num_held_out].astype(np.int64), order[num_held_out:])
 
     def is_held_out(self, items: Integers) -> Mask:
-        """Tell which items are held out; those without text may be either."""
+        """Return which items are held out; those without text may be either."""
         return np.asarray(_hash(items) <= _hash(self.held_out[-1:]))
 
 

@@ -18,7 +18,7 @@ from recsys.data.shards import RowGroupSource
 from recsys.errors import UserError
 
 MOST_PARTNERS = 32
-"""So many partners of an item are kept, the most frequent ones."""
+"""Co-occurring items that are kept per item, the most frequent ones."""
 
 _FORMAT = "v1"
 _CHUNK_PAIRS = 1 << 22
@@ -30,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Partners:
-    """Of each item those that users took within `window` interactions of it, the most frequent first; item i's are
-    `items[offsets[i]:offsets[i + 1]]`, and `counts` says how often. The arrays are views of files."""
+    """The items that users took within `window` interactions of each item, the most frequent first.
+
+    Those of item i are `items[offsets[i]:offsets[i + 1]]`, and `counts` says how often. The arrays are views of files.
+    """
 
     offsets: Integers  # (I + 2,)
     items: NDArray[np.int32]

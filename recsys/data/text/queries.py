@@ -20,7 +20,7 @@ from recsys.schema import QUERIES_SCHEMA, QUERY
 _FORMAT = "v1"
 
 NUM_VARIANTS = 4
-"""So many queries are made of each item's text for training."""
+"""Queries that are made of each item's text for training."""
 
 EVALUATION_VARIANT = NUM_VARIANTS
 """What an evaluation asks is made as in training, and by draws that training never makes."""
@@ -30,7 +30,7 @@ FIRST_WORDS = 32
 """A query has words of a text's beginning alone, since the language model reads no more of it."""
 
 ALONE_RATE = 0.1
-"""In so many of the cases there is no history before the query, as of a user of whom nothing else is known."""
+"""One query in this many has no history before it, as of an unknown user."""
 
 
 def drop_words(text: str, item: int, variant: int) -> str:

@@ -33,7 +33,7 @@ class Point:
 
 
 def points_height(points: Sequence[Point]) -> float:
-    """Tell how many inches a figure needs for its rows."""
+    """Return how many inches a figure needs for its rows."""
     return 1.05 + 0.34 * len(points)
 
 

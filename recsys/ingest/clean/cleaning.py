@@ -57,7 +57,7 @@ def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
 
 
 def is_long(ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Tell which ids have more than MAX_ID_CHARACTERS."""
+    """Return which ids have more than MAX_ID_CHARACTERS."""
     return pc.fill_null(pc.greater(pc.utf8_length(ids), MAX_ID_CHARACTERS), False)
 
 
@@ -105,7 +105,7 @@ def _either(first: pa.ChunkedArray | None, second: pa.ChunkedArray | None) -> pa
 
 
 def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Tell which ids are negative numbers."""
+    """Return which ids are negative numbers."""
     return pc.match_substring_regex(ids, _NEGATIVE)
 
 

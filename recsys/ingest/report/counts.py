@@ -120,7 +120,7 @@ def _count_values(histories: Histories, limits: Limits) -> dict[str, npt.NDArray
 
 
 def value_scale(values: tuple[float, float]) -> tuple[float, int]:
-    """Tell the scale of half numbers that values may lie on, as (its first, its number of steps); no steps where it would be long."""
+    """Return the scale of half numbers that values may lie on, as (its first, its number of steps); no steps where it would be long."""
     first = float(np.floor(values[0]))
     steps = (np.ceil(values[1]) - first) * 2 + 1
     return first, int(steps) if steps <= 2 * MOST_DISTINCT_VALUES else 0
@@ -167,7 +167,7 @@ def _latest(users: Integers, times: Integers, wanted: Integers) -> Integers:
 
 
 def _is_first(histories: Histories) -> Mask:
-    """Tell which interactions are their user's first with the item."""
+    """Return which interactions are their user's first with the item."""
     keys = histories.owners * (int(histories.items.max(initial=0)) + 1) + histories.items
     is_first = np.zeros(len(keys), bool)
     is_first[np.unique(keys, return_index=True)[1]] = True

@@ -202,7 +202,7 @@ def _examples(examples: Sequence[Example]) -> str:
 
 
 def _input(manifest: DatasetManifest) -> str:
-    """Tell how the input was read: what to look at, the unit of its times, and what became of each column."""
+    """Return how the input was read: what to look at, the unit of its times, and what became of each column."""
     unit = UNIT_NAMES.get(manifest.time_unit)
     notes = [("Look at this", html.escape(warning)) for warning in manifest.warnings]
     notes += [("Times", f"Numbers are read as {unit} (<code>data.time_unit</code>).")] if unit else []

@@ -122,7 +122,7 @@ def draw_new_items(axes: "Axes", periods: Integers) -> None:
 
 
 def bars_height(bars: dict[str, int]) -> float:
-    """Tell how many inches a figure needs for its bars."""
+    """Return how many inches a figure needs for its bars."""
     return 0.75 + 0.4 * min(len(bars), MOST_BARS)
 
 

@@ -163,7 +163,7 @@ def read_delimited(storage: Storage, uri: str, columns: Sequence[str], settings:
                 num_lines += block.count(b"\n")
                 yield table
                 continue
-            # From here on record by record: a record in quotes may go on in the next block.
+            # From here on record by record: a record in quotes may continue in the next block.
             lines = (line for content in chain((block,), blocks) for line in io.BytesIO(content))
             yield from _read_records(uri, lines, num_lines, names, columns, dialect)
 

@@ -62,7 +62,7 @@ class Items:
 
 
 def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
-    """Tell which of the file's columns the event columns come from, as {house name: file's name}.
+    """Return which of the file's columns the event columns come from, as {house name: file's name}.
 
     The order comes from the timestamp where there is one and from the position otherwise. A column that the config
     renames must be there; those of event, value and query may be empty, and are not read then. JSON lines always have queries: few

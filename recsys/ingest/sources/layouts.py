@@ -49,7 +49,7 @@ _PATH_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -> str:
-    """Tell what a file calls a column: as configured or, where the config has the default and no such column is there, by layout."""
+    """Return what a file calls a column: as configured or, where the config has the default and no such column is there, by layout."""
     name: str = getattr(columns, house_name)
     if name != house_name or name in names:
         return name
@@ -57,12 +57,12 @@ def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -
 
 
 def is_amazon_review(names: Iterable[str]) -> bool:
-    """Tell whether a file is one of Amazon's reviews (2023), by its columns."""
+    """Return whether a file is one of Amazon's reviews (2023), by its columns."""
     return _AMAZON_REVIEW.issubset(names) and ITEM_ID not in names
 
 
 def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:
-    """Tell the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where the types must tell."""
+    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where the types must tell."""
     configured: dict[str, FeatureKind] = {}
     configured |= dict.fromkeys(features.text, "text")
     configured |= dict.fromkeys(features.categories, "categories")

@@ -187,7 +187,7 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
 
 
 def _is_worn(start_bytes: int, limit_bytes: int) -> bool:
-    """Tell whether so much memory stayed taken that the next file would not have its share."""
+    """Return whether so much memory stayed allocated that the next file would not have its share."""
     most_bytes = start_bytes + limit_bytes // 4
     if _data_bytes() > most_bytes:
         gc.collect()

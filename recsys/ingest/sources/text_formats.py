@@ -66,12 +66,12 @@ def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig
 
 
 def is_jsonl(uri: str) -> bool:
-    """Tell whether a file is JSON lines, by its suffix."""
+    """Return whether a file is JSON lines, by its suffix."""
     return uri.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def is_atomic(uri: str) -> bool:
-    """Tell whether a file is one of RecBole's, by its suffix."""
+    """Return whether a file is one of RecBole's, by its suffix."""
     return uri.lower().endswith(tuple(ATOMIC_SUFFIXES.values()))
 
 

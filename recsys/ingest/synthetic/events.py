@@ -55,7 +55,7 @@ def generate(data: DataConfig, storage: Storage) -> DataConfig:
 
 
 def block_users(config: SyntheticConfig) -> int:
-    """Tell how many users are simulated at once: enough for long vectors, few enough for little memory."""
+    """Return how many users are simulated at once: enough for long vectors, few enough for little memory."""
     return max(1, min(_LARGEST_BLOCK_USERS, int(_BLOCK_EVENTS / config.mean_events)))
 
 
@@ -112,7 +112,7 @@ def _simulate_events(config: SyntheticConfig, world: World, random: np.random.Ge
 
 
 def _choose(world: World, random: np.random.Generator, tastes: Floats, times: Floats, history: NDArray[np.int32]) -> Integers:
-    """Choose each user's next item, one that the user has not had; -1 where chance found none. `history` is (steps, users)."""
+    """Choose each user's next item among those the user has not had; -1 where none was drawn. `history` is (steps, users)."""
     chosen = np.full(len(tastes), -1)
     waiting = np.arange(len(tastes))
     for _ in range(_TRIES):
@@ -140,7 +140,7 @@ def _by_taste(world: World, random: np.random.Generator, tastes: Floats, times: 
 
 
 def _react(world: World, random: np.random.Generator, tastes: Floats, items: NDArray[np.int32]) -> tuple[Integers, Floats]:
-    """Tell how far each event went (an index into _KINDS) and its rating, NaN where none was given."""
+    """Return how far each event went (an index into _KINDS) and its rating, NaN where none was given."""
     liking = np.einsum("nt,nt->n", tastes, world.item_tastes[items]) * tastes.shape[1] ** 0.5 + 0.5 * world.quality[items]
     drive = liking - 0.6 + random.logistic(0, 0.5, len(items))
     kinds = (drive > 0.2).astype(np.int64) + (drive > 1.2)

@@ -30,7 +30,7 @@ class Sequences:
     def by_part(self, parts: Integers) -> tuple["Sequences", Integers, Integers]:
         """Put each user's training interactions first, then validation, then test, each in the order that they have.
 
-        What is withheld is left out. Tells also how many of each user's are for training and for validation.
+        What is withheld is left out. Also returns how many of each user's are for training and for validation.
         """
         num_users = len(self.offsets) - 1
         cells = self.owners * (WITHHELD + 1) + parts

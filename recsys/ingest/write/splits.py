@@ -15,7 +15,7 @@ TRAINING, VALIDATION, TEST, WITHHELD = range(4)
 
 
 def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integers:
-    """Tell the part of each event (EVENTS_SCHEMA, sorted by the tie rule); user u's are `[offsets[u]:offsets[u + 1]]`.
+    """Return the part of each event (EVENTS_SCHEMA, sorted by the tie rule); user u's are `[offsets[u]:offsets[u + 1]]`.
 
     random: an event is held out by a draw that follows from its user, item, time and the seed alone, so that it is the same in every
     order, partition and version.
@@ -29,7 +29,7 @@ def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integ
 
 
 def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) -> Integers:
-    """Tell the part of each interaction by its place or its time.
+    """Return the part of each interaction by its place or its time.
 
     leave_one_out: a user's last is the test target and the one before it the validation target; a user with fewer than three is training
     data alone. time: training ends with the first interaction at or after `validation_from`, validation with the first at or after
@@ -44,7 +44,7 @@ def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) ->
 
 
 def part_by_place(offsets: Integers, num_train: Integers, num_validation: Integers) -> Integers:
-    """Tell the part of each interaction of rows that have their training interactions first and then those for validation."""
+    """Return the part of each interaction of rows that have their training interactions first and then those for validation."""
     lengths = np.diff(offsets)
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     is_held_out, is_test = (place >= np.repeat(bound, lengths) for bound in (num_train, num_train + num_validation))
@@ -68,7 +68,7 @@ def draw(keys: Iterable[str], seed: int) -> Floats:
 
 
 def withheld(item_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
-    """Tell which items are kept out of training: about the share `data.withheld_items`, each by a draw of its own."""
+    """Return which items are kept out of training: about the share `data.withheld_items`, each by a draw of its own."""
     if not data.withheld_items:
         return np.zeros(len(item_ids), bool)
     return draw((f"item {item}" for item in item_ids.to_pylist()), data.split_seed) < data.withheld_items

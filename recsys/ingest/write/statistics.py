@@ -25,7 +25,7 @@ class TrainSpan:
     end: int
 
     def period_of(self, times: Integers) -> Integers:
-        """Tell which of the equal periods each time falls into."""
+        """Return which of the equal periods each time falls into."""
         return np.asarray((times - self.first) * NUM_PERIODS // (self.last - self.first + 1), np.int64)
 
 

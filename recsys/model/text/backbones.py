@@ -95,8 +95,8 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     if missing:
         raise _refusal(text, f"its weights lack {missing[0]}; they are not those of its config.json")
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # vectors are pooled here; its weights would be random, and trained by nobody
-    backbone.config.use_cache = False  # a decoder would keep all keys and values for tokens that nobody generates
+        backbone.pooler = None  # vectors are pooled here; its weights would stay random
+    backbone.config.use_cache = False  # a decoder would keep keys and values for generation
     if text.mode == "lora":
         from peft import LoraConfig, get_peft_model
 

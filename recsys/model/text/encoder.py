@@ -22,7 +22,7 @@ from recsys.store.backends import S3_SCHEME
 ENCODE_CHUNK = 64
 TINY_VOCABULARY = 4096
 TINY_TEXTS = 200_000
-"""So many texts at most, evenly over the catalogue, does the tiny tokenizer learn from."""
+"""At most this many texts, spread evenly over the catalogue, train the tiny tokenizer."""
 
 TINY_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 

@@ -144,7 +144,7 @@ def _new_head(backbone: Any, is_causal: bool) -> nn.Module:
 
 
 def _hiding(folder: str, config: Config, is_causal: bool) -> Hiding:
-    """Tell how tokens are hidden; a tokenizer without a mask token lends its token for the unknown."""
+    """Return how tokens are masked; a tokenizer without a mask token lends its token for the unknown."""
     tokenizer = load_tokenizer(folder)
     mask_token = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     if mask_token is None and not is_causal:

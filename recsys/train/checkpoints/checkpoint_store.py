@@ -1,4 +1,4 @@
-"""The checkpoints of one run: written behind the training's back, published last, and found again."""
+"""The checkpoints of one run: written asynchronously, published last, and found on resume."""
 
 import hashlib
 import logging
@@ -116,7 +116,7 @@ class CheckpointStore:
         return manifest
 
     def upload(self, engine: Engine, step: int) -> None:
-        """Copy this rank's part of the state and begin to upload it, while training goes on; every rank must call this.
+        """Copy this rank's part of the state and upload it asynchronously; every rank must call this.
 
         One checkpoint is under way at a time, so that no more than one copy is held: the one before is waited for.
         """
@@ -141,7 +141,7 @@ class CheckpointStore:
             work.result()
 
     def raise_failure(self) -> None:
-        """Raise what has gone wrong so far behind this rank's back, without waiting for anything."""
+        """Raise an error of this rank's asynchronous work so far, without waiting."""
         for work in self._begun:
             if work.done():
                 work.result()
@@ -262,7 +262,7 @@ class CheckpointStore:
             engine.load(folder, is_universal)
             if manifest.world_size == dist.get_world_size():
                 _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
-            else:  # there is no state to go on from; but the same change of workers shall give the same run
+            else:  # there is no state to resume from, but the same change of workers shall give the same run
                 torch.manual_seed(int(np.random.SeedSequence((self._config.training.seed, step, rank)).generate_state(1, np.uint64)[0]))
             dist.barrier()
         shutil.rmtree(folder, ignore_errors=is_universal)  # which all ranks of a node share
@@ -291,11 +291,11 @@ class CheckpointStore:
                 self._remove(number)
 
     def _remove(self, step: int) -> None:
-        self._storage.delete(join(self.uri(step), MANIFEST_NAME))  # first, so that nobody reads what is being removed
+        self._storage.delete(join(self.uri(step), MANIFEST_NAME))  # first, so that no reader sees what is being removed
         self._storage.delete_tree(self.uri(step))
 
     def check_compatible(self, manifest: CheckpointManifest) -> None:
-        """Refuse to go on from a checkpoint of something else.
+        """Refuse to resume from a checkpoint of another config or dataset.
 
         Raises:
             UserError: the config or the dataset differs, by name.

@@ -1,4 +1,4 @@
-"""What decides how a run goes on: which settings may differ from its checkpoint's, which checkpoints are kept. No files, no processes."""
+"""Pure decisions about resuming: which settings may differ from the checkpoint's, and which checkpoints are kept."""
 
 import json
 from collections.abc import Iterable

@@ -48,11 +48,11 @@ class Owner(BaseModel):
         )
 
     def is_here(self) -> bool:
-        """Tell whether this machine's list of processes would have it."""
+        """Return whether this machine's list of processes would have it."""
         return bool(self.machine) and self.machine == _machine()
 
     def is_gone(self) -> bool:
-        """Tell whether the process is known to have ended."""
+        """Return whether the process is known to have ended."""
         return self.is_here() and _start_of(self.process_id) != self.process_started
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Owner(BaseModel):
 
 
 class Ownership:
-    """The owners of one run, and which of them this is; 0 is nobody, who may not publish where there is an owner."""
+    """The owners of one run, and this process's number; 0 is no owner, which may not publish while there is one."""
 
     def __init__(self, storage: Storage, run: str, token: int = 0) -> None:
         self._storage, self._run, self.token = storage, run, token
@@ -78,7 +78,7 @@ class Ownership:
         return Owner.model_validate_json(self._storage.read_bytes(self._file(token, "owner.json")))
 
     def check(self) -> None:
-        """Refuse to go on where another owner has come after this one.
+        """Refuse to continue where another owner has taken the run over.
 
         Raises:
             SupersededError: one has; the line names it.
@@ -92,7 +92,7 @@ class Ownership:
         self._storage.write_bytes(self._file(self.token, "stop"), b"")
 
     def is_asked_to_stop(self) -> bool:
-        """Tell whether this owner was asked to."""
+        """Return whether this owner was asked to stop."""
         return self._storage.exists(self._file(self.token, "stop"))
 
     def write_attempt(self, attempt: bytes) -> None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def needs_conversion(manifest: CheckpointManifest, world_size: int) -> bool:
-    """Tell whether so many ranks cannot load the files as they are: each holds one rank's part of the optimizer's state."""
+    """Return whether `world_size` ranks cannot load the files as they are: each holds one rank's part of the optimizer's state."""
     return manifest.world_size != world_size and any(file.path.endswith(SHARDED_SUFFIX) for file in manifest.files)
 
 

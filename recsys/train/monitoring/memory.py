@@ -22,7 +22,7 @@ from recsys.train.torch_internals import TorchDispatchMode, storage_id, tree_lea
 
 logger = logging.getLogger(__name__)
 _GATHERED = 1_000_000_000
-"""So many weights at most does ZeRO-3 keep whole at once."""
+"""Weights that ZeRO-3 keeps gathered at once, at most."""
 
 META = torch.device("meta")
 

@@ -11,7 +11,7 @@ from recsys.store import Storage, private_folder
 
 logger = logging.getLogger(__name__)
 SETTLING_STEPS = 5
-"""So many first steps are left out: they allocate, compile and fill caches."""
+"""First steps that are not profiled: they allocate, compile and fill caches."""
 
 TABLE_ROWS = 40
 

@@ -1,4 +1,4 @@
-"""Where the loop tells its results: to a scheduler, or to nobody but the caller. Ray's own is in `recsys.launch.workers`."""
+"""Where the loop reports its results: to a scheduler, or to the caller alone. The reporter of Ray Train is in `recsys.launch.workers`."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -24,7 +24,7 @@ class Reporter(Protocol):
         """Take note of an optimizer step (from 0), its global losses and what this rank read for it."""
 
     def request(self) -> Request:
-        """Tell what this rank was asked for since the last step; one rank that was asked is enough."""
+        """Return what this rank was asked for since the last step; it is enough to ask one rank."""
 
     def report(self, metrics: Metrics) -> None:
         """Hand on the epoch's metrics; may wait for the other ranks."""

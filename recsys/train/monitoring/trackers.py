@@ -21,11 +21,11 @@ from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 30.0
-"""So long a run that has ended waits for what is still to be sent."""
+"""How long a run that has ended waits for metrics that are still to be sent."""
 
 
 class Tracker(Protocol):
-    """One service's record of a run; a run that goes on goes on in the same record."""
+    """One tracker's record of a run; a resumed run continues the same record."""
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
         """Send what was measured after a step."""
@@ -51,7 +51,7 @@ class MLflow:
         self._run_id = run.info.run_id
         if is_new:
             parameters = [Param(key, str(value)) for key, value in leaves(config.model_dump(mode="json"))]
-            for begin in range(0, len(parameters), 100):  # so many at most does its server take at once
+            for begin in range(0, len(parameters), 100):  # the server's limit per request
                 self._client.log_batch(self._run_id, params=parameters[begin : begin + 100])
         else:
             self._client.update_run(self._run_id, status="RUNNING")
@@ -97,7 +97,7 @@ _KINDS: dict[str, Callable[[Config], Tracker]] = {"mlflow": MLflow, "wandb": Wei
 
 
 class Trackers:
-    """All that `run.trackers` names. One that fails is left out from then on, and the run goes on."""
+    """All trackers of `run.trackers`. One that fails is left out from then on; the run continues."""
 
     def __init__(self, config: Config) -> None:
         """Begin to open them.

@@ -47,7 +47,7 @@ class Restarts:
         return False
 
     def _note(self, failure: Failure) -> str | None:
-        """Keep a failure in mind; return why the run should not go on, if it should not."""
+        """Record a failure; return why the run should not restart, if it should not."""
         training = self._config.training
         with suppress(StoreError):
             if (hung := self._ownership.take_hangs()) and failure.kind in ("worker_lost", "collective"):

@@ -46,7 +46,7 @@ class Watchdog:
 
     def _say(self, word: bytes) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # nobody watches any more, which ends no training
+        with suppress(BrokenPipeError):  # the watchdog is gone; training continues
             os.write(self._process.stdin.fileno(), word)
 
     def __enter__(self) -> Self:
