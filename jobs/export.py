@@ -54,7 +54,6 @@ def _publish(config: Config, storage: Storage, registry: Registry, version: str)
 
     checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)
     predictor = build_predictor(trained, dataset, recommender)
-    predictor.remember(dataset.read_users())
     plain = config.evaluation.model_copy(update={"split": "validation", "baselines": (), "diversity": (), "fairness_attributes": ()})
     metrics = evaluate(predictor, dataset, plain)["metrics"]
     folder = private_folder(Path(config.run.scratch) / "exports" / version)

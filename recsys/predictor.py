@@ -1,19 +1,13 @@
-"""An export or a checkpoint, loaded to answer: user vectors, scores, rankings. The same code offline and in the service."""
+"""Inference with loaded weights: user vectors, scores, rankings. Evaluation, batch scoring and the service run this code."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from recsys.arrays import Integers
@@ -21,19 +15,14 @@ from recsys.config import Config
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import SEQUENCES, Histories, group_cost, pack
-from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
 from recsys.model.scoring import RetrievalScores
-from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
+from recsys.model.text.queries import QueryEncoder
 from recsys.model.user_encoder import UserEncoder
-from recsys.model.value_regression import build_regression
 
 ENCODE_CHUNK = 4096
-GOLDEN_TOLERANCE = 1e-4
-
-PROJECTION = "item_encoder.sources.text."
 
 Queries = Sequence[str | None]
 """What each user asks in words; None: nothing."""
@@ -112,7 +101,6 @@ class Predictor:
         self.text_vectors = text_vectors
         self.query_encoder = query_encoder
         self.popularity = popularity_scores(catalogue)
-        self._users: dict[str, History] = {}
 
     @cached_property
     def item_index(self) -> dict[str, int]:
@@ -190,76 +178,6 @@ class Predictor:
                 scores[task.name] = value.cpu().numpy()
             results.append(scores)
         return results
-
-    def history_of(self, user_id: str) -> History | None:
-        """Return what a user of the training data did; None for a user never seen."""
-        return self._users.get(user_id)
-
-    def remember(self, users: pa.Table) -> None:
-        """Keep users' histories (`user_id` and the sequences of USERS_SCHEMA) for `history_of`."""
-        columns = (users[name].to_pylist() for name in ("user_id", *SEQUENCES))
-        self._users = {user_id: History.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}
-
-    @property
-    def users(self) -> dict[str, History]:
-        """All remembered histories by user id."""
-        return self._users
-
-    @classmethod
-    def from_export(cls, folder: Path, scratch: Path | None = None) -> "Predictor":
-        """Load an export's folder, whose files the registry has verified; with `scratch` a node's processes share the catalogue.
-
-        Raises:
-            UserError: the export is of another format, or the loaded model does not give the golden scores that it was published with.
-        """
-        config = Config.model_validate_json((folder / "config.json").read_bytes())
-        manifest = DatasetManifest.parse((folder / "dataset.json").read_bytes(), str(folder / "dataset.json"))
-        catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
-        user_encoder = UserEncoder(config, manifest)
-        vectors = load_file(folder / "item_vectors.safetensors")
-        ranker = Ranker(config.model, manifest.tasks, "text_vectors" in vectors, regression=build_regression(config.model, manifest))
-        weights = load_file(folder / "model.safetensors")
-        for name, module in (("user_encoder.", user_encoder), ("ranker.", ranker)):
-            module.load_state_dict({key.removeprefix(name): value.float() for key, value in weights.items() if key.startswith(name)})
-        queries = None
-        if config.model.has_queries:
-            projection = {key.removeprefix(PROJECTION): value.float() for key, value in weights.items() if key.startswith(PROJECTION)}
-            queries = QueryEncoder.load(folder / TOKENIZER_AND_BACKBONE, config, projection)
-        predictor = cls(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), **vectors, query_encoder=queries)
-        predictor.remember(pq.read_table(folder / "users.parquet"))
-        predictor.check_golden(json.loads((folder / "golden.json").read_bytes()))
-        return predictor
-
-    def golden(self, num_users: int, k: int = 10) -> list[dict[str, Any]]:
-        """Answer for the first remembered users, to be published with an export and asked again by whoever loads it.
-
-        A model that learned queries answers each of them once more, who then asks for words of the text of the item they took last.
-        """
-        asked: list[tuple[str, str | None]] = [(user_id, None) for user_id in sorted(self._users)[:num_users]]
-        if self.query_encoder is not None:
-            taken = [(user_id, item) for user_id, _ in asked for item in self._users[user_id].items[-1:].tolist()]
-            asked += [(user_id, drop_words(self.catalogue.texts[item], item, EVALUATION_VARIANT)) for user_id, item in taken]
-        if not asked:
-            return []
-        user_ids, queries = zip(*asked, strict=True)
-        histories = [self._users[user_id] for user_id in user_ids]
-        rankings = self.recommend(histories, k, [history.items for history in histories], queries)
-        return [
-            {"user_id": user_id, "query": query, "items": ranking.items.tolist(), "scores": ranking.scores.tolist()}
-            for user_id, query, ranking in zip(user_ids, queries, rankings, strict=True)
-        ]
-
-    def check_golden(self, golden: list[dict[str, Any]]) -> None:
-        """Compare with the published answers.
-
-        Raises:
-            UserError: a score differs by more than `GOLDEN_TOLERANCE`.
-        """
-        for row in golden:
-            history = self._users[str(row["user_id"])]
-            scores = self.score_catalogue([history], [row.get("query")]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
-            if not np.allclose(scores, row["scores"], rtol=GOLDEN_TOLERANCE, atol=GOLDEN_TOLERANCE):
-                raise UserError(f"export: user {row['user_id']} gets other scores than when it was published; publish it again")
 
 
 def popularity_scores(catalogue: ItemFeatures) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 
 from recsys.arrays import Integers
 from recsys.errors import UserError
+from recsys.exports.load import load_export
+from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import ExportManifest, Registry
 from recsys.predictor import History, Predictor, Ranking
 from serve.protocol import (
@@ -41,8 +43,8 @@ class Found:
 class Answerer:
     """One version, ready to answer. Whole batches go through the predictor together; each request gets its own answer."""
 
-    def __init__(self, predictor: Predictor, info: ModelInfo) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
+        self.predictor, self._profiles = predictor, profiles
         self.info = info
         self._item_index = predictor.item_index  # made here, so that the first request does not wait for it
         self.tasks = [task.name for task in predictor.manifest.tasks]
@@ -60,8 +62,8 @@ class Answerer:
             UserError: the version is not there, damaged, or answers other than when it was published.
         """
         export = registry.manifest(version)
-        predictor = Predictor.from_export(registry.fetch(version, scratch), scratch)
-        return cls(predictor, _describe(predictor, export, alias))
+        loaded = load_export(registry.fetch(version, scratch), scratch)
+        return cls(loaded.predictor, loaded.profiles, _describe(loaded.predictor, export, alias))
 
     def check(self) -> None:
         """Answer for a made-up user.
@@ -135,7 +137,7 @@ class Answerer:
     def _find_history(self, request: UserRequest) -> Found:
         if request.user_id is None:
             return self._read_history(request.history or [])
-        history = self.predictor.history_of(request.user_id)
+        history = self._profiles.find(request.user_id)
         return Found(history if history is not None and len(history.items) else None)
 
     def _read_history(self, posted: Sequence[PostedInteraction]) -> Found:

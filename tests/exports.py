@@ -10,10 +10,13 @@ import torch
 
 from recsys import __version__
 from recsys.config import Config, load_config
+from recsys.data.manifest import Dataset
+from recsys.exports.load import Export
+from recsys.exports.profiles import ArrowProfiles
 from recsys.exports.registry import Registry
 from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
-from recsys.predictor import Predictor
+from recsys.predictor import History
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
@@ -21,8 +24,8 @@ from tests.datasets import make_dataset
 METRICS = {"ndcg@10": 0.25}
 
 
-def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[str, Any] | None = None) -> Predictor:
-    """Publish a version of `service.export`, let `service.alias` name it, and return the predictor it was written from."""
+def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[str, Any] | None = None) -> Export:
+    """Publish a version of `service.export`, let `service.alias` name it, and return the predictor and the users it was written from."""
     storage = Storage.from_config(config.storage)
     dataset = make_dataset(storage, num_users=120, num_items=60)
     trained = config.with_values(
@@ -37,13 +40,12 @@ def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[
     )
     recommender = build_recommender(trained, dataset, torch.device("cpu")).eval()
     predictor = build_predictor(trained, dataset, recommender)
-    predictor.remember(dataset.read_users())
     registry = Registry(storage, config.served_export)
     with TemporaryDirectory() as folder:
         write_export(predictor, recommender.state_dict(), dataset, Path(folder), num_golden=16)
         registry.publish(Path(folder), version, {"metrics": METRICS, "code_version": __version__})
     registry.promote(config.service.alias, version, "for a test")
-    return predictor
+    return Export(predictor, ArrowProfiles.of_users(dataset.read_users()))
 
 
 def publish_damaged_export(config: Config, version: str, source: str) -> None:
@@ -62,3 +64,9 @@ def service_config(folder: Path, **service: object) -> Config:
     """Make a config whose store and scratch lie below `folder`."""
     values = {f"service.{key}": value for key, value in service.items()}
     return load_config().with_values({"storage.root": str(folder / "store"), "run.scratch": str(folder / "scratch"), **values})
+
+
+def users_of(dataset: Dataset) -> dict[str, History]:
+    """Return what each user of a dataset did."""
+    columns = (dataset.read_users()[name].to_pylist() for name in ("user_id", "items", "events", "timestamps", "values"))
+    return {user_id: History.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}

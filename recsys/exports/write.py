@@ -12,24 +12,27 @@ from recsys.arrays import Integers
 from recsys.data.items import ITEM_INDEX, CatalogueSource
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import SEQUENCES
+from recsys.exports.golden import golden_answers
+from recsys.exports.load import USERS_FILE
+from recsys.exports.profiles import ArrowProfiles, write_profiles
 from recsys.model.text.queries import TOKENIZER_AND_BACKBONE
 from recsys.predictor import Predictor
 from recsys.schema import CATALOGUE_SCHEMA, USER_ID
 
 
 def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Dataset, folder: Path, num_golden: int) -> None:
-    """Write the files that `Predictor.from_export` reads; `predictor` must remember the dataset's users."""
+    """Write the files that `load_export` reads."""
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
-    pq.write_table(dataset.read_users([USER_ID, *SEQUENCES]), folder / "users.parquet")
+    write_profiles(dataset.read_users([USER_ID, *SEQUENCES]), folder / USERS_FILE)
     if predictor.query_encoder is not None:
         predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}
     save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     vectors = {"item_vectors": predictor.item_vectors, "text_vectors": predictor.text_vectors}
     save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")
-    golden = predictor.golden(num_golden)
+    golden = golden_answers(predictor, ArrowProfiles.open(folder / USERS_FILE), num_golden)
     (folder / "golden.json").write_text(json.dumps(golden), encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ BENCHES = {
     ],
     "step_time": ["--config", "jobs/configs/demo.toml", "--blocks", "2", "--steps", "2"],
     "item_encoding": ["--steps", "1"],
+    "profiles": [],
     "gpu_training": ["--blocks", "4", "--steps", "2"],
 }
 WITH_RAY = {

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from recsys.config import Config
+from recsys.exports.load import Export
 from recsys.launch.head import Head, free_port, start_head, stop_head
-from recsys.predictor import Predictor
 from tests.exports import METRICS, publish_damaged_export, publish_export, service_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -34,13 +34,13 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass(frozen=True)
 class Service:
-    """A running service, the predictor of the version it serves first, and how to talk to it."""
+    """A running service, the version that it serves first, and how to talk to it."""
 
     config: Config
     head: Head
     folder: Path
     token: str
-    predictor: Predictor
+    export: Export
     deployed: dict[str, Any]
     client: httpx.Client
 
@@ -87,7 +87,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         batch_wait_seconds=0.02,
         request_timeout_seconds=60.0,
     )
-    predictor = publish_export(config, "v1", seed=1)
+    export = publish_export(config, "v1", seed=1)
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.service.token_env, token)
@@ -98,7 +98,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             assert done.returncode == 0, done.stderr[-3000:]
             deployed = json.loads(done.stdout.splitlines()[-1])
             with httpx.Client(base_url=deployed["url"], headers={"Authorization": f"Bearer {token}"}, timeout=90) as client:
-                yield Service(config, head, Path(folder), token, predictor, deployed, client)
+                yield Service(config, head, Path(folder), token, export, deployed, client)
         finally:
             stop_head(head.process_id)
 
@@ -120,12 +120,12 @@ def test_the_verb_says_what_it_started(service: Service) -> None:
 
 def test_recommendations_served_are_those_computed_offline(service: Service) -> None:
     """At once from many threads, so that users of unlike histories and k share batches."""
-    predictor = service.predictor
-    users = sorted(predictor.users)[:NUM_USERS]
+    predictor, histories = service.export.predictor, dict(service.export.profiles.items())
+    users = sorted(histories)[:NUM_USERS]
     with ThreadPoolExecutor(16) as pool:
         served = list(pool.map(lambda row: service.post("/v1/recommend", {"user_id": row[1], "k": 5 + row[0] % 20}), enumerate(users)))
     for position, (user_id, answer) in enumerate(zip(users, served, strict=True)):
-        history = predictor.users[user_id]
+        history = histories[user_id]
         expected = predictor.recommend([history], 5 + position % 20, [history.items])[0]
         assert answer["version"] == "v1"
         assert answer["fallback"] is None
@@ -134,8 +134,8 @@ def test_recommendations_served_are_those_computed_offline(service: Service) -> 
 
 
 def test_scores_served_are_those_computed_offline(service: Service) -> None:
-    predictor = service.predictor
-    users = sorted(predictor.users)[:NUM_USERS]
+    predictor, histories = service.export.predictor, dict(service.export.profiles.items())
+    users = sorted(histories)[:NUM_USERS]
     candidates = [np.random.default_rng(position).integers(1, 61, 3 + position % 9) for position in range(len(users))]
     bodies = [
         {"user_id": user_id, "candidates": [predictor.catalogue.item_ids[index] for index in indices]}
@@ -144,15 +144,16 @@ def test_scores_served_are_those_computed_offline(service: Service) -> None:
     with ThreadPoolExecutor(16) as pool:
         served = list(pool.map(lambda body: service.post("/v1/score", body), bodies))
     for user_id, indices, answer in zip(users, candidates, served, strict=True):
-        expected = predictor.score([predictor.users[user_id]], [indices])[0]
+        expected = predictor.score([histories[user_id]], [indices])[0]
         assert set(expected) == {"retrieval", "purchase", "rating", "like"}
         for name, values in expected.items():
             np.testing.assert_allclose([row[name] for row in answer["scores"]], values, rtol=0, atol=1e-6)
 
 
 def test_a_posted_history_gets_the_answer_of_the_stored_one(service: Service) -> None:
-    predictor = service.predictor
-    history = predictor.users["user-7"]
+    predictor = service.export.predictor
+    history = service.export.profiles.find("user-7")
+    assert history is not None
     rows = zip(*(column.tolist() for column in (history.items, history.events, history.timestamps, history.values)), strict=True)
     posted = [
         {"item_id": predictor.catalogue.item_ids[item], "event": predictor.manifest.event_kinds[event], "timestamp": time}
@@ -165,7 +166,7 @@ def test_a_posted_history_gets_the_answer_of_the_stored_one(service: Service) ->
 
 
 def test_unknown_users_get_what_is_popular(service: Service) -> None:
-    expected = service.predictor.popular(10, np.zeros(0, np.int64))
+    expected = service.export.predictor.popular(10, np.zeros(0, np.int64))
     for body in ({"user_id": "nobody"}, {"history": []}, {"history": [{"item_id": "gone"}]}):
         answer = service.post("/v1/recommend", body)
         assert answer["fallback"] == "popularity"
@@ -229,9 +230,11 @@ def test_deploying_again_changes_nothing(service: Service) -> None:
 def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Service) -> None:
     before = replicas(service)
     second = publish_export(service.config, "v2", seed=2)
+    history = service.export.profiles.find("user-3")
+    assert history is not None
     expected = {
-        version: predictor.recommend([predictor.users["user-3"]], 10, [predictor.users["user-3"].items])[0].scores
-        for version, predictor in (("v1", service.predictor), ("v2", second))
+        version: export.predictor.recommend([history], 10, [history.items])[0].scores
+        for version, export in (("v1", service.export), ("v2", second))
     }
     with ThreadPoolExecutor(1) as pool:
         deploying = pool.submit(service.deploy)

@@ -12,6 +12,7 @@ import torch
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
+from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.text.backbones import check_backbone
 from recsys.objectives.next_item import NextItem
@@ -24,6 +25,7 @@ from recsys.train.monitoring.reporter import LocalReporter
 from tests.backbones import FAMILIES, save_backbone
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
+from tests.exports import users_of
 
 MODES = ("frozen", "lora", "full")
 POOLINGS = ("mean", "first", "last")
@@ -43,10 +45,9 @@ def published(config: Config, checkpoint: str, folder: Path) -> tuple[Predictor,
     storage = Storage.from_config(config.storage)
     _, trained, dataset, recommender = load_trained(storage, checkpoint, config.run.scratch)
     offline = build_predictor(trained, dataset, recommender)
-    offline.remember(dataset.read_users())
     folder.mkdir()
     write_export(offline, recommender.state_dict(), dataset, folder, num_golden=4)
-    return offline, Predictor.from_export(folder)
+    return offline, load_export(folder).predictor
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_family_trains_and_serves_what_it_scores_offline(tmp_path: Path, famil
     ((checkpoint, losses),) = run_distributed(run, 1, config)
     assert np.isfinite(losses).all()
     offline, served = published(config, checkpoint, tmp_path / "export")
-    histories = list(offline.users.values())
+    histories = list(users_of(dataset).values())
     queries = ["a comedy about 7", None, "western"] * (len(histories) // 3)
     torch.testing.assert_close(served.score_catalogue(histories), offline.score_catalogue(histories), rtol=0, atol=1e-6)
     torch.testing.assert_close(

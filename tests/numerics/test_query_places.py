@@ -21,10 +21,11 @@ from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
 from recsys.evaluation.report.page import make_report
+from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
-from recsys.predictor import History, Predictor
+from recsys.predictor import History
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
@@ -32,6 +33,7 @@ from recsys.train.loop import train
 from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.exports import users_of
 
 CPU = torch.device("cpu")
 NOTHING = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
@@ -229,12 +231,11 @@ def trained(request: pytest.FixtureRequest, config: Config) -> tuple[Config, Dat
 def test_an_export_answers_queries_as_the_model_did(trained: tuple[Config, Dataset, Recommender], tmp_path: Path) -> None:
     config, dataset, model = trained
     predictor = build_predictor(config, dataset, model)
-    predictor.remember(dataset.read_users())
     write_export(predictor, model.state_dict(), dataset, tmp_path, num_golden=3)
     files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert files <= {".json", ".safetensors", ".parquet", ".txt", ".jinja"}
-    loaded = Predictor.from_export(tmp_path)
-    histories = [*loaded.users.values(), History.of([])]
+    assert files <= {".json", ".safetensors", ".parquet", ".arrow", ".txt", ".jinja"}
+    loaded = load_export(tmp_path).predictor
+    histories = [*users_of(dataset).values(), History.of([])]
     queries = [None if number % 3 == 0 else f"Story {number} drama" for number in range(len(histories) - 1)] + ["comedy"]
     expected = predictor.score_catalogue(histories, queries)
     torch.testing.assert_close(loaded.score_catalogue(histories, queries), expected, rtol=1e-5, atol=1e-5)

@@ -11,12 +11,13 @@ from recsys.config.model import ModelConfig
 from recsys.data.batch import keep_negatives
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import CPU_GROUP_COST, SEQUENCES, pack
+from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.multitask import TaskLosses
 from recsys.model.ranker import Ranker
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
-from recsys.predictor import History, Predictor
+from recsys.predictor import History
 from recsys.schema import Task
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
@@ -24,6 +25,7 @@ from recsys.train.loop import train
 from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.exports import users_of
 
 EVERYTHING = {
     "model.id_buckets": 24,
@@ -125,10 +127,9 @@ def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, 
     for parameter in recommender.ranker.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     offline = build_predictor(config, dataset, recommender)
-    offline.remember(dataset.read_users())
     write_export(offline, recommender.state_dict(), dataset, tmp_path, num_golden=2)
-    served = Predictor.from_export(tmp_path)
-    histories = list(offline.users.values())[:7]
+    served = load_export(tmp_path).predictor
+    histories = list(users_of(dataset).values())[:7]
     candidates = [np.arange(1 + index, 20 + index) for index in range(7)]
     expected, answered = offline.score(histories, candidates), served.score(histories, candidates)
     for user, (ours, theirs) in enumerate(zip(answered, expected, strict=True)):

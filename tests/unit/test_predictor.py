@@ -10,12 +10,14 @@ import torch
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
+from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import History, Predictor, top_k
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
+from tests.exports import users_of
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,7 @@ def recommender(dataset: Dataset) -> Recommender:
 @pytest.fixture(scope="module")
 def predictor(dataset: Dataset, recommender: Recommender) -> Predictor:
     config = load_config(None, ["model.width=16", "data.max_history=10", "model.text.mode=off"])
-    made = build_predictor(config, dataset, recommender)
-    made.remember(dataset.read_users())
-    return made
+    return build_predictor(config, dataset, recommender)
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ def test_top_k(scores: list[float], k: int, exclude: list[int], expected: list[i
     assert ranking.scores.tolist() == [scores[item - 1] for item in expected]
 
 
-def test_an_answer_does_not_depend_on_who_else_is_asked_for(predictor: Predictor) -> None:
-    histories = list(predictor.users.values())
+def test_an_answer_does_not_depend_on_who_else_is_asked_for(predictor: Predictor, dataset: Dataset) -> None:
+    histories = list(users_of(dataset).values())
     together = predictor.score_catalogue(histories)
     for row, history in zip(together, histories, strict=True):
         torch.testing.assert_close(predictor.score_catalogue([history])[0], row, rtol=1e-5, atol=1e-6)
@@ -72,8 +72,8 @@ def test_only_the_recent_history_counts(predictor: Predictor) -> None:
     torch.testing.assert_close(predictor.encode([long]), predictor.encode([long.last(10)]))
 
 
-def test_scores_of_candidates_are_those_of_the_catalogue(predictor: Predictor) -> None:
-    history = next(iter(predictor.users.values()))
+def test_scores_of_candidates_are_those_of_the_catalogue(predictor: Predictor, dataset: Dataset) -> None:
+    history = next(iter(users_of(dataset).values()))
     candidates = np.array([5, 1, 30])
     scores = predictor.score([history], [candidates])[0]
     assert set(scores) == {"retrieval", *(task.name for task in predictor.manifest.tasks)}
@@ -81,10 +81,11 @@ def test_scores_of_candidates_are_those_of_the_catalogue(predictor: Predictor) -
     assert ((scores["like"] > 0) & (scores["like"] < 1)).all()
 
 
-def test_an_export_answers_as_the_model_did(predictor: Predictor, exported: Path) -> None:
-    loaded = Predictor.from_export(exported)
-    histories = list(predictor.users.values())
-    assert loaded.users.keys() == predictor.users.keys()
+def test_an_export_answers_as_the_model_did(predictor: Predictor, dataset: Dataset, exported: Path) -> None:
+    export = load_export(exported)
+    loaded, users = export.predictor, users_of(dataset)
+    histories = list(users.values())
+    assert {user_id for user_id, _ in export.profiles.items()} == users.keys()
     torch.testing.assert_close(loaded.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)
     candidates = [np.arange(1, 20)] * len(histories)
     for ours, theirs in zip(loaded.score(histories, candidates), predictor.score(histories, candidates), strict=True):
@@ -97,7 +98,7 @@ def test_an_export_that_scores_otherwise_than_published_is_refused(exported: Pat
     golden[0]["scores"][0] += 0.5
     (exported / "golden.json").write_text(json.dumps(golden))
     with pytest.raises(UserError, match="other scores"):
-        Predictor.from_export(exported)
+        load_export(exported)
 
 
 def test_popularity_is_the_number_of_training_interactions(predictor: Predictor) -> None:

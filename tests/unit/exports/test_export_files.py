@@ -9,13 +9,14 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Shard
+from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
-from recsys.predictor import Predictor
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
+from tests.exports import users_of
 
 
 def test_an_export_holds_the_catalogue_of_all_versions(tmp_path: Path) -> None:
@@ -29,16 +30,14 @@ def test_an_export_holds_the_catalogue_of_all_versions(tmp_path: Path) -> None:
     config = load_config(None, ["model.width=16", "data.max_history=10", "model.text.mode=off", f"run.scratch={tmp_path / 'scratch'}"])
     recommender = build_recommender(config, appended, torch.device("cpu")).eval()
     predictor = build_predictor(config, appended, recommender)
-    predictor.remember(appended.read_users())
     folder = tmp_path / "export"
     folder.mkdir()
     write_export(predictor, recommender.state_dict(), appended, folder, num_golden=2)
     written = pq.read_table(folder / "catalogue.parquet")
     assert written.schema.equals(CATALOGUE_SCHEMA)
     assert written.drop_columns("numbers").equals(appended.catalogue.drop_columns("numbers"))  # NaN equals nothing
-    shared = Predictor.from_export(folder, tmp_path / "served")
-    alone = Predictor.from_export(folder)
-    histories = list(shared.users.values())
+    shared, alone = (load_export(folder, scratch).predictor for scratch in (tmp_path / "served", None))
+    histories = list(users_of(appended).values())
     torch.testing.assert_close(shared.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)
     torch.testing.assert_close(alone.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)
     assert shared.item_index == alone.item_index == {f"item-{index}": index for index in range(1, 41)}

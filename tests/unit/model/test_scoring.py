@@ -10,6 +10,7 @@ from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.evaluation.ranking import rank_users, score_by
 from recsys.evaluation.users import EvaluationUser
+from recsys.exports.profiles import ArrowProfiles
 from recsys.model.recommender import build_recommender
 from recsys.model.scoring import RetrievalScores
 from recsys.predictor import History, Predictor
@@ -76,7 +77,7 @@ def test_evaluation_and_service_rank_them_last(predictor: Predictor) -> None:
         metrics={},
         code_version=None,
     )
-    answerer = Answerer(predictor, info)
+    answerer = Answerer(predictor, ArrowProfiles([]), info)
     history = [{"item_id": "item-1"}]
     (answer,) = answerer.recommend([RecommendRequest.model_validate({"history": history, "k": 40, "exclude_seen": False})])
     assert answer.body.rindex(b'"item-17"') > answer.body.rindex(b'"item-3"') > answer.body.rindex(b'"item-40"')

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from recsys.exports.load import Export
 from recsys.exports.registry import Registry
-from recsys.predictor import History, Predictor
+from recsys.predictor import History
 from recsys.store import Storage
 from serve.answering import Answerer
 from serve.protocol import Answer, RecommendRequest, ScoreRequest
@@ -15,11 +16,11 @@ from tests.exports import METRICS, publish_export, service_config
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, Answerer]:
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Export, Answerer]:
     config = service_config(tmp_path_factory.mktemp("answers"))
-    predictor = publish_export(config, "v1")
+    export = publish_export(config, "v1")
     registry = Registry(Storage.from_config(config.storage), config.served_export)
-    return predictor, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
+    return export, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
 
 
 def body_of(answer: Answer) -> dict[str, Any]:
@@ -27,8 +28,8 @@ def body_of(answer: Answer) -> dict[str, Any]:
     return json.loads(answer.body)
 
 
-def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Predictor, Answerer]) -> None:
-    predictor, answerer = published
+def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answerer]) -> None:
+    export, answerer = published
     requests = [
         RecommendRequest(user_id="user-3", k=3),
         RecommendRequest(user_id="nobody", k=2),
@@ -39,12 +40,12 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Predictor, A
     ]
     answers = answerer.recommend(requests)
     first, unknown, wrong, whole, empty, partly = answers
-    expected = predictor.recommend([predictor.users["user-3"]], 3, [predictor.users["user-3"].items])[0]
+    expected = export.predictor.recommend([export.profiles.find("user-3")], 3, [export.profiles.find("user-3").items])[0]
     assert [item["item_id"] for item in body_of(first)["items"]] == [f"item-{index}" for index in expected.items]
     assert [item["rank"] for item in body_of(first)["items"]] == [1, 2, 3]
     assert body_of(first)["items"][0]["title"].startswith("Story")
     assert body_of(first)["fallback"] is None
-    popular = predictor.popular(2, History.of([]).items)
+    popular = export.predictor.popular(2, History.of([]).items)
     assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
     assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
     assert wrong.status == 422
@@ -55,9 +56,9 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Predictor, A
     assert {body_of(answer)["version"] for answer in answers if answer is not wrong} == {"v1"}
 
 
-def test_seen_items_are_left_out_only_if_asked(published: tuple[Predictor, Answerer]) -> None:
-    predictor, answerer = published
-    seen = {f"item-{index}" for index in predictor.users["user-3"].items}
+def test_seen_items_are_left_out_only_if_asked(published: tuple[Export, Answerer]) -> None:
+    export, answerer = published
+    seen = {f"item-{index}" for index in export.profiles.find("user-3").items}
     without, whole = (
         {item["item_id"] for item in body_of(answer)["items"]}
         for answer in answerer.recommend([RecommendRequest(user_id="user-3", k=60, exclude_seen=exclude) for exclude in (True, False)])
@@ -66,7 +67,7 @@ def test_seen_items_are_left_out_only_if_asked(published: tuple[Predictor, Answe
     assert whole - without == seen
 
 
-def test_times_sort_a_posted_history_and_ties_keep_their_order(published: tuple[Predictor, Answerer]) -> None:
+def test_times_sort_a_posted_history_and_ties_keep_their_order(published: tuple[Export, Answerer]) -> None:
     _, answerer = published
     sorted_history = [{"item_id": f"item-{index}", "timestamp": time} for index, time in ((1, 10), (2, 20), (3, 20), (4, 30))]
     shuffled = [sorted_history[position] for position in (1, 3, 2, 0)]
@@ -79,8 +80,8 @@ def test_times_sort_a_posted_history_and_ties_keep_their_order(published: tuple[
     assert [item["score"] for item in other] != pytest.approx([item["score"] for item in expected], abs=1e-6)
 
 
-def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tuple[Predictor, Answerer]) -> None:
-    predictor, answerer = published
+def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tuple[Export, Answerer]) -> None:
+    export, answerer = published
     candidates = ["item-9", "gone", "item-2", "item-9"]
     known, unknown_user, nothing = (
         body_of(answer)
@@ -92,7 +93,7 @@ def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tup
             ]
         )
     )
-    expected = predictor.score([predictor.users["user-3"]], [_indices(9, 2, 9)])[0]
+    expected = export.predictor.score([export.profiles.find("user-3")], [_indices(9, 2, 9)])[0]
     assert [row["item_id"] for row in known["scores"]] == candidates
     assert [row["known"] for row in known["scores"]] == [True, False, True, True]
     assert known["unknown_items"] == ["gone"]
@@ -104,7 +105,7 @@ def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tup
     assert unknown_user["scores"][0] == {
         "item_id": "item-9",
         "known": True,
-        "retrieval": predictor.popularity[9].item(),
+        "retrieval": export.predictor.popularity[9].item(),
         "purchase": None,
         "rating": None,
         "like": None,
@@ -113,29 +114,29 @@ def test_scores_keep_the_candidates_order_and_say_what_is_unknown(published: tup
     assert nothing["unknown_items"] == ["lost", "gone"]
 
 
-def test_the_model_says_what_it_is(published: tuple[Predictor, Answerer]) -> None:
-    predictor, answerer = published
+def test_the_model_says_what_it_is(published: tuple[Export, Answerer]) -> None:
+    export, answerer = published
     info = answerer.info
     assert (info.version, info.alias, info.num_items, info.metrics) == ("v1", "production", 60, METRICS)
-    assert info.dataset_fingerprint == predictor.manifest.fingerprint
+    assert info.dataset_fingerprint == export.predictor.manifest.fingerprint
     assert info.tasks == ["purchase", "rating", "like"]
     assert info.event_kinds == ["view", "purchase"]
     assert not info.takes_queries
 
 
 @pytest.fixture(scope="module")
-def published_with_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Predictor, Answerer]:
+def published_with_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Export, Answerer]:
     config = service_config(tmp_path_factory.mktemp("queries"))
     values = {"model.query_rate": 0.5, "model.text.mode": "frozen", "model.text.backbone": "tiny", "model.text.max_tokens": 16}
-    predictor = publish_export(config, "v1", values=values)
+    export = publish_export(config, "v1", values=values)
     registry = Registry(Storage.from_config(config.storage), config.served_export)
-    return predictor, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
+    return export, Answerer.load(registry, "v1", "production", Path(config.run.scratch))
 
 
-def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[Predictor, Answerer]) -> None:
-    predictor, answerer = published_with_queries
+def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[Export, Answerer]) -> None:
+    export, answerer = published_with_queries
     assert answerer.info.takes_queries
-    known, nobody = predictor.users["user-3"], History.of([])
+    known, nobody = export.profiles.find("user-3"), History.of([])
     plain, asking, stranger, anybody, unheard = (
         body_of(answer)
         for answer in answerer.recommend(
@@ -149,7 +150,9 @@ def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[
         )
     )
     nothing = nobody.items
-    offline = predictor.recommend([known, known, nobody], 60, [known.items, known.items, nothing], [None, "a horror story", "drama 7"])
+    offline = export.predictor.recommend(
+        [known, known, nobody], 60, [known.items, known.items, nothing], [None, "a horror story", "drama 7"]
+    )
     for answer, expected in zip((plain, asking, stranger), offline, strict=True):
         served = {item["item_id"]: item["score"] for item in answer["items"]}
         for index, score in zip(expected.items, expected.scores, strict=True):
@@ -167,13 +170,13 @@ def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[
             [ScoreRequest(query="drama 7", candidates=["item-9"]), ScoreRequest(history=[], candidates=["item-9"])]
         )
     ]
-    expected_scores = predictor.score([nobody], [_indices(9)], ["drama 7"])[0]
+    expected_scores = export.predictor.score([nobody], [_indices(9)], ["drama 7"])[0]
     for name, values in expected_scores.items():
         assert scored[0][0][name] == pytest.approx(float(values[0]), abs=1e-5)
-    assert scored[1][0]["retrieval"] == predictor.popularity[9].item()
+    assert scored[1][0]["retrieval"] == export.predictor.popularity[9].item()
 
 
-def test_a_version_without_queries_refuses_them(published: tuple[Predictor, Answerer]) -> None:
+def test_a_version_without_queries_refuses_them(published: tuple[Export, Answerer]) -> None:
     _, answerer = published
     wrong, right = answerer.recommend([RecommendRequest(user_id="user-3", query="drama"), RecommendRequest(user_id="user-3")])
     assert wrong.status == 422
