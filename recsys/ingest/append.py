@@ -100,8 +100,7 @@ def append(config: Config, storage: Storage) -> Dataset:
     tasks = [AppendTask(partition, *first) for partition, first in enumerate(firsts)]
     shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
     catalogue = changed_items(base, ids, items.rows, items.kinds)
-    described = describe_input(job, inputs, items, outcomes, users, shards)
-    described["warnings"] = (*warnings, *described["warnings"])
+    described = describe_input(job, inputs, items, warnings, outcomes, users, shards)
     noticed += catalogue.noticed + odd_items
     taken_out = sum_counts(shards, "rejected")
     measured = measure_version(job, base, shards, len(ids))

@@ -128,7 +128,13 @@ def rejects_of_users(users: Sequence[Outcome], shards: Sequence[Outcome]) -> Rej
 
 
 def describe_input(
-    job: Job, inputs: Inputs, items: CleanItems, events: Sequence[Outcome], users: Sequence[Outcome], shards: Sequence[Outcome]
+    job: Job,
+    inputs: Inputs,
+    items: CleanItems,
+    warnings: Sequence[str],
+    events: Sequence[Outcome],
+    users: Sequence[Outcome],
+    shards: Sequence[Outcome],
 ) -> dict[str, Any]:
     """Say what became of the input, as fields of a manifest: examples of refused rows, each column's use, warnings, the unit of time.
 
@@ -141,7 +147,7 @@ def describe_input(
     return {
         "rejected_examples": examples,
         "columns": tuple(dict.fromkeys([*uses, *items.uses])),
-        "warnings": tuple(overlap.warnings("users", "data.columns.user_id", takes_unused=False) if inputs.users else ()),
+        "warnings": (*warnings, *(overlap.warnings("users", "data.columns.user_id", takes_unused=False) if inputs.users else ())),
         "time_unit": inputs.time_unit,
     }
 

@@ -109,8 +109,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
     measured = measure(job, shards, len(event_kinds), len(ids))
     numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
     catalogue = build_catalogue(ids, items.rows, items.kinds, train_counts(job, len(ids)), numbers)
-    described = describe_input(job, inputs, items, events.outcomes, users, shards)
-    described["warnings"] = (*warnings, *described["warnings"])
+    described = describe_input(job, inputs, items, warnings, events.outcomes, users, shards)
     manifest = sign(
         inputs=identify_inputs(config.data, job.storage),
         data_config={**content_config(job.data), "item_features": _resolve_features(job, items.kinds)},

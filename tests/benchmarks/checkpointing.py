@@ -21,7 +21,7 @@ from recsys.objectives.next_item import NextItem
 from recsys.objectives.objective import MicroBatch
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter, Metrics
+from recsys.train.monitoring.reporter import Metrics
 from recsys.train.state import TrainingState
 from tests.benchmarks.peers.dataset import served_copy
 from tests.benchmarks.reading import show
@@ -29,6 +29,7 @@ from tests.benchmarks.step_time import RECIPE
 from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
 from tests.proxy import FaultProxy, Faults
+from tests.reporters import LocalReporter
 
 LATE_SECONDS = 0.05
 

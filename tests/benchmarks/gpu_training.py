@@ -28,9 +28,10 @@ from recsys.store import Storage
 from recsys.train.engine import Engine
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.flops import flops_per_token, peak_flops
-from recsys.train.monitoring.reporter import LocalReporter, Metrics
+from recsys.train.monitoring.reporter import Metrics
 from tests.benchmarks.reading import show
 from tests.datasets import make_dataset
+from tests.reporters import LocalReporter
 
 QWEN_600M = {
     "hidden_size": 1024,

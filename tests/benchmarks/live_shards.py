@@ -21,9 +21,9 @@ from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from recsys.model.recommender import build_recommender
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.benchmarks.tiny import add_tiny
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 ROUNDS = 7
 STEPS_PER_ROUND = 15

@@ -28,9 +28,10 @@ from recsys.objectives.next_item import NextItem
 from recsys.objectives.objective import MicroBatch
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter, Metrics
+from recsys.train.monitoring.reporter import Metrics
 from tests.benchmarks.tiny import add_tiny, dataset_of
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "configs" / "ml-1m.toml"
 

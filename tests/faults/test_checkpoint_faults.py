@@ -17,10 +17,10 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.manifest import DamagedCheckpointError, fetch_files, read_manifest
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed
+from tests.reporters import LocalReporter
 
 STEPS = 6
 NUM_FLIPS = 200

@@ -22,10 +22,10 @@ from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage, backends
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
+from tests.reporters import LocalReporter
 
 NUM_USERS = 800
 LIMIT_SECONDS = 15.0

@@ -17,10 +17,10 @@ from recsys.train.checkpoints.manifest import read_manifest
 from recsys.train.checkpoints.trained import load_trained
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.clock import Attempt
-from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import RankError, run_distributed
+from tests.reporters import LocalReporter
 
 Poison = Callable[[torch.Tensor], torch.Tensor]
 

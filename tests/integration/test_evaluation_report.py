@@ -19,9 +19,9 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.distributed import run_distributed
 from tests.pages import assert_readable, chromium, opened
+from tests.reporters import LocalReporter
 from tests.without_ray import patch_run_tasks, run_once
 
 FIGURES = {"cold", "histories", "deciles", "groups-0", "diversity", "fairness-0"}

@@ -23,10 +23,10 @@ from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import load_trained
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from serve.app import read_arguments, version_in_service
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 from tests.verbs import refusal_of
 from tests.without_ray import patch_run_tasks, run_once
 

@@ -21,11 +21,11 @@ from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.backbones import FAMILIES, save_backbone
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 from tests.exports import users_of
+from tests.reporters import LocalReporter
 
 MODES = ("frozen", "lora", "full")
 POOLINGS = ("mean", "first", "last")

@@ -11,10 +11,10 @@ from recsys.objectives.next_item import NextItem
 from recsys.objectives.objective import MicroBatch
 from recsys.store import Storage
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 @pytest.fixture(scope="module")

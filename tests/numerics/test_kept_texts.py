@@ -17,10 +17,10 @@ from recsys.model.text.catalogue_text import Ranks
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 EVERY = 3
 

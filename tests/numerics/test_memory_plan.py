@@ -17,10 +17,10 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.memory import ModelSize, free_host_bytes, plan_memory
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.benchmarks.gpu_training import TINY, make_decoder
 from tests.datasets import make_dataset, small_settings
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ids alone, one worker": {"model.text.mode": "off", "model.width": 512, "training.num_workers": 1, "training.zero_stage": 0},

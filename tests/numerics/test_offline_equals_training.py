@@ -12,10 +12,10 @@ from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 @pytest.fixture(scope="module")

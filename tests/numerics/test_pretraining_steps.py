@@ -19,9 +19,10 @@ from recsys.store import Storage
 from recsys.train.checkpoints.backbone import BackboneManifest, publish_backbone
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import Trainer, train
-from recsys.train.monitoring.reporter import LocalReporter, Metrics
+from recsys.train.monitoring.reporter import Metrics
 from tests.datasets import make_dataset, open_dataset
 from tests.distributed import RankError, run_distributed
+from tests.reporters import LocalReporter
 
 
 @pytest.fixture(scope="module")

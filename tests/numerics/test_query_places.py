@@ -30,10 +30,10 @@ from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
+from tests.reporters import LocalReporter
 
 CPU = torch.device("cpu")
 NOTHING = (torch.zeros(0, dtype=torch.long), torch.zeros(0))

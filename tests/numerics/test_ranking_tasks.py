@@ -22,10 +22,10 @@ from recsys.schema import Task
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
+from tests.reporters import LocalReporter
 
 EVERYTHING = {
     "model.id_buckets": 24,

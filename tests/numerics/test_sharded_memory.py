@@ -11,9 +11,9 @@ from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 def config_of(folder: Path, num_workers: int) -> Config:

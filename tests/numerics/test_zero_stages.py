@@ -11,9 +11,9 @@ from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 NUM_STEPS = 50
 

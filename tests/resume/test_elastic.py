@@ -18,10 +18,11 @@ from recsys.train.checkpoints.resharding import needs_conversion
 from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter, Metrics, Request
+from recsys.train.monitoring.reporter import Metrics, Request
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 WIDTH = 16
 STEPS = 9

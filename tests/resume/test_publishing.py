@@ -23,10 +23,11 @@ from recsys.train.checkpoints.manifest import read_manifest
 from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.reporter import LocalReporter, Metrics, Request
+from recsys.train.monitoring.reporter import Metrics, Request
 from tests.checkpoints import store_of
 from tests.datasets import make_dataset, small_config
 from tests.distributed import RankError, run_distributed, run_until_killed
+from tests.reporters import LocalReporter
 
 STEPS = 14
 EVERY = 3

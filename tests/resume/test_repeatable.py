@@ -10,9 +10,9 @@ from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
-from recsys.train.monitoring.reporter import LocalReporter
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def scalar_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def as_kind(column: pa.ChunkedArray, kind: FeatureKind) -> pa.ChunkedArray:
-    """Bring a column to what its kind is made of: text or lists of text, numbers; vectors stay for whoever knows their rows."""
+    """Bring a column to what its kind is made of: text or lists of text, numbers; for vectors see `as_vectors`."""
     if kind == "numbers":
         return column if is_list(column.type) else numbers_of(column)
-    if kind == "vectors" or pa.types.is_null(column.type):
+    if pa.types.is_null(column.type):
         return column
     return spell(column)
 

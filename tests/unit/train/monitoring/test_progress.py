@@ -19,10 +19,10 @@ from recsys.store import Storage
 from recsys.train.loop import train
 from recsys.train.monitoring.flops import flops_per_token, peak_flops
 from recsys.train.monitoring.progress import Progress, bar
-from recsys.train.monitoring.reporter import LocalReporter
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
+from tests.reporters import LocalReporter
 
 
 def test_a_line_has_speed_waiting_and_what_is_left(
