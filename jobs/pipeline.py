@@ -38,7 +38,8 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run_stages(config: Config) -> dict[str, Any]:
-    name, results = config.run.name, {}
+    name = config.run.name
+    results: dict[str, Any] = {}
     dataset = {"data.dataset": config.data.dataset}
     if "prepare_data" in config.run.stages:
         results["prepare_data"] = _stage(config, "jobs.prepare_data")

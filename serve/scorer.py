@@ -49,12 +49,12 @@ class Scorer:
         self._answerer = loaded
         logger.info("serving version %s", version)
 
-    @ray.serve.batch
+    @ray.serve.batch  # type: ignore[untyped-decorator]
     async def recommend(self, requests: list[RecommendRequest]) -> list[Answer]:
         """Answer requests that came at about the same time. Not in a thread: the thread count set above is this thread's own."""
         return self._loaded.recommend(requests)
 
-    @ray.serve.batch
+    @ray.serve.batch  # type: ignore[untyped-decorator]
     async def score(self, requests: list[ScoreRequest]) -> list[Answer]:
         """Answer requests that came at about the same time."""
         return self._loaded.score(requests)

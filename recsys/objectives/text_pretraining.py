@@ -36,7 +36,7 @@ class TextPretraining:
         catalogue = ItemFeatures.read(dataset, scratch)
         folder = locate_backbone(text, dataset, scratch)
         self.module, hiding = build_pretrainer(config, folder)
-        self.weights = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
+        self.weights: dict[str, float] = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
         self.metric = PAIR_AUC if CONTRASTIVE in settings.objectives else "masked_accuracy"
         self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
         self._split = TextSplit.read(dataset, catalogue, scratch)
