@@ -9,6 +9,7 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Shard
+from recsys.data.sequences import SEQUENCES
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
@@ -17,6 +18,20 @@ from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
 from tests.exports import users_of
+
+
+def test_an_export_of_release_0_1_is_read(tmp_path: Path) -> None:
+    dataset = make_dataset(Storage(str(tmp_path / "store")))
+    config = load_config(None, ["model.width=16", "data.max_history=10", "model.text.mode=off"])
+    recommender = build_recommender(config, dataset, torch.device("cpu")).eval()
+    (folder := tmp_path / "export").mkdir()
+    write_export(build_predictor(config, dataset, recommender), recommender.state_dict(), dataset, folder, num_golden=2)
+    (folder / "users.arrow").unlink()
+    pq.write_table(dataset.read_users(["user_id", *SEQUENCES]), folder / "users.parquet")
+    users = dict(load_export(folder).profiles.items())
+    assert {user_id: history.items.tolist() for user_id, history in users.items()} == {
+        user_id: history.items.tolist() for user_id, history in users_of(dataset).items()
+    }
 
 
 def test_an_export_holds_the_catalogue_of_all_versions(tmp_path: Path) -> None:

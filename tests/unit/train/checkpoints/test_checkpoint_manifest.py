@@ -76,3 +76,10 @@ def test_warm_up_then_cosine() -> None:
 def test_planned_steps() -> None:
     assert planned_steps(load_config(None, ["training.epochs=3"]), 7) == 21
     assert planned_steps(load_config(None, ["training.epochs=3", "training.max_steps=5"]), 7) == 5
+
+
+def test_the_state_of_release_0_1_is_read() -> None:
+    old = TrainingState(step=7).model_dump(mode="json")
+    del old["objective"]
+    assert TrainingState.model_validate(old | {"duals": [0.5, 0.0]}).objective == {"duals": [0.5, 0.0]}
+    assert TrainingState.model_validate(old | {"duals": []}) == TrainingState(step=7, objective={"duals": []})
