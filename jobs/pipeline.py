@@ -85,7 +85,10 @@ def _stage(config: Config, module: str, values: dict[str, str] | None = None) ->
     logger.info("=== %s", module)
     logger.debug("%s", " ".join(settings))
     begin = time.monotonic()
-    finished = subprocess.run([sys.executable, "-m", module, *settings], stdout=subprocess.PIPE, stderr=terminal.stream(), check=False)
+    verbose = () if terminal.is_quiet() else ("--verbose",)
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *settings, *verbose], stdout=subprocess.PIPE, stderr=terminal.stream(), check=False
+    )
     if finished.returncode:
         raise UserError(f"{module}: failed with exit status {finished.returncode}; its error stands above")
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])

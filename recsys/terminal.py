@@ -7,6 +7,7 @@ lines reach it through Ray; those of this project carry a mark, by which a threa
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -22,64 +23,83 @@ POLL_SECONDS = 0.1
 PROGRESS = ("█", "·")
 """Lines that begin with one of these replace one another on a terminal."""
 
-_SHOWN: list[TextIO] = []
+_SHOWN: "list[_Terminal]" = []
 """The terminal, while the process's own stderr is a log file."""
 
 
 def stream() -> TextIO:
     """Return where a person reads: the stderr that the program was started with."""
-    return _SHOWN[-1] if _SHOWN else sys.stderr
+    return _SHOWN[-1].stream if _SHOWN else sys.stderr
+
+
+def is_quiet() -> bool:
+    """Return whether output goes to a log file."""
+    return bool(_SHOWN)
 
 
 @contextlib.contextmanager
 def output_to(log: Path | None) -> Iterator[None]:
     """Send stdout and stderr of this process and its children to the file `log` in the block; without one everything to stderr."""
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.DEBUG)
     if log is None:
-        _redirect(2, 2)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=FORMAT, datefmt=TIME_FORMAT, force=True)
         yield
         return
     before = [os.dup(number) for number in (1, 2)]
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     shown = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
-    _SHOWN.append(shown)
     _redirect(target, target)
     os.close(target)
-    own = logging.StreamHandler(shown)
+    own = _Terminal(shown)
+    _SHOWN.append(own)
     own.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
     own.setLevel(logging.INFO)
     own.addFilter(_is_own)
     everything = logging.StreamHandler(sys.stderr)
     everything.setFormatter(logging.Formatter(f"{FORMAT} (%(name)s)"))
     logging.basicConfig(level=logging.INFO, handlers=[own, everything], force=True)
+    is_over = threading.Event()
+    with log.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        follower = threading.Thread(target=_show_marked, args=(file, is_over), name="terminal", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            follower.join()
+            _end(own, before)
+
+
+def _end(own: "_Terminal", before: list[int]) -> None:
+    """Let stdout and stderr be what they were."""
+    show("")
+    logging.getLogger().removeHandler(own)
+    _redirect(*before)
+    for number in before:
+        os.close(number)
+    _SHOWN.remove(own)
+
+
+def mark_lines(level: int = logging.INFO) -> None:
+    """Mark this project's log lines from `level` on in a worker of Ray, so that the driver shows them; all go to its log file."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_MarkingFormatter(level))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.DEBUG)
-    is_over = threading.Event()
-    follower = threading.Thread(target=_show_marked, args=(log, is_over), name="terminal", daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        follower.join()
-        logging.getLogger().removeHandler(own)
-        _redirect(*before)
-        for number in before:
-            os.close(number)
-        _SHOWN.remove(shown)
-
-
-def mark_lines() -> None:
-    """Mark this project's log lines in a worker of Ray, so that the driver shows them; may be called again."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_MarkingFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 class _MarkingFormatter(logging.Formatter):
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
     def format(self, record: logging.LogRecord) -> str:
-        """Return the message, marked where it is this project's."""
-        return f"{MARK if _is_own(record) else ''}{record.levelname[:1]} {super().format(record)}"
+        """Return the message, marked where it is this project's and to be shown."""
+        is_marked = _is_own(record) and record.levelno >= self._level
+        return f"{MARK if is_marked else ''}{record.levelname[:1]} {super().format(record)}"
 
 
 def _is_own(record: logging.LogRecord) -> bool:
@@ -93,28 +113,42 @@ def _redirect(stdout: int, stderr: int) -> None:
     os.dup2(stderr, 2)
 
 
-def _show_marked(log: Path, is_over: threading.Event) -> None:
+def _show_marked(file: TextIO, is_over: threading.Event) -> None:
     """Show the marked lines that are added to the log, until it is over and all is read."""
-    with log.open(encoding="utf-8", errors="replace") as file:
-        file.seek(0, os.SEEK_END)
-        rest = ""
-        while True:
-            was_over = is_over.is_set()
-            *lines, rest = (rest + file.read()).split("\n")
-            for line in lines:
-                if MARK in line:
-                    show(line.partition(MARK)[2])
-            if was_over:
-                return
-            is_over.wait(POLL_SECONDS)
+    rest = ""
+    while True:
+        was_over = is_over.is_set()
+        *lines, rest = (rest + file.read()).split("\n")
+        for line in lines:
+            if MARK in line:
+                show(line.partition(MARK)[2])
+        if was_over:
+            return
+        is_over.wait(POLL_SECONDS)
+
+
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes whole lines; a line of progress on a terminal stays open, and the next line replaces it or goes below."""
+
+    is_open = False
+
+    def write(self, line: str, is_progress: bool = False) -> None:
+        """Write a line."""
+        with self.lock or contextlib.nullcontext():
+            out = self.stream
+            is_replaced = is_progress and out.isatty()
+            before = ("\r\x1b[2K" if is_replaced else "\n") if self.is_open else ""
+            width = shutil.get_terminal_size().columns - 1
+            out.write(before + (line[:width] if is_replaced else line + "\n" if line else ""))
+            out.flush()
+            self.is_open = is_replaced
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a log record."""
+        self.write(self.format(record))
 
 
 def show(text: str) -> None:
-    """Show a line; a line of progress replaces the one before on a terminal."""
-    out = stream()
-    line = f"{time.strftime(TIME_FORMAT)} {text}"
-    if out.isatty() and text[2:].startswith(PROGRESS):
-        out.write(f"\r\x1b[2K{line}")
-    else:
-        out.write(f"{line}\n")
-    out.flush()
+    """Show a line; nothing but the end of a line of progress for an empty one."""
+    terminal = _SHOWN[-1] if _SHOWN else _Terminal(sys.stderr)
+    terminal.write(f"{time.strftime(TIME_FORMAT)} {text}" if text else "", text[2:].startswith(PROGRESS))

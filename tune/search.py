@@ -61,7 +61,7 @@ def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
     best = winner(trials)
     if best is None:
         raise UserError(
-            f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; see the trials' errors above"
+            f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; the trials' errors are in the log file"
         )
     return {
         "num_trials": len(trials),

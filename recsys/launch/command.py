@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from recsys import terminal
 from recsys.config import Config, load_config
@@ -28,11 +28,11 @@ def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: s
     arguments = _parser(name, description).parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
+        log = None if arguments.verbose else _log_file(config, name)
     except UserError as error:
         _fail(error)
-    log = None if arguments.verbose else _log_file(config, name)
     begin = time.monotonic()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout, terminal.output_to(log):
+    with _stdout_for_the_result() as stdout, terminal.output_to(log):
         try:
             if missed := unread(name, config):
                 logger.warning("%s does not read %s", name, ", ".join(missed))
@@ -64,10 +64,24 @@ def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _stdout_for_the_result() -> TextIO:
+    """Set stdout aside for the result: whatever else is printed there, until the process ends, goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stdout
+
+
 def _log_file(config: Config, name: str) -> Path:
-    return private_folder(Path(config.run.scratch) / "logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path = private_folder(Path(config.run.scratch) / "logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        path.touch(mode=0o600)
+    except OSError as error:
+        raise UserError(f"run.scratch = {config.run.scratch}: no log file can be written there ({error.strerror})") from error
+    return path
 
 
 def _fail(error: object, status: int = 2) -> NoReturn:
+    terminal.show("")  # below a line of progress
     print(f"error: {' '.join(str(error).split())}", file=terminal.stream())
     sys.exit(status)

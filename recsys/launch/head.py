@@ -75,13 +75,16 @@ def _private_head(config: Config) -> Iterator[None]:
         raise RuntimeError("Ray was imported before recsys.launch.head.connect prepared its environment")
     folder = ray_folder(config)
     head = start_head(folder, logical_cpus(config), ends_with_parent=True)
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in head.environment}
     os.environ |= head.environment
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ |= before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         stop_head(head.process_id)
         shutil.rmtree(folder, ignore_errors=True)
 

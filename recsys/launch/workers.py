@@ -203,8 +203,7 @@ def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Seq
 
 
 def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None:
-    if TRIALS not in config.run.name:  # a search shows its trials by a line each
-        mark_lines()
+    mark_lines(logging.WARNING if TRIALS in config.run.name else logging.INFO)  # a search shows its trials by a line each
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     storage, attempt = Storage.from_config(config.storage), restarts.read()

@@ -1,6 +1,8 @@
 """A verb's terminal has this project's lines and nothing else; its log file has everything."""
 
+import logging
 import os
+import pty
 import subprocess
 import sys
 import textwrap
@@ -8,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from recsys import terminal
+
 ROOT = Path(__file__).parents[2]
 VERB = """
-    import logging, os, subprocess, sys, warnings
+    import atexit, logging, os, subprocess, sys, warnings
     from recsys.errors import UserError
     from recsys.launch.command import run_verb
 
     def run(config):
+        atexit.register(print, "printed at the end")
         print("printed by a library")
         os.write(2, b"written by native code\\n")
         subprocess.run(["sh", "-c", "echo said by a child >&2"], check=True)
@@ -46,7 +51,9 @@ def test_the_terminal_has_own_lines_and_the_log_everything(tmp_path: Path) -> No
     finished, log = run(tmp_path, "well")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == '{"answer": 1}\n'
-    lines = [line[9:] for line in finished.stderr.splitlines()]
+    *lines, at_the_end = finished.stderr.splitlines()
+    assert at_the_end == "printed at the end"  # the result stays the last line of stdout
+    lines = [line[9:] for line in lines]
     assert sorted(lines[:2]) == ["I told by a worker", "I told by the driver"]
     (last,) = lines[2:]
     assert last.startswith("I serve.stop took ")
@@ -64,7 +71,7 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(tmp_path: Path, h
     finished, log = run(tmp_path, how)
     assert (finished.returncode, finished.stdout) == (status, "")
     assert next(each for each in finished.stderr.splitlines() if "told by" not in each).startswith(line)
-    assert len(finished.stderr.splitlines()) == 3
+    assert len(finished.stderr.splitlines()) == 4
     assert ("RuntimeError: something broke" in log and "Traceback" in log) == (how == "failure")
 
 
@@ -73,3 +80,31 @@ def test_verbose_shows_everything_and_keeps_no_file(tmp_path: Path) -> None:
     assert log == ""
     assert finished.stdout == '{"answer": 1}\n'
     assert [text for text in HIDDEN[:-1] if text not in finished.stderr] == []
+
+
+def test_a_scratch_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finished, _ = run(tmp_path / "file", "well")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert len(finished.stderr.splitlines()) == 1
+    assert finished.stderr.startswith("error: ")
+
+
+@pytest.mark.timeout(60)
+def test_on_a_terminal_progress_is_replaced_and_other_lines_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = pty.openpty()
+    handler = terminal._Terminal(os.fdopen(writer, "w"))
+    monkeypatch.setattr(terminal, "_SHOWN", [handler])
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    terminal.show("I █··· step 1")
+    terminal.show("I ██·· step 2")
+    handler.handle(logging.LogRecord("recsys", logging.WARNING, "", 0, "look here", (), None))
+    terminal.show("I ███· step 3")
+    terminal.show("")
+    read = b""
+    while not read.endswith(b"step 3\r\n"):  # it arrives when the kernel gets to it
+        read += os.read(reader, 10_000)
+    shown = read.decode()
+    assert [part[-6:].strip() for part in shown.replace("\r\n", "\n").split("\n")] == ["step 2", "k here", "step 3", ""]
+    assert shown.count("\x1b[2K") == 1
+    os.close(reader)
