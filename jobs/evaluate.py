@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint by full ranking, baselines beside it, slice by slice, and draw a page of what was found."""
+"""Evaluate a checkpoint by full ranking beside baselines, slice by slice, and write a report."""
 
 import hashlib
 import logging

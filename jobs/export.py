@@ -1,4 +1,4 @@
-"""Publish a checkpoint as an immutable version, and make it the one in production where it is better."""
+"""Publish a checkpoint as an immutable version, and promote it to production if it is better."""
 
 import hashlib
 import logging

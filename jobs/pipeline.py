@@ -1,4 +1,4 @@
-"""The whole chain, stage by stage as processes of their own: events and a catalogue in, a running service out."""
+"""Run all stages, each in a process of its own: events and a catalogue in, a running service out."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The verb `python -m jobs.prepare_data`: events, items and users to a dataset or its next version; the work is `recsys.ingest.prepare`."""
+"""Turn events, items and users into a dataset, or a day of events into its next version."""
 
 import time
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""What the pipeline prints at its end: data, training, leaderboard, test metrics, and answers of the service."""
+"""The summary that the pipeline prints at its end, and the requests to the service that it shows."""
 
 import json
 import urllib.request

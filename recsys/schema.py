@@ -1,4 +1,4 @@
-"""The one vocabulary: column names, event kinds, tasks, feature kinds and the Arrow schemas of a dataset's tables."""
+"""The vocabulary: column names, event kinds, tasks, feature kinds, and the Arrow schemas of a dataset."""
 
 import math
 import re

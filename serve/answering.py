@@ -1,4 +1,4 @@
-"""Answers requests in batches from one exported version; no Ray and no HTTP here, and no numbers but the predictor's."""
+"""Answers batches of requests from one exported version, without Ray and HTTP."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The Ray Serve application: an HTTP ingress before the scorers, built from the config for the version that the alias names."""
+"""The Ray Serve application: an HTTP ingress before the scorers, for the version that the alias names."""
 
 import hashlib
 import json

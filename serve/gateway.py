@@ -1,4 +1,4 @@
-"""The HTTP side: routes, token, body cap, time limit, overload and one-line errors; what the answer is, the scorer says."""
+"""The HTTP ingress: routes, token, body cap, time limit, overload and one-line errors."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""Requests and responses of the service, and how a request's body is read; how they are answered is `answering.py`."""
+"""Requests and responses of the service, and parsing of request bodies."""
 
 import json
 from typing import Annotated, Any, NamedTuple, Self, TypeVar

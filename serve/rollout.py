@@ -1,4 +1,4 @@
-"""Starting Serve on a running cluster, deploying a version there, and waiting until it answers."""
+"""Starts Serve on a running cluster, deploys a version, and waits until it answers."""
 
 import logging
 import time

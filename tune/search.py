@@ -1,4 +1,4 @@
-"""Search hyperparameters: Optuna proposes, ASHA stops the weak early, and every trial is a whole distributed training run."""
+"""Search hyperparameters: Optuna proposes, ASHA stops weak trials early, every trial is a whole distributed training run."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Which trial wins, and the leaderboard: pure functions of what the trials reached."""
+"""Chooses the winner and orders the leaderboard; pure functions."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a search varies: the config's `search` section as distributions over config keys."""
+"""The search space: the config's `search` section as distributions over config keys."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The trials of a search on Ray Tune: each a whole distributed training run that a driver starts."""
+"""Runs the trials of a search on Ray Tune, each a whole distributed training run."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Baselines, each fitted on a dataset's training data and asked as the model is; here are their names."""
+"""Baselines by name: each is fitted on a dataset's training data and ranks as the model does."""
 
 from collections.abc import Callable
 

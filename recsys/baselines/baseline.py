@@ -1,4 +1,4 @@
-"""What every baseline answers; how one is fitted and chosen is `fitting.py`'s."""
+"""The interface of a baseline."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

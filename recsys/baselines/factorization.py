@@ -1,4 +1,4 @@
-"""Baselines that factorise: BPR, matrix factorisation and the factorisation machine, which with ids alone is each of the others."""
+"""BPR, matrix factorization and the factorization machine, which with ids alone equals each of the others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The factorisation machine (Rendle 2010) over users' and items' features; what it is fitted to is `factorisation.py`'s.
+"""The factorization machine (Rendle 2010) over features of users and items; `factorization.py` fits it.
 
 Shapes: N pairs, U users, I items, F features of one side, W width.
 """

@@ -1,4 +1,4 @@
-"""How baselines are fitted: mini-batches of gradient steps, and choices by the validation targets; no baseline is here."""
+"""Fitting baselines: mini-batches of gradient steps, and choices by validation targets."""
 
 from collections.abc import Callable, Iterable
 

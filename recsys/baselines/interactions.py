@@ -1,4 +1,4 @@
-"""What baselines are fitted on: a dataset's training interactions as flat arrays, and its users' attributes; no baseline is here."""
+"""The data that baselines are fitted on: training interactions as flat arrays, and user attributes."""
 
 from collections import Counter
 from collections.abc import Sequence

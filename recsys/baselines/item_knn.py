@@ -1,4 +1,4 @@
-"""Item-to-item nearest neighbours: cosine of the items' users, shrunk, over the user's history, recent items weighing more."""
+"""Item-kNN: shrunk cosine similarity of items by their users, with more weight on recent items of the history."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Matrix factorisation of what was taken and what was not, by alternating weighted least squares (Hu, Koren, Volinsky 2008).
+"""Implicit matrix factorization by alternating least squares (Hu, Koren, Volinsky 2008).
 
 Shapes: U users, I items, W width.
 """

@@ -1,4 +1,4 @@
-"""Baselines that rank every user alike: by how often an item was taken, in all of the training data or lately."""
+"""Popularity, over all training data or over its recent part."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley 2018) as a baseline: the recommender itself over ids alone, trained in one process."""
+"""SASRec (Kang and McAuley 2018): the recommender over ids alone, trained in one process."""
 
 import dataclasses
 from collections.abc import Sequence

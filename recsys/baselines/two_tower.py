@@ -1,4 +1,4 @@
-"""The two-tower baseline: a user's attributes and the mean of the history against an item's id and features."""
+"""The two-tower baseline: user attributes and the mean of the history against id and features of an item."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

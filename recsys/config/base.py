@@ -1,4 +1,4 @@
-"""What every section of the config is made of: the frozen `Section`, common types, and facts about fields."""
+"""The base of all sections: the frozen `Section`, common types, and facts about fields."""
 
 from collections.abc import Iterator
 from enum import Enum

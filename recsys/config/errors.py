@@ -1,4 +1,4 @@
-"""A broken rule of the config as one line that says what would work."""
+"""Turns a pydantic error into one line that says what would work."""
 
 import difflib
 import json

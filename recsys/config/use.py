@@ -1,4 +1,4 @@
-"""Which verb reads which settings, and what happens to the others: a warning, or an error if they contradict the verb's input."""
+"""Which verb reads which settings; unread settings are warned about, contradicting ones refused."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,1 +1,1 @@
-"""Datasets: importing, preparing, planning and reading."""
+"""Reading datasets: manifest, plan, shards, batches and the catalogue."""

@@ -1,4 +1,4 @@
-"""What a rank trains on in one micro batch, and how rows become one."""
+"""A micro batch, and building one from samples."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How rare each binary task's positives are in the training data; the balancing itself is `batch.py`'s and the losses'."""
+"""The rate of positives of each binary task in the training data."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The dataset's manifest and the way back from it to tables; making one is `prepare.py`, reading samples is `reader.py`."""
+"""The manifest of a dataset, and reading its tables."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Reads the samples that the plan names, ahead of training and in the plan's order; which ones is decided in `plan.py`."""
+"""Reads the samples that the plan names, in its order and ahead of training."""
 
 import itertools
 import math

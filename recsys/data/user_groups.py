@@ -1,4 +1,4 @@
-"""Which group of a user attribute each training sample belongs to; what is done for the groups is the model's part."""
+"""The group of a user attribute that each training sample belongs to."""
 
 from dataclasses import dataclass
 

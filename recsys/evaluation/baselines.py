@@ -1,4 +1,4 @@
-"""The baselines of `recsys.baselines` under the same judge as the model, popularity always among them and first."""
+"""Evaluates baselines on the same users as the model, popularity always first."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""The whole evaluation of a predictor: its metrics, the baselines' beside them, and where they differ; the page of it is `report/`."""
+"""The whole evaluation of a predictor: metrics, baselines, slices, fairness, diversity, comparison."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a split's users are judged by, read once for everything that answers; items' content as sparse vectors."""
+"""Reads the users of a split once, and measures rankings and task predictions for them."""
 
 from dataclasses import dataclass
 

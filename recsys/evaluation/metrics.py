@@ -1,4 +1,4 @@
-"""The metrics of rankings, as pure functions of ranks and lists; those of tasks are in `task_metrics.py`.
+"""Ranking metrics as pure functions of ranks and lists; task metrics are in `tasks.py`.
 
 Shapes: U users, T most targets of one user, I items, k the list's length.
 """

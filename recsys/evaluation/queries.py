@@ -1,4 +1,4 @@
-"""What a query adds: users' targets ranked once more, asked for as users typed or, where none did, by words of the target's own text."""
+"""Evaluates queries: targets are ranked again with what users typed or with words of the target's text."""
 
 from collections.abc import Sequence
 from pathlib import Path

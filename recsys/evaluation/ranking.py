@@ -1,4 +1,4 @@
-"""Users' targets ranked over the whole catalogue by anything that scores it; the metrics' formulas are in `metrics.py`."""
+"""Ranks users' targets over the whole catalogue."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Whom an evaluation asks about: users with a target in the split; what is answered for them is `ranking.py`'s and `tasks.py`'s."""
+"""The users of an evaluation: those with a target in the split."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

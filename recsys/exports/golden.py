@@ -1,4 +1,4 @@
-"""Golden answers: published with an export, and asked again by whoever loads it."""
+"""Golden answers: stored with an export and compared whenever it is loaded."""
 
 from itertools import islice
 from typing import Any

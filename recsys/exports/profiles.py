@@ -1,4 +1,4 @@
-"""Users' histories by user id: the protocol that a service asks, and its first implementation, an Arrow file that is memory-mapped."""
+"""Users' histories by user id: the `ProfileStore` protocol, and a memory-mapped Arrow file that implements it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Exports as immutable versions, and the aliases that name one of them; what is in an export, `jobs.export` decides.
+"""Versions of exports and the aliases that name them.
 
 `{root}/exports/{name}/versions/{version}/manifest.json` is created once and last, so a version is there whole or not at
 all. Its files lie beside it in a folder of the one attempt that won. `{root}/exports/{name}/aliases/{alias}/` is a log

@@ -1,4 +1,4 @@
-"""Writes an export: everything that a service needs to answer, in formats that run no code when they are loaded."""
+"""Writes an export, in formats that run no code when they are loaded."""
 
 import json
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Raw tables to the shards of a dataset; `recsys.ingest.prepare` is the way in."""
+"""Raw files to a dataset; `recsys.ingest.prepare` is the entry point."""

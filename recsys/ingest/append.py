@@ -1,4 +1,4 @@
-"""A day's events to a new version of a dataset: the rules, what is refused, and the order of the passes.
+"""Appends events to a dataset as its next version: rules, refusals, and the order of the passes.
 
 A version is a dataset of its own whose manifest lists the older versions' shards before its own; nothing of those is touched, and a
 run that trains on an older version is not affected. Versions form a tree: any version may be appended to, any number of times.

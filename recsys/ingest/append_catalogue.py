@@ -1,4 +1,4 @@
-"""The catalogue rows that an appended version adds: new items and changed ones, in the terms of the one before; nothing is written."""
+"""The catalogue rows that an appended version adds: new items and changed ones."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""The task bodies of an appended version, each on one partition of the users; the rules are written down in `append.py`."""
+"""The tasks of an appended version, each on one partition of the users; the rules are in `append.py`."""
 
 from dataclasses import dataclass
 from typing import Any

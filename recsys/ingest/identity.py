@@ -1,4 +1,4 @@
-"""What the input of a preparation is: its files, the address of the dataset that they make, and how many partitions it gets."""
+"""Identifies an input: its files, the address of its dataset, and the number of partitions."""
 
 import hashlib
 import json

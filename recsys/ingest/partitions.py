@@ -1,4 +1,4 @@
-"""The task bodies of prepare_data, each a function of its job and number alone; what runs when is `prepare.py`."""
+"""The tasks of a preparation, each a function of the job and a partition's number."""
 
 import tempfile
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What preparing a dataset and appending to one share: running passes of tasks, numbering items, publishing."""
+"""What preparing and appending share: running passes, numbering items, publishing."""
 
 import logging
 from collections import Counter

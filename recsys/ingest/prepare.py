@@ -1,4 +1,4 @@
-"""Raw tables to a Dataset: which passes run in which order, and the manifest at the end; a pass's work is in `partitions.py`."""
+"""Prepares a dataset: which passes run in which order, and the manifest at the end."""
 
 import logging
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One way to run independent tasks over the cluster with Ray Data: bounded, resumable, with progress, and one-line user errors."""
+"""Runs independent tasks over the cluster with Ray Data: bounded, resumable, with progress."""
 
 import json
 import logging

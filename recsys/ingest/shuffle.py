@@ -1,4 +1,4 @@
-"""An external shuffle through the store: tasks write pieces ordered by partition, partitions read them back; no Ray here."""
+"""An external shuffle through the store: tasks write pieces ordered by partition, partitions read them."""
 
 import bisect
 import json

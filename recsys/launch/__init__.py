@@ -1,1 +1,1 @@
-"""The start of a verb: its command line, Ray, checks before any worker starts, and the workers."""
+"""The start of a verb: command line, Ray, checks before workers start, and the workers."""

@@ -1,4 +1,4 @@
-"""Checks before any worker starts: can this run be trained and validated with its data and language model?"""
+"""Checks before any worker starts: can this run be trained and validated?"""
 
 from pathlib import Path
 

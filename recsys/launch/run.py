@@ -1,4 +1,4 @@
-"""Launching a run: whether it may start or resume, who holds it, and what comes of it. Ray is imported only if workers must start."""
+"""Launches a run: decides whether it starts or resumes, holds its lease, and returns its result. Imports Ray only if workers must start."""
 
 import contextlib
 import logging

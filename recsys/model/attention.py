@@ -1,4 +1,4 @@
-"""Causal self-attention over packed histories, group by group, so that no padding beyond a group's is computed."""
+"""Causal self-attention over packed histories, group by group, without padding beyond a group's."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""A bound on how far groups of users fall behind, held by dual variables; who is in which group is `recsys.data.user_groups`'s."""
+"""A bound on how far groups of users fall behind, held by dual variables."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The losses of the ranking tasks, each a sum over labels, and how they are weighed against one another and within."""
+"""Losses of the ranking tasks, each a sum over labels, and their weights."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Scores a (user, item) pair for each task: like, rating, click, purchase, as the data has them; the losses are `multitask.py`'s."""
+"""Scores a (user, item) pair for each task, such as like, rating, click or purchase."""
 
 from collections.abc import Sequence
 

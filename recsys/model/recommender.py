@@ -1,4 +1,4 @@
-"""The one module that is trained: item encoder, user encoder, ranker, and the losses of a batch."""
+"""The trained module: item encoder, user encoder, ranker, and the losses of a batch."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The retrieval score of users and items, with the rule for items of which nothing is known; training's loss is `losses.py`'s."""
+"""The retrieval score of users and items, and the rule for items without any information."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What a user will say of an item, from what the same user said of others: Bayesian linear regression, solved anew at every place."""
+"""Predicts a user's value of an item from the user's other values: Bayesian linear regression, solved at every place."""
 
 import torch
 import torch.nn.functional as F

@@ -1,1 +1,1 @@
-"""What all reports are laid out with: a page of HTML, its style by day and night, and plots as inline SVG."""
+"""What all HTML reports share: page, style sheet, and plots as inline SVG."""

@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing beside itself, and its parts; what they say is decided by each report."""
+"""A self-contained page of HTML and its parts."""
 
 import html
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The reports' style sheet, by day and by night, for wide screens and narrow ones; there is no script."""
+"""The style sheet of the reports, for light and dark mode and any width."""
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that takes its colours and fonts from the page; what is drawn is decided by each report."""
+"""Matplotlib figures as inline SVG that takes colours and fonts from the page."""
 
 import html
 import io

@@ -1,4 +1,4 @@
-"""The two kinds of store behind `recsys.store.storage`, local folders and S3; only that module uses them."""
+"""Local folders and S3, behind `recsys.store.storage`."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What the errors of a store mean: one line with what was tried, where, the error's code, and what to do."""
+"""Errors of a store as one line: what was tried, where, the error's code, and what to do."""
 
 import errno
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""Training: the loop, the engine and checkpoints."""
+"""Training: the loop, the engine, checkpoints, recovery and monitoring."""

@@ -1,4 +1,4 @@
-"""Telling the failures of a run apart, and what follows from each. No processes and no files here."""
+"""Kinds of failures, and what follows from each; pure functions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args

@@ -1,4 +1,4 @@
-"""What the kernel tells of a process of this machine. It imports next to nothing, for the watchdog's sake."""
+"""Reads `/proc/PID/stat`. Imports next to nothing, since the watchdog must start fast."""
 
 from pathlib import Path
 

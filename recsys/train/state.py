@@ -1,4 +1,4 @@
-"""Where a run is; saving and loading it is `checkpoint.py`'s."""
+"""The training state: everything a resumed run needs besides weights, optimizer and random generators."""
 
 import math
 from typing import Any

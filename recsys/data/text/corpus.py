@@ -1,4 +1,4 @@
-"""What the language model is pretrained on: the catalogue's texts with hidden tokens, and pairs of texts; their order is `plan.py`'s.
+"""The corpus of pretraining: the catalogue's texts with masked tokens, and pairs of texts.
 
 Every draw is a hash of the seed, the epoch and the item, so that it is the same wherever and with whatever else an item is read.
 """

@@ -1,4 +1,4 @@
-"""Which items the same users took near one another, counted from the training rows within bounded memory; texts are not looked at here."""
+"""Co-occurring items, counted from the training data within bounded memory."""
 
 import logging
 from collections.abc import Iterator, Sequence

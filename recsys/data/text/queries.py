@@ -1,4 +1,4 @@
-"""Queries, those that users typed and those made of items' texts, and which samples are asked with one; encoding them is the model's."""
+"""Queries typed by users or made of item texts, and which samples get one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

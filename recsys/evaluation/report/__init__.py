@@ -1,1 +1,1 @@
-"""The page of an evaluation, drawn from the JSON that `evaluate` returns and from nothing else."""
+"""The page of an evaluation, drawn from the JSON that `evaluate` returns."""

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one page of HTML that needs nothing beside itself; what it draws is `plots.py`."""
+"""The evaluation report: one self-contained page of HTML."""
 
 import html
 from collections.abc import Mapping, Sequence

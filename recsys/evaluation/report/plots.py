@@ -1,4 +1,4 @@
-"""The report's plots: each draws some points of an evaluation into a figure's axes; matplotlib itself is `recsys.report.svg`'s."""
+"""The plots of the evaluation report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The report's tables, as HTML; what is in a row is told by a word about it."""
+"""The tables of the evaluation report."""
 
 import html
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Raw events to clean ones, as pure functions over Arrow tables that count what they drop; `rules.py` tells every rule."""
+"""Cleans events, as pure functions over Arrow tables that count what they drop."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping

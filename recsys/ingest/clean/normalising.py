@@ -1,4 +1,4 @@
-"""Text as a dataset has it: valid, printable, whitespace folded, and no longer than anything here reads; which text, others say."""
+"""Normalises text: valid, printable, with single blanks, and of bounded length."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""How many ids two tables share, and the warning if few: their ids are then probably spelled differently."""
+"""The share of ids that two tables have in common, and the warning if it is low."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Keyed pseudonyms of user ids; the key comes from the environment of each process and goes nowhere from there."""
+"""Keyed pseudonyms of user ids; the key stays in the environment of each process."""
 
 import hashlib
 import hmac

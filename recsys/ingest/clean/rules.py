@@ -1,4 +1,4 @@
-"""Every rule of cleaning in one place: why a row is dropped, and what is kept but odd; applying them is `cleaning.py` and others."""
+"""Every cleaning rule, with its sentence for the report."""
 
 from recsys.schema import MAX_ID_CHARACTERS
 

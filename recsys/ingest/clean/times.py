@@ -1,4 +1,4 @@
-"""Times of every type and unit to whole seconds since 1970; which rows are dropped for theirs is `cleaning.py`'s."""
+"""Times of any type and unit to whole seconds since 1970."""
 
 import math
 import re

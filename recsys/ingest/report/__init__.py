@@ -1,1 +1,1 @@
-"""The data report: counts per partition, checks, plots, and one page of HTML."""
+"""The report of a dataset: counts per partition, checks, plots, and the page."""

@@ -1,4 +1,4 @@
-"""Whether the split leaks: what is counted against it, and when that fails; the counting is `counts.py`."""
+"""Leakage checks of a split."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the report is drawn from: counts over one partition's users in fixed bins, which add up over partitions; no I/O."""
+"""Counts over one partition's users in fixed bins; they add up over partitions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The report of a dataset: one page of HTML that needs nothing beside itself; what it counts and draws is its neighbours'."""
+"""The dataset report: one self-contained page of HTML."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The report's plots: each draws one merged count into a figure's axes; matplotlib itself is `svg.py`'s."""
+"""The plots of the dataset report."""
 
 import math
 from typing import TYPE_CHECKING, Any

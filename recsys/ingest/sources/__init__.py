@@ -1,1 +1,1 @@
-"""Input files of many formats and layouts to Arrow tables, read in a child process that a hostile file cannot take down."""
+"""Input files of many formats and layouts to Arrow tables, read in a memory-limited child process."""

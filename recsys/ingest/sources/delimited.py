@@ -1,4 +1,4 @@
-"""CSV in any dialect: detected from the beginning of a file or given, and read strictly, so that no value is altered."""
+"""CSV in any dialect, detected or given, read strictly so that no value is altered."""
 
 import codecs
 import csv

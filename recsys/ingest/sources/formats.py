@@ -1,4 +1,4 @@
-"""Input files to streams of Arrow tables, by suffix, with row numbers; what the columns mean is `importers.py`."""
+"""Input files to streams of Arrow tables with row numbers, by suffix."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

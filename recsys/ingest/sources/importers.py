@@ -1,4 +1,4 @@
-"""Input tables under the house's column names, and what each of their columns is used as; casting and counting is `cleaning.py`."""
+"""Input tables under this project's column names, and the use of each column."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the driver asks of its input: which files there are and, answered by the child with the memory limit, what is in them."""
+"""Finds the input files, and asks the child process what is in them."""
 
 import os
 import tempfile

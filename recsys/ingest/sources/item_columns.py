@@ -1,4 +1,4 @@
-"""The kind of each catalogue column: text, category, number or vector, or why it is not used. Pure functions of type, name and values."""
+"""The kind of each catalogue column: text, category, number, vector, or the reason why it is not used."""
 
 import re
 

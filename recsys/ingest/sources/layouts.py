@@ -1,4 +1,4 @@
-"""Known layouts of input tables: what their files and columns are called, their units and the kinds of their features; no I/O."""
+"""Known layouts of input tables: names of files and columns, units, kinds of features."""
 
 import re
 from collections.abc import Iterable

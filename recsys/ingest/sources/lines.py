@@ -1,4 +1,4 @@
-"""Lines of text files, bounded: opening, cutting, gathering; what is in a line is the formats'."""
+"""Bounded reading of lines of text files."""
 
 import io
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Where untrusted files are opened: a child process with a memory limit, and errors that name the file; no format is known here."""
+"""The child process with a memory limit that opens untrusted files."""
 
 import atexit
 import csv

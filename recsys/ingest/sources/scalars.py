@@ -1,4 +1,4 @@
-"""One spelling per value: Arrow columns of any type to text, numbers and lists. What a column means is decided elsewhere."""
+"""One spelling per value: Arrow columns of any type to text, numbers and lists."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""CSV, JSON lines, RecBole's atomic files and MovieLens's `.dat` to Arrow tables of text; which format a file has is `formats.py`."""
+"""CSV, JSON lines, RecBole's atomic files and MovieLens's `.dat` to Arrow tables of text."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What the synthetic users find: items with tastes, series, popularity and text; what they do with them is `synthetic.py`."""
+"""The synthetic catalogue: items with tastes, series, popularity and text."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The item table to a dataset's catalogue: natural order, text, category vocabulary, standardised numbers, vectors; no I/O."""
+"""Builds a dataset's catalogue: text, category vocabulary, standardised numbers, vectors."""
 
 import re
 from collections import Counter

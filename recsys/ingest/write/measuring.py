@@ -1,4 +1,4 @@
-"""The passes over written shards that statistics and the report come from: a task per partition, and what joins them."""
+"""The passes over written shards that statistics and the report come from."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass

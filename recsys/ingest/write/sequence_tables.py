@@ -1,4 +1,4 @@
-"""Users' interactions as the rows of a dataset's users and training shards; where they come from and go to is not here."""
+"""Users' interactions as rows of the users and training shards."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Training windows of users' sequences, as pure functions; which part of a sequence is training data is `splits.py`'s."""
+"""Cuts users' sequences into training windows."""
 
 from dataclasses import dataclass
 

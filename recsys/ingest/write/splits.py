@@ -1,4 +1,4 @@
-"""Which part of a dataset each interaction is in, and which items are kept out of training, as pure functions; rows are made elsewhere."""
+"""The part of each interaction (training, validation, test), and the withheld items."""
 
 import hashlib
 from collections.abc import Iterable

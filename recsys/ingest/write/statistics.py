@@ -1,4 +1,4 @@
-"""Features of users and items from training interactions alone, as pure functions; reading and writing them is `measuring.py`."""
+"""Features of users and items from training interactions alone, as pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Language model backbones: locating, checking and loading them. Encoding text is in `text_encoder.py`."""
+"""Language model backbones: locating, checking and loading them."""
 
 import hashlib
 import importlib.util

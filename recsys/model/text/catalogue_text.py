@@ -1,4 +1,4 @@
-"""What is made of all of a dataset's texts: tokens, once per node, and frozen vectors, once per dataset and shared out over the ranks."""
+"""Tokens and cached embeddings of all of a dataset's texts, made once per node and dataset."""
 
 import hashlib
 import logging

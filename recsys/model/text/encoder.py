@@ -1,4 +1,4 @@
-"""The language model over item text: tokens and pooled vectors; its files are `backbones.py`'s, whole catalogues `catalogue_text.py`'s."""
+"""The text encoder: a language model over tokens, and pooled vectors."""
 
 import shutil
 import uuid

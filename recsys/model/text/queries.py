@@ -1,4 +1,4 @@
-"""Free-text queries as vectors that join a history: those that training asks by their rows, and what somebody typed by its text."""
+"""Encodes free-text queries as vectors that join a history."""
 
 import copy
 from collections.abc import Sequence

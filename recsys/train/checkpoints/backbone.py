@@ -1,4 +1,4 @@
-"""A pretrained language model published from a checkpoint: a folder in Hugging Face's format that `model.text.backbone` can name."""
+"""Publishes a pretrained language model from a checkpoint, as a folder that `model.text.backbone` can name."""
 
 import hashlib
 import shutil

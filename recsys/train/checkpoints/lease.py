@@ -1,4 +1,4 @@
-"""Who trains a run: one live owner at a time, each with a number greater than the last one's, which its checkpoints carry.
+"""The lease on a run: one live owner at a time, with a growing number that its checkpoints carry.
 
 Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is created once, so
 that of racing owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the

@@ -1,4 +1,4 @@
-"""What a checkpoint is in the store, and reading one; writing them is `checkpoint_store.py`'s, the state inside the engine's.
+"""The manifest of a checkpoint, and reading checkpoints.
 
 Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only: what an attempt that died
 has left is never read.

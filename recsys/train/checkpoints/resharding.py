@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks than saved it: converted once, checked against what it was made of, and kept beside it.
+"""Converts a checkpoint for another number of ranks, once, and verifies the result.
 
 Layout: `runs/{run}/checkpoints/step-{step}/universal-{attempt}.{tar, json}`; the second, the archive's size and hash, is written last.
 """

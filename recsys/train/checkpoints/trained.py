@@ -1,4 +1,4 @@
-"""A checkpoint as a whole model that can answer, on the CPU, whatever it was trained on."""
+"""Loads a checkpoint as a whole recommender on the CPU."""
 
 import shutil
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""What a run tells about itself: progress, time, memory, FLOPs, profiles, trackers and its report."""
+"""What a run reports: progress, time, memory, FLOPs, profiles, trackers, and its page."""

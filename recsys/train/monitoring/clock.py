@@ -1,4 +1,4 @@
-"""Where a run's time goes: how long its whole history took, and what each return to a checkpoint cost."""
+"""Where a run's time goes, and what each return to a checkpoint cost."""
 
 import time
 

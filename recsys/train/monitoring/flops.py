@@ -1,4 +1,4 @@
-"""How much of a GPU a run uses: floating-point operations of the language model per token, over what the GPU can do."""
+"""FLOPs of the language model per token, and the peak of known GPUs."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a worker's memory will hold, by part, told without running a step; what DeepSpeed keeps was read in its source and measured."""
+"""Predicts a worker's memory by part, without running a step."""
 
 import dataclasses
 import logging

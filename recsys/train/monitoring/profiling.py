@@ -1,4 +1,4 @@
-"""Where a step's time goes: a few steps under PyTorch's profiler, as a trace to look at and a table to read."""
+"""Profiles a few steps: a trace and a table."""
 
 import logging
 from pathlib import Path

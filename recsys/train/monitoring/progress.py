@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines on stderr, TensorBoard files and what trackers show; nothing here changes the training."""
+"""Progress lines, TensorBoard scalars and trackers of a run."""
 
 import logging
 import time

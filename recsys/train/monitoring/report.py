@@ -1,4 +1,4 @@
-"""The report of a training run: one page of HTML with its curves, where its time went, and its incidents; drawn from its state alone."""
+"""The training report: one self-contained page of HTML, drawn from the training state."""
 
 import html
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where the loop reports its results: to a scheduler, or to the caller alone. The reporter of Ray Train is in `recsys.launch.workers`."""
+"""The interface by which the loop reports its results; the reporter of Ray Train is in `recsys.launch.workers`."""
 
 from collections.abc import Sequence
 from enum import IntEnum

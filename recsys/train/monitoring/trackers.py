@@ -1,4 +1,4 @@
-"""Where a run's numbers are sent besides TensorBoard: MLflow and Weights & Biases, by a thread, so that no server holds a step up.
+"""Sends metrics to MLflow and Weights & Biases, from a thread, so that no server delays a step.
 
 Both are told by their own environment variables where their servers are (`MLFLOW_TRACKING_URI`, `WANDB_BASE_URL`, `WANDB_API_KEY`).
 """

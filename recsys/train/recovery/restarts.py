@@ -1,4 +1,4 @@
-"""What follows when the workers of a run fail: another start, of which they read in the store, or the end of the run."""
+"""Decides what follows when workers fail: a restart or the end of the run."""
 
 import logging
 import time

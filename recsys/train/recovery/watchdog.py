@@ -1,4 +1,4 @@
-"""Ends a rank whose steps no longer end: a process beside it that a stopped or deadlocked rank cannot hold up.
+"""Ends a rank whose steps no longer end, from a process that a stopped or deadlocked rank cannot delay.
 
 `python -m recsys.train.recovery.watchdog` is that process. It imports next to nothing until it has to say what it found.
 """
