@@ -23,6 +23,9 @@ BENCHES = {
     "profiles": [],
     "gpu_training": ["--blocks", "4", "--steps", "2"],
 }
+QUICK = ("run", "profiles", "live_shards", "item_encoding")
+"""Those that `make test` runs; `make test-all` runs all."""
+
 WITH_RAY = {
     "sequence_training": ["--rounds", "1", "--steps", "4"],
     "preparing": [],
@@ -36,7 +39,9 @@ def run(name: str, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
 
 
-@pytest.mark.parametrize(("name", "options"), BENCHES.items(), ids=BENCHES)
+@pytest.mark.parametrize(
+    ("name", "options"), [pytest.param(*each, id=each[0], marks=[] if each[0] in QUICK else pytest.mark.slow) for each in BENCHES.items()]
+)
 def test_a_bench_runs_in_its_tiny_form(name: str, options: list[str]) -> None:
     result = run(name, "--tiny", *options)
     assert result.returncode == 0, result.stderr[-3000:]
