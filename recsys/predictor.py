@@ -46,7 +46,7 @@ class History:
         values: Sequence[float] | None = None,
     ) -> "History":
         """Build from sequences; without events all are of the weakest kind, without times all gaps are zero."""
-        zeros = [0] * len(items)
+        zeros = np.zeros(len(items), np.int64)
         return cls(
             np.asarray(items, dtype=np.int64),
             np.asarray(zeros if events is None else events, dtype=np.int64),

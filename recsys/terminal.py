@@ -40,10 +40,10 @@ def is_quiet() -> bool:
 @contextlib.contextmanager
 def output_to(log: Path | None) -> Iterator[None]:
     """Send stdout and stderr of this process and its children to the file `log` in the block; without one everything to stderr."""
-    for name in PACKAGES:
-        logging.getLogger(name).setLevel(logging.DEBUG)
     if log is None:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=FORMAT, datefmt=TIME_FORMAT, force=True)
+        plain = logging.StreamHandler(sys.stderr)
+        plain.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
+        _log_to(plain)
         yield
         return
     before = [os.dup(number) for number in (1, 2)]
@@ -58,7 +58,7 @@ def output_to(log: Path | None) -> Iterator[None]:
     own.addFilter(_is_own)
     everything = logging.StreamHandler(sys.stderr)
     everything.setFormatter(logging.Formatter(f"{FORMAT} (%(name)s)"))
-    logging.basicConfig(level=logging.INFO, handlers=[own, everything], force=True)
+    _log_to(own, everything)
     is_over = threading.Event()
     with log.open(encoding="utf-8", errors="replace") as file:
         file.seek(0, os.SEEK_END)
@@ -86,7 +86,12 @@ def mark_lines(level: int = logging.INFO) -> None:
     """Mark this project's log lines from `level` on in a worker of Ray, so that the driver shows them; all go to its log file."""
     handler = logging.StreamHandler()
     handler.setFormatter(_MarkingFormatter(level))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    _log_to(handler)
+
+
+def _log_to(*handlers: logging.Handler) -> None:
+    """Log to these alone: all of this project, and what libraries say from INFO on."""
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.DEBUG)
 

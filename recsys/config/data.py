@@ -30,6 +30,7 @@ def _read_seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[int, BeforeValidator(_read_seconds)]
+InputPath = Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE]
 
 
 class ColumnsConfig(Section):
@@ -143,17 +144,17 @@ class DataConfig(Section):
 
     source: Annotated[Literal["files", "synthetic"], Fact.INPUT, Fact.MAY_CHANGE] = "files"
     """Read `files`, or generate `synthetic` events."""
-    folder: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    folder: InputPath = ""
     """Folder that has all tables under their usual names."""
-    events: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    events: InputPath = ""
     """Event table: a file, a folder or a pattern."""
-    items: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    items: InputPath = ""
     """Catalogue: a file, a folder or a pattern; optional."""
-    users: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    users: InputPath = ""
     """User attributes: a file, a folder or a pattern; optional."""
-    dataset: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    dataset: InputPath = ""
     """Dataset that training reads, as `jobs.prepare_data` printed it."""
-    base: Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE] = ""
+    base: InputPath = ""
     """Dataset that these events are appended to."""
     columns: Annotated[ColumnsConfig, Fact.INPUT] = ColumnsConfig()
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()

@@ -12,20 +12,16 @@ def explain(error: ValidationError, tree: type[BaseModel]) -> str:
     """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    fields = {known: field for known, field, _ in fields_of(tree)}
     if first["type"] == "extra_forbidden":
         section, _, name = key.rpartition(".")
-        siblings = {known.rpartition(".")[2]: known for known, *_ in fields_of(tree) if known.rpartition(".")[0] == section}
+        siblings = {known.rpartition(".")[2]: known for known in fields if known.rpartition(".")[0] == section}
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
         return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
     if first["type"] == "value_error":
-        is_leaf = key in _leaf_keys(tree)
+        is_leaf = key in fields and section_of(fields[key]) is None
         return f"{key} = {json.dumps(first['input'], default=str)}: {first['ctx']['error']}" if is_leaf else str(first["ctx"]["error"])
-    known = {key for key, *_ in fields_of(tree)}
     parts = key.split(".")
-    while len(parts) > 1 and ".".join(parts) not in known:  # below a key are places in a list, and names of alternatives
+    while len(parts) > 1 and ".".join(parts) not in fields:  # below a key are places in a list, and names of alternatives
         parts.pop()
     return f"{'.'.join(parts)} = {json.dumps(first['input'], default=str)}: {first['msg']}"
-
-
-def _leaf_keys(tree: type[BaseModel]) -> set[str]:
-    return {key for key, field, _ in fields_of(tree) if section_of(field) is None}

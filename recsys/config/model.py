@@ -81,7 +81,7 @@ class RankerConfig(Section):
 class ModelConfig(Section):
     """The recommender's shape."""
 
-    width: Annotated[Annotated[int, Field(ge=4)], Fact.SEARCHED] = 64
+    width: Annotated[int, Field(ge=4), Fact.SEARCHED] = 64
     """Width of user and item vectors."""
     num_layers: PositiveInt = 2
     """Transformer layers of the user encoder."""

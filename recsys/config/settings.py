@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from recsys.config.base import fields_of, section_of
@@ -26,7 +26,7 @@ def help_text(verb: str) -> str:
         if section is not None and any(reads_setting(verb, below) for below, *_ in fields_of(section, f"{key}.")):
             lines += ["", f"[{key}]  {_first_line(section)}"]
         elif section is None and reads_setting(verb, key):
-            lines += [f"  {key} = {default_of(field)}  ({type_of(key)})", f"      {field.description}"]
+            lines += [f"  {key} = {default_of(field)}  ({type_of(field)})", f"      {field.description}"]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -52,34 +52,18 @@ def _page_lines() -> Iterator[str]:
             if any(section_of(below) is None for below in section.model_fields.values()):
                 yield from ("", "| key | type | default | |", "| --- | --- | --- | --- |")
         else:
-            kind = type_of(key).replace("|", "\\|")
+            kind = type_of(field).replace("|", "\\|")
             yield f"| `{key}` | {kind} | `{default_of(field)}` | {(field.description or '').replace('|', chr(92) + '|')} |"
 
 
-def type_of(key: str) -> str:
+def type_of(field: FieldInfo) -> str:
     """Return a setting's type in words, such as `integer >= 1`."""
-    return _type_text(_schema_of(key))
+    return _type_text(TypeAdapter(field.rebuild_annotation()).json_schema())
 
 
 def default_of(field: FieldInfo) -> str:
     """Return a setting's default as TOML; `unset` for None."""
     return "unset" if field.default is None else json.dumps(field.default)
-
-
-def _schema_of(key: str) -> dict[str, Any]:
-    """Return the JSON schema of a setting."""
-    *parents, name = key.split(".")
-    section: type[BaseModel] = Config
-    for parent in parents:
-        below = section_of(section.model_fields[parent])
-        if below is None:
-            raise KeyError(key)
-        section = below
-    schema: dict[str, Any] = _SCHEMAS.setdefault(section, section.model_json_schema())["properties"][name]
-    return schema
-
-
-_SCHEMAS: dict[type[BaseModel], dict[str, Any]] = {}
 
 
 def _type_text(schema: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 from recsys.config.base import Fact, fields_of
@@ -14,7 +13,9 @@ logger = logging.getLogger(__name__)
 TRIALS = "-trials/"
 """Separates the search's run name from the trial's in the run name of a trial."""
 
-SEARCHED = tuple(key for key, _, facts in fields_of(Config) if Fact.SEARCHED in facts)
+_FACTS = {key: facts for key, _, facts in fields_of(Config)}
+
+SEARCHED = tuple(key for key, facts in _FACTS.items() if Fact.SEARCHED in facts)
 """Keys that a search varies: its trials have values of their own."""
 
 _STORE = ("storage", "run.scratch")
@@ -69,13 +70,11 @@ CARRIED: dict[str, tuple[str, ...]] = {
 """Keys that the dataset, checkpoint or export a verb works on was made with."""
 
 
-@cache
 def facts_of(key: str) -> frozenset[Fact]:
     """Return the facts of a key or section; for one that this release does not know, those of the section around it."""
-    known = {known: facts for known, _, facts in fields_of(Config)}
-    while key and key not in known:
+    while key and key not in _FACTS:
         key = key.rpartition(".")[0]
-    return known.get(key, frozenset())
+    return _FACTS.get(key, frozenset())
 
 
 def reads(verb: str, key: str, stages: Iterable[str] = ()) -> bool:

@@ -61,12 +61,12 @@ class CatalogueSource:
         return cls(parts, _nothing, lambda: iter(()))
 
     def rows(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Give `item_index` and some columns of all versions, oldest first: the last row of an index counts."""
+        """Return `item_index` and some columns of all versions, oldest first: the last row of an index counts."""
         yield from self.first([ITEM_INDEX, *columns])
         yield from self.later([ITEM_INDEX, *columns])
 
     def sorted_rows(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Give `item_index` and some columns, one row per item in the order of the index; later versions' rows are held in memory."""
+        """Return `item_index` and some columns, one row per item in the order of the index; later versions' rows are held in memory."""
         with_index = [ITEM_INDEX, *columns]
         later = list(self.later(with_index))
         if not later:
@@ -245,7 +245,7 @@ def _blocks(part: pa.Table, widths: dict[str, int]) -> dict[str, NDArray[Any]]:
 
 
 def _strings(source: CatalogueSource) -> Iterator[pa.Table]:
-    """Give ids, titles and texts in parts, the padding item's first; a missing text is empty."""
+    """Return ids, titles and texts in parts, the padding item's first; a missing text is empty."""
     yield pa.table([[""], [""], [""]], schema=_STRINGS)
     for part in source.sorted_rows(_STRINGS.names):
         yield pa.table([pc.fill_null(part[name], "") for name in _STRINGS.names], schema=_STRINGS)

@@ -210,11 +210,11 @@ class Dataset:
         return config.with_values({f"data.{key}": value for key, value in made_by.items()} | {"data.dataset": self.uri})
 
     def address(self, shard: Shard) -> str:
-        """Tell where a shard lies, whichever version wrote it."""
+        """Return the address of a shard, whichever version wrote it."""
         return join(self.sibling(shard.dataset) if shard.dataset else self.uri, shard.path)
 
     def sibling(self, name: str) -> str:
-        """Tell where the dataset of another version lies."""
+        """Return the address of another version of the dataset."""
         return join(self.uri.rpartition("/")[0], name)
 
     @cached_property

@@ -90,7 +90,7 @@ class DiskCache:
                 total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
-        """Give (time of last use, bytes, path) of each entry."""
+        """Return (time of last use, bytes, path) of each entry."""
         for folder in os.scandir(self._folder):
             for entry in os.scandir(folder.path) if folder.is_dir() else ():
                 with suppress(FileNotFoundError):
@@ -114,7 +114,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 @contextmanager
 def shared_entry(folder: Path, build: Callable[[Path], None]) -> Iterator[Path]:
-    """Give the folder that `build` has filled, here or in another process of this node.
+    """Return the folder that `build` has filled, here or in another process of this node.
 
     Whoever comes first builds, the others wait. A builder writes under another name, so one that dies leaves nothing that is read.
     Files must be opened inside the block; what is mapped then stays readable even when the entry is removed later.

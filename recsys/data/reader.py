@@ -162,7 +162,7 @@ def _num_cores() -> int:
 
 
 def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
-    """Tell up to which step the rows are gathered at once: as many as make the work per step small.
+    """Return up to which step the rows are gathered at once: as many as make the work per step small.
 
     In the shards' order it is to the end of a window, so that rows which follow each other on the disk are handed on as they are.
     """

@@ -253,7 +253,7 @@ class WindowLoader:
         self._bytes_per_sample = _FIRST_BYTES_PER_SAMPLE
 
     def take(self, stream: int, start: int, stop: int) -> Iterator[Rows]:
-        """Give the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
+        """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
         self._load_until(stream, start, stop)
         for window, rows in self._loaded[stream]:
             if window.begin < stop and window.end > start:
@@ -293,7 +293,7 @@ class WindowLoader:
         return rows.take(self._plan.shuffle(window)).compact() if self._plan.window else rows
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:
-        """Give the windows from the first place of each stream on, by the number of the sample that needs them first."""
+        """Return the windows from the first place of each stream on, by the number of the sample that needs them first."""
         streams = self._plan.num_streams
         first_places = {number % streams: number // streams for number in reversed(numbers.tolist())}
         waiting = (self._plan.windows(stream)[self._plan.window_at(stream, place) :] for stream, place in first_places.items())

@@ -58,5 +58,5 @@ class UserGroups:
         return cls(tuple(names), of_user[np.concatenate(owners)], tuple(map(float, shares)))
 
     def mask(self, sample_ids: Integers) -> NDArray[np.float32]:
-        """Tell of each sample (N,) which group it is in, (N, G) 1 or 0; a sample of no group has no 1."""
+        """Return the group of each sample (N,) as a mask (N, G) of ones and zeros; a sample without a group has no one."""
         return (self.of_sample[sample_ids][:, None] == np.arange(len(self.names))).astype(np.float32)

@@ -72,7 +72,7 @@ def _load_other(load: Load, key: str, address: str, dataset: Dataset) -> Predict
 
 
 def _point(judge: Judge, ranked: Ranked, predictor: Predictor, address: str) -> dict[str, Any]:
-    """Give what a model is worth and how far its groups are apart, under the bound that it was trained with."""
+    """Return what a model is worth and how far its groups are apart, under the bound that it was trained with."""
     values = judge.per_user(ranked)[judge.config.metric]
     bound = predictor.config.fairness
     gaps = fairness_gaps(values, judge.users, judge.config.fairness_attributes)

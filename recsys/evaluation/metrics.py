@@ -38,7 +38,7 @@ def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floa
 
 
 def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floats]:
-    """Give what a random order of the candidates scores on average, exactly, per user as `ranking_metrics` does.
+    """Return what a random order of the candidates scores on average, exactly, per user as `ranking_metrics` does.
 
     With R targets among n candidates the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
     rank holds one with probability R / n.
@@ -83,7 +83,7 @@ def gini(recommended: Integers, num_items: int) -> float:
 
 
 def information(train_count: Integers) -> Floats:
-    """Give each item's self-information -log2((c + 1) / (sum of c + I)), c its training interactions (I + 1,).
+    """Return each item's self-information -log2((c + 1) / (sum of c + I)), c its training interactions (I + 1,).
 
     One is added to each count (Laplace), so that an item that training never saw is novel, and not infinitely so. The mean over a list
     is its novelty (Zhou et al. 2010).
@@ -93,7 +93,7 @@ def information(train_count: Integers) -> Floats:
 
 
 def popularity_percentiles(train_count: Integers) -> Floats:
-    """Give each item the share of the catalogue that has fewer training interactions, and half of that with as many (I + 1,)."""
+    """Return for each item the share of the catalogue that has fewer training interactions, and half of that with as many (I + 1,)."""
     counts = train_count[1:]
     ordered = np.sort(counts)
     below, up_to = (np.searchsorted(ordered, counts, side=side) for side in ("left", "right"))
@@ -108,7 +108,7 @@ def list_mean(values: Floats, recommended: Integers) -> Floats:
 
 
 def intra_list_diversity(recommended: Integers, vectors: csr_array) -> Floats:
-    """Give 1 - the mean cosine of all pairs of a user's list (U, k); a list of one item gives 0.
+    """Return 1 - the mean cosine of all pairs of a user's list (U, k); a list of one item gives 0.
 
     Of n unit vectors the sum over ordered pairs is |sum of v|^2 - sum of |v|^2.
 

@@ -72,7 +72,7 @@ def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
     """Cut some rows of the table; the users' arrays are views, so that no list of all interactions is made."""
     items, events, timestamps, values = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in SEQUENCES)
     queries = rows["queries"].flatten().to_numpy(zero_copy_only=False)
-    everything = History(items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32))
+    everything = History.of(items, events, timestamps, values)
     stops = np.cumsum(rows["items"].value_lengths().to_numpy())
     num_train, num_validation = (rows[name].to_numpy() for name in ("num_train", "num_validation"))
     starts = np.concatenate([[0], stops[:-1]])

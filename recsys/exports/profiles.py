@@ -77,12 +77,7 @@ class _Columns:
 
     def history(self, row: int) -> History:
         here = slice(self._offsets[row], self._offsets[row + 1])
-        return History(
-            self._items[here].astype(np.int64),
-            self._events[here].astype(np.int64),
-            self._timestamps[here],
-            self._values[here].to_numpy(zero_copy_only=False).astype(np.float32),
-        )
+        return History.of(self._items[here], self._events[here], self._timestamps[here], self._values[here].to_numpy(zero_copy_only=False))
 
 
 def write_profiles(users: pa.Table, path: Path) -> None:

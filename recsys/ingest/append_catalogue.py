@@ -89,7 +89,7 @@ def _blank(base: Dataset, ids: pa.Array) -> Catalogue:
 
 
 def _same(before: pa.Table, after: pa.Table) -> Any:
-    """Tell row by row whether nothing but rounding differs."""
+    """Return for each row whether only rounding differs."""
     is_same = np.ones(before.num_rows, bool)
     for name in ("title", "text"):
         is_same &= pc.equal(before[name], after[name]).to_numpy()

@@ -18,10 +18,10 @@ from recsys.ingest.partitions import (
     number_queries,
     stage_counts,
     stage_generation,
-    staged_attributes,
     user_offsets,
     without_withheld,
     write_shard,
+    write_users,
 )
 from recsys.ingest.ray_tasks import Outcome
 from recsys.ingest.shuffle import read_table
@@ -88,18 +88,13 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     sequences, num_train, num_validation = everything.by_part(parts)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_day], minlength=len(user_ids)).clip(min=1)
     attributes = pa.concat_arrays([known["attributes"].combine_chunks(), nobodys_attributes(int(is_new.sum()))])
-    attributes, listed = staged_attributes(job, task.partition, user_ids, attributes)
-    users = sequences.users_table(indices, user_ids, num_train, num_validation, attributes)
-    train = sequences.train_table(indices, first_targets, num_train, job.data)
+    _, outcome = write_users(job, task.partition, sequences, indices, user_ids, attributes, first_targets, num_train, num_validation)
     stage_counts(job, task.partition, *np.unique(sequences.within("items", num_trained, num_train), return_counts=True))
     return {
+        **outcome,
         "rows": events.num_rows,
         "rejected": {"withheld": int((parts == WITHHELD).sum())},
-        "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
-        "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
-        "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
-        "listed": listed,
     }
 
 

@@ -235,22 +235,44 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     sequences, num_train, num_validation = everything.by_part(parts)
     user_indices = task.first_user + np.arange(len(num_train))
     user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
-    attributes, listed = staged_attributes(job, task.partition, user_ids, nobodys_attributes(len(user_ids)))
-    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
-    train = sequences.train_table(user_indices, np.ones_like(num_train), num_train, job.data)
+    attributes = nobodys_attributes(len(user_ids))
+    first_targets = np.ones_like(num_train)
+    users, outcome = write_users(
+        job, task.partition, sequences, user_indices, user_ids, attributes, first_targets, num_train, num_validation
+    )
     nothing = np.zeros_like(num_train)
     values = sequences.within("values", nothing, num_train).astype(np.float64)
     moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
     stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
     return {
+        **outcome,
         "rows": events.num_rows,
         "rejected": {"withheld": int((parts == WITHHELD).sum())},
-        "users": write_shard(job, f"users/{task.partition:05d}.parquet", users),
-        "train": write_shard(job, f"train/{task.partition:05d}.parquet", train),
         "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
-        "num_targets": int(np.maximum(num_train - 1, 0).sum()),
         "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
         "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
+    }
+
+
+def write_users(
+    job: Job,
+    partition: int,
+    sequences: Sequences,
+    user_indices: Integers,
+    user_ids: pa.Array | pa.ChunkedArray,
+    known_attributes: pa.Array,
+    first_targets: Integers,
+    num_train: Integers,
+    num_validation: Integers,
+) -> tuple[pa.Table, Outcome]:
+    """Write a partition's users shard and train shard; return the users and what became of both."""
+    attributes, listed = staged_attributes(job, partition, user_ids, known_attributes)
+    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
+    train = sequences.train_table(user_indices, first_targets, num_train, job.data)
+    return users, {
+        "users": write_shard(job, f"users/{partition:05d}.parquet", users),
+        "train": write_shard(job, f"train/{partition:05d}.parquet", train),
+        "num_targets": int(np.maximum(num_train - first_targets, 0).sum()),
         "listed": listed,
     }
 
@@ -281,7 +303,7 @@ def without_withheld(job: Job, parts: Integers, sequences: Sequences) -> Integer
 
 
 def staged_withheld(job: Job) -> Mask:
-    """Tell of each item, by its index less one, whether it is kept out of training."""
+    """Return for each item, by its index less one, whether it is kept out of training."""
     column = read_table(job.storage, job.staging(ITEM_INDEX_NAME), [IS_WITHHELD])[IS_WITHHELD]
     return np.asarray(column.to_numpy(), bool)
 

@@ -19,7 +19,7 @@ _ROW_GROUPS = "partitions"
 
 
 def partition_of(ids: pa.ChunkedArray | pa.Array, num_partitions: int) -> pa.Array:
-    """Tell each id's partition: CRC-32 modulo their number, the same on every machine and in every release."""
+    """Return each id's partition: CRC-32 modulo their number, the same on every machine and in every release."""
     column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     encoded = column.dictionary_encode()
     hashes = [zlib.crc32(text.encode()) % num_partitions for text in encoded.dictionary.to_pylist()]

@@ -43,7 +43,7 @@ STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 """Interval of the controller's health checks, by default 2 s."""
 
-DOOR_SECONDS = 1.0
+CONNECT_SECONDS = 1.0
 """A node that accepts no connection within this time is gone."""
 
 
@@ -146,7 +146,7 @@ def _lost_node() -> str | None:
     hosts = worker_nodes()
     for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
         try:
-            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=DOOR_SECONDS).close()
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_SECONDS).close()
         except OSError as error:
             return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} takes no connection ({error})"
     return None

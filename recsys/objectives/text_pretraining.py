@@ -101,7 +101,7 @@ class TextPretraining:
         return F.cross_entropy(scores, right, reduction="sum"), (scores.argmax(1) == right).sum(), len(right)
 
     def _judge_pairs(self, batches: list[Pairs]) -> Iterator[tuple[Tensor | int, ...]]:
-        """Give, of each batch, sums: of the loss, of partners that are nearest, of shares of others that are less near; and the count.
+        """Yield, for each batch, sums: of the loss, of partners that are nearest, of shares of others that are less near; and the count.
 
         The others are the partners of all ranks' items.
         """

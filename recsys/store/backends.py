@@ -297,7 +297,7 @@ def _split_key(path: str) -> tuple[str, str]:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` for a file that is gone afterwards; makes the parents."""
+    """Return a name beside `path` for a file that is gone afterwards; makes the parents."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
     try:
@@ -308,7 +308,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a name to write to; what is there at the end takes the place of `path` at once."""
+    """Return a name to write to; what is there at the end takes the place of `path` at once."""
     with _temporary(path) as temporary:
         yield temporary
         _flush(temporary)

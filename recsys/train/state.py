@@ -75,7 +75,8 @@ class TrainingState(BaseModel):
     def _read_release_0_1(cls, data: Any) -> Any:
         """Accept checkpoints of release 0.1, which had the objective's state as `duals`."""
         if isinstance(data, dict) and "duals" in data:
-            data = {name: value for name, value in data.items() if name != "duals"} | {"objective": {"duals": data["duals"]}}
+            data = data.copy()
+            data["objective"] = {"duals": data.pop("duals")}
         return data
 
     def record_step(self, losses: dict[str, float], num_samples: int, seconds: float, wait_seconds: float) -> None:

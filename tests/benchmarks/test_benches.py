@@ -39,19 +39,14 @@ def run(name: str, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
 
 
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow, pytest.mark.ray] if name in WITH_RAY else [] if name in QUICK else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"), [pytest.param(*each, id=each[0], marks=[] if each[0] in QUICK else pytest.mark.slow) for each in BENCHES.items()]
+    ("name", "options"), [pytest.param(name, options, id=name, marks=marks_of(name)) for name, options in (BENCHES | WITH_RAY).items()]
 )
 def test_a_bench_runs_in_its_tiny_form(name: str, options: list[str]) -> None:
-    result = run(name, "--tiny", *options)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads(result.stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.parametrize(("name", "options"), WITH_RAY.items(), ids=WITH_RAY)
-def test_a_bench_with_ray_runs_in_its_tiny_form(name: str, options: list[str]) -> None:
     result = run(name, "--tiny", *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert json.loads(result.stdout.splitlines()[-1])

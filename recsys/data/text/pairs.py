@@ -67,7 +67,7 @@ class Partners:
 
 
 def near_pairs(table: pa.Table, window: int) -> Iterator[tuple[Integers, Integers]]:
-    """Give the items of training rows (TRAIN_SCHEMA) that are at most `window` interactions apart, as earlier and later ones.
+    """Return the items of training rows (TRAIN_SCHEMA) that are at most `window` interactions apart, as earlier and later ones.
 
     Rows may overlap, but an interaction is a target in one of them only: a pair counts where its later one is a target, and is not found
     where a cut between two rows of a long history parts it.

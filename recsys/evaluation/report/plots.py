@@ -82,7 +82,7 @@ def draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Sequ
 
 
 def _arms(points: Sequence[Point]) -> list[list[float]]:
-    """Give the lengths of the intervals' arms, downwards and upwards."""
+    """Return the lengths of the intervals' arms, downwards and upwards."""
     below = [max(0.0, point.mean - point.interval[0]) for point in points]
     return [below, [max(0.0, point.interval[1] - point.mean) for point in points]]
 

@@ -19,7 +19,7 @@ _IDENTITY_OF = b"recsys: which key user ids are hashed with"
 
 
 def key_identity(variable: str) -> str:
-    """Tell one key from another without telling the key; empty where no variable is named.
+    """Return a fingerprint of the key, which does not reveal it; empty where no variable is named.
 
     Raises:
         UserError: the variable is not set, or its value is too short to be a key.

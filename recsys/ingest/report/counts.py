@@ -82,12 +82,12 @@ def count_partition(
 
 
 def time_edges(times: tuple[int, int]) -> Floats:
-    """Give the ends of the equal bins over all times."""
+    """Return the ends of the equal bins over all times."""
     return np.linspace(times[0], times[1] + 1, NUM_TIME_BINS + 1)
 
 
 def value_edges(values: tuple[float, float]) -> Floats:
-    """Give the ends of the equal bins over all values."""
+    """Return the ends of the equal bins over all values."""
     low, high = values
     return np.linspace(low, high, NUM_VALUE_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
 

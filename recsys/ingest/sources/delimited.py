@@ -288,7 +288,7 @@ def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _recoded(uri: str, stream: io.BufferedReader, encoding: str, has_newlines: bool) -> Iterator[bytes]:
-    r"""Give a file's lines in UTF-8 instead of its encoding, and ending with \n where they end with \r alone."""
+    r"""Return a file's lines in UTF-8 instead of its encoding, and ending with \n where they end with \r alone."""
     text = io.TextIOWrapper(stream, encoding, newline="" if has_newlines else None)
     try:
         yield from read_lines(uri, text)

@@ -71,7 +71,7 @@ def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
 
 
 def read_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool = False) -> dict[str, str]:
-    """Tell a file's columns, in order, each with the type that it declares, Arrow's or RecBole's, then those that its path gives.
+    """Return a file's columns, in order, each with the type that it declares, Arrow's or RecBole's, then those that its path gives.
 
     In place of a column of structs stand its fields, as `column.field`. JSONL has no header; there it is the keys of the first
     thousand lines or, with `is_whole`, of all.

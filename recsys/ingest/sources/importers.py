@@ -283,7 +283,7 @@ def _read_whole(
 
 
 def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
-    """Give a JSON column one type where batches differ: lists of text if any has those, of numbers with a point if any has those."""
+    """Cast a JSON column to one type where batches differ: lists of text if any has those, of numbers with a point if any has those."""
     kinds = {(field.name, field.type) for table in tables for field in table.schema}
     texts, vectors = ({name for name, kind in kinds if kind == pa.list_(value)} for value in (pa.string(), pa.float64()))
 

@@ -83,7 +83,7 @@ def movielens_columns(uri: str) -> tuple[str, ...]:
 
 
 def is_table(uri: str, role: str) -> bool:
-    """Tell by its name whether a file can be a table of this role: events, items or users."""
+    """Return whether a file, by its name, can be a table of this role: events, items or users."""
     name = _file_name(uri)
     if movielens_columns(uri):
         return name.startswith(_FILE_NAMES[role])

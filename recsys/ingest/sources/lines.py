@@ -24,7 +24,7 @@ def open_stream(storage: Storage, uri: str) -> Iterator[io.BufferedReader]:
 
 
 def read_lines(uri: str, stream: io.BufferedReader | io.TextIOWrapper) -> Iterator[bytes]:
-    """Give the lines, in UTF-8 where the stream is text.
+    """Return the lines, in UTF-8 where the stream is text.
 
     Raises:
         UserError: a line is longer than MAX_LINE_BYTES.
@@ -38,7 +38,7 @@ def read_lines(uri: str, stream: io.BufferedReader | io.TextIOWrapper) -> Iterat
 
 
 def read_blocks(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
-    """Give whole lines, as many as fit in about BLOCK_BYTES.
+    """Return whole lines, as many as fit in about BLOCK_BYTES.
 
     Raises:
         UserError: as `read_lines`.

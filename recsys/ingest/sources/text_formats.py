@@ -39,7 +39,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool) -> dict[str, str]:
-    """Tell a file's columns with their RecBole types, as `formats.read_header` does."""
+    """Return a file's columns with their RecBole types, as `formats.read_header` does."""
     if movielens_columns(uri):
         return dict.fromkeys(movielens_columns(uri), TEXT)
     if is_jsonl(uri):

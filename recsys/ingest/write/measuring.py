@@ -105,7 +105,7 @@ def write_report(job: Job, manifest: DatasetManifest, measured: Measured) -> Non
 
 
 def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
-    """Tell when training interactions are; training data ends at the time split's cut, or with the last of them."""
+    """Return the span of the training interactions; training data ends at the time split's cut, or with the last of them."""
     if limits.train_times is None:
         return None
     first, last = limits.train_times
