@@ -1,4 +1,4 @@
-"""Appends events to a dataset as its next version: rules, refusals, and the order of the passes.
+"""What a version takes over from the dataset that it appends to, and how its own events join that.
 
 A version is a dataset of its own whose manifest lists the older versions' shards before its own; nothing of those is touched, and a
 run that trains on an older version is not affected. Versions form a tree: any version may be appended to, any number of times.
@@ -24,129 +24,45 @@ run that trains on an older version is not affected. Versions form a tree: any v
 - Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
 """
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from recsys.arrays import Floats, Integers, Mask
 from recsys.config import Config
 from recsys.config.base import Fact
 from recsys.config.data import DataConfig
 from recsys.config.use import facts_of, refuse_contradictions
-from recsys.data.manifest import Dataset, DatasetManifest, Shard
+from recsys.data.manifest import Dataset, last_rows
 from recsys.errors import UserError
-from recsys.ingest.append_catalogue import changed_items
-from recsys.ingest.append_tasks import KNOWN_INDEX_NAME, AppendTask, append_shards, merge_day
 from recsys.ingest.clean.pseudonyms import refuse_other_key
-from recsys.ingest.clean.rejects import Rejects
-from recsys.ingest.identity import content_config, dataset_uri, find_inputs, identify_inputs
-from recsys.ingest.partitions import Job
-from recsys.ingest.passes import (
-    describe_input,
-    number_items,
-    present,
-    publish,
-    read_items,
-    refuse_empty,
-    rejects_of_users,
-    run_pass,
-    sign,
-    stage_inputs,
-    sum_counts,
-    train_counts,
-    write_shards_of,
-)
-from recsys.ingest.shuffle import write_table
-from recsys.ingest.write.measuring import measure_version, write_report
-from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
+from recsys.ingest.identity import Inputs, content_config
+from recsys.ingest.sources.formats import INPUT_ORDER
+from recsys.ingest.write.catalogue import Catalogue, build_catalogue
+from recsys.ingest.write.sequence_tables import Sequences
+from recsys.ingest.write.sequences import gather_ranges
+from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, SEQUENCE_COLUMNS, TIMESTAMP, USER_ID, USERS_SCHEMA, FeatureKind
 from recsys.store import Storage
 
+KNOWN_INDEX_NAME = "known_items.parquet"
+"""The staged item index of the base."""
 
-def appended_uri(config: Config, storage: Storage) -> str:
-    """Derive the address of the version that `config.data` appends to `data.base`."""
-    base = _open_base(config, storage)
-    return dataset_uri(_adopt(config, base), storage, base.manifest.fingerprint)
+PART = "part"
+"""The column of `Sequences` with the part (`recsys.ingest.write.splits`) that each interaction was in or is drawn for."""
+
+_KEYS = ("user", "item", "time", "kind")
 
 
-def append(config: Config, storage: Storage) -> Dataset:
-    """Make the version that has the events of `config.data` after those of `data.base`; call it with Ray initialised.
+def open_base(config: Config, storage: Storage) -> Dataset:
+    """Open `data.base`.
 
     Raises:
-        UserError: an input is missing or unreadable, or the base does not allow what is asked for.
+        UserError: it is no dataset of this store.
     """
-    base = _open_base(config, storage)
-    config = _adopt(config, base)
-    refuse_other_key(config.data.pseudonym_key_env, base.manifest.inputs)
-    inputs = find_inputs(config.data, storage)
-    expected = TIMESTAMP if base.manifest.has_time else POSITION
-    if inputs.time_column != expected:
-        raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset does by {expected}")
-    job = Job(storage, dataset_uri(config, storage, base.manifest.fingerprint), config.data, inputs.time_column, inputs.time_unit or "s")
-    items = read_items(job, inputs.items)
-    known_ids = base.catalogue_rows[ITEM_ID].to_pylist()
-    write_table(job.storage, job.staging(KNOWN_INDEX_NAME), pa.table({ITEM_ID: pa.array(known_ids, pa.string())}))
-    staged = stage_inputs(job, "events", inputs.events)
-    merged = run_pass(job, "partitions", partial(merge_day, job, base), range(job.num_partitions))
-    outcomes = [*staged, *merged]
-    rejects, noticed = Rejects.of_outcomes(outcomes), sum_counts(outcomes, "noticed")
-    refuse_empty(job, inputs, merged, rejects)
-    _refuse_new_kinds(job, base, merged)
-    ids, odd_items, warnings = number_items(job, 0, items.rows, known_ids)
-    users = stage_inputs(job, "users", inputs.users)
-    first_users = base.manifest.num_users + np.cumsum([0, *(outcome["num_users"] for outcome in merged)])
-    first_queries = 1 + base.manifest.num_queries + np.cumsum([0, *(outcome["num_queries"] for outcome in merged)])
-    firsts = zip(first_users[:-1].tolist(), first_queries[:-1].tolist(), strict=True)
-    tasks = [AppendTask(partition, *first) for partition, first in enumerate(firsts)]
-    shards = run_pass(job, "shards", partial(append_shards, job, base), tasks)
-    catalogue = changed_items(base, ids, items.rows, items.kinds)
-    described = describe_input(job, inputs, items, warnings, outcomes, users, shards)
-    noticed += catalogue.noticed + odd_items
-    taken_out = sum_counts(shards, "rejected")
-    measured = measure_version(job, base, shards, len(ids))
-    manifest = _extend(
-        base,
-        inputs=identify_inputs(config.data, storage),
-        data_config={**base.manifest.data_config, **content_config(config.data)},
-        num_users=int(first_users[-1]),
-        num_items=len(ids),
-        num_interactions=base.manifest.num_interactions + sum(outcome["rows"] for outcome in merged) - taken_out.total(),
-        num_targets=base.manifest.num_targets + sum(outcome["num_targets"] for outcome in shards),
-        num_queries=int(first_queries[-1]) - 1,
-        rejected=present(rejects + taken_out + items.rejects + rejects_of_users(users, shards)),
-        noticed=present(noticed),
-        **described,
-        items_without_catalogue_entry=base.manifest.items_without_catalogue_entry + odd_items["unknown_item"],
-        category_vocabulary=catalogue.category_vocabulary,
-        train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
-        users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
-        catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
-        count_shards=write_shards_of(job, "counts", _added_counts(job, len(ids))),
-        user_statistics_shards=measured.user_shards,
-        item_statistics_shards=measured.item_shards,
-        query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
-    )
-    write_report(job, manifest, measured)
-    return publish(job, manifest)
-
-
-def _extend(base: Dataset, **changed: Any) -> DatasetManifest:
-    """Build the manifest of the version after `base`: its fields with some changed, its lists of shards with more behind."""
-    fields = base.manifest.model_dump(exclude={"fingerprint"}) | {"version": base.manifest.version + 1, "base": base.name}
-    for name, value in fields.items():
-        if name.endswith("_shards"):
-            inherited = [{**shard, "dataset": shard["dataset"] or base.name} for shard in value]
-            changed[name] = [Shard.model_validate(shard) for shard in (*inherited, *changed.get(name, ()))]
-    return sign(**fields | changed)
-
-
-def _added_counts(job: Job, num_items: int) -> pa.Table:
-    counts = train_counts(job, num_items)
-    found = np.flatnonzero(counts)
-    return pa.table([pa.array(found + 1, pa.int32()), pa.array(counts[found], pa.int64())], schema=COUNTS_SCHEMA)
-
-
-def _open_base(config: Config, storage: Storage) -> Dataset:
     base = Dataset.open(storage, config.data.base, "data.base")
     folder = storage.uri("datasets")
     if base.uri.rpartition("/")[0] != folder:
@@ -154,7 +70,7 @@ def _open_base(config: Config, storage: Storage) -> Dataset:
     return base
 
 
-def _adopt(config: Config, base: Dataset) -> Config:
+def adopt(config: Config, base: Dataset) -> Config:
     """Take over how the base was made.
 
     Raises:
@@ -168,11 +84,140 @@ def _adopt(config: Config, base: Dataset) -> Config:
     return config.with_values({f"data.{key}": value for key, value in adopted.items()})
 
 
-def _refuse_new_kinds(job: Job, base: Dataset, merged: list[dict[str, Any]]) -> None:
-    known = base.manifest.event_kinds
-    new = sorted({kind for outcome in merged for kind in outcome["event_kinds"]}.difference(known))
-    if new:
+def refuse_other_input(base: Dataset, data: DataConfig, inputs: Inputs) -> None:
+    """Refuse events that have another order than the base's, and another key for pseudonyms.
+
+    Raises:
+        UserError: one of both.
+    """
+    refuse_other_key(data.pseudonym_key_env, base.manifest.inputs)
+    expected = TIMESTAMP if base.manifest.has_time else POSITION
+    if inputs.time_column != expected:
+        raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset does by {expected}")
+
+
+def extend(base: Dataset, changed: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest's fields of the version after `base`: its fields with some changed, its lists of shards with more behind."""
+    fields = base.manifest.model_dump(exclude={"fingerprint"}) | {"version": base.manifest.version + 1, "base": base.name} | changed
+    for name in fields:
+        if name.endswith("_shards"):
+            inherited = [shard.model_copy(update={"dataset": shard.dataset or base.name}) for shard in getattr(base.manifest, name)]
+            fields[name] = [*inherited, *changed.get(name, ())]
+    return fields
+
+
+def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray) -> pa.Table:
+    """Read the newest rows of some of a partition's users, sorted by index; without a base there is none.
+
+    Every version names its shards by partition.
+    """
+    tables = [USERS_SCHEMA.empty_table()]
+    for shard in base.manifest.users_shards if base is not None else ():
+        if base is not None and shard.path == f"users/{partition:05d}.parquet":
+            users = base.read_shard(shard)
+            tables.append(users.filter(pc.is_in(users[USER_ID], value_set=pc.unique(user_ids))))
+    return last_rows(pa.concat_tables(tables), "user_index").combine_chunks()
+
+
+def is_known(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Mask:
+    """Return which events agree with a known one in user, item, time and kind; `owners` are rows of `known`, or -1."""
+    keys = [owners, columns["items"].astype(np.int64), columns["timestamps"], columns["events"].astype(np.int64)]
+    flat = [known[name].combine_chunks().flatten().to_numpy().astype(np.int64) for name in ("items", "timestamps", "events")]
+    history = pa.table([np.repeat(np.arange(known.num_rows), _lengths(known)), *flat], names=list(_KEYS))
+    rows = pa.table([*keys, np.arange(len(owners))], names=[*_KEYS, INPUT_ORDER])
+    found = rows.join(history, keys=list(_KEYS), join_type="left semi", use_threads=False)[INPUT_ORDER].to_numpy()
+    return np.isin(np.arange(len(owners)), found)
+
+
+def newest_times(known: pa.Table) -> Integers:
+    """Return the time of each known user's newest interaction, and behind them the earliest time there is, for whoever is not known."""
+    newest = np.full(known.num_rows + 1, np.iinfo(np.int64).min)
+    times = known["timestamps"].combine_chunks().flatten().to_numpy()
+    np.maximum.at(newest, np.repeat(np.arange(known.num_rows), _lengths(known)), times)
+    return newest
+
+
+def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Sequences, Mask]:
+    """Put the new interactions behind each user's known ones; also return which are new.
+
+    The users of `known` come first. `new_rows` is each user's row in `new`.
+    """
+    if not known.num_rows:
+        return new, np.ones(new.offsets[-1], bool)
+    lengths = _lengths(known)
+    num_known = np.concatenate([lengths, np.zeros(len(new_rows) - len(lengths), np.int64)])
+    ends = np.cumsum(num_known)
+    shift = int(lengths.sum())
+    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in SEQUENCE_COLUMNS}
+    sizes = (known[name].to_numpy() for name in ("num_train", "num_validation"))
+    history[PART] = part_by_place(np.concatenate([[0], np.cumsum(lengths)]), *sizes)
+    starts = np.stack([ends - num_known, shift + new.offsets[:-1][new_rows]], axis=1).reshape(-1)
+    stops = np.stack([ends, shift + new.offsets[1:][new_rows]], axis=1).reshape(-1)
+    positions, offsets = gather_ranges(starts, stops)
+    columns = {name: np.concatenate([history[name], new.columns[name]])[positions] for name in history}
+    return Sequences(columns, offsets[::2]), positions >= shift
+
+
+def _lengths(known: pa.Table) -> Integers:
+    return np.asarray(known["items"].combine_chunks().value_lengths().to_numpy(), np.int64)
+
+
+def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig) -> Integers:
+    """Return the part of each interaction: by the rule over a user's whole sequence, or, where parts are drawn, as it was or is drawn."""
+    parts = everything.columns[PART]
+    if data.split == "random":
+        return parts
+    was_trained_on = (parts == TRAINING) & ~is_new  # and is not held out any more
+    return np.where(was_trained_on, TRAINING, split_in_order(everything.columns["timestamps"], everything.offsets, data))
+
+
+def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: dict[str, FeatureKind]) -> Catalogue:
+    """Lay out the rows of the items that are not among the first of `ids`, which are the base's, and of those that changed.
+
+    Categories extend the base's vocabulary at its end; numbers are standardised by its moments.
+
+    Raises:
+        UserError: the item table has other features than the base's.
+    """
+    manifest, rows = base.manifest, base.catalogue_rows
+    features = manifest.data_config.get("item_features", {})
+    if {name for kind in set(kinds.values()) for name in features.get(kind, ())} != set(kinds):
         raise UserError(
-            f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset has not; "
-            f"it has {', '.join(known)}; prepare a new dataset from all events"
+            "data.items: the base dataset was made without the item features "
+            f"{', '.join(kinds)}; leave data.items out, or prepare a new dataset from all events"
         )
+    is_new = np.arange(len(ids)) >= rows.num_rows
+    is_listed = pc.is_in(ids, value_set=pc.unique(items[ITEM_ID])).to_numpy(zero_copy_only=False) if items is not None else False
+    places = np.flatnonzero(is_new | is_listed)
+    counts = np.append(rows["train_count"].to_numpy(), np.zeros(int(is_new.sum()), np.int64))[places]
+    measured = _measured(base, places, [name for name, kind in kinds.items() if kind == "numbers"])
+    known = (manifest.category_vocabulary, manifest.number_moments, manifest.vector_size if items is None else 0)
+    catalogue = build_catalogue(ids.take(pa.array(places)), items, kinds, counts, measured, *known)
+    if catalogue.vector_size != manifest.vector_size:
+        raise UserError(f"data.items: its vectors have {catalogue.vector_size} numbers; the base dataset's have {manifest.vector_size}")
+    table = catalogue.table.set_column(0, CATALOGUE_SCHEMA.field("item_index"), pa.array(places + 1, pa.int32()))
+    before = rows.take(pa.array(places[~is_new[places]]))
+    is_changed = np.ones(table.num_rows, bool)
+    is_changed[: before.num_rows] = ~_same(before, table.slice(0, before.num_rows))
+    return replace(catalogue, table=table.filter(pa.array(is_changed)))
+
+
+def _measured(base: Dataset, places: Integers, listed: list[str]) -> dict[str, Floats]:
+    """Return the base's number columns that no item table has, as they were before they were standardised; NaN for a new item."""
+    measured: dict[str, Floats] = {}
+    for position, (name, (mean, deviation)) in enumerate(zip(base.manifest.number_columns, base.manifest.number_moments, strict=True)):
+        if name not in listed:
+            known = pc.list_element(base.catalogue_rows["numbers"], position).to_numpy().astype(np.float64) * deviation + mean
+            measured[name] = np.append(known, np.full(max(0, int(places.max(initial=0)) + 1 - len(known)), np.nan))[places]
+    return measured
+
+
+def _same(before: pa.Table, after: pa.Table) -> Mask:
+    """Return for each row whether only rounding differs."""
+    is_same = np.ones(before.num_rows, bool)
+    for name in ("title", "text"):
+        is_same &= pc.equal(before[name], after[name]).to_numpy()
+    for name in ("categories", "numbers", "vector"):
+        pairs = zip(before[name].to_pylist(), after[name].to_pylist(), strict=True)
+        is_same &= np.array([len(old) == len(new) and np.allclose(old, new, rtol=1e-5, equal_nan=True) for old, new in pairs], bool)
+    return is_same

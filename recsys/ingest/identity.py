@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from recsys.config import Config
 from recsys.config.data import AUTO, DataConfig
 from recsys.data.manifest import FORMAT_VERSION
 from recsys.errors import UserError
@@ -101,9 +100,9 @@ def content_config(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude=_NOT_CONTENT | (set() if data.source == "synthetic" else {"synthetic"}))
 
 
-def dataset_uri(config: Config, storage: Storage, base_fingerprint: str = "") -> str:
+def dataset_uri(data: DataConfig, storage: Storage, base_fingerprint: str = "") -> str:
     """Derive a dataset's address from its input, its config, the format and, for an appended version, its base's content."""
-    identity = [FORMAT_VERSION, identify_inputs(config.data, storage), content_config(config.data)]
+    identity = [FORMAT_VERSION, identify_inputs(data, storage), content_config(data)]
     identity += [base_fingerprint] if base_fingerprint else []
     return storage.uri("datasets", hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12])
 

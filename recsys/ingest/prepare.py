@@ -1,45 +1,41 @@
-"""Prepares a dataset: which passes run in which order, and the manifest at the end."""
+"""Prepares a dataset, or its next version: which passes run in which order, and the manifest at the end."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import fs
 
+from recsys.arrays import Integers
 from recsys.config import Config
-from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest
+from recsys.config.data import DataConfig
+from recsys.data.manifest import MANIFEST_NAME, ColumnUse, Dataset, DatasetManifest, content_fingerprint
 from recsys.errors import UserError
-from recsys.ingest.append import append, appended_uri
-from recsys.ingest.clean.rejects import Rejects
+from recsys.ingest.append import KNOWN_INDEX_NAME, adopt, changed_items, extend, open_base, refuse_other_input
+from recsys.ingest.clean.overlap import Overlap
+from recsys.ingest.clean.rejects import Rejects, remedy, tell
+from recsys.ingest.clean.times import UNIT_NAMES
 from recsys.ingest.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
-from recsys.ingest.partitions import Job, WriteTask, core_round, merge_events, write_shards
-from recsys.ingest.passes import (
-    clear_leftovers,
-    count_items,
-    describe_input,
-    nothing_left,
-    number_items,
-    present,
-    publish,
-    read_items,
-    refuse_empty,
-    rejects_of_users,
-    run_pass,
-    sign,
-    stage_inputs,
-    sum_counts,
-    train_counts,
-    write_shards_of,
-)
-from recsys.ingest.ray_tasks import Outcome
-from recsys.ingest.shuffle import write_table
+from recsys.ingest.job import Cleaned, Job, Partition, Written, present
+from recsys.ingest.partitions import IS_WITHHELD, ITEM_INDEX_NAME, WriteTask, core_round, merge_events, write_shards
+from recsys.ingest.shuffle import read_table, write_table
+from recsys.ingest.sources import input_files
+from recsys.ingest.sources.sandbox import run_limited
+from recsys.ingest.staging import stage_events, stage_users
 from recsys.ingest.synthetic.events import generate
-from recsys.ingest.write.catalogue import build_catalogue
+from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
 from recsys.ingest.write.measuring import measure, write_report
+from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics import item_numbers, join_moments
-from recsys.schema import TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
-from recsys.store import Storage, join
+from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
+from recsys.store import ObjectInfo, Storage, join
+from recsys.store.backends import TEMP_PREFIX
 
 logger = logging.getLogger(__name__)
 _MAX_EVENT_KINDS = 127
@@ -47,35 +43,49 @@ _MAX_EVENT_KINDS = 127
 
 def find_dataset(config: Config, storage: Storage) -> Dataset | None:
     """Open the dataset that this input and config make, if it has been made; what a killed run left in it goes."""
-    uri = appended_uri(config, storage) if config.data.base else dataset_uri(config, storage)
+    _, _, uri = _resolve(config, storage)
     if not storage.exists(join(uri, MANIFEST_NAME)):
         return None
-    clear_leftovers(storage, uri)
+    _clear_leftovers(storage, uri)
     return Dataset.open(storage, uri)
+
+
+def _resolve(config: Config, storage: Storage) -> tuple[DataConfig, Dataset | None, str]:
+    """Return the config with what a base decides, the base if there is one, and the address of the dataset."""
+    if not config.data.base:
+        return config.data, None, dataset_uri(config.data, storage)
+    base = open_base(config, storage)
+    data = adopt(config, base).data
+    return data, base, dataset_uri(data, storage, base.manifest.fingerprint)
 
 
 def prepare(config: Config, storage: Storage) -> Dataset:
     """Make the dataset of `config.data`, or open it where it has been made; call it with Ray initialised.
 
-    Its address follows from the input files, the config and the format version. The manifest comes last and once, so
-    a dataset is there whole or not at all. A run that was killed is simply run again and continues with the tasks that
-    were not finished. This process holds what grows with the number of items, and counts; events and users stay with
-    the tasks, each of which holds one partition.
+    With `data.base` it is that dataset's next version. Its address follows from the input files, the config and the format version.
+    The manifest comes last and once, so a dataset is there whole or not at all. A run that was killed is simply run again and
+    continues with the tasks that were not finished. This process holds what grows with the number of items, and counts; events and
+    users stay with the tasks, each of which holds one partition.
 
     Raises:
-        UserError: an input is missing, unreadable or leaves nothing to train on.
+        UserError: an input is missing, unreadable or leaves nothing to train on, or the base does not allow what is asked for.
     """
     made = find_dataset(config, storage)
     if made is not None:
         logger.info("dataset %s is there already", made.uri)
         return made
-    if config.data.base:
-        return append(config, storage)
-    data = generate(config.data, storage) if config.data.source == "synthetic" else config.data
+    given, base, uri = _resolve(config, storage)
+    data = generate(given, storage) if given.source == "synthetic" and base is None else given
     inputs = find_inputs(data, storage)
+    if base is not None:
+        refuse_other_input(base, data, inputs)
     data = data.model_copy(update={"num_shards": data.num_shards or choose_num_shards(storage, inputs.events, data)})
-    job = Job(storage, dataset_uri(config, storage), data, inputs.time_column, inputs.time_unit or "s")
-    return publish(job, _run_passes(job, inputs, config))
+    job = Job(storage, uri, data, inputs.time_column, inputs.time_unit or "s", base)
+    manifest = _run_passes(job, inputs, given)
+    storage.create(join(uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
+    _clear_leftovers(storage, uri)
+    _log_outcome(manifest)
+    return Dataset.open(storage, uri)
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,8 @@ class _Events:
     """What the passes before the shards know of the events: the staged generation, its partitions, and the outcomes of all passes."""
 
     generation: int
-    partitions: list[Outcome]
-    outcomes: list[Outcome]
+    partitions: list[Partition]
+    outcomes: list[Cleaned]
 
     @property
     def rejects(self) -> Rejects:
@@ -92,64 +102,154 @@ class _Events:
         return Rejects.of_outcomes(self.outcomes)
 
 
-def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
-    items = read_items(job, inputs.items)
+@dataclass(frozen=True)
+class _Items:
+    """The item table, which fits in memory, if there is one: its rows, its features' kinds, what was rejected, and its columns' uses."""
+
+    rows: pa.Table | None
+    kinds: dict[str, FeatureKind]
+    rejects: Rejects
+    uses: tuple[ColumnUse, ...] = ()
+
+
+def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
+    """Run the passes and write the report; `given` is the config before a synthetic source and the number of partitions are in it."""
+    items = _read_items(job, inputs.items)
+    known_ids = _stage_known_items(job)
     events = _merge(job, inputs)
-    if job.data.k_core:
+    if job.data.k_core and job.base is None:  # what it would drop of a day's events may yet become active
         events = _filter_core(job, events)
-    refuse_empty(job, inputs, events.partitions, events.rejects)
-    event_kinds = _order_kinds(job, events.partitions)
-    ids, odd_items, warnings = number_items(job, events.generation, items.rows)
-    users = stage_inputs(job, "users", inputs.users)
+    if not any(outcome.rows for outcome in events.partitions):
+        raise _nothing_left(job, inputs, "no interaction is left", events.rejects)
+    event_kinds = _event_kinds(job, events.partitions)
+    ids, odd_items, warnings = _number_items(job, events.generation, items.rows, known_ids)
+    users = _stage_inputs(job, "users", inputs.users)
     shards = _write_all(job, events, event_kinds)
-    num_values, value_mean, value_std = join_moments([outcome["values"] for outcome in shards])
-    if not any(outcome["train"] for outcome in shards):
-        raise nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
-    taken_out = sum_counts(shards, "rejected")
+    if job.base is None and not any(outcome.train for outcome in shards):
+        raise _nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
     measured = measure(job, shards, len(event_kinds), len(ids))
-    numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
-    catalogue = build_catalogue(ids, items.rows, items.kinds, train_counts(job, len(ids)), numbers)
-    described = describe_input(job, inputs, items, warnings, events.outcomes, users, shards)
-    manifest = sign(
-        inputs=identify_inputs(config.data, job.storage),
-        data_config={**content_config(job.data), "item_features": _resolve_features(job, items.kinds)},
-        tie_rule=TIE_RULE,
-        num_users=sum(outcome["num_users"] for outcome in events.partitions),
-        num_items=len(ids),
-        num_interactions=sum(outcome["rows"] for outcome in events.partitions) - taken_out.total(),
-        num_targets=sum(outcome["num_targets"] for outcome in shards),
-        num_queries=sum(outcome["num_queries"] for outcome in events.partitions),
-        rejected=present(events.rejects + taken_out + items.rejects + rejects_of_users(users, shards)),
-        noticed=present(sum_counts(events.outcomes, "noticed") + catalogue.noticed + odd_items),
-        **described,
-        items_without_catalogue_entry=odd_items["unknown_item"],
-        event_kinds=event_kinds,
-        tasks=derive_tasks(event_kinds, num_values, job.data.like_threshold),
-        value_mean=value_mean,
-        value_std=value_std,
-        has_time=job.has_time,
-        num_streams=job.data.num_streams,
-        category_vocabulary=catalogue.category_vocabulary,
-        number_columns=catalogue.number_columns,
-        number_moments=catalogue.number_moments,
-        vector_size=catalogue.vector_size,
-        train_shards=[outcome["train"] for outcome in shards if outcome["train"]],
-        users_shards=[outcome["users"] for outcome in shards if outcome["users"]],
-        catalogue_shards=write_shards_of(job, "catalogue", catalogue.table),
-        user_statistics_shards=measured.user_shards,
-        item_statistics_shards=measured.item_shards,
-        query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
-    )
+    counts = _train_counts(job, len(ids))
+    if job.base is not None:
+        catalogue = changed_items(job.base, ids, items.rows, items.kinds)
+        made_by = job.base.manifest.data_config | content_config(job.data)
+        fields: dict[str, Any] = {"data_config": made_by, "count_shards": job.write_shards("counts", _count_table(counts))}
+    else:
+        numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
+        catalogue = build_catalogue(ids, items.rows, items.kinds, counts, numbers)
+        fields = _decide(job, items.kinds, event_kinds, catalogue, shards)
+    fields |= {
+        "inputs": identify_inputs(given, job.storage),
+        "num_items": len(ids),
+        **_count(job, events, shards),
+        **_describe_input(inputs, items, events, users, shards, warnings),
+        "noticed": _occurring(sum((outcome.noticed for outcome in events.outcomes), catalogue.noticed + odd_items)),
+        "items_without_catalogue_entry": odd_items["unknown_item"] + _before(job, "items_without_catalogue_entry"),
+        "category_vocabulary": catalogue.category_vocabulary,
+        "train_shards": present(outcome.train for outcome in shards),
+        "users_shards": present(outcome.users for outcome in shards),
+        "catalogue_shards": job.write_shards("catalogue", catalogue.table),
+        "user_statistics_shards": measured.user_shards,
+        "item_statistics_shards": measured.item_shards,
+        "query_shards": present(outcome.queries for outcome in shards),
+    }
+    manifest = _sign(extend(job.base, fields) if job.base is not None else fields)
     write_report(job, manifest, measured)
     return manifest
 
 
+def _decide(
+    job: Job, kinds: dict[str, FeatureKind], event_kinds: tuple[str, ...], catalogue: Catalogue, shards: Sequence[Written]
+) -> dict[str, Any]:
+    """Return the manifest's fields that the first version decides for all that are appended to it."""
+    num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
+    features = job.data.item_features.model_dump(mode="json")
+    for kind in ("text", "categories", "numbers", "vectors"):
+        features[kind] = [name for name, own in kinds.items() if own == kind]
+    return {
+        "data_config": content_config(job.data) | {"item_features": features},
+        "tie_rule": TIE_RULE,
+        "event_kinds": event_kinds,
+        "tasks": derive_tasks(event_kinds, num_values, job.data.like_threshold),
+        "value_mean": value_mean,
+        "value_std": value_std,
+        "has_time": job.has_time,
+        "num_streams": job.data.num_streams,
+        "number_columns": catalogue.number_columns,
+        "number_moments": catalogue.number_moments,
+        "vector_size": catalogue.vector_size,
+    }
+
+
+def _before(job: Job, total: str) -> int:
+    """Return a total of the base's manifest, or 0 without a base."""
+    return 0 if job.base is None else int(getattr(job.base.manifest, total))
+
+
+def _count(job: Job, events: _Events, shards: Sequence[Written]) -> dict[str, int]:
+    """Return the totals over all versions."""
+    new = {
+        "num_users": sum(outcome.num_users for outcome in events.partitions),
+        "num_interactions": sum(outcome.rows for outcome in events.partitions) - sum(outcome.withheld for outcome in shards),
+        "num_targets": sum(outcome.num_targets for outcome in shards),
+        "num_queries": sum(outcome.num_queries for outcome in events.partitions),
+    }
+    return {name: number + _before(job, name) for name, number in new.items()}
+
+
+def _describe_input(
+    inputs: Inputs, items: _Items, events: _Events, users: Sequence[Cleaned], shards: Sequence[Written], warnings: Sequence[str]
+) -> dict[str, Any]:
+    """Return what became of the input: refused rows with examples, each column's use, warnings, the unit of time."""
+    of_users = Rejects.of_outcomes([*users, *shards])
+    withheld_rows = Counter(withheld=sum(outcome.withheld for outcome in shards))
+    overlap = Overlap.join(outcome.overlap for outcome in shards)
+    uses = [use for outcome in (*events.outcomes, *users) for use in outcome.uses]
+    return {
+        "rejected": _occurring(events.rejects + withheld_rows + items.rejects + of_users),
+        "rejected_examples": events.rejects.named(inputs.events) | items.rejects.named(inputs.items) | of_users.named(inputs.users),
+        "columns": tuple(dict.fromkeys([*uses, *items.uses])),
+        "warnings": (*warnings, *(overlap.warnings("users", "data.columns.user_id", takes_unused=False) if inputs.users else ())),
+        "time_unit": inputs.time_unit,
+    }
+
+
+def _read_items(job: Job, files: list[ObjectInfo]) -> _Items:
+    if not files:
+        return _Items(None, {}, Rejects())
+    items = input_files.read_items(job.storage, files, job.data)
+    rows, rejects = clean_items(items.rows, job.data.cleaning.reject_negative_ids)
+    features = ", ".join(f"{name} ({kind})" for name, kind in items.kinds.items())
+    logger.info("items: %d rows; features: %s", rows.num_rows, features or "none")
+    return _Items(rows, items.kinds, rejects, items.uses)
+
+
+def _stage_known_items(job: Job) -> list[str]:
+    """Stage the index of the base's items, and return their ids in its order; none without a base."""
+    if job.base is None:
+        return []
+    ids = job.base.catalogue_rows[ITEM_ID]
+    write_table(job.storage, job.staging(KNOWN_INDEX_NAME), pa.table({ITEM_ID: ids}))
+    return ids.to_pylist()
+
+
+def _stage_inputs(job: Job, label: str, files: Sequence[ObjectInfo]) -> list[Cleaned]:
+    """Write the pieces of one table, `events` or `users`."""
+    function = stage_events if label == "events" else stage_users
+    tasks = list(enumerate(input_files.plan_tasks(job.storage, files, job.data))) if files else []
+
+    def stage(task: Any) -> Cleaned:
+        # The child with the memory limit reads and writes: what is in the files never enters this process or a worker.
+        return Cleaned.model_validate(run_limited(job.data.max_file_memory_bytes, function, job, *task))
+
+    return job.run(label, Cleaned, stage, tasks)
+
+
 def _merge(job: Job, inputs: Inputs) -> _Events:
     """Clean the events and gather them by partition of their users."""
-    staged = stage_inputs(job, "events", inputs.events)
-    if not any(outcome["rows"] for outcome in staged):
+    staged = _stage_inputs(job, "events", inputs.events)
+    if not any(outcome.rows for outcome in staged):
         raise UserError(f"data.events = {job.data.events}: has no rows")
-    merged = run_pass(job, "partitions", partial(merge_events, job), range(job.num_partitions))
+    merged = job.run("partitions", Partition, partial(merge_events, job), range(job.num_partitions))
     return _Events(0, merged, [*staged, *merged])
 
 
@@ -157,18 +257,42 @@ def _filter_core(job: Job, events: _Events) -> _Events:
     """Drop users and items with fewer than k_core interactions until none is left."""
     generation, outcomes = events.generation, events.outcomes
     while True:
-        counts = count_items(job, generation)
+        counts = _count_items(job, generation)
         generation += 1
         survivors = counts.filter(pc.greater_equal(counts["count_sum"], job.data.k_core))
         write_table(job.storage, job.staged("survivors", generation, 0), survivors)
-        partitions = run_pass(job, f"k-core round {generation}", partial(core_round, job, generation), range(job.num_partitions))
+        task = partial(core_round, job, generation)
+        partitions = job.run(f"k-core round {generation}", Partition, task, range(job.num_partitions))
         outcomes = [*outcomes, *partitions]
-        if not sum_counts(partitions, "rejected").total():
+        if not any(outcome.rejected for outcome in partitions):
             return _Events(generation, partitions, outcomes)
 
 
-def _order_kinds(job: Job, partitions: list[Outcome]) -> tuple[str, ...]:
-    event_kinds = order_event_kinds({kind for outcome in partitions for kind in outcome["event_kinds"]}, job.data.event_kinds)
+def _count_items(job: Job, generation: int) -> pa.Table:
+    """Add up how often each item occurs (columns `item_id`, `count_sum`), partition by partition."""
+    total = _sum_items([])
+    for partition in range(job.num_partitions):
+        total = _sum_items([total.rename_columns([ITEM_ID, "count"]), read_table(job.storage, job.staged("items", generation, partition))])
+    return total
+
+
+def _sum_items(tables: list[pa.Table]) -> pa.Table:
+    nothing = pa.table({ITEM_ID: pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+    return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
+
+
+def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
+    """Return the base's kinds, which the events must not exceed, or else those of the events, in order."""
+    found = {kind for outcome in partitions for kind in outcome.event_kinds}
+    if job.base is not None:
+        known = job.base.manifest.event_kinds
+        if new := sorted(found.difference(known)):
+            raise UserError(
+                f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset has not; "
+                f"it has {', '.join(known)}; prepare a new dataset from all events"
+            )
+        return known
+    event_kinds = order_event_kinds(found, job.data.event_kinds)
     if len(event_kinds) > _MAX_EVENT_KINDS:
         raise UserError(
             f"data.columns.event = '{job.data.columns.event}': has {len(event_kinds)} kinds; at most {_MAX_EVENT_KINDS} are possible"
@@ -176,15 +300,95 @@ def _order_kinds(job: Job, partitions: list[Outcome]) -> tuple[str, ...]:
     return event_kinds
 
 
-def _write_all(job: Job, events: _Events, event_kinds: tuple[str, ...]) -> list[Outcome]:
-    first_users = np.cumsum([0, *(outcome["num_users"] for outcome in events.partitions)]).tolist()
-    first_queries = np.cumsum([1, *(outcome["num_queries"] for outcome in events.partitions)]).tolist()
-    firsts = zip(first_users[:-1], first_queries[:-1], strict=True)
-    tasks = [WriteTask(number, events.generation, *first, event_kinds) for number, first in enumerate(firsts)]
-    return run_pass(job, "shards", partial(write_shards, job), tasks)
+def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str]) -> tuple[pa.Array, Counter[str], list[str]]:
+    """Number the items: the `known` first, then those of the catalogue and of events alone in natural order.
+
+    Under k_core only those that events have left are numbered. Also returns what is odd about those that are not known, and warnings
+    where events and catalogue have hardly any items in common.
+    """
+    seen = set(_count_items(job, generation)[ITEM_ID].to_pylist())
+    listed = set(items[ITEM_ID].to_pylist()) if items is not None else set()
+    new = (seen if job.data.k_core else seen | listed).difference(known)
+    ids = pa.array([*known, *sort_ids(list(new))], pa.string())
+    is_withheld = withheld(ids, job.data)
+    write_table(job.storage, job.staging(ITEM_INDEX_NAME), pa.table({ITEM_ID: ids, IS_WITHHELD: is_withheld}))
+    num_unknown = len((seen - listed).difference(known)) if items is not None else 0
+    noticed = Counter(unknown_item=num_unknown, withheld_item=int(is_withheld[len(known) :].sum()))
+    if items is None:
+        return ids, noticed, []
+    both = Overlap.of(*(pa.array(sort_ids(list(side)), pa.string()) for side in (seen.difference(known), listed)))
+    takes_unused = not known and not job.data.k_core
+    return ids, noticed, both.warnings("items", "data.columns.item_id", takes_unused)
 
 
-def _resolve_features(job: Job, kinds: dict[str, FeatureKind]) -> dict[str, object]:
-    """Name the features with the kinds that they were found to have, which an appended version must keep."""
-    features = job.data.item_features.model_dump(mode="json")
-    return features | {kind: [name for name, own in kinds.items() if own == kind] for kind in ("text", "categories", "numbers", "vectors")}
+def _write_all(job: Job, events: _Events, event_kinds: tuple[str, ...]) -> list[Written]:
+    first_user, first_query = (job.base.manifest.num_users, job.base.manifest.num_queries + 1) if job.base is not None else (0, 1)
+    tasks = []
+    for number, outcome in enumerate(events.partitions):
+        tasks.append(WriteTask(number, events.generation, first_user, first_query, event_kinds))
+        first_user, first_query = first_user + outcome.num_users, first_query + outcome.num_queries
+    return job.run("shards", Written, partial(write_shards, job), tasks)
+
+
+def _train_counts(job: Job, num_items: int) -> Integers:
+    """Add up the training interactions of each item that the partitions staged."""
+    counts = np.zeros(num_items, np.int64)
+    for partition in range(job.num_partitions):
+        staged = read_table(job.storage, job.staged("train-counts", 0, partition))
+        counts[staged["item_index"].to_numpy() - 1] += staged["count"].to_numpy()
+    return counts
+
+
+def _count_table(counts: Integers) -> pa.Table:
+    found = np.flatnonzero(counts)
+    return pa.table([pa.array(found + 1, pa.int32()), pa.array(counts[found], pa.int64())], schema=COUNTS_SCHEMA)
+
+
+def _occurring(counts: Counter[str]) -> dict[str, int]:
+    return {name: count for name, count in sorted(counts.items()) if count}
+
+
+def _sign(fields: dict[str, Any]) -> DatasetManifest:
+    """Build a manifest and its fingerprint."""
+    unsigned = DatasetManifest(fingerprint="", **fields)
+    return unsigned.model_copy(update={"fingerprint": content_fingerprint(unsigned.model_dump(mode="json"))})
+
+
+def _clear_leftovers(storage: Storage, uri: str) -> None:
+    """Remove what only the work on a published dataset needed, and the halves of files that killed writers left in its folder."""
+    storage.delete_tree(join(uri, "staging"))
+    filesystem, path = storage.locate(uri)
+    for found in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
+        if found.base_name.startswith(TEMP_PREFIX):
+            filesystem.delete_file(found.path)
+
+
+def _log_outcome(manifest: DatasetManifest) -> None:
+    """Log what a dataset holds, what of its input it does not hold, and what deserves a look."""
+    logger.info(
+        "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
+        manifest.num_users,
+        manifest.num_items,
+        manifest.num_interactions,
+        manifest.rejected or "none",
+        manifest.noticed or "none",
+        manifest.items_without_catalogue_entry,
+        manifest.tie_rule,
+    )
+    if manifest.time_unit:
+        logger.info("times: numbers are read as %s (data.time_unit)", UNIT_NAMES[manifest.time_unit])
+    for rule, count in manifest.rejected.items():
+        logger.info("rejected %s", tell(rule, count, manifest.rejected_examples.get(rule, ())))
+    unused = [f"{use.table}.{use.name} ({use.type}: {use.reason})" for use in manifest.columns if not use.use]
+    if unused:
+        logger.warning("columns that are not used: %s", ", ".join(unused))
+    for warning in manifest.warnings:
+        logger.warning("%s", warning)
+
+
+def _nothing_left(job: Job, inputs: Inputs, what: str, rejects: Rejects) -> UserError:
+    """Say that too little is left of the events, with all that was rejected of them and what would take it."""
+    examples = rejects.named(inputs.events)
+    found = ". ".join(tell(rule, count, examples.get(rule, ())) for rule, count in sorted(rejects.items()) if count)
+    where = job.data.events or job.data.folder
+    return UserError(f"data.events = {where}: {what}; rejected {found or 'nothing'}{remedy(rejects)}")

@@ -1,15 +1,15 @@
 """Runs independent tasks over the cluster with Ray Data: bounded, resumable, with progress."""
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from recsys.errors import UserError
@@ -17,36 +17,46 @@ from recsys.store import Storage, join
 from recsys.terminal import stream
 
 logger = logging.getLogger(__name__)
-Task = TypeVar("Task")
-Outcome = dict[str, Any]
 _LOG_SECONDS = 5.0
 _READERS = 16
 
 
+class Outcome(BaseModel):
+    """What a finished task reports, small enough to be kept as JSON; `rows` is what the progress counts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+
+
+Task = TypeVar("Task")
+Reported = TypeVar("Reported", bound=Outcome)
+
+
 @dataclass(frozen=True)
-class Record:
-    """The folder in which each finished task's outcome is kept until the whole work is published."""
+class Record(Generic[Reported]):
+    """The folder in which each finished task's outcome, of one `kind`, is kept until the whole work is published."""
 
     storage: Storage
     folder: str
+    kind: type[Reported]
 
-    def add(self, number: int, outcome: Outcome) -> None:
+    def add(self, number: int, outcome: Reported) -> None:
         """Note that a task is finished; call it after its objects are written."""
-        self.storage.write_bytes(join(self.folder, f"{number:06d}.json"), json.dumps(outcome).encode())
+        self.storage.write_bytes(join(self.folder, f"{number:06d}.json"), outcome.model_dump_json().encode())
 
-    def read(self) -> dict[int, Outcome]:
+    def read(self) -> dict[int, Reported]:
         """Return the outcomes of the tasks that are finished, by number."""
         uris = [found.uri for found in self.storage.list(self.folder)]
         with ThreadPoolExecutor(_READERS) as pool:
-            outcomes = [json.loads(content) for content in pool.map(self.storage.read_bytes, uris)]
+            outcomes = [self.kind.model_validate_json(content) for content in pool.map(self.storage.read_bytes, uris)]
         return {int(uri.rpartition("/")[2].removesuffix(".json")): outcome for uri, outcome in zip(uris, outcomes, strict=True)}
 
 
-def run_tasks(label: str, function: Callable[[Task], Outcome], tasks: Sequence[Task], record: Record) -> list[Outcome]:
+def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[Task], record: Record[Reported]) -> list[Reported]:
     """Run `function` on every task that `record` does not know, one CPU each, and return all outcomes in the tasks' order.
 
-    An outcome is a small JSON object with `rows`, which the progress counts. Ray may run a task again after a lost
-    worker, so a task must write the same objects each time. Call it with Ray initialised.
+    Ray may run a task again after a lost worker, so a task must write the same objects each time. Call it with Ray initialised.
 
     Raises:
         UserError: the first one that a task raised.
@@ -67,7 +77,7 @@ def run_tasks(label: str, function: Callable[[Task], Outcome], tasks: Sequence[T
             return {"number": number, "outcome": "", "error": str(error)}
         record.add(number, outcome)
         pa.default_memory_pool().release_unused()  # a worker is used again, and would keep its largest task's memory
-        return {"number": number, "outcome": json.dumps(outcome), "error": ""}
+        return {"number": number, "outcome": outcome.model_dump_json(), "error": ""}
 
     with Progress(label, len(tasks), len(outcomes)) as progress:
         if waiting:
@@ -75,8 +85,8 @@ def run_tasks(label: str, function: Callable[[Task], Outcome], tasks: Sequence[T
             for row in numbers.map(run_one, num_cpus=1, compute=TaskPoolStrategy(min(_num_cores(), len(waiting)))).iter_rows():
                 if row["error"]:
                     raise UserError(row["error"])
-                outcomes[row["number"]] = json.loads(row["outcome"])
-                progress.add(outcomes[row["number"]]["rows"])
+                outcomes[row["number"]] = record.kind.model_validate_json(row["outcome"])
+                progress.add(outcomes[row["number"]].rows)
     return [outcomes[number] for number in range(len(tasks))]
 
 

@@ -11,7 +11,7 @@ import pytest
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.ingest.clean.rules import NOTICED, REJECTED
+from recsys.ingest.clean.rejects import NOTICED, REJECTED
 from recsys.ingest.prepare import find_dataset, prepare
 from recsys.ingest.report.page import REPORT_NAME
 from recsys.ingest.write.catalogue import MAX_TEXT_CHARACTERS

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from recsys.errors import UserError
-from recsys.ingest.ray_tasks import Record, run_tasks
+from recsys.ingest.ray_tasks import Outcome, Record, run_tasks
 from recsys.store import Storage, sha256_of
 from tests.conftest import kill_descendants, local_ray
 
@@ -93,14 +93,17 @@ def _ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_ray")
 def test_tasks_that_are_finished_are_not_run_again(tmp_path: Path) -> None:
-    record = Record(Storage(str(tmp_path)), str(tmp_path / "outcomes"))
+    class Done(Outcome):
+        task: int
 
-    def work(task: int) -> dict[str, Any]:
+    record = Record(Storage(str(tmp_path)), str(tmp_path / "outcomes"), Done)
+
+    def work(task: int) -> Done:
         if task == 5 and not (tmp_path / "mended").exists():
             raise UserError("task 5 cannot be done")
         with (tmp_path / f"ran-{task}").open("a") as file:
             file.write("x")
-        return {"rows": 1, "task": task}
+        return Done(rows=1, task=task)
 
     with pytest.raises(UserError, match="task 5 cannot be done"):
         run_tasks("work", work, range(6), record)
@@ -108,7 +111,7 @@ def test_tasks_that_are_finished_are_not_run_again(tmp_path: Path) -> None:
     assert 0 in known
     assert 5 not in known
     (tmp_path / "mended").touch()
-    assert [outcome["task"] for outcome in run_tasks("work", work, range(6), record)] == list(range(6))
+    assert [outcome.task for outcome in run_tasks("work", work, range(6), record)] == list(range(6))
     assert {number: (tmp_path / f"ran-{number}").read_text() for number in known} == dict.fromkeys(known, "x")
-    assert [outcome["task"] for outcome in run_tasks("work", work, range(6), record)] == list(range(6))
+    assert [outcome.task for outcome in run_tasks("work", work, range(6), record)] == list(range(6))
     assert (tmp_path / "ran-5").read_text() == "x"

@@ -1,5 +1,6 @@
-"""Cleans events, as pure functions over Arrow tables that count what they drop."""
+"""Cleans text, and events as pure functions over Arrow tables that count what they drop."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys.config.data import CleaningConfig
-from recsys.ingest.clean.normalising import MAX_TEXT_CHARACTERS, cut, fold
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import cast_times
 from recsys.ingest.sources.formats import INPUT_ORDER
@@ -18,6 +18,12 @@ from recsys.ingest.sources.scalars import ids_of, may_be_rounded, numbers_of
 from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, MAX_ID_CHARACTERS, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE
 
 Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
+
+MAX_TEXT_CHARACTERS = 2000
+"""Longer text is cut; no backbone here reads that much of an item."""
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+"""Control characters, but for those that are whitespace, lone surrogates, and what readers put for broken text."""
 
 _NEGATIVE = r"^-\d+(\.\d+)?$"
 _ODD = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{fffd}]|\\x[89a-f][0-9a-f]"
@@ -107,6 +113,21 @@ def _either(first: pa.ChunkedArray | None, second: pa.ChunkedArray | None) -> pa
 def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return which ids are negative numbers."""
     return pc.match_substring_regex(ids, _NEGATIVE)
+
+
+def normalise_text(text: str) -> str:
+    """Remove control characters and lone surrogates, fold whitespace, cut at MAX_TEXT_CHARACTERS."""
+    return cut(fold(text))
+
+
+def fold(text: str) -> str:
+    """Remove control characters and lone surrogates, and make one blank of all whitespace between words."""
+    return " ".join(UNPRINTABLE.sub("", text).split())
+
+
+def cut(text: str) -> str:
+    """Keep at most MAX_TEXT_CHARACTERS."""
+    return text[:MAX_TEXT_CHARACTERS].rstrip()
 
 
 def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:

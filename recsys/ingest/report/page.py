@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from recsys.arrays import Integers
 from recsys.data.manifest import ColumnUse, DatasetManifest, Example
-from recsys.ingest.clean.rules import NOTICED, REJECTED
+from recsys.ingest.clean.rejects import NOTICED, REJECTED
 from recsys.ingest.clean.times import UNIT_NAMES
 from recsys.ingest.report import plots
 from recsys.ingest.report.checks import Check, check_split

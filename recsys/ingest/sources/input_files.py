@@ -3,11 +3,10 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 
 from recsys.config.data import DataConfig
 from recsys.data.manifest import ColumnUse
@@ -63,8 +62,8 @@ def event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str
 
 def plan_tasks(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> list[tuple[FilePart, ...]]:
     """Cut and group the files into what one task reads."""
-    parts = run_limited(data.max_file_memory_bytes, _plan, storage, list(files))
-    return group_parts([FilePart(**{**part, "row_groups": part["row_groups"] and tuple(part["row_groups"])}) for part in parts])
+    parts = run_limited(data.max_file_memory_bytes, plan_parts, storage, list(files))
+    return group_parts(TypeAdapter(list[FilePart]).validate_python(parts))
 
 
 def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
@@ -76,15 +75,13 @@ def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) 
             return Items(reader.read_all(), kinds, tuple(ColumnUse.model_validate(use) for use in uses))
 
 
-def _plan(storage: Storage, files: list[ObjectInfo]) -> list[dict[str, Any]]:
-    return [asdict(part) for part in plan_parts(storage, files)]
-
-
-def _write_items(path: str, storage: Storage, files: list[ObjectInfo], data: DataConfig) -> tuple[dict[str, FeatureKind], list[Any]]:
+def _write_items(
+    path: str, storage: Storage, files: list[ObjectInfo], data: DataConfig
+) -> tuple[dict[str, FeatureKind], tuple[ColumnUse, ...]]:
     items = import_items(storage, files, data)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, items.rows.schema) as writer:
         writer.write_table(items.rows)
-    return items.kinds, [use.model_dump() for use in items.uses]
+    return items.kinds, items.uses
 
 
 def _list_visible(storage: Storage, key: str, uri: str) -> list[ObjectInfo]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+from pydantic_core import to_jsonable_python
 
 from recsys.errors import UserError
 
@@ -175,8 +176,7 @@ def _answer_calls(replies: BinaryIO) -> None:
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     try:
-        answer = {"result": function(*arguments)}
-        return json.dumps(answer).encode()
+        return json.dumps({"result": to_jsonable_python(function(*arguments))}).encode()
     except UserError as error:
         answer = {"refusal": str(error)}
     except MemoryError:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from recsys.arrays import Floats, Integers
 from recsys.config.data import DataConfig, SyntheticConfig
-from recsys.ingest.ray_tasks import Record, run_tasks
+from recsys.ingest.ray_tasks import Outcome, Record, run_tasks
 from recsys.ingest.shuffle import write_table
 from recsys.ingest.synthetic.world import World, build_world, describe_items
 from recsys.store import Storage, join
@@ -45,10 +44,10 @@ def generate(data: DataConfig, storage: Storage) -> DataConfig:
     marker = join(root, "complete.json")
     if not storage.exists(marker):
         write_table(storage, join(root, "items", "items.parquet"), describe_items(config))
-        record = Record(storage, join(root, "outcomes"))
+        record = Record(storage, join(root, "outcomes"), Outcome)
         num_blocks = math.ceil(config.num_users / block_users(config))
         outcomes = run_tasks("synthetic", partial(_write_block, storage, root, config), range(num_blocks), record)
-        logger.info("synthetic: %d events below %s", sum(outcome["rows"] for outcome in outcomes), root)
+        logger.info("synthetic: %d events below %s", sum(outcome.rows for outcome in outcomes), root)
         storage.create(marker, identity.encode())
         storage.delete_tree(record.folder)
     return data.model_copy(update={role: join(root, role) for role in ("events", "items", "users")})
@@ -59,12 +58,12 @@ def block_users(config: SyntheticConfig) -> int:
     return max(1, min(_LARGEST_BLOCK_USERS, int(_BLOCK_EVENTS / config.mean_events)))
 
 
-def _write_block(storage: Storage, root: str, config: SyntheticConfig, block: int) -> dict[str, Any]:
+def _write_block(storage: Storage, root: str, config: SyntheticConfig, block: int) -> Outcome:
     """Write one block of users and their events, which depend on the config and the block's number alone."""
     users, events = simulate_block(config, block)
     write_table(storage, join(root, "users", f"{block:05d}.parquet"), users)
     write_table(storage, join(root, "events", f"{block:05d}.parquet"), events)
-    return {"rows": events.num_rows}
+    return Outcome(rows=events.num_rows)
 
 
 def simulate_block(config: SyntheticConfig, block: int) -> tuple[pa.Table, pa.Table]:

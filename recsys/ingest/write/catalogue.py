@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 
 from recsys.arrays import Floats, Integers
 from recsys.errors import UserError
-from recsys.ingest.clean.cleaning import is_long, is_negative
-from recsys.ingest.clean.normalising import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, normalise_text
+from recsys.ingest.clean.cleaning import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, is_long, is_negative, normalise_text
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.sources.item_columns import as_vectors, title_column
@@ -73,13 +72,15 @@ def build_catalogue(
     measured: Mapping[str, Floats] | None = None,
     vocabulary: tuple[str, ...] = (),
     moments: tuple[tuple[float, float], ...] | None = None,
+    vector_size: int = 0,
 ) -> Catalogue:
     """Lay the items' features out in the order of `ids`; an item without a row has none of them.
 
     `title` is the text column named like one, or else the first; `text` all of them joined by ". ", the title first, both normalised by
     `normalise_text`. `measured` are
     numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
-    catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros.
+    catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros;
+    `vector_size` is its length where no column has vectors.
     """
     num_items = len(ids)
     known = items if items is not None else pa.table({ITEM_ID: pa.array([], pa.string())})
@@ -95,7 +96,7 @@ def build_catalogue(
     moments = moments if moments is not None else tuple(_moments(numbers) for numbers in raw_numbers.values())
     numbers = [(column - mean) / deviation for column, (mean, deviation) in zip(raw_numbers.values(), moments, strict=True)]
     vectors = [_vectors(rows[name], name) for name in columns["vectors"]]
-    vector_size = sum(block.shape[1] for block in vectors)
+    vectors = vectors or [np.zeros((num_items, vector_size))]
     table = pa.table(
         [
             pa.array(np.arange(1, num_items + 1), pa.int32()),
@@ -104,12 +105,19 @@ def build_catalogue(
             pa.array([_joined(parts) for parts in texts], pa.string()),
             categories,
             _fixed_lists(np.stack(numbers, axis=1) if numbers else np.zeros((num_items, 0))),
-            _fixed_lists(np.concatenate(vectors, axis=1) if vectors else np.zeros((num_items, 0))),
+            _fixed_lists(np.concatenate(vectors, axis=1)),
             pa.array(train_counts, pa.int64()),
         ],
         schema=CATALOGUE_SCHEMA,
     )
-    return Catalogue(table, vocabulary, tuple(raw_numbers), moments, vector_size, +(noticed + Counter(category_changed=num_changed)))
+    return Catalogue(
+        table,
+        vocabulary,
+        tuple(raw_numbers),
+        moments,
+        sum(block.shape[1] for block in vectors),
+        +(noticed + Counter(category_changed=num_changed)),
+    )
 
 
 def _joined(parts: list[str]) -> str:

@@ -1,18 +1,17 @@
 """The passes over written shards that statistics and the report come from."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from recsys.arrays import Integers
 from recsys.config.data import DataConfig
-from recsys.data.manifest import Dataset, DatasetManifest, last_rows
-from recsys.ingest.partitions import Job, staged_withheld, write_shard
-from recsys.ingest.passes import run_pass, write_shards_of
+from recsys.data.manifest import DatasetManifest, Shard, last_rows
+from recsys.ingest.job import Job, Limited, Measured, Written, present
+from recsys.ingest.partitions import staged_withheld
 from recsys.ingest.report.counts import Limits, count_partition, merge_counts
 from recsys.ingest.report.page import REPORT_NAME, Findings, make_report
 from recsys.ingest.shuffle import read_table, write_table
@@ -21,7 +20,6 @@ from recsys.store import join
 
 _SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
 _SUMS = "item-sums"
-Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,69 +34,52 @@ class MeasureTask:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """What the pass gives: shards of statistics, the statistics of all items, and what the report needs besides."""
 
-    user_shards: list[Outcome]
-    item_shards: list[Outcome]
+    user_shards: list[Shard]
+    item_shards: list[Shard]
     items: pa.Table
     counts: dict[str, Integers]
     limits: Limits
 
 
-def measure(job: Job, written: Sequence[Outcome], num_kinds: int, num_items: int) -> Measured:
-    """Measure the shards that each partition has written; call it with Ray initialised."""
-    limits = Limits.merge([Limits(**outcome["limits"]) for outcome in written])
-    users, train = ([_written(job, outcome, name) for outcome in written] for name in ("users", "train"))
-    return _measure(job, users, train, limits, num_kinds, num_items)
-
-
-def measure_version(job: Job, base: Dataset, written: Sequence[Outcome], num_items: int) -> Measured:
-    """Measure an appended version whole: the shards that each partition has written, and those of the versions before."""
-    users, train = (
-        [_inherited(base, name, number) + _written(job, outcome, name) for number, outcome in enumerate(written)]
-        for name in ("users", "train")
-    )
-    found = run_pass(job, "limits", partial(_find_limits, job), users)
-    limits = Limits.merge([Limits(**outcome["limits"]) for outcome in found])
-    return _measure(job, users, train, limits, len(base.manifest.event_kinds), num_items)
-
-
-def _written(job: Job, outcome: Outcome, name: str) -> tuple[str, ...]:
-    return (join(job.uri, outcome[name]["path"]),) if outcome[name] else ()
-
-
-def _inherited(base: Dataset, name: str, partition: int) -> tuple[str, ...]:
-    """Find one partition's shards of the older versions; every version names its shards by partition."""
-    shards = base.manifest.users_shards if name == "users" else base.manifest.train_shards
-    path = f"{name}/{partition:05d}.parquet"
-    return tuple(join(base.sibling(shard.dataset or base.name), shard.path) for shard in shards if shard.path == path)
-
-
-def _find_limits(job: Job, users: tuple[str, ...]) -> Outcome:
-    table = _read(job, users, _SEQUENCE_COLUMNS)
-    histories = Histories.from_users(last_rows(table, "user_index")) if table is not None else None
-    limits = Limits.of(histories, job.has_time) if histories is not None else Limits(None, None, None)
-    return {"rows": 0 if histories is None else len(histories.items), "limits": asdict(limits)}
-
-
-def _measure(
-    job: Job, users: Sequence[tuple[str, ...]], train: Sequence[tuple[str, ...]], limits: Limits, num_kinds: int, num_items: int
-) -> Measured:
+def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int) -> Measurements:
+    """Measure the shards that each partition has written and, of an appended version, those of the versions before."""
+    users = [_shards_of(job, "users", outcome.users, number) for number, outcome in enumerate(written)]
+    train = [_shards_of(job, "train", outcome.train, number) for number, outcome in enumerate(written)]
+    found = written if job.base is None else job.run("limits", Limited, partial(_find_limits, job), users)
+    limits = Limits.merge([outcome.limits for outcome in found])
     tasks = [MeasureTask(number, *shards, num_kinds, limits) for number, shards in enumerate(zip(users, train, strict=True))]
-    measured = run_pass(job, "statistics", partial(measure_partition, job), tasks)
-    occupied = [number for number, outcome in enumerate(measured) if outcome["rows"]]
+    measured = job.run("statistics", Measured, partial(measure_partition, job), tasks)
+    occupied = [number for number, outcome in enumerate(measured) if outcome.rows]
     items = join_item_statistics(job, occupied, num_items, train_span(limits, job.data))
-    return Measured(
-        [measured[number]["user_statistics"] for number in occupied],
-        write_shards_of(job, "statistics/items", items),
+    return Measurements(
+        present(outcome.user_statistics for outcome in measured),
+        job.write_shards("statistics/items", items),
         items,
-        merge_counts([outcome["counts"] for outcome in measured]),
+        merge_counts([outcome.counts for outcome in measured]),
         limits,
     )
 
 
-def write_report(job: Job, manifest: DatasetManifest, measured: Measured) -> None:
+def _shards_of(job: Job, name: str, written: Shard | None, partition: int) -> tuple[str, ...]:
+    """Address one partition's shards, those of the older versions first; every version names its shards by partition."""
+    manifest = job.base.manifest if job.base is not None else None
+    older = () if manifest is None else manifest.users_shards if name == "users" else manifest.train_shards
+    inherited = [job.base.address(shard) for shard in older if job.base is not None and shard.path == f"{name}/{partition:05d}.parquet"]
+    return (*inherited, *((join(job.uri, written.path),) if written is not None else ()))
+
+
+def _find_limits(job: Job, users: tuple[str, ...]) -> Limited:
+    table = _read(job, users, _SEQUENCE_COLUMNS)
+    if table is None:
+        return Limited(rows=0, limits=Limits(None, None, None))
+    histories = Histories.from_users(last_rows(table, "user_index"))
+    return Limited(rows=len(histories.items), limits=Limits.of(histories, job.has_time))
+
+
+def write_report(job: Job, manifest: DatasetManifest, measured: Measurements) -> None:
     """Write the report beside the place of the manifest, which comes after it."""
     page = make_report(Findings(manifest, measured.counts, measured.limits, measured.items))
     job.storage.write_bytes(join(job.uri, REPORT_NAME), page.encode())
@@ -112,21 +93,21 @@ def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
     return TrainSpan(first, last, data.validation_from if data.split == "time" and data.validation_from is not None else last)
 
 
-def measure_partition(job: Job, task: MeasureTask) -> Outcome:
+def measure_partition(job: Job, task: MeasureTask) -> Measured:
     """Write one partition's user statistics, stage its sums by item, and count for the report."""
     users = _read(job, task.users, _SEQUENCE_COLUMNS)
     if users is None:
-        return {"rows": 0, "user_statistics": None, "counts": {}}
+        return Measured(rows=0)
     histories = Histories.from_users(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
     write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
     samples = _flat_samples(_read(job, task.train, ["user_index", "items", "events", "timestamps"]))
-    return {
-        "rows": len(histories.items),
-        "user_statistics": write_shard(job, f"statistics/users/{task.partition:05d}.parquet", statistics),
-        "counts": count_partition(histories, samples, staged_withheld(job), task.num_kinds, task.limits, job.data.session_gap_seconds),
-    }
+    return Measured(
+        rows=len(histories.items),
+        user_statistics=job.write_shard(f"statistics/users/{task.partition:05d}.parquet", statistics),
+        counts=count_partition(histories, samples, staged_withheld(job), task.num_kinds, task.limits, job.data.session_gap_seconds),
+    )
 
 
 def _read(job: Job, shards: Sequence[str], columns: list[str]) -> pa.Table | None:

@@ -10,16 +10,20 @@ from types import SimpleNamespace
 import pytest
 
 from recsys.ingest import ray_tasks
-from recsys.ingest.ray_tasks import Progress, Record
+from recsys.ingest.ray_tasks import Outcome, Progress, Record
 from recsys.store import Storage
 
 
+class Counted(Outcome):
+    rejected: dict[str, int]
+
+
 def test_a_record_gives_back_what_was_added(any_storage: Storage) -> None:
-    record = Record(any_storage, any_storage.uri("staging", "outcomes"))
+    record = Record(any_storage, any_storage.uri("staging", "outcomes"), Counted)
     assert record.read() == {}
     for number in (11, 2, 2):
-        record.add(number, {"rows": number, "rejected": {"null_user": 1}})
-    assert record.read() == {2: {"rows": 2, "rejected": {"null_user": 1}}, 11: {"rows": 11, "rejected": {"null_user": 1}}}
+        record.add(number, Counted(rows=number, rejected={"null_user": 1}))
+    assert record.read() == {2: Counted(rows=2, rejected={"null_user": 1}), 11: Counted(rows=11, rejected={"null_user": 1})}
 
 
 def test_without_a_terminal_progress_is_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
