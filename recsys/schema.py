@@ -24,7 +24,7 @@ MAX_ID_CHARACTERS = 512
 """The longest id of a user, an item or an event kind, wherever it is read."""
 
 LARGEST_SECONDS = 10**11
-"""From here on (the year 5138) a time is not in seconds, as its 12 or more digits tell."""
+"""From here on (the year 5138) a number of 12 or more digits is not a time in seconds."""
 
 _ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
 _DATE = re.compile(r"^(\d{4})[-/](\d\d?)[-/](\d\d?)(?!\d)")
@@ -113,7 +113,7 @@ USER_STATISTICS_SCHEMA = pa.schema(
         ("event_counts", pa.list_(pa.int64())),
     ]
 )
-"""One row per user, from the training interactions alone; null where there is nothing to tell it from. Variances are those of
+"""One row per user, from the training interactions alone; null where there is no data for it. Variances are those of
 the population. `recency_seconds` runs from the user's last training interaction to where training data ends; what needs a
 time is null where the order is a position. `event_counts` follow the manifest's `event_kinds`."""
 

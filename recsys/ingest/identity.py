@@ -110,7 +110,7 @@ def dataset_uri(data: DataConfig, storage: Storage, base_fingerprint: str = "") 
 def choose_num_shards(storage: Storage, events: Sequence[ObjectInfo], data: DataConfig) -> int:
     """Choose the number of partitions from the files alone, so that one partition's events are few enough to be held at once.
 
-    Parquet files tell their rows, of which a few are asked; the other formats are guessed from their size.
+    The rows of Parquet files are read from the footers of a few; those of other formats are estimated from file sizes.
     """
     tables = [file for file in events if file.uri.lower().endswith(".parquet")]
     others = [file for file in events if not file.uri.lower().endswith(".parquet")]

@@ -184,7 +184,7 @@ def _staged_attributes(job: Job, partition: int, user_ids: pa.Array, known: pa.A
     """
     staged = read_partition(job.storage, job.staging("user-pieces"), partition, STAGED_USERS)
     ids = staged[USER_ID].combine_chunks()
-    nobodys = pa.array([[]] * (len(user_ids) - len(known)), known.type)
+    no_attributes = pa.array([[]] * (len(user_ids) - len(known)), known.type)
     # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
     rows = pc.index_in(user_ids, value_set=ids)
     chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(staged.num_rows, staged.num_rows + len(user_ids)), pa.int32()))
@@ -192,4 +192,4 @@ def _staged_attributes(job: Job, partition: int, user_ids: pa.Array, known: pa.A
     is_later = pc.less(pc.index_in(ids, value_set=ids), pa.array(np.arange(len(ids)), pa.int32()))
     rejects.add("user_duplicate", pa.chunked_array([is_later]), staged[INPUT_ORDER], staged[USER_ID])
     overlap = Overlap.of(pc.unique(user_ids), pc.unique(ids)) if len(ids) else Overlap()
-    return pa.chunked_array([staged[ATTRIBUTES].combine_chunks(), known, nobodys]).take(chosen), rejects, overlap
+    return pa.chunked_array([staged[ATTRIBUTES].combine_chunks(), known, no_attributes]).take(chosen), rejects, overlap

@@ -169,7 +169,7 @@ def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:
 
 
 def drop_bots(events: pa.Table, max_per_minute: int | None) -> tuple[pa.Table, int]:
-    """Drop all events of users with more than `max_per_minute` in any minute of the clock; tell how many events went."""
+    """Drop all events of users with more than `max_per_minute` in any minute of the clock; also return how many events that drops."""
     if max_per_minute is None:
         return events, 0
     minutes = pa.array(events[TIMESTAMP].to_numpy() // 60)

@@ -49,7 +49,7 @@ def split_times(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArr
 
 
 def cast_times(column: pa.ChunkedArray, unit: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Cast times to whole seconds, numbers being of `unit`, and tell which present times are none."""
+    """Cast times to whole seconds, numbers being of `unit`, and return which present values are not times."""
     if column.type == pa.uint64():  # whose largest are seconds only when they are divided
         column, unit = pc.divide(column, pa.scalar(per_second(unit), pa.uint64())), "s"
     numbers, seconds = split_times(column)

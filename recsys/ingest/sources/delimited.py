@@ -52,7 +52,7 @@ class Dialect:
             quotechar=self.quote or None,
             quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
             escapechar=self.escape or None,
-            doublequote=True,  # beside an escape, too: without it the reader does not tell a quote out of place
+            doublequote=True,  # beside an escape, too: without it the reader accepts a quote out of place
             skipinitialspace=self.skips_blanks,
             strict=True,
         )
@@ -274,7 +274,7 @@ def _checked_header(uri: str, records: Any) -> Iterator[list[str]]:
 
 
 def _without_repeats(uri: str, names: list[str]) -> list[str]:
-    """Refuse names that stand for two columns; columns without a name are told apart by their place."""
+    """Refuse a name that two columns have; columns without a name are numbered by their place."""
     named = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     repeated = next((name for place, name in enumerate(named) if name in named[:place]), None)
     if repeated is not None:

@@ -66,7 +66,7 @@ def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str
 
     The order comes from the timestamp where there is one and from the position otherwise. A column that the config
     renames must be there; those of event, value and query may be empty, and are not read then. JSON lines always have queries: few
-    events may have the key, and none of those that the header is told from.
+    events may have the key, and none of those that the header is read from.
 
     Raises:
         UserError: a required column is missing; the line names the columns that exist.
@@ -182,7 +182,7 @@ def _share_of_files(name: str, headers: Headers) -> str:
 def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
     """Read the whole catalogue.
 
-    The kinds are the configured ones, those of a known layout or, where there are none, told by `item_columns`. Text of a category is
+    The kinds are the configured ones, those of a known layout or, where there are none, inferred by `item_columns`. Text of a category is
     a list, split at the separator of the config, or at blanks where RecBole declares a token_seq; a vector is a list of numbers.
 
     Raises:

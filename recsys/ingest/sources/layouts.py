@@ -42,7 +42,7 @@ _CATALOGUES: tuple[tuple[set[str], dict[str, FeatureKind]], ...] = (
     ({"MovieID", "Title", "Genres"}, {"Title": "text", "Genres": "categories"}),
     ({"movieId", "title", "genres"}, {"title": "text", "genres": "categories"}),
 )
-"""By their columns: average ratings and their number are left out, since they tell of the time after the split."""
+"""By their columns: average ratings and their number are left out, since they leak the time after the split."""
 
 _PATH_COLUMN = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)=(.*)")
 _PATH_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -62,7 +62,7 @@ def is_amazon_review(names: Iterable[str]) -> bool:
 
 
 def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:
-    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where the types must tell."""
+    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where they must be inferred from the types."""
     configured: dict[str, FeatureKind] = {}
     configured |= dict.fromkeys(features.text, "text")
     configured |= dict.fromkeys(features.categories, "categories")

@@ -85,7 +85,7 @@ def is_number(kind: pa.DataType) -> bool:
 def texts_of(column: pa.ChunkedArray, broken: str = "replace") -> pa.ChunkedArray:
     r"""Spell values of any scalar type as text, the same value in the same way whatever type carries it.
 
-    Whole numbers have no point and no exponent, others the fewest digits that tell them; true and false are words. Bytes are UTF-8 or,
+    Whole numbers have no point and no exponent, others the fewest digits that identify them; true and false are words. Bytes are UTF-8 or,
     where a value is not, hexadecimal after 0x. In strings that are not valid UTF-8 `broken` says what stands for the bytes that are not:
     "replace" puts U+FFFD, "backslashreplace" \xNN, by which no two become one.
 
@@ -262,7 +262,7 @@ def _parse_list(text: str) -> list[Any] | None:
 
 
 class JsonNumber(str):
-    """The text of a JSON number that is no integer, told from other text by its type."""
+    """The text of a JSON number that is not an integer; its type distinguishes it from other text."""
 
     __slots__ = ()
 

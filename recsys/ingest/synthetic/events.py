@@ -1,7 +1,7 @@
 """Generates synthetic events: users choose items of a world of tastes; written as raw Parquet tables.
 
 An event follows from what the user did last (half the time: the next parts of a series), else from the user's tastes,
-which their group sets and time moves, and from the items' popularity. Titles and descriptions speak of the tastes.
+which their group sets and time moves, and from the items' popularity. Titles and descriptions name the tastes.
 """
 
 import hashlib

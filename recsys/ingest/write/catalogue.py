@@ -36,7 +36,7 @@ class Catalogue:
 
 
 def sort_ids(ids: list[str]) -> list[str]:
-    """Sort ids as a person would: runs of digits by their number, so that "10" comes after "9"."""
+    """Sort ids in natural order: runs of digits by their number, so that "10" comes after "9"."""
     return sorted(ids, key=_natural_key)
 
 
@@ -142,7 +142,7 @@ def _strings(column: pa.ChunkedArray) -> list[str]:
 
 
 def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[str, ...]) -> tuple[pa.Array, tuple[str, ...], int]:
-    """Index the categories of each item; tell the vocabulary, and how many entries were changed to be one."""
+    """Index the categories of each item; also return the vocabulary, and how many entries were normalised to fit it."""
     values: list[list[str]] = [[] for _ in range(num_items)]
     vocabulary = list(known)
     num_changed = 0
@@ -170,7 +170,7 @@ def _numbers(column: pa.ChunkedArray) -> Floats:
 
 
 def _moments(numbers: Floats) -> tuple[float, float]:
-    """Mean and standard deviation of what is there; 0 and 1 where that cannot be told or divided by."""
+    """Return mean and standard deviation of the present values; 0 without any, and 1 where values do not differ."""
     if np.isnan(numbers).all():
         return 0.0, 1.0
     mean, deviation = float(np.nanmean(numbers)), float(np.nanstd(numbers))
