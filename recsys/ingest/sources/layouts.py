@@ -62,7 +62,7 @@ def is_amazon_review(names: Iterable[str]) -> bool:
 
 
 def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:
-    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none where they must be inferred from the types."""
+    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none to infer from the types."""
     configured: dict[str, FeatureKind] = {}
     configured |= dict.fromkeys(features.text, "text")
     configured |= dict.fromkeys(features.categories, "categories")
