@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -147,14 +148,8 @@ def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported
     reasons |= dict.fromkeys(uses, "")
     return Imported(
         tuple(_use("users", header, name, uses.get(name, ""), reasons[name]) for name in header),
-        (rename(table) for table in _chained(first, tables)),
+        (rename(table) for table in chain(() if first is None else (first,), tables)),
     )
-
-
-def _chained(first: pa.Table | None, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    if first is not None:
-        yield first
-        yield from others
 
 
 def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
@@ -303,9 +298,7 @@ def _as_text_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not is_text(column):
         return column
     texts = column.combine_chunks()
-    starts = pc.if_else(texts.is_valid(), pa.array(range(len(texts)), pa.int32()), None)
-    ends = pa.array([len(texts)], pa.int32())
-    return pa.chunked_array([pa.ListArray.from_arrays(pa.concat_arrays([starts, ends]), texts)])
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), texts, mask=texts.is_null())])
 
 
 def _missing(uri: str, wanted: str, meaning: str, names: list[str]) -> UserError:
