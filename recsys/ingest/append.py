@@ -58,7 +58,7 @@ from recsys.ingest.passes import (
     write_shards_of,
 )
 from recsys.ingest.shuffle import write_table
-from recsys.ingest.write.measuring import measure_version, write_report
+from recsys.ingest.write.measuring import measure_version, write_dataset_report
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, POSITION, TIMESTAMP
 from recsys.store import Storage
 
@@ -126,7 +126,7 @@ def append(config: Config, storage: Storage) -> Dataset:
         item_statistics_shards=measured.item_shards,
         query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
     )
-    write_report(job, manifest, measured)
+    write_dataset_report(job, manifest, measured)
     return publish(job, manifest)
 
 

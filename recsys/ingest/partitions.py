@@ -32,12 +32,12 @@ from recsys.ingest.clean.overlap import Overlap
 from recsys.ingest.clean.pseudonyms import pseudonymise
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import UNIT_NAMES, find_other_unit
-from recsys.ingest.report.counts import Limits
 from recsys.ingest.shuffle import read_partition, read_table, write_pieces, write_table
 from recsys.ingest.sources.formats import FILE_SHIFT, INPUT_ORDER, FilePart
 from recsys.ingest.sources.importers import import_events, import_users
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of
+from recsys.ingest.write.counts import Limits
 from recsys.ingest.write.sequence_tables import Sequences
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events
 from recsys.ingest.write.statistics import Histories, Moments

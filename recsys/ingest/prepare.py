@@ -36,7 +36,7 @@ from recsys.ingest.ray_tasks import Outcome
 from recsys.ingest.shuffle import write_table
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import build_catalogue
-from recsys.ingest.write.measuring import measure, write_report
+from recsys.ingest.write.measuring import measure, write_dataset_report
 from recsys.ingest.write.statistics import item_numbers, join_moments
 from recsys.schema import TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
 from recsys.store import Storage, join
@@ -140,7 +140,7 @@ def _run_passes(job: Job, inputs: Inputs, config: Config) -> DatasetManifest:
         item_statistics_shards=measured.item_shards,
         query_shards=[outcome["queries"] for outcome in shards if outcome["queries"]],
     )
-    write_report(job, manifest, measured)
+    write_dataset_report(job, manifest, measured)
     return manifest
 
 

@@ -13,10 +13,11 @@ from recsys.config.data import DataConfig
 from recsys.data.manifest import Dataset, DatasetManifest, last_rows
 from recsys.ingest.partitions import Job, staged_withheld, write_shard
 from recsys.ingest.passes import run_pass, write_shards_of
-from recsys.ingest.report.counts import Limits, count_partition, merge_counts
-from recsys.ingest.report.page import REPORT_NAME, Findings, make_report
 from recsys.ingest.shuffle import read_table, write_table
+from recsys.ingest.write.counts import Limits, count_partition, merge_counts
+from recsys.ingest.write.report_numbers import dataset_numbers
 from recsys.ingest.write.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.report.pages import DATASET, write_report
 from recsys.store import join
 
 _SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
@@ -98,10 +99,9 @@ def _measure(
     )
 
 
-def write_report(job: Job, manifest: DatasetManifest, measured: Measured) -> None:
+def write_dataset_report(job: Job, manifest: DatasetManifest, measured: Measured) -> None:
     """Write the report beside the place of the manifest, which comes after it."""
-    page = make_report(Findings(manifest, measured.counts, measured.limits, measured.items))
-    job.storage.write_bytes(join(job.uri, REPORT_NAME), page.encode())
+    write_report(job.storage, job.uri, DATASET, dataset_numbers(manifest, measured.counts, measured.limits, measured.items))
 
 
 def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
