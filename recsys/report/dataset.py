@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from recsys.report.svg import FIRST, GRID, INK, MUTED, SECOND, THIRD, Plot, plot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_BARS = 10
+_MOST_BARS = 10
 _UNITS = {1: "1 s", 60: "1 min", 3600: "1 h", 86_400: "1 day", 30 * 86_400: "1 month", 365 * 86_400: "1 year"}
 _DAY_SECONDS = 86_400
 Numbers = Mapping[str, Any]
@@ -39,22 +39,18 @@ def dataset_page(numbers: Numbers) -> str:
 
 
 def _bars(bars: Mapping[str, int], unit: str, has_shares: bool = True) -> Plot | None:
-    return plot(_draw_bars, bars, unit, has_shares, height_inches=0.75 + 0.4 * min(len(bars), MOST_BARS))
+    return plot(_draw_bars, bars, unit, has_shares, height_inches=0.75 + 0.4 * min(len(bars), _MOST_BARS))
 
 
 def _draw_times(axes: "Axes", times: Numbers) -> None:
     """Draw the interactions over time, the splits stacked."""
     edges = np.array(times["edges"])
-    below = np.zeros(len(edges) - 1)
-    for (name, column), color in zip(times["splits"].items(), (FIRST, SECOND, THIRD), strict=True):
-        axes.bar(edges[:-1], column, np.diff(edges), below, align="edge", color=color, label=name, linewidth=0)
-        below += column
-    first, last = edges[0], edges[-1] - 1
+    _draw_stacked(axes, edges[:-1], times["splits"], np.diff(edges), "edge")
+    first, last = edges[0], edges[-1] - 1  # the last bin ends behind the last time
     ticks = np.linspace(first, last, 4)
     is_short = last - first < 4 * _DAY_SECONDS
     texts = [str(np.datetime64(int(tick), "s")) for tick in ticks]
     axes.set_xticks(ticks, [text[5:16].replace("T", " ") if is_short else text[:10] for text in texts], ha="center")
-    _legend_above(axes)
     _count_axis(axes, "interactions")
 
 
@@ -78,7 +74,7 @@ def _draw_lengths(axes: "Axes", histogram: Numbers, unit: str, owners: str) -> N
     powers = [2**power for power in range(edges[-1].bit_length())]
     ticks = [place for place in np.searchsorted(edges, powers).tolist() if first <= place <= stop]
     shown = ticks[:: math.ceil(len(ticks) / 8)]
-    axes.set_xticks(shown, [compact(edges[place]) for place in shown])
+    axes.set_xticks(shown, [_compact(edges[place]) for place in shown])
     axes.set_xlabel(unit)
     _count_axis(axes, owners)
 
@@ -115,16 +111,13 @@ def _draw_values(axes: "Axes", values: Numbers) -> None:
 
 def _draw_periods(axes: "Axes", shares: Numbers) -> None:
     """Draw each period's interactions, divided among the items by popularity."""
-    below = 0.0
-    for (label, share), color in zip(shares.items(), (FIRST, SECOND, THIRD), strict=True):
-        places = np.arange(1, len(share) + 1)
-        axes.bar(places, share, 0.86, below, color=color, label=label, linewidth=0)
-        below = below + np.array(share)
+    num_periods = len(next(iter(shares.values())))
+    places = np.arange(1, num_periods + 1)
+    _draw_stacked(axes, places, shares, 0.86, "center")
     axes.set_xticks(places)
     axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
     axes.set_xlabel("period, oldest first")
     axes.set_ylabel("share of interactions")
-    _legend_above(axes)
 
 
 def _draw_new_items(axes: "Axes", counts: list[int]) -> None:
@@ -139,8 +132,8 @@ def _draw_new_items(axes: "Axes", counts: list[int]) -> None:
 def _draw_bars(axes: "Axes", bars: Mapping[str, int], unit: str, has_shares: bool) -> None:
     """Draw one horizontal bar per name, with its number and its share of all; the smallest are joined where there are many."""
     shown = dict(bars)
-    if len(shown) > MOST_BARS:
-        largest = sorted(shown, key=lambda name: -shown[name])[: MOST_BARS - 1]
+    if len(shown) > _MOST_BARS:
+        largest = sorted(shown, key=lambda name: -shown[name])[: _MOST_BARS - 1]
         rest = sum(number for name, number in shown.items() if name not in largest)
         shown = {name: number for name, number in shown.items() if name in largest} | {f"{len(bars) - len(largest)} others": rest}
     places = np.arange(len(shown))[::-1]
@@ -165,25 +158,30 @@ def _draw_occupied(axes: "Axes", counts: list[int], width: float) -> tuple[int, 
     return first, stop
 
 
-def _legend_above(axes: "Axes") -> None:
+def _draw_stacked(axes: "Axes", places: Any, columns: Numbers, width: Any, align: Literal["center", "edge"]) -> None:
+    """Draw three columns at each place on one another, with a legend above."""
+    below = np.zeros(len(places))
+    for (name, column), color in zip(columns.items(), (FIRST, SECOND, THIRD), strict=True):
+        axes.bar(places, column, width, below, align=align, color=color, label=name, linewidth=0)
+        below = below + column
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handlelength=1, columnspacing=1.2)
 
 
 def _log_ticks(axis: Any, largest: int) -> None:
     ticks = [10**power for power in range(len(str(max(1, largest))))]
-    axis.set_ticks(ticks, labels=[compact(tick) for tick in ticks])
+    axis.set_ticks(ticks, labels=[_compact(tick) for tick in ticks])
     axis.set_ticks([], minor=True)
 
 
 def _count_axis(axes: "Axes", unit: str) -> None:
-    axes.yaxis.set_major_formatter(lambda number, _: compact(number))
+    axes.yaxis.set_major_formatter(lambda number, _: _compact(number))
     axes.locator_params(axis="y", nbins=5)
     axes.grid(axis="y", color=GRID)
     axes.set_ylabel(unit)
     axes.margins(x=0.01)
 
 
-def compact(number: float) -> str:
+def _compact(number: float) -> str:
     """Write a number in few characters: 950, 1.2k, 30M."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:

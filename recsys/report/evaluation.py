@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 COLD_SLICES = {
     "warm target": "warm",
-    "warm target among warm items": "warm, among the warm",
+    "warm target among warm items": "warm among warm",
     "cold target": "cold",
-    "cold target among cold items": "cold, among the cold",
+    "cold target among cold items": "cold among cold",
 }
 _NEAR = 0.13
 """Labels whose points are nearer than this part of the axes would lie on one another."""

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -74,7 +72,7 @@ class Plot:
     draw: Callable[["Axes"], None]
     height_inches: float
 
-    def svg(self, name: str, title: str) -> Markup:
+    def svg(self, name: str, title: str) -> str:
         """Draw the figure as an SVG element; `name` makes its ids unlike those of other figures."""
         with _private_settings():
             import matplotlib as mpl
@@ -88,7 +86,7 @@ class Plot:
                 figure = Figure(figsize=(_WIDTH_INCHES, self.height_inches), layout="constrained")
                 self.draw(figure.add_subplot())
                 figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-        return Markup(_for_page(output.getvalue(), name, title))  # matplotlib escapes the texts in the figure
+        return _for_page(output.getvalue(), name, title)
 
 
 def plot(draw: Callable[..., None], data: Any, *more: Any, height_inches: float = HEIGHT_INCHES) -> Plot | None:

@@ -110,7 +110,7 @@ def _periods(items: pa.Table, train_counts: Integers) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the split: how many targets it counts (validation, test), of how many, and whether there is a fault."""
+    """One leakage check: the targets that it counts (validation, test), of how many, their share, and the verdict."""
 
     title: str
     meaning: str
@@ -138,12 +138,12 @@ def check_split(counts: dict[str, Integers], data_config: Mapping[str, Any], has
         check("in_samples", "Targets in training samples", "the same user, item, time and kind is in a training sample", "fail"),
         check("before_training", "Targets before training ends", f"{last} training interaction{by_chance}", out_of_order),
         check("before_validation", "Test before validation", f"{last} validation target{by_chance}", out_of_order),
-        check("in_history", "Targets seen before", "the user had the item already; evaluation passes over it", "note"),
+        check("in_history", "Targets seen before", "the user had interacted with the item before; evaluation skips it", "note"),
     ]
     if has_time:
-        meaning = f"training data of other users reaches past it{by_chance}"
+        meaning = f"other users have later training interactions{by_chance}"
         if split == "leave_one_out":
-            meaning += "; leave-one-out cuts user by user, data.split = 'time' cuts at one moment"
+            meaning += "; leave-one-out splits each user alone, data.split = 'time' splits all at one moment"
         checks.append(
             check("before_training_of_others", "Targets before the last of all training", meaning, "fail" if split == "time" else "note")
         )
