@@ -101,6 +101,7 @@ def test_shards_are_what_the_manifest_says_and_nothing_else_is_left(tmp_path: Pa
     assert left == {
         join(dataset.uri, MANIFEST_NAME),
         join(dataset.uri, DATASET.page_name),
+        join(dataset.uri, DATASET.json_name),
         *(join(dataset.uri, shard.path) for shard in shards),
     }
 
