@@ -1,6 +1,7 @@
 """Evaluate a checkpoint by full ranking beside baselines, slice by slice, and write a report."""
 
 import hashlib
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from recsys.store import Storage
 
 if TYPE_CHECKING:
     from recsys.predictor import Predictor
-    from recsys.train.checkpoints.manifest import CheckpointManifest
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +19,7 @@ def run(config: Config) -> dict[str, Any]:
     """Evaluate `evaluation.checkpoint` on `evaluation.split`."""
     from recsys.evaluation.evaluator import evaluate
     from recsys.evaluation.slices import sentence
+    from recsys.report.pages import EVALUATION, write_report
     from recsys.train.checkpoints.trained import build_predictor, check_given, load_trained
 
     storage, scratch, settings = Storage.from_config(config.storage), config.run.scratch, config.evaluation
@@ -29,21 +30,13 @@ def run(config: Config) -> dict[str, Any]:
     check_given(storage, config, settings.checkpoint)
     checkpoint, trained, dataset, recommender = load_trained(storage, settings.checkpoint, scratch)
     found = evaluate(build_predictor(trained, dataset, recommender), dataset, settings, load)
-    result = {"checkpoint": settings.checkpoint, **found}
+    result = {"checkpoint": settings.checkpoint, "metric": settings.metric, **found}
     if "compare" in result:
         logger.info("evaluate: %s", sentence(result["compare"], settings.metric))
-    return {**result, "report": _write_report(storage, checkpoint, result, settings.metric)}
-
-
-def _write_report(storage: Storage, checkpoint: "CheckpointManifest", result: dict[str, Any], metric: str) -> str:
-    """Write the page under a name that tells its content, so that another evaluation never replaces it; return its address."""
-    from recsys.evaluation.report.page import REPORT_NAME, make_report
-
-    page = make_report(result, metric).encode()
-    name = f"step-{checkpoint.state.step:08d}-{result['split']}-{hashlib.sha256(page).hexdigest()[:8]}"
-    uri = storage.uri("runs", checkpoint.run, "evaluations", name, REPORT_NAME)
-    storage.create(uri, page)
-    return uri
+    # The folder is named by what it holds, so that another evaluation never replaces it.
+    digest = hashlib.sha256(json.dumps(result).encode()).hexdigest()[:8]
+    folder = storage.uri("runs", checkpoint.run, "evaluations", f"step-{checkpoint.state.step:08d}-{result['split']}-{digest}")
+    return {**result, "report": write_report(storage, folder, EVALUATION, result)}
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ def prepare_data(config: Config) -> dict[str, Any]:
 def describe(dataset: "Dataset", is_skipped: bool, seconds: float) -> dict[str, Any]:
     """Describe the dataset and how it was made; `rows_per_second` counts the interactions of this version, null where skipped."""
     from recsys.data.manifest import Dataset
-    from recsys.ingest.report.page import REPORT_NAME
+    from recsys.report.pages import DATASET
 
     manifest = dataset.manifest
     num_before = Dataset.open(dataset.storage, dataset.sibling(manifest.base)).manifest.num_interactions if manifest.base else 0
     return {
         "dataset": dataset.uri,
-        "report": join(dataset.uri, REPORT_NAME),
+        "report": join(dataset.uri, DATASET.page_name),
         "version": manifest.version,
         "base": manifest.base,
         "fingerprint": manifest.fingerprint,

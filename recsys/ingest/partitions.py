@@ -15,10 +15,10 @@ from recsys.ingest.clean.cleaning import drop_bots, drop_duplicates, notice_orde
 from recsys.ingest.clean.overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.job import Job, Partition, Written
-from recsys.ingest.report.counts import Limits
 from recsys.ingest.shuffle import read_partition, read_table, write_table
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.staging import ATTRIBUTES, STAGED_USERS
+from recsys.ingest.write.counts import Limits
 from recsys.ingest.write.sequence_tables import Sequences
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
 from recsys.ingest.write.statistics import Histories, Moments

@@ -30,7 +30,7 @@ from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.staging import stage_events, stage_users
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
-from recsys.ingest.write.measuring import measure, write_report
+from recsys.ingest.write.measuring import measure, write_dataset_report
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics import item_numbers, join_moments
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
@@ -153,7 +153,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         "query_shards": present(outcome.queries for outcome in shards),
     }
     manifest = _sign(extend(job.base, fields) if job.base is not None else fields)
-    write_report(job, manifest, measured)
+    write_dataset_report(job, manifest, measured)
     return manifest
 
 

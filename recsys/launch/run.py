@@ -13,11 +13,11 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.launch.head import connect
 from recsys.objectives.objective import MakeObjective
+from recsys.report.pages import TRAINING, write_report
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.lease import Ownership
 from recsys.train.checkpoints.manifest import read_manifest
-from recsys.train.monitoring.report import REPORT_NAME, make_report
 from recsys.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
     best = checkpoints.uri(state.best_step or state.step)
-    report = storage.uri("runs", config.run.name, REPORT_NAME)
-    storage.write_bytes(report, make_report(config.run.name, state).encode())
+    report = write_report(storage, storage.uri("runs", config.run.name), TRAINING, state.numbers(config.run.name))
     return {
         "run": config.run.name,
         "checkpoint": best,

@@ -1,1 +1,1 @@
-"""What all HTML reports share: page, style sheet, and plots as inline SVG."""
+"""Reports: the JSON that a stage writes, drawn as a self-contained page of HTML beside it. No number is computed here."""

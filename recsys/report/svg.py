@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: 
 """Stand-ins for the page's colours, which differ by day and by night."""
 
 _WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
+_MOST_CHARACTERS = 22
 _STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "text.color": INK,
@@ -63,21 +65,39 @@ def _private_settings() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def render(name: str, title: str, draw: Callable[["Axes"], None], height_inches: float = HEIGHT_INCHES) -> str:
-    """Let `draw` fill a figure's axes, and give it as an SVG element; `name` makes its ids unlike those of other figures."""
-    with _private_settings():
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Plot:
+    """A figure that is not drawn yet: what fills its axes, and its height."""
 
-        output = io.StringIO()
-        with warnings.catch_warnings(), mpl.rc_context():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text and has the fonts
-            mpl.rcdefaults()
-            mpl.rcParams.update(_STYLE)
-            figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
-            draw(figure.add_subplot())
-            figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
-    return _for_page(output.getvalue(), name, title)
+    draw: Callable[["Axes"], None]
+    height_inches: float
+
+    def svg(self, name: str, title: str) -> str:
+        """Draw the figure as an SVG element; `name` makes its ids unlike those of other figures."""
+        with _private_settings():
+            import matplotlib as mpl
+            from matplotlib.figure import Figure
+
+            output = io.StringIO()
+            with warnings.catch_warnings(), mpl.rc_context():
+                warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser draws the text and has the fonts
+                mpl.rcdefaults()
+                mpl.rcParams.update(_STYLE)
+                figure = Figure(figsize=(_WIDTH_INCHES, self.height_inches), layout="constrained")
+                self.draw(figure.add_subplot())
+                figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+        return _for_page(output.getvalue(), name, title)
+
+
+def plot(draw: Callable[..., None], data: Any, *more: Any, height_inches: float = HEIGHT_INCHES) -> Plot | None:
+    """Return the plot that `draw(axes, data, *more)` makes; None if `data` is empty."""
+    return Plot(lambda axes: draw(axes, data, *more), height_inches) if data else None
+
+
+def readable(text: str) -> str:
+    """Make a name that comes from data fit for a label: no control characters, no line breaks, not long."""
+    plain = " ".join("".join(letter if letter.isprintable() or letter.isspace() else "\ufffd" for letter in text).split())
+    return plain if len(plain) <= _MOST_CHARACTERS else plain[: _MOST_CHARACTERS - 1] + "\u2026"
 
 
 def _for_page(text: str, name: str, title: str) -> str:

@@ -108,6 +108,23 @@ class TrainingState(BaseModel):
         """The share of the run's whole time that went into steps that count, without waiting for data."""
         return (self.train_seconds - self.data_wait_seconds) / max(self.wall_seconds, 1e-9)
 
+    def numbers(self, run: str) -> dict[str, Any]:
+        """Return the numbers of the report, as `training.json` has them."""
+        parts = {
+            "steps": self.train_seconds - self.data_wait_seconds,
+            "waiting for data": self.data_wait_seconds,
+            "checkpoints": self.checkpoint_stall_seconds,
+            "incidents": sum(incident.seconds for incident in self.incidents),
+        }
+        return {
+            "run": run,
+            **self.model_dump(mode="json"),
+            "incidents": [{**incident.model_dump(), "causes": [str(cause) for cause in incident.causes]} for incident in self.incidents],
+            "samples_per_second": self.samples_seen / max(self.train_seconds, 1e-9),
+            "goodput": self.goodput,
+            "seconds_by_part": {**parts, "validation, start, end": max(0.0, self.wall_seconds - sum(parts.values()))},
+        }
+
     def is_finished(self, config: Config) -> bool:
         """Return whether nothing is left to do: all epochs or steps done, or validation no longer improving."""
         training = config.training

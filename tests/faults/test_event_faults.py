@@ -13,8 +13,8 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.ingest.clean.rejects import NOTICED, REJECTED
 from recsys.ingest.prepare import find_dataset, prepare
-from recsys.ingest.report.page import REPORT_NAME
 from recsys.ingest.write.catalogue import MAX_TEXT_CHARACTERS
+from recsys.report.pages import DATASET
 from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
 
@@ -47,7 +47,7 @@ def users_of(dataset: Dataset) -> set[str]:
 
 
 def report_of(dataset: Dataset) -> str:
-    return dataset.storage.read_bytes(join(dataset.uri, REPORT_NAME)).decode()
+    return dataset.storage.read_bytes(join(dataset.uri, DATASET.page_name)).decode()
 
 
 def assert_told(dataset: Dataset) -> None:

@@ -12,10 +12,10 @@ from playwright.sync_api import Browser
 from jobs.evaluate import run
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
-from recsys.evaluation.report.page import make_report
 from recsys.evaluation.slices import COLD, COLD_AMONG_COLD, WARM, WARM_AMONG_WARM
 from recsys.ingest.prepare import prepare
 from recsys.objectives.next_item import NextItem
+from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.loop import train
@@ -139,7 +139,7 @@ def test_bounds_of_unlike_rates_are_told_apart(browser: Browser, result: dict[st
     point, bound = result["curve"][0], {"attribute": "group", "max_gap": 0.0}
     bounds = [None, {**bound, "dual_rate": 0.5}, {**bound, "dual_rate": 2.0}]
     curve = [{**point, "bound": each, "gaps": {"group": 0.1 / (1 + number)}} for number, each in enumerate(bounds)]
-    (tmp_path / "curve.html").write_text(make_report({**result, "curve": curve}, "ndcg@10"))
+    (tmp_path / "curve.html").write_text(evaluation_page({**result, "curve": curve}))
     drawn = opened(browser, (tmp_path / "curve.html").as_uri()).locator("#fairness-0 svg text").all_text_contents()
     assert {"no bound", "0, rate 0.5", "0, rate 2"} <= set(drawn)
 
@@ -154,7 +154,7 @@ def test_what_comes_from_data_is_shown_and_never_run(browser: Browser, result: d
         "fairness": {bad: {**result["fairness"]["group"], "groups": groups}},
         "curve": [{**point, "gaps": {bad: 0.1}} for point in result["curve"]],
     }
-    (tmp_path / "odd.html").write_text(make_report(odd, "ndcg@10"))
+    (tmp_path / "odd.html").write_text(evaluation_page(odd))
     page = opened(browser, (tmp_path / "odd.html").as_uri())
     assert page.locator("script").count() == 0
     assert bad in page.locator("#groups-0 h3").inner_text()

@@ -15,7 +15,7 @@ from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.ingest.prepare import prepare
-from recsys.ingest.report.page import REPORT_NAME
+from recsys.report.pages import DATASET
 from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
 
@@ -52,7 +52,7 @@ def titles(dataset: Dataset) -> dict[str, str]:
 
 
 def report_of(dataset: Dataset) -> str:
-    return dataset.storage.read_bytes(join(dataset.uri, REPORT_NAME)).decode()
+    return dataset.storage.read_bytes(join(dataset.uri, DATASET.page_name)).decode()
 
 
 def times(number: int) -> list[int]:

@@ -9,7 +9,7 @@ from playwright.sync_api import Browser
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.ingest.prepare import prepare
-from recsys.ingest.report.page import REPORT_NAME
+from recsys.report.pages import DATASET
 from recsys.store import Storage
 from tests.pages import assert_readable, chromium, opened
 from tests.without_ray import patch_run_tasks, run_once
@@ -46,7 +46,7 @@ def inputs_of(folder: str) -> list[str]:
 
 
 def address(dataset: Dataset) -> str:
-    return Path(dataset.uri, REPORT_NAME).as_uri()
+    return Path(dataset.uri, DATASET.page_name).as_uri()
 
 
 @pytest.mark.parametrize("width", [1200, 700, 390])

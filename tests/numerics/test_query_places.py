@@ -20,12 +20,12 @@ from recsys.data.text.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts,
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
-from recsys.evaluation.report.page import make_report
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
 from recsys.predictor import History
+from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
@@ -192,7 +192,7 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     assert queries["num_users"] == found["num_users"]
     assert queries["without_query"] == {name: found["metrics"][name] for name in queries["without_query"]}
     assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.08
-    page = make_report({"checkpoint": "one", **found}, "ndcg@10")
+    page = evaluation_page({"checkpoint": "one", "metric": "ndcg@10", **found})
     assert MADE_PROTOCOL[1:] in html.unescape(page)
     assert f"{queries['with_query']['ndcg@10']:.4f}" in page
     asked = [drop_words(text, item, EVALUATION_VARIANT) for item, text in enumerate(predictor.catalogue.texts)][1:]

@@ -12,10 +12,11 @@ from recsys.config.data import DataConfig
 from recsys.data.manifest import DatasetManifest, Shard, last_rows
 from recsys.ingest.job import Job, Limited, Measured, Written, present
 from recsys.ingest.partitions import staged_withheld
-from recsys.ingest.report.counts import Limits, count_partition, merge_counts
-from recsys.ingest.report.page import REPORT_NAME, Findings, make_report
 from recsys.ingest.shuffle import read_table, write_table
+from recsys.ingest.write.counts import Limits, count_partition, merge_counts
+from recsys.ingest.write.report_numbers import dataset_numbers
 from recsys.ingest.write.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.report.pages import DATASET, write_report
 from recsys.store import join
 
 _SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
@@ -79,10 +80,9 @@ def _find_limits(job: Job, users: tuple[str, ...]) -> Limited:
     return Limited(rows=len(histories.items), limits=Limits.of(histories, job.has_time))
 
 
-def write_report(job: Job, manifest: DatasetManifest, measured: Measurements) -> None:
+def write_dataset_report(job: Job, manifest: DatasetManifest, measured: Measurements) -> None:
     """Write the report beside the place of the manifest, which comes after it."""
-    page = make_report(Findings(manifest, measured.counts, measured.limits, measured.items))
-    job.storage.write_bytes(join(job.uri, REPORT_NAME), page.encode())
+    write_report(job.storage, job.uri, DATASET, dataset_numbers(manifest, measured.counts, measured.limits, measured.items))
 
 
 def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:

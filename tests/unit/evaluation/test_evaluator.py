@@ -10,11 +10,11 @@ from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
-from recsys.evaluation.report.page import make_report
 from recsys.evaluation.slices import sentence
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor, top_k
+from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.trained import build_predictor
 from tests.datasets import make_dataset
@@ -121,7 +121,7 @@ def test_a_task_whose_labels_are_all_alike_has_no_metrics_but_a_reason(storage: 
     }
     for metrics in (found["metrics"], *found["baselines"].values()):
         assert not any(name.startswith(("purchase.", "rating.", "like.")) for name in metrics)
-    page = make_report({**found, "checkpoint": "c"}, "ndcg@10")
+    page = evaluation_page({**found, "checkpoint": "c", "metric": "ndcg@10"})
     assert f"purchase: no metrics, since all {num_users} labels are 0." in page
 
 

@@ -11,7 +11,7 @@ from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.errors import UserError
 from recsys.ingest import prepare as prepare_module
 from recsys.ingest.prepare import find_dataset, prepare
-from recsys.ingest.report.page import REPORT_NAME
+from recsys.report.pages import DATASET
 from recsys.store import Storage, join, sha256_of
 from tests.without_ray import patch_run_tasks
 
@@ -98,7 +98,12 @@ def test_shards_are_what_the_manifest_says_and_nothing_else_is_left(tmp_path: Pa
         assert (path.stat().st_size, sha256_of(path)) == (shard.num_bytes, shard.sha256)
         assert shard.row_groups == (1,) * pq.read_metadata(path).num_rows
     left = {entry.uri for entry in dataset.storage.list(dataset.uri)}
-    assert left == {join(dataset.uri, MANIFEST_NAME), join(dataset.uri, REPORT_NAME), *(join(dataset.uri, shard.path) for shard in shards)}
+    assert left == {
+        join(dataset.uri, MANIFEST_NAME),
+        join(dataset.uri, DATASET.page_name),
+        join(dataset.uri, DATASET.json_name),
+        *(join(dataset.uri, shard.path) for shard in shards),
+    }
 
 
 def test_equal_input_gives_an_equal_fingerprint_wherever_it_lies(tmp_path: Path) -> None:

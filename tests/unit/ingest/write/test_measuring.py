@@ -10,8 +10,8 @@ import pytest
 from recsys.config import load_config
 from recsys.data.manifest import Dataset, Shard, last_rows
 from recsys.ingest.prepare import prepare
-from recsys.ingest.report.page import REPORT_NAME
 from recsys.ingest.write.statistics import Histories, TrainSpan, item_numbers, join_moments, user_statistics
+from recsys.report.pages import DATASET
 from recsys.schema import ITEM_STATISTICS_SCHEMA
 from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
@@ -114,7 +114,7 @@ def test_a_version_appended_by_days_has_the_statistics_of_all_its_events(tmp_pat
     assert version.manifest.version == 3
     assert_close(users_of(version), users_of(whole))
     assert_close(items_of(version), items_of(whole))
-    assert "Version 3" in version.storage.read_bytes(join(version.uri, REPORT_NAME)).decode()
+    assert "Version 3" in version.storage.read_bytes(join(version.uri, DATASET.page_name)).decode()
 
 
 def test_moments_of_values_are_joined_over_partitions() -> None:

@@ -14,8 +14,8 @@ from recsys.config.data import DataConfig
 from recsys.data.manifest import MANIFEST_NAME, Dataset
 from recsys.errors import UserError
 from recsys.ingest.prepare import prepare
-from recsys.ingest.report.page import REPORT_NAME
 from recsys.ingest.write.splits import split_events, withheld
+from recsys.report.pages import DATASET
 from recsys.schema import DEFAULT_EVENT, EVENTS_SCHEMA
 from recsys.store import Storage, join
 from tests.without_ray import patch_run_tasks, run_once
@@ -122,7 +122,7 @@ def test_some_held_out_items_are_cold_and_the_report_says_so(tmp_path: Path) -> 
     rows = rows_of(dataset).values()
     assert 0 < sum(row[-1][1] in cold for row, _, _ in rows) < len(rows)
     assert 0 < sum(row[-2][1] in cold for row, _, _ in rows) < len(rows)
-    report = dataset.storage.read_bytes(join(dataset.uri, REPORT_NAME)).decode()
+    report = dataset.storage.read_bytes(join(dataset.uri, DATASET.page_name)).decode()
     assert "training samples have 0 interactions with them" in report
     assert "a training interaction with an item that data.withheld_items keeps out" in report
 
@@ -168,7 +168,7 @@ def test_days_add_up_to_one_preparation(tmp_path: Path, overrides: tuple[str, ..
     assert rows_of(version) == rows_of(whole)
     assert version.manifest.version == 4
     check_manifest(version, events)
-    report = version.storage.read_bytes(join(version.uri, REPORT_NAME)).decode()
+    report = version.storage.read_bytes(join(version.uri, DATASET.page_name)).decode()
     assert "training samples have 0 interactions with them" in report
 
 

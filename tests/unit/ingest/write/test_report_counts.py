@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys.ingest.report.checks import check_split
-from recsys.ingest.report.counts import (
+from recsys.ingest.write.counts import (
     GAP_EDGES,
     LENGTH_EDGES,
     Counts,
@@ -16,6 +15,7 @@ from recsys.ingest.report.counts import (
     merge_counts,
     value_scale,
 )
+from recsys.ingest.write.report_numbers import check_split
 from recsys.ingest.write.statistics import Histories
 
 USERS = [  # (user_index, num_train, num_validation, [(item, time, kind, value)])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
+from recsys.report.training import training_page
 from recsys.train.failures import Failure
-from recsys.train.monitoring.report import make_report
 from recsys.train.state import Incident, TrainingState
 from tests.pages import assert_readable, chromium, opened
 
@@ -49,7 +49,7 @@ def test_every_plot_is_readable(browser: Browser, tmp_path: Path, width: int) ->
     cause = Failure(kind="worker_lost", message="<script>document.title = 'run'</script> gone", rank=1)
     state.incidents.append(Incident(causes=(cause,), step=7, seconds=30.5, start_seconds=6.0, load_seconds=2.0, seek_seconds=0.1))
     state.skipped_steps.append(9)
-    path.write_text(make_report("ml-1m", state), encoding="utf-8")
+    path.write_text(training_page(state.numbers("ml-1m")), encoding="utf-8")
     page = opened(browser, path.as_uri(), width, "dark" if width == 700 else "light")
     assert_readable(page, FIGURES, set())
     assert page.title() == "Training of ml-1m"
@@ -62,5 +62,5 @@ def test_every_plot_is_readable(browser: Browser, tmp_path: Path, width: int) ->
 
 def test_a_run_that_ended_no_epoch_has_a_page_too(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "training.html"
-    path.write_text(make_report("short", TrainingState(step=1, wall_seconds=3.0, train_seconds=1.0)), encoding="utf-8")
+    path.write_text(training_page(TrainingState(step=1, wall_seconds=3.0, train_seconds=1.0).numbers("short")), encoding="utf-8")
     assert_readable(opened(browser, path.as_uri()), {"loss-0", "validation", "speed", "time"}, {"loss-0", "validation", "speed"})

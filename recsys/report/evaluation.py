@@ -1,4 +1,4 @@
-"""The plots of the evaluation report."""
+"""The page of an evaluation, drawn from `evaluation.json`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recsys.report.labels import readable
-from recsys.report.svg import FIRST, GRID, INK, SECOND
+from recsys.report.render import render
+from recsys.report.svg import FIRST, GRID, INK, SECOND, Plot, plot, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COLD_SLICES = {
+    "warm target": "warm",
+    "warm target among warm items": "warm among warm",
+    "cold target": "cold",
+    "cold target among cold items": "cold among cold",
+}
 _NEAR = 0.13
 """Labels whose points are nearer than this part of the axes would lie on one another."""
+Numbers = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,65 @@ class Point:
     random: float | None = None
 
     @classmethod
-    def of_slice(cls, name: str, found: Mapping[str, Any], metric: str, shows_random: bool = False) -> "Point":
+    def of_slice(cls, name: str, found: Numbers, metric: str, shows_random: bool = False) -> "Point":
         """Take one metric of one of the JSON's slices."""
         low, high = found["interval_95"][metric]
         return cls(name, found[metric], (low, high), found["random"][metric] if shows_random else None)
 
 
-def points_height(points: Sequence[Point]) -> float:
-    """Return how many inches a figure needs for its rows."""
-    return 1.05 + 0.34 * len(points)
+def evaluation_page(numbers: Numbers) -> str:
+    """Draw the page of an evaluation; `metric` is the config's main one."""
+    metric, slices = numbers["metric"], numbers["slices"]
+    cutoff = metric.partition("@")[2]
+    main_metrics = [name for name in numbers["metrics"] if "@" not in name or name.endswith(f"@{cutoff}")]
+    cold = [Point.of_slice(label, slices[name], metric, shows_random=True) for name, label in COLD_SLICES.items() if name in slices]
+    lengths, deciles = (
+        [Point.of_slice(name, found, metric) for name, found in slices.items() if name.startswith(kind)]
+        for kind in ("history ", "popularity decile ")
+    )
+    plots = {
+        "cold": _rows(cold, metric, extra_inches=0.3),
+        "histories": _rows(lengths, metric, extra_inches=0.3),
+        "deciles": plot(_draw_deciles, deciles, metric),
+        "groups": {
+            attribute: _rows([Point(name, group["mean"], group["interval_95"]) for name, group in found["groups"].items()], metric)
+            for attribute, found in numbers["fairness"].items()
+        },
+        "diversity": _diversity(numbers.get("diversity"), metric, cutoff),
+        "gaps": _gaps(numbers.get("curve", []), metric),
+    }
+    other_metrics = [name for name in numbers["metrics"] if name not in main_metrics]
+    return render("evaluation.html", **numbers, cutoff=cutoff, main_metrics=main_metrics, other_metrics=other_metrics, plots=plots)
 
 
-def draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
+def _rows(points: Sequence[Point], metric: str, extra_inches: float = 0.0) -> Plot | None:
+    return plot(_draw_rows, points, metric, height_inches=1.05 + 0.34 * len(points) + extra_inches)
+
+
+def _diversity(diversity: Numbers | None, metric: str, cutoff: str) -> Plot | None:
+    if diversity is None:
+        return None
+    across = f"intra_list_diversity@{cutoff}"
+    places = [(point[across], point[metric]) for point in diversity["curve"]]
+    return plot(_draw_curve, places, [f"{point['weight']:g}" for point in diversity["curve"]], across, metric)
+
+
+def _gaps(curve: Sequence[Numbers], metric: str) -> dict[str, Plot | None]:
+    """Plot the metric against the gap of each attribute, one point per checkpoint; the first is the evaluated one."""
+    plots = {}
+    for attribute in curve[0]["gaps"] if curve else ():
+        points = sorted(curve, key=lambda point: point["gaps"][attribute])
+        places = [(point["gaps"][attribute], point[metric]) for point in points]
+        labels = [_bound_name(point["bound"]) for point in points]
+        plots[attribute] = plot(_draw_curve, places, labels, f"gap in {metric} by {attribute}", metric, points.index(curve[0]))
+    return plots
+
+
+def _bound_name(bound: Numbers | None) -> str:
+    return f"{bound['max_gap']:g}, rate {bound['dual_rate']:g}" if bound else "no bound"
+
+
+def _draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
     """One row per point, the first on top: its mean, its interval as a bar, and a cross for a random order."""
     places = np.arange(len(points))[::-1]
     means = [point.mean for point in points]
@@ -54,7 +108,7 @@ def draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
     axes.grid(axis="x", color=GRID)
 
 
-def draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
+def _draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
     """One column per decile of popularity, which is the number at the end of the point's name."""
     places = [int(point.name.rpartition(" ")[2]) for point in points]
     axes.errorbar(places, [point.mean for point in points], yerr=_arms(points), fmt="o", color=FIRST, elinewidth=2, capsize=3)
@@ -67,7 +121,7 @@ def draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
     axes.grid(axis="y", color=GRID)
 
 
-def draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Sequence[str], across: str, up: str, own: int = 0) -> None:
+def _draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Sequence[str], across: str, up: str, own: int = 0) -> None:
     """Points in the order given, joined by a line; the `own` one, which the others are compared with, stands out."""
     xs, ys = zip(*places, strict=True)
     axes.plot(xs, ys, "o-", color=FIRST, markersize=6, linewidth=1.8)

@@ -1,7 +1,7 @@
-"""Counts over one partition's users in fixed bins; they add up over partitions."""
+"""Counts for the dataset's report over one partition's users, in fixed bins, so that they add up over partitions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,7 @@ class Limits:
     @classmethod
     def merge(cls, parts: Sequence["Limits"]) -> "Limits":
         """Join the limits of all partitions."""
-        joined = [_join([getattr(part, name) for part in parts]) for name in ("times", "train_times", "values")]
-        return cls(*joined)
+        return cls(*(_join([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def _range(numbers: npt.NDArray[Any]) -> Any:
@@ -60,10 +59,9 @@ def _join(ranges: Sequence[Any]) -> Any:
 def count_partition(
     histories: Histories, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
 ) -> Counts:
-    """Count everything that the report shows of one partition.
+    """Count what the report shows of one partition.
 
-    `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` tells of each item, by
-    its index less one, whether it is kept out of training.
+    `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` is by item index less one.
     """
     splits = part_by_place(histories.offsets, histories.num_train, histories.num_validation)
     lengths = np.diff(histories.offsets)
@@ -76,7 +74,8 @@ def count_partition(
         **_count_times(histories, splits, limits, session_gap_seconds),
         **_count_values(histories, limits),
         **_count_leaks(histories, splits, samples, limits),
-        **_count_withheld(histories, splits, samples, is_withheld),
+        "withheld": _by_split(splits[(splits > 0) & is_withheld[histories.items - 1]]),
+        "withheld_in_samples": np.array([is_withheld[samples["item"].to_numpy() - 1].sum()]),
     }
     return {name: [int(count) for count in column] for name, column in counts.items()}
 
@@ -92,7 +91,7 @@ def value_edges(values: tuple[float, float]) -> Floats:
     return np.linspace(low, high, NUM_VALUE_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
 
-def _count_times(histories: Histories, splits: Integers, limits: Limits, session_gap_seconds: int) -> dict[str, npt.NDArray[Any]]:
+def _count_times(histories: Histories, splits: Integers, limits: Limits, session_gap_seconds: int) -> dict[str, Integers]:
     if limits.times is None:
         return {}
     edges = time_edges(limits.times)
@@ -104,7 +103,7 @@ def _count_times(histories: Histories, splits: Integers, limits: Limits, session
     return {**counts, "gaps": _histogram(gaps, GAP_EDGES), "session_lengths": _histogram(lengths, LENGTH_EDGES)}
 
 
-def _count_values(histories: Histories, limits: Limits) -> dict[str, npt.NDArray[Any]]:
+def _count_values(histories: Histories, limits: Limits) -> dict[str, Integers]:
     """Count values in bins, and those that are whole or half numbers of a short scale one by one."""
     if limits.values is None:
         return {}
@@ -126,8 +125,8 @@ def value_scale(values: tuple[float, float]) -> tuple[float, int]:
     return first, int(steps) if steps <= 2 * MOST_DISTINCT_VALUES else 0
 
 
-def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, npt.NDArray[Any]]:
-    """Count, for validation and for test, the targets that a clean split would not have; `checks.py` tells what each means."""
+def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, Integers]:
+    """Count the targets (validation, test) that a clean split would not have; `check_split` judges them."""
     is_target = splits > 0
     owners, times, split = histories.owners[is_target], histories.timestamps[is_target], splits[is_target]
     keys = {"user_index": histories.user_indices[owners], "item": histories.items[is_target], "time": times}
@@ -143,14 +142,6 @@ def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limi
         "in_samples": _by_split(twice),
         "in_history": _by_split(split[~_is_first(histories)[is_target]]),
         "before_training_of_others": _by_split(split[times < limits.train_times[1]] if limits.train_times else split[:0]),
-    }
-
-
-def _count_withheld(histories: Histories, splits: Integers, samples: pa.Table, is_withheld: Mask) -> dict[str, npt.NDArray[Any]]:
-    """Count the targets with an item that is kept out of training, and what there is of such items in training samples all the same."""
-    return {
-        "withheld": _by_split(splits[(splits > 0) & is_withheld[histories.items - 1]]),
-        "withheld_in_samples": np.array([is_withheld[samples["item"].to_numpy() - 1].sum()]),
     }
 
 

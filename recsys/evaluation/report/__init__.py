@@ -1,1 +1,0 @@
-"""The page of an evaluation, drawn from the JSON that `evaluate` returns."""

@@ -1,1 +1,0 @@
-"""The report of a dataset: counts per partition, checks, plots, and the page."""
