@@ -27,30 +27,16 @@ class MicroBatch(Protocol):
         """Count the targets of each loss, in the order of `Objective.weights`, in float64 since they are summed over ranks."""
 
 
-def shapes_of(batch: object) -> str:
-    """List the shapes of a batch's tensors, such as `targets (640,)`."""
-    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
-    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
-    return ", ".join(filter(None, shapes))
-
-
 class Objective(Protocol):
     """A module, the batches and losses that it is trained with, and its validation; every rank has one.
 
-    The module returns the sum of each loss over a micro batch's targets, by name.
+    The module returns the sum of each loss over a micro batch's targets, by name; `weights` are the losses' in the sum that is minimised.
+    `metric` is the validation metric that chooses the best checkpoint; higher is better. Methods with a body here need not be implemented.
     """
 
-    @property
-    def module(self) -> nn.Module:
-        """Return the module that is trained."""
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """Return the weight of each loss in the sum that is minimised."""
-
-    @property
-    def metric(self) -> str:
-        """Return the validation metric that chooses the best checkpoint; higher is better."""
+    module: nn.Module
+    weights: Mapping[str, float]
+    metric: str
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch's samples."""
@@ -58,23 +44,28 @@ class Objective(Protocol):
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
 
-    def before_step(self, step: int) -> None:
-        """Do what is due before a step (from 0) of the run; every rank must call this."""
-
-    def num_tokens(self, batch: Any) -> int:
-        """Count the tokens that the language model reads for a micro batch; 0 where none is trained."""
-
     def validate(self) -> dict[str, float]:
         """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""
 
+    def num_tokens(self, batch: Any) -> int:
+        """Count the tokens that the language model reads for a micro batch; 0 where none is trained."""
+        return 0
+
+    def before_step(self, step: int) -> None:
+        """Do what is due before a step (from 0) of the run; every rank must call this."""
+        return
+
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """Update the objective's own state from the validation after a whole epoch."""
+        return
 
     def state(self) -> dict[str, list[float]]:
         """Return the objective's own state, which checkpoints keep; it is the same on every rank."""
+        return {}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
         """Restore what `state` returned."""
+        return
 
 
 class MakeObjective(Protocol):
@@ -82,3 +73,10 @@ class MakeObjective(Protocol):
 
     def __call__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> Objective:
         """Build it for this rank."""
+
+
+def shapes_of(batch: object) -> str:
+    """List the shapes of a batch's tensors, such as `targets (640,)`."""
+    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
+    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
+    return ", ".join(filter(None, shapes))

@@ -1,6 +1,6 @@
 """Sends metrics to MLflow and Weights & Biases, from a thread, so that no server delays a step.
 
-Both are told by their own environment variables where their servers are (`MLFLOW_TRACKING_URI`, `WANDB_BASE_URL`, `WANDB_API_KEY`).
+Their own environment variables say where their servers are (`MLFLOW_TRACKING_URI`, `WANDB_BASE_URL`, `WANDB_API_KEY`).
 """
 
 import hashlib
@@ -112,31 +112,28 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
-        if config.run.trackers:
-            self._thread.start()
+        self._thread.start()
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
         """Hand on what was measured after a step; returns at once."""
-        if self._config.run.trackers:
-            self._waiting.put((dict(scalars), step))
+        self._waiting.put((dict(scalars), step))
 
     def close(self) -> None:
-        """Wait, but not for ever, until all is sent."""
-        if self._config.run.trackers:
-            self._waiting.put(None)
-            self._thread.join(GRACE_SECONDS)
+        """Wait, for at most `GRACE_SECONDS`, until all is sent."""
+        self._waiting.put(None)
+        self._thread.join(GRACE_SECONDS)
 
     def _work(self) -> None:
         for name in self._config.run.trackers:
             with self._left_out_if_it_fails(name):
                 self._open[name] = _KINDS[name](self._config)
-        while (item := self._waiting.get()) is not None:
+        while True:
+            item = self._waiting.get()
             for opened, tracker in list(self._open.items()):
                 with self._left_out_if_it_fails(opened):
-                    tracker.send(*item)
-        for opened, tracker in list(self._open.items()):
-            with self._left_out_if_it_fails(opened):
-                tracker.close()
+                    tracker.send(*item) if item is not None else tracker.close()
+            if item is None:
+                return
 
     @contextmanager
     def _left_out_if_it_fails(self, name: str) -> Iterator[None]:

@@ -1,9 +1,10 @@
-"""Loads a checkpoint as a whole recommender on the CPU."""
+"""Loads a checkpoint as a whole recommender on the CPU, and as a predictor."""
 
 import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from recsys.config import Config
 from recsys.config.use import refuse_contradictions
@@ -24,15 +25,31 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
         UserError: there is no valid checkpoint at `uri`.
     """
     manifest = read_manifest(storage, uri)
-    saved = Config.model_validate(manifest.config)
-    config = saved.with_values({"run.scratch": scratch})
+    config = Config.model_validate(manifest.config).with_values({"run.scratch": scratch})
     dataset = Dataset.open(storage, manifest.dataset)
     recommender = build_recommender(config, dataset, torch.device("cpu"))
+    recommender.load_state_dict(load_weights(storage, uri, manifest, scratch))
+    return manifest, config, dataset, recommender.eval()
+
+
+def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scratch: str) -> dict[str, Tensor]:
+    """Load a checkpoint's whole float32 weights.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or not what was saved.
+    """
     folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
     fetch_files(storage, uri, manifest, folder)
-    recommender.load_state_dict(consolidate(folder))
+    weights = consolidate(folder)
     shutil.rmtree(folder)
-    return manifest, config, dataset, recommender.eval()
+    return weights
+
+
+def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
+    """Make a predictor of a trained module, its catalogue encoded anew."""
+    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
+    queries = query_encoder_of(config, dataset, recommender.item_encoder)
+    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
 
 
 def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
@@ -51,10 +68,3 @@ def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifes
                 "train on the other under another run.name, or leave the key out"
             )
     return manifest
-
-
-def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
-    """Make a predictor of a trained module, its catalogue encoded anew."""
-    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
-    queries = query_encoder_of(config, dataset, recommender.item_encoder)
-    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
