@@ -1,7 +1,7 @@
 """What the training loop asks of an objective; the objectives are the other modules of this package."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -31,7 +31,7 @@ class Objective(Protocol):
     """A module, the batches and losses that it is trained with, and its validation; every rank has one.
 
     The module returns the sum of each loss over a micro batch's targets, by name; `weights` are the losses' in the sum that is minimised.
-    `metric` is the validation metric that chooses the best checkpoint; higher is better. Methods with a body here need not be implemented.
+    `metric` is the validation metric that chooses the best checkpoint; higher is better. All from `num_tokens` on need not be implemented.
     """
 
     module: nn.Module
@@ -53,11 +53,9 @@ class Objective(Protocol):
 
     def before_step(self, step: int) -> None:
         """Do what is due before a step (from 0) of the run; every rank must call this."""
-        return
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """Update the objective's own state from the validation after a whole epoch."""
-        return
 
     def state(self) -> dict[str, list[float]]:
         """Return the objective's own state, which checkpoints keep; it is the same on every rank."""
@@ -65,14 +63,10 @@ class Objective(Protocol):
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
         """Restore what `state` returned."""
-        return
 
 
-class MakeObjective(Protocol):
-    """Builds an objective; its initial weights depend on the config's seed alone. All of `ranks` must call this."""
-
-    def __call__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> Objective:
-        """Build it for this rank."""
+MakeObjective = Callable[[Config, Dataset, torch.device, Ranks], Objective]
+"""Builds a rank's objective; its initial weights depend on the config's seed alone. All of `Ranks` must call this."""
 
 
 def shapes_of(batch: object) -> str:

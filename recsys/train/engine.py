@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from recsys.config import Config
 from recsys.objectives.objective import MicroBatch
 from recsys.train.deepspeed_internals import import_deepspeed, loading_universal, write_no_recovery_script, zero_padding
-from recsys.train.host_copies import Snapshot, host_copies
+from recsys.train.host_copies import host_copies
 from recsys.train.torch_internals import replaced
 
 TAG = "state"
@@ -95,8 +95,8 @@ class Engine:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-    def snapshot(self) -> Snapshot:
-        """Copy this rank's part of the state, so that training continues while it is written.
+    def snapshot(self) -> dict[str, Any]:
+        """Copy this rank's part of the state, so that training continues while it is written; return its files by path.
 
         The copy's memory is used again by the next one: the one before must be written by then.
         """
@@ -105,7 +105,7 @@ class Engine:
             self._engine.save_checkpoint(_NOWHERE, tag=TAG, save_latest=False)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # copies to pinned memory do not wait for themselves
-        return Snapshot({Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in self._copies.files.items()})
+        return {Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in self._copies.files.items()}
 
     def load(self, folder: Path, is_universal: bool = False) -> None:
         """Load the state of all ranks from `folder`; unless it is universal, as many ranks must have saved it."""

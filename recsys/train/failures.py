@@ -4,35 +4,21 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from recsys.errors import StoreError, UserError
 
-Kind = Literal[
-    "stopped",
-    "mistake",
-    "not_finite",
-    "out_of_memory",
-    "store",
-    "exception",
-    "preempted",
-    "resized",
-    "hang",
-    "node_lost",
-    "worker_lost",
-    "driver_lost",
-    "collective",
-]
+Explained = Literal["stopped", "mistake", "not_finite", "out_of_memory", "store"]
+"""Kinds whose message explains the failure without a traceback."""
+
+Kind = Literal[Explained, "exception", "preempted", "resized", "hang", "node_lost", "worker_lost", "driver_lost", "collective"]
 """When one rank fails, the others fail with it: what comes earlier here is the cause of what comes later."""
 
-_EXPLAINED = ("stopped", "mistake", "not_finite", "out_of_memory", "store")
 LONGEST_DELAY_SECONDS = 60.0
 
 
-class Failure(BaseModel):
+class Failure(BaseModel, frozen=True, extra="forbid"):
     """What ended an attempt: its kind, one line, and where that is known the rank and the step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     message: str
@@ -42,7 +28,7 @@ class Failure(BaseModel):
     @property
     def is_explained(self) -> bool:
         """Return whether the message explains the failure without a traceback."""
-        return self.kind in _EXPLAINED
+        return self.kind in get_args(Explained)
 
     @property
     def is_deterministic(self) -> bool:
@@ -60,7 +46,7 @@ class Failure(BaseModel):
         return f"{self.kind.replace('_', ' ')}{place}{'' if self.step is None else f' at step {self.step}'}: {self.message}"
 
 
-class Attempt(BaseModel):
+class Attempt(BaseModel, frozen=True, extra="forbid"):
     """One start of a group of workers: the owner's token, since when it owns the run, and why and when they were started.
 
     `lost_at` is when the owner before, if it died, gave its last sign of life.
@@ -68,8 +54,6 @@ class Attempt(BaseModel):
     Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
     Times are seconds since 1970.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: int = 0
     causes: tuple[Failure, ...] = ()

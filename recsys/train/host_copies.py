@@ -5,7 +5,6 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,6 @@ _FULL_BYTES = 16 << 20
 """A disk with less room is taken for full."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """One rank's part of a state in host memory: what is to be written, by the file's path in the checkpoint."""
-
-    files: Mapping[str, Any]
-
-    def write(self, folder: Path) -> None:
-        """Write the files below `folder`.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(content, folder / name)
-            except RuntimeError as error:  # torch says only that its writer failed
-                if shutil.disk_usage(folder).free > _FULL_BYTES:
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-
-
 class Buffers:
     """Host memory for one file's tensors, in their order, which the next copy uses again: a GPU has pinned it already."""
 
@@ -47,12 +24,9 @@ class Buffers:
         self._tensors: list[Tensor] = []
 
     def copied(self, state: Any) -> Any:
-        """Copy a state's tensors and the containers that they are in; all else is shared.
-
-        Tensors of the same memory share one copy: ZeRO-2 names frozen weights twice, and tied ones may be anywhere.
-        """
+        """Copy a state's tensors, those of the same memory once, and the containers that they are in; all else is shared."""
         before, self._tensors = iter(self._tensors), []
-        copies: dict[tuple[Any, ...], Tensor] = {}
+        copies: dict[tuple[Any, ...], Tensor] = {}  # ZeRO-2 names frozen weights twice, and tied ones may be anywhere
 
         def copy(tensor: Tensor) -> Tensor:
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -77,11 +51,9 @@ def host_copies() -> Any:
             self.files: dict[str, Any] = {}
             self._buffers: dict[str, Buffers] = defaultdict(Buffers)  # by the file's name
 
-        def create(self, info: Any) -> None:
-            """Do nothing."""
+        def create(self, info: Any) -> None: ...
 
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            """Do nothing, since no file is written here."""
+        def makedirs(self, path: str, exist_ok: bool = False) -> None: ...  # since no file is written
 
         def save(self, state_dict: Any, path: str) -> None:
             self.files[path] = self._buffers[Path(path).name].copied(state_dict)
@@ -96,3 +68,15 @@ def host_copies() -> Any:
             return False  # a copied view has a storage of its own, no larger than it is
 
     return HostCopies()
+
+
+def write_files(files: Mapping[str, Any], folder: Path) -> None:
+    """Write copied files, by their paths below `folder`; an OSError where the disk is full."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(content, folder / name)
+        except RuntimeError as error:  # torch says only that its writer failed
+            if shutil.disk_usage(folder).free > _FULL_BYTES:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

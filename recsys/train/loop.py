@@ -42,7 +42,7 @@ class Trainer:
         self.clock = Clock(attempt or Attempt(), self.world_size)
         self.device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
         self.objective = make(config, dataset, self.device, Ranks(self.rank, self.world_size, dist.barrier))
-        self.loss_weights = torch.tensor(list(self.objective.weights.values()), device=self.device)
+        self._loss_weights = torch.tensor(list(self.objective.weights.values()), device=self.device)
         if config.training.recompute_activations:
             recompute_activations(self.objective.module)
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset, self.clock.attempt.token)
@@ -102,7 +102,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Make the steps that are left of the epoch, or of the run."""
-        config, state = self.config, self.state
+        config, state, plan = self.config, self.state, self.objective.plan(self.state.epoch)
         begin = time.monotonic()
         steps, self._opened = self._opened or self.objective.steps(state.epoch, state.step_in_epoch), None
         for batches in steps:
@@ -111,9 +111,11 @@ class Trainer:
             self.engine.set_learning_rate(rate_factor)
             self.objective.before_step(state.step)
             losses = self._skip(batches) if state.step in self.clock.attempt.skip else self._step(batches)
-            self._count(losses, time.monotonic() - begin, wait_seconds)
+            self.clock.stepped(state, wait_seconds)
+            num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
+            state.record_step(losses, num_samples, time.monotonic() - begin, wait_seconds)
             if self.progress:
-                num_tokens = self.world_size * sum(map(self.objective.num_tokens, batches))  # this rank's share is like the others'
+                num_tokens = self.world_size * sum(map(self.objective.num_tokens, batches))  # by this rank's share of the samples
                 self.progress.step(state, losses, num_tokens, rate_factor * config.optimizer.learning_rate)
             if state.step >= self.total_steps:
                 break
@@ -130,13 +132,14 @@ class Trainer:
         """
         names, step = list(self.objective.weights), self.state.step
         counts, asked = self._count_targets(batches)
-        means = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        own_means = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         for self._batch in batches:
             sums = self.engine.forward(self._batch.to(self.device))
             shares = torch.stack([sums[name] for name in names]).double() / counts
-            self.engine.backward((shares * self.loss_weights).sum().float())
-            means += shares.detach()
-        own_means, means = means, self._sum_over_ranks(means.clone())
+            self.engine.backward((shares * self._loss_weights).sum().float())
+            own_means += shares.detach()
+        means = own_means.clone()
+        dist.all_reduce(means)
         losses = dict(zip(names, means.tolist(), strict=True))
         if bad := [name for name, loss in losses.items() if not math.isfinite(loss)]:
             named = self._name_samples([] if own_means.isfinite().all() else batches)
@@ -147,6 +150,20 @@ class Trainer:
         self.reporter.step(step, losses, batches)
         return losses
 
+    def _count_targets(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Return how many targets of each loss all ranks have, and how many ranks are asked to save and to stop."""
+        request = self.reporter.request()
+        asked = torch.tensor([request == Request.SAVE, request == Request.STOP], dtype=torch.float64)
+        totals = torch.cat([torch.stack([batch.valid_counts() for batch in batches]).sum(0), asked]).to(self.device)
+        dist.all_reduce(totals)
+        return totals[:-2].clamp(min=1), totals[-2:]
+
+    def _name_samples(self, batches: Sequence[MicroBatch]) -> str:
+        """Say which ranks had which of a step's samples, of those that give any; every rank must call this."""
+        found: list[str] = [""] * self.world_size
+        dist.all_gather_object(found, f"; rank {self.rank} had samples {_samples(batches)}" if batches else "")
+        return "".join(found)
+
     def _skip(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Pass over a step's samples, without an update."""
         step, samples = self.state.step, _samples(batches)
@@ -155,41 +172,16 @@ class Trainer:
         self._request = Request.NONE
         return {}
 
-    def _count_targets(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Return how many targets of each loss all ranks have, and how many ranks are asked to save and to stop."""
-        request = self.reporter.request()
-        asked = torch.tensor([request == Request.SAVE, request == Request.STOP], dtype=torch.float64)
-        totals = self._sum_over_ranks(torch.cat([torch.stack([batch.valid_counts() for batch in batches]).sum(0), asked]))
-        return totals[:-2].clamp(min=1), totals[-2:]
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.device)
-        dist.all_reduce(tensor)
-        return tensor
-
-    def _name_samples(self, batches: Sequence[MicroBatch]) -> str:
-        """Say which ranks had which of a step's samples, of those that give any; every rank must call this."""
-        found: list[str] = [""] * self.world_size
-        dist.all_gather_object(found, f"; rank {self.rank} had samples {_samples(batches)}" if batches else "")
-        return "".join(found)
-
-    def _count(self, losses: dict[str, float], seconds: float, wait_seconds: float) -> None:
-        state, plan = self.state, self.objective.plan(self.state.epoch)
-        self.clock.stepped(state, wait_seconds)
-        num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
-        state.record_step(losses, num_samples, seconds, wait_seconds)
-
     def _save(self) -> None:
         """Save in the middle of an epoch; stop if that was asked for."""
         self._upload()
-        self._publish()
+        self.checkpoints.publish(self.clock.stamped(self.state))
         if self._request == Request.STOP:
             self._wait_until_published()
             raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command goes on from step {self.state.step}")
 
     def _end_epoch(self) -> None:
         """Validate while the checkpoint is uploaded; report when it is published."""
-        self.watchdog.rest()
         state = self.state
         if state.step_in_epoch == self.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
@@ -198,7 +190,7 @@ class Trainer:
         if state.step_in_epoch == 0:
             self.objective.end_epoch(state.validation)
             state.objective = self.objective.state()
-        self._publish()
+        self.checkpoints.publish(self.clock.stamped(state))
         self._wait_until_published()
         if self.progress:
             self.progress.validation(state, self.objective.metric)
@@ -216,10 +208,6 @@ class Trainer:
         self.watchdog.rest()
         with self.clock.stall(self.state):
             self.checkpoints.upload(self.engine, self.state.step)
-
-    def _publish(self) -> None:
-        self.clock.stamp(self.state)
-        self.checkpoints.publish(self.state)
 
     def _wait_until_published(self) -> None:
         """Wait for the checkpoint on every rank: the manifest is rank 0's, and the first rank that ends takes the others with it."""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
@@ -17,10 +17,8 @@ from recsys.train.checkpoints.load_recommender import load_weights
 from recsys.train.checkpoints.manifest import MANIFEST_NAME, CheckpointFile, CheckpointManifest, read_manifest
 
 
-class BackboneManifest(BaseModel):
+class BackboneManifest(BaseModel, frozen=True, extra="forbid"):
     """What a published backbone was made of; written last, so that a folder without it does not count."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
     checkpoint: str

@@ -39,7 +39,7 @@ from recsys.train.checkpoints.manifest import (
 )
 from recsys.train.checkpoints.resharding import fetch_universal, needs_conversion, offer_universal
 from recsys.train.engine import Engine
-from recsys.train.host_copies import Snapshot
+from recsys.train.host_copies import write_files
 from recsys.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,7 @@ class CheckpointStore:
         return published_steps(self._storage, self._config.run.name)
 
     def newest(self) -> CheckpointManifest | None:
-        """Return the last manifest that can be read; None where the run has no checkpoint.
-
-        Raises:
-            UserError: none can be read.
-        """
+        """Return the last manifest that can be read, an error if none can; None where the run has no checkpoint."""
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -99,11 +95,7 @@ class CheckpointStore:
         return None
 
     def newest_world_size(self) -> int:
-        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this.
-
-        Raises:
-            UserError: no checkpoint's manifest can be read.
-        """
+        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this."""
         newest = self.newest() if dist.get_rank() == 0 else None
         return _broadcast(newest.world_size if newest else 0)
 
@@ -116,13 +108,8 @@ class CheckpointStore:
         return manifest
 
     def check_compatible(self, manifest: CheckpointManifest) -> None:
-        """Refuse to resume from a checkpoint of another config or dataset.
-
-        Raises:
-            UserError: the config or the dataset differs, by name.
-        """
-        run = self._config.run.name
-        advice = "set it back or choose another run.name"
+        """Refuse by name, as a UserError, to resume from a checkpoint of another config or dataset."""
+        run, advice = self._config.run.name, "set it back or choose another run.name"
         differences = config_differences(manifest.config, self._config.model_dump(mode="json"))
         if differences:
             raise UserError(f"run.name = {run}: its checkpoint has other values ({'; '.join(differences)}); {advice}")
@@ -137,8 +124,7 @@ class CheckpointStore:
         self.wait()
         if not self._attempt:
             self._attempt = _broadcast(uuid.uuid4().hex[:12])
-        part = (step, dist.get_rank(), engine.snapshot(), _random_state())
-        self._begun.append(self._thread.submit(self._upload_part, *part))
+        self._begun.append(self._thread.submit(self._upload_part, step, dist.get_rank(), engine.snapshot(), _random_state()))
 
     def publish(self, state: TrainingState) -> None:
         """Publish the checkpoint that is uploaded, with this state, as soon as all ranks' parts are there."""
@@ -146,11 +132,7 @@ class CheckpointStore:
             self._begun.append(self._thread.submit(self._publish, state.model_copy(deep=True), dist.get_world_size()))
 
     def wait(self) -> None:
-        """Wait until this rank has done what it began; rank 0 has then published.
-
-        Raises:
-            UserError: the store or the disk failed, or another process has taken the run over.
-        """
+        """Wait until this rank has done what it began, and raise its error; rank 0 has then published."""
         begun, self._begun = self._begun, []
         for work in begun:
             work.result()
@@ -161,12 +143,12 @@ class CheckpointStore:
             if work.done():
                 work.result()
 
-    def _upload_part(self, step: int, rank: int, snapshot: Snapshot, random_state: dict[str, torch.Tensor]) -> None:
+    def _upload_part(self, step: int, rank: int, snapshot: dict[str, Any], random_state: dict[str, torch.Tensor]) -> None:
         """Write one rank's files, and last the list of them."""
         folder = private_folder(self._scratch / f"{self._attempt}-{rank}" / "state")
         try:
             with explained("write the checkpoint to", str(folder)):
-                snapshot.write(folder)
+                write_files(snapshot, folder)
                 (folder / f"random-{rank}.safetensors").write_bytes(save(random_state))
             files: list[CheckpointFile] = []
             for path in sorted(filter(Path.is_file, folder.rglob("*"))):
@@ -179,7 +161,7 @@ class CheckpointStore:
         self._storage.write_bytes(self._part(step, rank), _FILES.dump_json(files))
 
     def _publish(self, state: TrainingState, world_size: int) -> None:
-        """Write the manifest when all parts are there, once; remove the checkpoints that are no longer kept."""
+        """Write the manifest when all parts are there; remove the checkpoints that are no longer kept."""
         files = [file for rank in range(world_size) for file in self._wait_for_part(state.step, rank)]
         if self._is_abandoned.is_set():
             return
@@ -256,11 +238,7 @@ class CheckpointStore:
         return loaded
 
     def _load(self, engine: Engine, step: int) -> CheckpointManifest:
-        """Load a checkpoint on every rank.
-
-        Raises:
-            DamagedCheckpointError: on every rank, and before any has begun to load it, since one found it damaged.
-        """
+        """Load a checkpoint on every rank; what one rank finds damaged is raised on every rank, before any has begun to load."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with _raised_on_every_rank():
             offered = self._offer(step) if rank == 0 else None

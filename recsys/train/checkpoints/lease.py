@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from recsys.errors import UserError
 from recsys.store import Storage, join
@@ -28,10 +28,8 @@ class SupersededError(UserError):
     """Another process has taken the run over."""
 
 
-class Owner(BaseModel):
+class Owner(BaseModel, frozen=True, extra="forbid"):
     """The process that trains a run; `machine` tells machines, and containers that do not see one another's processes, apart."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str
     machine: str
@@ -72,13 +70,8 @@ class Lease:
         self._uri = storage.uri("runs", run, "owners")
 
     def check(self) -> None:
-        """Refuse to continue where another owner has taken the run over.
-
-        Raises:
-            SupersededError: one has; the line names it.
-        """
-        newest = self._newest()
-        if newest != self.token:
+        """Raise SupersededError where another owner has taken the run over."""
+        if (newest := self._newest()) != self.token:
             raise SupersededError(f"run.name = {self._run}: {self._owner(newest)} has taken it over; this process publishes nothing more")
 
     def write(self, name: str, content: bytes = b"") -> None:
@@ -111,12 +104,9 @@ class Lease:
 
     @contextmanager
     def held(self, lease_seconds: float) -> Iterator[int]:
-        """Hold the lease for the block; yields the new token.
+        """Hold the lease for the block and yield the new token; a UserError names the live owner, if the run has one.
 
         `lost` is then the owner before, if it died, and `lost_at` its last sign of life, in seconds since 1970.
-
-        Raises:
-            UserError: the run has a live owner; the line names it.
         """
         self._take(lease_seconds)
         ended = threading.Event()

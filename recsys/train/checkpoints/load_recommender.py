@@ -19,11 +19,7 @@ from recsys.train.engine import consolidate
 
 
 def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointManifest, Config, Dataset, Recommender]:
-    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage.
-
-    Raises:
-        UserError: there is no valid checkpoint at `uri`.
-    """
+    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage."""
     manifest = read_manifest(storage, uri)
     config = Config.model_validate(manifest.config).with_values({"run.scratch": scratch})
     dataset = Dataset.open(storage, manifest.dataset)
@@ -33,11 +29,7 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
 
 
 def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scratch: str) -> dict[str, Tensor]:
-    """Load a checkpoint's whole float32 weights.
-
-    Raises:
-        DamagedCheckpointError: a file is missing or not what was saved.
-    """
+    """Load a checkpoint's whole float32 weights."""
     folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
     fetch_files(storage, uri, manifest, folder)
     weights = consolidate(folder)
@@ -53,11 +45,7 @@ def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) 
 
 
 def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
-    """Read a checkpoint's manifest and hold what was given against what it carries.
-
-    Raises:
-        UserError: a key that was given contradicts the checkpoint, or there is none at `uri`.
-    """
+    """Read a checkpoint's manifest; refuse, as a UserError, given keys that contradict what it carries."""
     manifest = read_manifest(storage, uri)
     refuse_contradictions(config, manifest.config, f"the checkpoint {uri}", "train with it under another run.name", manifest.run)
     if "data.dataset" in config.given:

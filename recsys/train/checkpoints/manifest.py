@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, and reading checkpoints.
 
-Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only: what an attempt that died
-has left is never read.
+Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only, so what an attempt that
+died has left is never read.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from recsys.errors import UserError
 from recsys.store import Storage, join, sha256_of
@@ -24,10 +24,8 @@ class DamagedCheckpointError(UserError):
     """A checkpoint is not what was saved."""
 
 
-class CheckpointFile(BaseModel):
+class CheckpointFile(BaseModel, frozen=True, extra="forbid"):
     """One file of a checkpoint, written by `rank`; `path` is relative to the attempt's folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     num_bytes: int
@@ -40,10 +38,8 @@ class CheckpointFile(BaseModel):
         return cls(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path), rank=rank)
 
 
-class CheckpointManifest(BaseModel):
+class CheckpointManifest(BaseModel, frozen=True, extra="forbid"):
     """What a checkpoint is of, and the files that it has; `token` is that of the owner who published it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
     token: int = 0
@@ -63,11 +59,7 @@ class CheckpointManifest(BaseModel):
 
     @classmethod
     def unsealed(cls, data: bytes) -> Self:
-        """Read what `sealed` returned.
-
-        Raises:
-            ValueError: it is not that.
-        """
+        """Read what `sealed` returned; a ValueError where it is not that."""
         body = "{\n" + data.decode().partition(",\n")[2]
         if _seal(body) != data:
             raise ValueError("it is not the manifest that was written")
@@ -118,11 +110,7 @@ def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder
 
 
 def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, folder: Path) -> None:
-    """Download the object `name` of the checkpoint at `uri` to `file.path` below `folder`, and check it.
-
-    Raises:
-        DamagedCheckpointError: it is missing or not what was saved.
-    """
+    """Download the object `name` of the checkpoint at `uri` to `file.path` below `folder`, and check it as `fetch_files` does."""
     source, path = join(uri, name), folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if not storage.exists(source):

@@ -22,11 +22,7 @@ def needs_conversion(manifest: CheckpointManifest, world_size: int) -> bool:
 
 
 def offer_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Put a checkpoint's universal form beside it, unless it is there and whole, and unpack it to `folder`. For one process of the run.
-
-    Raises:
-        DamagedCheckpointError: a file of the checkpoint is missing or damaged.
-    """
+    """Put a checkpoint's universal form beside it, unless it is there and whole, and unpack it to `folder`. For one process of the run."""
     if storage.exists(join(uri, f"universal-{manifest.attempt}.json")):
         try:
             return fetch_universal(storage, uri, manifest, folder)
@@ -37,11 +33,7 @@ def offer_universal(storage: Storage, uri: str, manifest: CheckpointManifest, fo
 
 
 def fetch_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Unpack a checkpoint's universal form to `folder`, once for all processes of this node.
-
-    Raises:
-        DamagedCheckpointError: it is not what was written.
-    """
+    """Unpack a checkpoint's universal form to `folder`, once for all processes of this node."""
 
     def unpack(new: Path) -> None:
         file = CheckpointFile.model_validate_json(storage.read_bytes(join(uri, f"universal-{manifest.attempt}.json")))

@@ -37,10 +37,11 @@ class Clock:
         yield
         state.checkpoint_stall_seconds += time.monotonic() - begin
 
-    def stamp(self, state: TrainingState) -> None:
-        """Write the time into a state that is about to be saved."""
+    def stamped(self, state: TrainingState) -> TrainingState:
+        """Write the time into a state that is about to be saved, and return it."""
         state.saved_at = time.time()
         state.wall_seconds = self._wall_seconds + state.saved_at - self._since
+        return state
 
     def stepped(self, state: TrainingState, wait_seconds: float) -> None:
         """Note the end of a step; after the first one it is known what the return to the checkpoint cost."""

@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How many numbers a model has: trained ones, frozen ones, and the bytes of what is neither, such as a catalogue's features."""
+    """Numbers of trained and frozen weights of a model, and the bytes of what is neither, such as a catalogue's features."""
 
     trained: int
     frozen: int
@@ -80,11 +80,7 @@ class MemoryPlan:
         return None
 
     def check(self, capacity_bytes: int, where: str) -> None:
-        """Hold the plan against what there is.
-
-        Raises:
-            UserError: it does not fit; the line has the largest parts, and a micro batch that would fit, if one would.
-        """
+        """Raise a UserError where the plan does not fit, with the largest parts, and a micro batch that would fit, if one would."""
         if self.peak_bytes <= capacity_bytes:
             return
         fitting = self.fitting_micro_batch(capacity_bytes)
@@ -98,7 +94,7 @@ class MemoryPlan:
 
 
 def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, activation_bytes: int) -> MemoryPlan:
-    """Predict the bytes on one of `world_size` workers; `activation_bytes` as `trace_activations` gives them."""
+    """Predict the bytes on one of `world_size` workers; `activation_bytes` are those of a micro batch, in both passes."""
     stage, element = training.zero_stage, 2 if training.precision == "bf16" else 4
     share = world_size if stage else 1
     size_bytes, trained = (size.trained + size.frozen) * element, size.trained * element
@@ -133,7 +129,7 @@ def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: Traini
     """Predict the bytes on one of `world_size` workers from the largest micro batch of a step of its own, which sets training mode."""
     module.train()
     try:
-        activation_bytes = trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
+        activation_bytes = _trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
     except (NotImplementedError, RuntimeError) as error:
         logger.warning("memory: how much this model's activations take cannot be told in advance (%s)", " ".join(str(error).split())[:200])
         activation_bytes = 0
@@ -146,7 +142,7 @@ def _num_elements(part: object) -> int:
     return sum(_num_elements(each) for each in vars(part).values()) if dataclasses.is_dataclass(part) else 0
 
 
-def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
+def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
     """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and gradients kept before.
 
     Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away as soon as it is there counts
@@ -161,7 +157,7 @@ def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingCo
         elif tensor.requires_grad and accumulates:
             tensor.grad = torch.empty_like(tensor)
     empty = batch.to(META)
-    with Allocations() as allocations, fused_attention(training.use_gpu), Undecided(), torch.random.fork_rng([]):
+    with _Allocations() as allocations, _fused_attention(training.use_gpu), _Undecided(), torch.random.fork_rng([]):
         torch.func.functional_call(_Pass(module), {f"module.{name}": tensor for name, tensor in state.items()}, (empty,))
     return allocations.peak_bytes
 
@@ -177,7 +173,7 @@ class _Pass(nn.Module):
         torch.stack([total.float() for total in self.module(batch).values()]).sum().backward()
 
 
-class Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):
     """Counts the bytes of the tensors without content that live, and the most at once."""
 
     def __init__(self) -> None:
@@ -186,7 +182,6 @@ class Allocations(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run an operator and count what it made."""
         inputs = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -217,10 +212,10 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
-    """Have attention allocate what its kernel does: on a GPU it is fused; on a CPU too, but with dropout or a mask that learns.
+def _fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
+    """Have attention allocate what its kernel does, which is fused; on a CPU not with dropout.
 
-    By its name, since PyTorch's modes for functions end where the backward pass computes a layer again.
+    The function is replaced, since PyTorch's modes for functions end where the backward pass computes a layer again.
     """
     plain = F.scaled_dot_product_attention
 
@@ -232,11 +227,10 @@ def fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
     return replaced(F, "scaled_dot_product_attention", attention)
 
 
-class Undecided(TorchFunctionMode):
-    """Answers no where a model asks whether a mask hides nothing, which no tensor without content can tell."""
+class _Undecided(TorchFunctionMode):
+    """Answers no where a model asks whether nothing is masked, which a tensor without content cannot answer."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Call a function, but for those questions."""
         if func in (Tensor.__bool__, Tensor.item) and args[0].device.type == "meta":
             return False
         return func(*args, **(kwargs or {}))
