@@ -38,7 +38,7 @@ class Buffers:
                 self._tensors.append(buffer)
             return copies[place]
 
-        return tree_map_only(Tensor, copy, state)
+        return tree_map_only(Tensor, copy, state, is_leaf=lambda part: isinstance(part, torch.Size))  # or it would become a tuple
 
 
 def host_copies() -> Any:
