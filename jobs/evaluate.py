@@ -20,7 +20,7 @@ def run(config: Config) -> dict[str, Any]:
     from recsys.evaluation.evaluator import evaluate
     from recsys.evaluation.slices import sentence
     from recsys.report.pages import EVALUATION, write_report
-    from recsys.train.checkpoints.trained import build_predictor, check_given, load_trained
+    from recsys.train.checkpoints.load_recommender import build_predictor, check_given, load_trained
 
     storage, scratch, settings = Storage.from_config(config.storage), config.run.scratch, config.evaluation
 

@@ -23,7 +23,7 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 
 def run(config: Config) -> dict[str, Any]:
     """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
-    from recsys.train.checkpoints.trained import check_given
+    from recsys.train.checkpoints.load_recommender import check_given
 
     storage = Storage.from_config(config.storage)
     registry = Registry(storage, config.export_name)
@@ -50,7 +50,7 @@ def version_of(checkpoint: "CheckpointManifest") -> str:
 def _publish(config: Config, storage: Storage, registry: Registry, version: str) -> ExportManifest:
     from recsys.evaluation.evaluator import evaluate
     from recsys.exports.write import write_export
-    from recsys.train.checkpoints.trained import build_predictor, load_trained
+    from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
 
     checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)
     predictor = build_predictor(trained, dataset, recommender)

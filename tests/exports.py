@@ -18,7 +18,7 @@ from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
 from recsys.predictor import History
 from recsys.store import Storage
-from recsys.train.checkpoints.trained import build_predictor
+from recsys.train.checkpoints.load_recommender import build_predictor
 from tests.datasets import make_dataset
 
 METRICS = {"ndcg@10": 0.25}

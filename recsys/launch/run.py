@@ -16,7 +16,7 @@ from recsys.objectives.objective import MakeObjective
 from recsys.report.pages import TRAINING, write_report
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.checkpoints.lease import Ownership
+from recsys.train.checkpoints.lease import Lease
 from recsys.train.checkpoints.manifest import read_manifest
 from recsys.train.state import TrainingState
 
@@ -43,10 +43,10 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
             from recsys.launch.workers import check_resources, train_to_the_end
 
             check_resources(config)
-            ownership = Ownership(storage, config.run.name)
-            with ownership.held(config.run.lease_seconds), _stopped_by_signal(ownership):
+            lease = Lease(storage, config.run.name)
+            with lease.held(config.run.lease_seconds), _stopped_by_signal(lease):
                 _check_resume(checkpoints, config)
-                train_to_the_end(config, storage, ownership, make, callbacks)
+                train_to_the_end(config, storage, lease, make, callbacks)
     state = finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
@@ -83,13 +83,13 @@ def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingStat
 
 
 @contextlib.contextmanager
-def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
+def _stopped_by_signal(lease: Lease) -> Iterator[None]:
     """Turn the first SIGTERM into a request to stop; a second one ends this process at once."""
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
-        threading.Thread(target=_ask_to_stop, args=(ownership,), name="stop").start()  # the interrupted code may be in the store's client
+        threading.Thread(target=_ask_to_stop, args=(lease,), name="stop").start()  # the interrupted code may be in the store's client
 
     if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
         yield
@@ -101,10 +101,10 @@ def _stopped_by_signal(ownership: Ownership) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _ask_to_stop(ownership: Ownership) -> None:
+def _ask_to_stop(lease: Lease) -> None:
     while True:
         try:
-            return ownership.ask_to_stop()
+            return lease.ask_to_stop()
         except UserError as error:  # the store may come back before the time to end is over
             logger.warning("SIGTERM: %s", error)
             time.sleep(RETRY_SECONDS)

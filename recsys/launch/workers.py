@@ -28,9 +28,9 @@ from recsys.launch.ray_internals import RestartingTrainer, WorkerHealthCheckTime
 from recsys.objectives.objective import MakeObjective, MicroBatch
 from recsys.store import Storage
 from recsys.terminal import mark_lines
-from recsys.train.checkpoints.lease import Ownership
+from recsys.train.checkpoints.lease import Lease
 from recsys.train.failures import Failure, Kind, TrainingError, describe, root_cause
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import Metrics, Request
 from recsys.train.recovery.restarts import Restarts
 
@@ -50,8 +50,8 @@ CONNECT_SECONDS = 1.0
 class RayReporter:
     """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop or to save."""
 
-    def __init__(self, ownership: Ownership) -> None:
-        self._ownership, self._is_asked, self._has_saved = ownership, False, False
+    def __init__(self, lease: Lease) -> None:
+        self._lease, self._is_asked, self._has_saved = lease, False, False
         if ray.train.get_context().get_world_rank() == 0:
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
@@ -74,23 +74,23 @@ class RayReporter:
         while not self._is_asked:
             time.sleep(STOP_POLL_SECONDS)
             with contextlib.suppress(Exception):  # a store that is out of order is found by those who need it
-                self._is_asked = self._ownership.is_asked_to_stop()
+                self._is_asked = self._lease.is_asked_to_stop()
 
     def report(self, metrics: Metrics) -> None:
         """Report the metrics; Ray keeps no checkpoint of its own, the store has them."""
         ray.train.report(metrics)
 
 
-def train_to_the_end(config: Config, storage: Storage, ownership: Ownership, make: MakeObjective, callbacks: Sequence[Any]) -> None:
+def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeObjective, callbacks: Sequence[Any]) -> None:
     """Start the workers, again where that may help, until the run is done.
 
     Raises:
         UserError: the failure is user-fixable.
         RuntimeError: anything else went wrong, too often or in the same way again.
     """
-    lost = ownership.lost
+    lost = lease.lost
     causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without a word"),)
-    restarts = Restarts(config, storage, ownership, causes)
+    restarts = Restarts(config, storage, lease, causes)
     restarts.begin()
     while True:
         trouble: Exception
@@ -207,5 +207,5 @@ def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     storage, attempt = Storage.from_config(config.storage), restarts.read()
-    reporter = RayReporter(Ownership(storage, config.run.name, attempt.token))
-    train(config, Dataset.open(storage, config.data.dataset), reporter, make, attempt)
+    reporter = RayReporter(Lease(storage, config.run.name, attempt.token))
+    Trainer(config, Dataset.open(storage, config.data.dataset), reporter, make, attempt).run()

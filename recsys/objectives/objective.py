@@ -1,7 +1,7 @@
 """What the training loop asks of an objective; the objectives are the other modules of this package."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -27,30 +27,16 @@ class MicroBatch(Protocol):
         """Count the targets of each loss, in the order of `Objective.weights`, in float64 since they are summed over ranks."""
 
 
-def shapes_of(batch: object) -> str:
-    """List the shapes of a batch's tensors, such as `targets (640,)`."""
-    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
-    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
-    return ", ".join(filter(None, shapes))
-
-
 class Objective(Protocol):
     """A module, the batches and losses that it is trained with, and its validation; every rank has one.
 
-    The module returns the sum of each loss over a micro batch's targets, by name.
+    The module returns the sum of each loss over a micro batch's targets, by name; `weights` are the losses' in the sum that is minimised.
+    `metric` is the validation metric that chooses the best checkpoint; higher is better. All from `num_tokens` on need not be implemented.
     """
 
-    @property
-    def module(self) -> nn.Module:
-        """Return the module that is trained."""
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """Return the weight of each loss in the sum that is minimised."""
-
-    @property
-    def metric(self) -> str:
-        """Return the validation metric that chooses the best checkpoint; higher is better."""
+    module: nn.Module
+    weights: Mapping[str, float]
+    metric: str
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch's samples."""
@@ -58,27 +44,33 @@ class Objective(Protocol):
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[Sequence[Any]]:
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
 
-    def before_step(self, step: int) -> None:
-        """Do what is due before a step (from 0) of the run; every rank must call this."""
+    def validate(self) -> dict[str, float]:
+        """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""
 
     def num_tokens(self, batch: Any) -> int:
         """Count the tokens that the language model reads for a micro batch; 0 where none is trained."""
+        return 0
 
-    def validate(self) -> dict[str, float]:
-        """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""
+    def before_step(self, step: int) -> None:
+        """Do what is due before a step (from 0) of the run; every rank must call this."""
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """Update the objective's own state from the validation after a whole epoch."""
 
     def state(self) -> dict[str, list[float]]:
         """Return the objective's own state, which checkpoints keep; it is the same on every rank."""
+        return {}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
         """Restore what `state` returned."""
 
 
-class MakeObjective(Protocol):
-    """Builds an objective; its initial weights depend on the config's seed alone. All of `ranks` must call this."""
+MakeObjective = Callable[[Config, Dataset, torch.device, Ranks], Objective]
+"""Builds a rank's objective; its initial weights depend on the config's seed alone. All of `Ranks` must call this."""
 
-    def __call__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> Objective:
-        """Build it for this rank."""
+
+def shapes_of(batch: object) -> str:
+    """List the shapes of a batch's tensors, such as `targets (640,)`."""
+    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
+    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
+    return ", ".join(filter(None, shapes))

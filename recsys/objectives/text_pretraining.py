@@ -1,6 +1,6 @@
 """The objective of pretraining: the language model learns from the catalogue's texts and is validated on held-out texts."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +18,28 @@ from recsys.data.text.pairs import Partners
 from recsys.model.losses import gather_from_ranks
 from recsys.model.text.catalogue_text import Ranks, text_tokens
 from recsys.model.text.encoder import locate_backbone
-from recsys.model.text.pretraining import CONTRASTIVE, MASKED, build_pretrainer, pair_scores
+from recsys.model.text.pretraining import CONTRASTIVE, MASKED, Pretrainer, build_pretrainer, pair_scores
+from recsys.objectives.objective import Objective
 from recsys.schema import PADDING_ITEM
 
 GROUP_ITEMS = 256
 """Texts are in memory; the plan treats this many of them as a row group."""
 
 PAIR_AUC = "pair_auc"
-"""How often a text is nearer to its partner than to another's; steadier than how often it is the nearest, which few pairs tell."""
+"""How often a text is nearer to its partner than to another's; with few pairs steadier than how often it is the nearest."""
 
 
-class TextPretraining:
+class TextPretraining(Objective):
     """Trains the language model on the catalogue's texts, each once an epoch; all its weights learn, whatever the text's mode."""
+
+    module: Pretrainer
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
         settings, text, scratch = config.pretraining, config.model.text, Path(config.run.scratch)
         catalogue = ItemFeatures.read(dataset, scratch)
         folder = locate_backbone(text, dataset, scratch)
         self.module, hiding = build_pretrainer(config, folder)
-        self.weights: dict[str, float] = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
+        self.weights = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
         self.metric = PAIR_AUC if CONTRASTIVE in settings.objectives else "masked_accuracy"
         self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
         self._split = TextSplit.read(dataset, catalogue, scratch)
@@ -64,19 +67,6 @@ class TextPretraining:
     def num_tokens(self, batch: TextBatch) -> int:
         """Count the real tokens of a micro batch."""
         return sum(int(part.lengths.sum()) for part in (batch.hidden, batch.pairs) if part is not None)
-
-    def before_step(self, step: int) -> None:
-        """Do nothing."""
-
-    def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Do nothing: there is no state besides the weights."""
-
-    def state(self) -> dict[str, list[float]]:
-        """Return nothing."""
-        return {}
-
-    def load_state(self, state: Mapping[str, list[float]]) -> None:
-        """Do nothing."""
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -2,47 +2,30 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from recsys.train.torch_internals import replaced
+
 
 def import_deepspeed(use_gpu: bool) -> Any:
     """Import DeepSpeed for the device that is asked for; by itself it takes a GPU wherever there is one."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
-    with _not_imported("mlflow"):  # its autotuner, which is not used here, would
-        import deepspeed
-    with _nothing_compiled():  # all stages import Muon, which is not used here and loads a compiler
+    is_loaded = "mlflow" in sys.modules
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    try:
+        import deepspeed  # its autotuner, which is not used here, would import MLflow, which takes seconds of every worker's start
+    finally:
+        if not is_loaded:
+            del sys.modules["mlflow"]
+    with replaced(torch, "compile", lambda function: function):  # all stages import Muon, which is not used here and loads a compiler
         import deepspeed.runtime.zero.muon.muon_optimizer
     # The shared-memory kernel serves inference only, and compiling it takes half a minute at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-@contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Leave functions that are made in the block as they are, where they ask to be compiled."""
-    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_function
-
-
-@contextmanager
-def _not_imported(module: str) -> Iterator[None]:
-    """Have the block do without a module that is optional there and takes seconds of every worker's start."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[module]
 
 
 def write_no_recovery_script(engine: Any) -> None:
@@ -50,12 +33,9 @@ def write_no_recovery_script(engine: Any) -> None:
     engine._copy_recovery_script = lambda folder: None
 
 
-@contextmanager
-def loading_universal(engine: Any, is_universal: bool) -> Iterator[None]:
+def loading_universal(engine: Any, is_universal: bool) -> AbstractContextManager[None]:
     """Have the engine expect a universal state, or not, in the block."""
-    engine._config.load_universal_checkpoint = is_universal
-    yield
-    engine._config.load_universal_checkpoint = False
+    return replaced(engine._config, "load_universal_checkpoint", is_universal)
 
 
 @torch.no_grad()

@@ -1,13 +1,9 @@
 """The adapter of DeepSpeed: the sharded engine, its step, its state on disk and for other numbers of ranks, and whole weights."""
 
-import errno
 import math
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +16,12 @@ from recsys.config import Config
 from recsys.objectives.objective import MicroBatch
 from recsys.train.deepspeed_internals import import_deepspeed, loading_universal, write_no_recovery_script, zero_padding
 from recsys.train.host_copies import host_copies
+from recsys.train.torch_internals import replaced
 
 TAG = "state"
 _NOWHERE = "nowhere"
-"""The folder that DeepSpeed is told to save in, of which no file comes to be."""
+"""The folder that DeepSpeed is told to save in, where no file is written."""
 
-_FULL_BYTES = 16 << 20
 BUCKET_ELEMENTS = 500_000_000
 """Most gradients that DeepSpeed reduces at once; it allocates a buffer for as many (2 GB), whatever the model's size."""
 
@@ -33,29 +29,7 @@ SHARED_FILE = "mp_rank_00_model_states.pt"
 """The one file that rank 0 writes and every rank reads."""
 
 SHARDED_SUFFIX = "_optim_states.pt"
-"""What the files are called that each rank has its own part of the optimizer's state in; without ZeRO there are none."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One rank's part of a state in host memory: what is to be written, by the file's path in the checkpoint."""
-
-    files: Mapping[str, Any]
-
-    def write(self, folder: Path) -> None:
-        """Write the files below `folder`.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        for name, content in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(content, folder / name)
-            except RuntimeError as error:  # torch says only that its writer failed
-                if shutil.disk_usage(folder).free > _FULL_BYTES:
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+"""Ends the names of the files with each rank's part of the optimizer's state; without ZeRO there are none."""
 
 
 class Engine:
@@ -76,6 +50,7 @@ class Engine:
             config=deepspeed_config(config, dist.get_world_size(), num_trained),
             dist_init_required=False,
         )
+        self.train()  # a language model that was loaded comes in evaluation mode
         write_no_recovery_script(self._engine)
         if config.training.zero_stage == 3:
             zero_padding(self._optimizer)
@@ -95,49 +70,42 @@ class Engine:
         losses: dict[str, Tensor] = self._engine(batch)
         return losses
 
-    @record_function("backward")
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this rank's share of the step's loss, already divided by global counts.
 
         DeepSpeed averages over ranks and micro batches; the loss is a sum over them, so that is undone here.
         """
-        self._engine.backward(loss * self._scale)
+        with record_function("backward"):
+            self._engine.backward(loss * self._scale)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self.update()  # by which DeepSpeed counts the micro batch
 
     @record_function("update")
-    def end_micro_batch(self) -> bool:
-        """Tell DeepSpeed that a micro batch ended; the step's last one updates the weights, unless a gradient is NaN or infinite.
-
-        Returns whether the weights were updated.
-        """
-        if self._updates_blindly and self._engine.is_gradient_accumulation_boundary() and not self._has_finite_gradients():
-            return False
+    def update(self) -> bool:
+        """Update the weights after a step's last backward pass, unless a gradient is NaN or infinite; return whether it did."""
+        if self._updates_blindly and self._engine.is_gradient_accumulation_boundary():
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            if not nn.utils.get_total_norm(gradients).isfinite():
+                return False
         self._engine.step()
         return bool(self._engine.was_step_applied())
-
-    def _has_finite_gradients(self) -> bool:
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(nn.utils.get_total_norm(gradients).isfinite())
 
     def set_learning_rate(self, factor: float) -> None:
         """Set each parameter group's rate to its peak times `factor`."""
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-    def snapshot(self) -> Snapshot:
-        """Copy this rank's part of the state, so that training continues while it is written.
+    def snapshot(self) -> dict[str, Any]:
+        """Copy this rank's part of the state, so that training continues while it is written; return its files by path.
 
         The copy's memory is used again by the next one: the one before must be written by then.
         """
-        copies, writer = self._copies, self._engine.checkpoint_engine
-        copies.files = {}
-        self._engine.checkpoint_engine = copies
-        try:
+        self._copies.files = {}
+        with replaced(self._engine, "checkpoint_engine", self._copies):
             self._engine.save_checkpoint(_NOWHERE, tag=TAG, save_latest=False)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # copies to pinned memory do not wait for themselves
-            return Snapshot({Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in copies.files.items()})
-        finally:
-            self._engine.checkpoint_engine = writer
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # copies to pinned memory do not wait for themselves
+        return {Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in self._copies.files.items()}
 
     def load(self, folder: Path, is_universal: bool = False) -> None:
         """Load the state of all ranks from `folder`; unless it is universal, as many ranks must have saved it."""
@@ -188,6 +156,15 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
         }
         for (is_backbone, is_matrix), parameters in groups.items()
     ]
+
+
+def learning_rate_factor(config: Config, step: int, total_steps: int) -> float:
+    """Return the rate of a step (from 0) over its peak: linear warm-up, then cosine decay to `final_fraction`."""
+    optimizer = config.optimizer
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    done = (step - optimizer.warmup_steps) / max(1, total_steps - optimizer.warmup_steps)
+    return optimizer.final_fraction + (1 - optimizer.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:

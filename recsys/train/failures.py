@@ -1,37 +1,24 @@
 """Kinds of failures, and what follows from each; pure functions."""
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, Field
 
 from recsys.errors import StoreError, UserError
 
-Kind = Literal[
-    "stopped",
-    "mistake",
-    "not_finite",
-    "out_of_memory",
-    "store",
-    "exception",
-    "preempted",
-    "resized",
-    "hang",
-    "node_lost",
-    "worker_lost",
-    "driver_lost",
-    "collective",
-]
+Explained = Literal["stopped", "mistake", "not_finite", "out_of_memory", "store"]
+"""Kinds whose message explains the failure without a traceback."""
+
+Kind = Literal[Explained, "exception", "preempted", "resized", "hang", "node_lost", "worker_lost", "driver_lost", "collective"]
 """When one rank fails, the others fail with it: what comes earlier here is the cause of what comes later."""
 
-_EXPLAINED = ("stopped", "mistake", "not_finite", "out_of_memory", "store")
 LONGEST_DELAY_SECONDS = 60.0
 
 
-class Failure(BaseModel):
+class Failure(BaseModel, frozen=True, extra="forbid"):
     """What ended an attempt: its kind, one line, and where that is known the rank and the step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     message: str
@@ -41,7 +28,7 @@ class Failure(BaseModel):
     @property
     def is_explained(self) -> bool:
         """Return whether the message explains the failure without a traceback."""
-        return self.kind in _EXPLAINED
+        return self.kind in get_args(Explained)
 
     @property
     def is_deterministic(self) -> bool:
@@ -59,8 +46,26 @@ class Failure(BaseModel):
         return f"{self.kind.replace('_', ' ')}{place}{'' if self.step is None else f' at step {self.step}'}: {self.message}"
 
 
+class Attempt(BaseModel, frozen=True, extra="forbid"):
+    """One start of a group of workers: the owner's token, since when it owns the run, and why and when they were started.
+
+    `lost_at` is when the owner before, if it died, gave its last sign of life.
+
+    Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
+    Times are seconds since 1970.
+    """
+
+    token: int = 0
+    causes: tuple[Failure, ...] = ()
+    skip: tuple[int, ...] = ()
+    owned_since: float = Field(default_factory=time.time)
+    lost_at: float | None = None
+    started_at: float = Field(default_factory=time.time)
+    given_up: str | None = None
+
+
 class TrainingError(RuntimeError):
-    """A rank's failure on its way to whoever started the rank."""
+    """A rank's failure, as whoever started the rank receives it."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure)
@@ -68,7 +73,7 @@ class TrainingError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """Somebody asked the run to stop; a checkpoint of its last step is published."""
+    """The run was asked to stop; a checkpoint of its last step is published."""
 
 
 class NonFiniteError(RuntimeError):
@@ -76,7 +81,7 @@ class NonFiniteError(RuntimeError):
 
 
 def describe(error: BaseException, rank: int, step: int | None, batch: str, micro_batch_size: int = 1) -> Failure:
-    """Say what an exception in the training loop is; `batch` are the shapes of what the rank had, of at most `micro_batch_size` samples."""
+    """Describe an exception of the training loop; `batch` are the shapes of what the rank had, of at most `micro_batch_size` samples."""
     message = " ".join(str(error).split())
     if isinstance(error, StoreError):
         kind: Kind = "store"

@@ -3,20 +3,18 @@
 import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, model_validator
 
 from recsys.config import Config
 from recsys.train.failures import Failure
 
 
-class Incident(BaseModel):
+class Incident(BaseModel, frozen=True, extra="forbid"):
     """A return to a checkpoint: why, to which step, and what it cost.
 
     `seconds` runs from that checkpoint to the end of the first new step: work that was lost, and the parts of the restart that follow. If
     the process that trained was lost too, the time between its last sign of life and the next one's start is not among them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     causes: tuple[Failure, ...]
     step: int
@@ -26,10 +24,8 @@ class Incident(BaseModel):
     seek_seconds: float
 
 
-class Epoch(BaseModel):
+class Epoch(BaseModel, frozen=True, extra="forbid"):
     """What came of an epoch: up to which step it went, the means of its losses, its validation by the main metric, its speed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     losses: dict[str, float]
@@ -38,7 +34,7 @@ class Epoch(BaseModel):
     samples_per_second: float
 
 
-class TrainingState(BaseModel):
+class TrainingState(BaseModel, extra="forbid"):
     """Where a run is: everything the loop needs to resume besides the engine's and the random generators' state.
 
     `history` has an entry per epoch that came to its end; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
@@ -46,8 +42,6 @@ class TrainingState(BaseModel):
     count: what a kill took back is not among them, but in `wall_seconds`. `saved_at` is seconds since 1970.
     `objective` is the objective's own state.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     step: int = 0
     epoch: int = 0

@@ -193,7 +193,7 @@ class Beside(LocalReporter):
             counts = batch.valid_counts().clamp(min=1).to(self._device)
             sums = self._engine.forward(batch.to(self._device))
             self._engine.backward(torch.stack([total / count for total, count in zip(sums.values(), counts, strict=True)]).sum().float())
-            self._engine.end_micro_batch()
+        self._engine.update()
 
 
 if __name__ == "__main__":

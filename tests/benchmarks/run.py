@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,12 @@ def measure_steps(config: Config, rounds: int, num_steps: int) -> dict[str, floa
 
     def bare() -> None:
         for batches in steps:
-            bare_step(model, optimizer, batches[0], trainer.weights)
+            bare_step(model, optimizer, batches[0], trainer.objective.weights)
 
     return in_turn(ours, bare, len(steps), rounds)
 
 
-def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: dict[str, float]) -> None:
+def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: Mapping[str, float]) -> None:
     """Run one step as a script would write it."""
     optimizer.zero_grad()
     counts = dict(zip(weights, batch.valid_counts().tolist(), strict=True))

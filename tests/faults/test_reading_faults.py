@@ -21,7 +21,7 @@ from recsys.data.sequences import map_tensors
 from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage, backends
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
@@ -168,7 +168,7 @@ def test_a_slow_store_is_read_to_the_end(
 def waited_seconds(settings: Config) -> float:
     """Train one epoch; return what the run says that its steps waited for data."""
     dataset = Dataset.open(Storage.from_config(settings.storage), settings.data.dataset)
-    return train(dataset.adopt(settings), dataset, LocalReporter(), NextItem).data_wait_seconds
+    return Trainer(dataset.adopt(settings), dataset, LocalReporter(), NextItem).run().data_wait_seconds
 
 
 def test_a_slow_store_shows_in_the_time_that_a_run_waits_for_data(

@@ -13,10 +13,10 @@ from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.load_recommender import load_trained
 from recsys.train.checkpoints.manifest import read_manifest
-from recsys.train.checkpoints.trained import load_trained
+from recsys.train.failures import Attempt
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.clock import Attempt
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset, open_dataset, small_config
 from tests.distributed import RankError, run_distributed

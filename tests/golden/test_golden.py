@@ -14,7 +14,7 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 from tests.reporters import LocalReporter
@@ -36,7 +36,7 @@ def loss_curve(folder: Path) -> list[list[float]]:
 
 def run(config: Config) -> list[list[float]]:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     return [list(losses.values()) for losses in reporter.losses]
 
 

@@ -18,7 +18,7 @@ from recsys.objectives.next_item import NextItem
 from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from tests.distributed import run_distributed
 from tests.pages import assert_readable, chromium, opened
 from tests.reporters import LocalReporter
@@ -49,7 +49,7 @@ EVALUATION = {
 
 
 def train_here(config: Config) -> None:
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem).run()
 
 
 @pytest.fixture(scope="module")

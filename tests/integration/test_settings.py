@@ -21,8 +21,8 @@ from recsys.launch.preflight import check_training
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.checkpoints.trained import load_trained
-from recsys.train.loop import train
+from recsys.train.checkpoints.load_recommender import load_trained
+from recsys.train.loop import Trainer
 from serve.app import read_arguments, version_in_service
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
@@ -49,7 +49,7 @@ def trained(config: Config) -> str:
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.adopt(config)
-    state = train(config, dataset, LocalReporter(), NextItem)
+    state = Trainer(config, dataset, LocalReporter(), NextItem).run()
     return CheckpointStore(storage, config, dataset).uri(state.step)
 
 

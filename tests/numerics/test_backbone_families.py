@@ -19,8 +19,8 @@ from recsys.objectives.next_item import NextItem
 from recsys.predictor import Predictor
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.checkpoints.trained import build_predictor, load_trained
-from recsys.train.loop import train
+from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
+from recsys.train.loop import Trainer
 from tests.backbones import FAMILIES, save_backbone
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
@@ -36,7 +36,7 @@ QUICK = {(family, MODES[place % 3], POOLINGS[(place + place // 3) % 3]) for plac
 def run(config: Config) -> tuple[str, list[float]]:
     storage = Storage.from_config(config.storage)
     dataset, reporter = Dataset.open(storage, config.data.dataset), LocalReporter()
-    state = train(config, dataset, reporter, NextItem)
+    state = Trainer(config, dataset, reporter, NextItem).run()
     return CheckpointStore(storage, config, dataset).uri(state.step), [losses["retrieval"] for losses in reporter.losses]
 
 

@@ -10,7 +10,7 @@ from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.objectives.objective import MicroBatch
 from recsys.store import Storage
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
@@ -54,7 +54,7 @@ class Dying(LocalReporter):
 def run(config: Config, is_dying: bool = False) -> tuple[TrainingState | None, list[dict[str, float]], list[dict[str, float]]]:
     reporter = Dying() if is_dying else LocalReporter()
     try:
-        state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+        state = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     except KeyboardInterrupt:
         state = None
     return state, reporter.losses, reporter.history

@@ -139,12 +139,12 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
 
 def refused(config: Config) -> str:
     """Return the line with which a run ends that finds a machine too small, and check that no step was made."""
-    import recsys.train.loop
+    import recsys.train.monitoring.memory
 
-    recsys.train.loop.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")
+    recsys.train.monitoring.memory.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")
     reporter = LocalReporter()
     with pytest.raises(UserError) as refusal:
-        recsys.train.loop.train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+        Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     assert not reporter.losses
     return str(refusal.value)
 

@@ -10,8 +10,8 @@ from recsys.evaluation.evaluator import evaluate
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.checkpoints.trained import build_predictor, load_trained
-from recsys.train.loop import train
+from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
+from recsys.train.loop import Trainer
 from recsys.train.state import TrainingState
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
@@ -73,5 +73,5 @@ def test_offline_equals_training(folder: Path, zero_stage: int, precision: str, 
 
 def run(config: Config) -> tuple[TrainingState, list[float]]:
     reporter = LocalReporter()
-    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+    state = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     return state, [losses["retrieval"] for losses in reporter.losses]

@@ -18,7 +18,7 @@ from recsys.objectives.text_pretraining import TextPretraining
 from recsys.store import Storage
 from recsys.train.checkpoints.backbone import BackboneManifest, publish_backbone
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.loop import Trainer, train
+from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import Metrics
 from tests.datasets import make_dataset, open_dataset
 from tests.distributed import RankError, run_distributed
@@ -63,7 +63,7 @@ class DyingReporter(LocalReporter):
 
 def pretrain(config: Config, dies: bool = False) -> tuple[np.ndarray, list[Metrics]]:
     reporter = DyingReporter() if dies else LocalReporter()
-    train(config, open_dataset(config), reporter, TextPretraining)
+    Trainer(config, open_dataset(config), reporter, TextPretraining).run()
     return np.array([list(losses.values()) for losses in reporter.losses]), reporter.history
 
 

@@ -28,8 +28,8 @@ from recsys.predictor import History
 from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.checkpoints.trained import build_predictor, load_trained
-from recsys.train.loop import train
+from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
@@ -161,7 +161,7 @@ def run_of(config: Config, name: str, **values: object) -> Config:
 
 def train_it(config: Config) -> tuple[int, list[float]]:
     reporter = LocalReporter()
-    state = train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+    state = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     return state.step, [losses["retrieval"] for losses in reporter.losses]
 
 

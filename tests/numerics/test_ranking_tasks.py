@@ -20,8 +20,8 @@ from recsys.objectives.next_item import NextItem
 from recsys.predictor import History
 from recsys.schema import Task
 from recsys.store import Storage
-from recsys.train.checkpoints.trained import build_predictor
-from recsys.train.loop import train
+from recsys.train.checkpoints.load_recommender import build_predictor
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
@@ -113,7 +113,7 @@ def test_everything_at_once_is_learned_alike_by_sharded_ranks(dataset: Dataset, 
 
 def train_and_record(config: Config) -> np.ndarray:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     return np.array([list(losses.values()) for losses in reporter.losses])
 
 

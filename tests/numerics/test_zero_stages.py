@@ -10,7 +10,7 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset
 from tests.distributed import run_distributed
 from tests.reporters import LocalReporter
@@ -77,5 +77,5 @@ def loss_curve(
 
 def train_and_record(config: Config) -> np.ndarray:
     reporter = LocalReporter()
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()
     return np.array([list(losses.values()) for losses in reporter.losses])

@@ -13,9 +13,9 @@ from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
+from recsys.train.checkpoints.load_recommender import load_trained
 from recsys.train.checkpoints.manifest import read_manifest
 from recsys.train.checkpoints.resharding import needs_conversion
-from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import Metrics, Request

@@ -19,8 +19,8 @@ from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.load_recommender import load_trained
 from recsys.train.checkpoints.manifest import read_manifest
-from recsys.train.checkpoints.trained import load_trained
 from recsys.train.failures import TrainingError
 from recsys.train.loop import Trainer
 from recsys.train.monitoring.reporter import Metrics, Request

@@ -9,7 +9,7 @@ from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from tests.datasets import make_dataset, small_config
 from tests.distributed import run_distributed
 from tests.reporters import LocalReporter
@@ -52,7 +52,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, zero_stage: int, text_mod
 def run(config: Config) -> dict[str, str]:
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    state = train(config, dataset, LocalReporter(), NextItem)
+    state = Trainer(config, dataset, LocalReporter(), NextItem).run()
     newest = CheckpointStore(storage, config, dataset).newest()
     assert newest is not None
     assert newest.state.step == state.step == 12

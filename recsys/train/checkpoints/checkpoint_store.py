@@ -1,14 +1,16 @@
 """The checkpoints of one run: written asynchronously, published last, and found on resume."""
 
 import hashlib
+import json
 import logging
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,12 +20,13 @@ from safetensors.torch import load_file, save
 
 from recsys import __version__
 from recsys.config import Config
+from recsys.config.base import Fact
+from recsys.config.use import facts_of, leaves
 from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
-from recsys.store import Storage, join, private_folder, sha256_of
+from recsys.store import Storage, join, private_folder
 from recsys.store.errors import explained
-from recsys.train.checkpoints.compatibility import config_differences, superfluous_steps
-from recsys.train.checkpoints.lease import Ownership, SupersededError
+from recsys.train.checkpoints.lease import Lease, SupersededError
 from recsys.train.checkpoints.manifest import (
     MANIFEST_NAME,
     CheckpointFile,
@@ -35,7 +38,8 @@ from recsys.train.checkpoints.manifest import (
     steps_in,
 )
 from recsys.train.checkpoints.resharding import fetch_universal, needs_conversion, offer_universal
-from recsys.train.engine import Engine, Snapshot
+from recsys.train.engine import Engine
+from recsys.train.host_copies import write_files
 from recsys.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -49,10 +53,8 @@ class CheckpointStore:
     """The checkpoints of one run. As a context, it waits at the end for what it has begun, unless the block raised."""
 
     def __init__(self, storage: Storage, config: Config, dataset: Dataset, token: int = 0) -> None:
-        self._storage = storage
-        self._config = config
-        self._dataset = dataset
-        self._owner = Ownership(storage, config.run.name, token)
+        self._storage, self._config, self._dataset = storage, config, dataset
+        self._lease = Lease(storage, config.run.name, token)
         self._uri = storage.uri("runs", config.run.name, "checkpoints")
         self._scratch = Path(config.run.scratch) / "checkpoints" / hashlib.sha256(self._uri.encode()).hexdigest()[:12]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -61,14 +63,12 @@ class CheckpointStore:
         self._attempt = ""
 
     def __enter__(self) -> Self:
-        """Begin nothing yet."""
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Wait for what was begun; after an error only for a while, since another rank's part may never come."""
         if error_type is None:
             self.wait()
-        wait(self._begun, GRACE_SECONDS)
+        wait(self._begun, GRACE_SECONDS)  # only for a while, since another rank's part may never come
         self._is_abandoned.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -81,11 +81,7 @@ class CheckpointStore:
         return published_steps(self._storage, self._config.run.name)
 
     def newest(self) -> CheckpointManifest | None:
-        """Return the last manifest that can be read; None where the run has no checkpoint.
-
-        Raises:
-            UserError: none can be read.
-        """
+        """Return the last manifest that can be read, an error if none can; None where the run has no checkpoint."""
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -99,11 +95,7 @@ class CheckpointStore:
         return None
 
     def newest_world_size(self) -> int:
-        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this.
-
-        Raises:
-            UserError: no checkpoint's manifest can be read.
-        """
+        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this."""
         newest = self.newest() if dist.get_rank() == 0 else None
         return _broadcast(newest.world_size if newest else 0)
 
@@ -115,6 +107,15 @@ class CheckpointStore:
             )
         return manifest
 
+    def check_compatible(self, manifest: CheckpointManifest) -> None:
+        """Refuse by name, as a UserError, to resume from a checkpoint of another config or dataset."""
+        run, advice = self._config.run.name, "set it back or choose another run.name"
+        differences = config_differences(manifest.config, self._config.model_dump(mode="json"))
+        if differences:
+            raise UserError(f"run.name = {run}: its checkpoint has other values ({'; '.join(differences)}); {advice}")
+        if manifest.dataset_fingerprint != self._dataset.manifest.fingerprint:
+            raise UserError(f"data.dataset = {self._dataset.uri}: run {run} was trained on {manifest.dataset}; {advice}")
+
     def upload(self, engine: Engine, step: int) -> None:
         """Copy this rank's part of the state and upload it asynchronously; every rank must call this.
 
@@ -123,19 +124,15 @@ class CheckpointStore:
         self.wait()
         if not self._attempt:
             self._attempt = _broadcast(uuid.uuid4().hex[:12])
-        self._begin(self._upload_part, step, dist.get_rank(), engine.snapshot(), _random_state())
+        self._begun.append(self._thread.submit(self._upload_part, step, dist.get_rank(), engine.snapshot(), _random_state()))
 
     def publish(self, state: TrainingState) -> None:
         """Publish the checkpoint that is uploaded, with this state, as soon as all ranks' parts are there."""
         if dist.get_rank() == 0:
-            self._begin(self._publish, state.model_copy(deep=True), dist.get_world_size())
+            self._begun.append(self._thread.submit(self._publish, state.model_copy(deep=True), dist.get_world_size()))
 
     def wait(self) -> None:
-        """Wait until this rank has done what it began; rank 0 has then published.
-
-        Raises:
-            UserError: the store or the disk failed, or another process has taken the run over.
-        """
+        """Wait until this rank has done what it began, and raise its error; rank 0 has then published."""
         begun, self._begun = self._begun, []
         for work in begun:
             work.result()
@@ -146,55 +143,43 @@ class CheckpointStore:
             if work.done():
                 work.result()
 
-    def _begin(self, function: Callable[..., None], *arguments: Any) -> None:
-        self._begun.append(self._thread.submit(function, *arguments))
-
-    def _upload_part(self, step: int, rank: int, snapshot: Snapshot, random_state: dict[str, torch.Tensor]) -> None:
+    def _upload_part(self, step: int, rank: int, snapshot: dict[str, Any], random_state: dict[str, torch.Tensor]) -> None:
         """Write one rank's files, and last the list of them."""
         folder = private_folder(self._scratch / f"{self._attempt}-{rank}" / "state")
         try:
             with explained("write the checkpoint to", str(folder)):
-                snapshot.write(folder)
+                write_files(snapshot, folder)
                 (folder / f"random-{rank}.safetensors").write_bytes(save(random_state))
             files: list[CheckpointFile] = []
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            for path in sorted(filter(Path.is_file, folder.rglob("*"))):
                 if self._is_abandoned.is_set():
                     return
-                name = path.relative_to(folder).as_posix()
-                self._storage.upload(path, join(self._files(step), name))
-                files.append(CheckpointFile(path=name, num_bytes=path.stat().st_size, sha256=sha256_of(path), rank=rank))
+                files.append(CheckpointFile.of(path, folder, rank))
+                self._storage.upload(path, join(self._files(step), files[-1].path))
         finally:
             shutil.rmtree(folder.parent)
         self._storage.write_bytes(self._part(step, rank), _FILES.dump_json(files))
 
     def _publish(self, state: TrainingState, world_size: int) -> None:
-        """Write the manifest when all parts are there, once; remove what it makes superfluous."""
-        parts = [self._wait_for_part(state.step, rank) for rank in range(world_size)]
+        """Write the manifest when all parts are there; remove the checkpoints that are no longer kept."""
+        files = [file for rank in range(world_size) for file in self._wait_for_part(state.step, rank)]
         if self._is_abandoned.is_set():
             return
-        files = [file for part in parts for file in part]
         uri = self.uri(state.step)
         sizes = {found.uri: found.num_bytes for found in self._storage.list(self._files(state.step))}
         for file in files:
             if sizes.get(join(self._files(state.step), file.path)) != file.num_bytes:
                 raise StoreError(f"checkpoint {uri}: {file.path} did not arrive in the store as it was sent; start again later")
-        self._owner.check()
+        self._lease.check()
         manifest = self._manifest(state, world_size, files)
         if not self._storage.create(join(uri, MANIFEST_NAME), manifest.sealed()):
-            self._replace_earlier_one(uri, manifest)
+            # It was published before the epoch's validation, or late by a dead attempt or another owner.
+            if read_manifest(self._storage, uri).token > self._lease.token:
+                raise SupersededError(f"run.name = {manifest.run}: another process has published {uri}; is the run submitted twice?")
+            self._storage.write_bytes(join(uri, MANIFEST_NAME), manifest.sealed())
         own = [step for step in self.steps() if step <= state.step]  # what is later is another owner's
         for step in superfluous_steps(own, state.best_step, self._config.checkpoint.keep_last):
             self._remove(step)
-
-    def _replace_earlier_one(self, uri: str, manifest: CheckpointManifest) -> None:
-        """Replace what was published before the epoch's validation, or late by a dead attempt or an earlier owner.
-
-        Raises:
-            SupersededError: a later owner has published.
-        """
-        if read_manifest(self._storage, uri).token > self._owner.token:
-            raise SupersededError(f"run.name = {self._config.run.name}: another process has published {uri}; is the run submitted twice?")
-        self._storage.write_bytes(join(uri, MANIFEST_NAME), manifest.sealed())
 
     def _wait_for_part(self, step: int, rank: int) -> list[CheckpointFile]:
         """Wait for another rank; a rank that died ends the whole group, and this with it."""
@@ -210,6 +195,21 @@ class CheckpointStore:
     def _part(self, step: int, rank: int) -> str:
         return join(self._files(step), f"part-{rank}.json")
 
+    def _manifest(self, state: TrainingState, world_size: int, files: list[CheckpointFile]) -> CheckpointManifest:
+        return CheckpointManifest(
+            run=self._config.run.name,
+            token=self._lease.token,
+            state=state,
+            world_size=world_size,
+            zero_stage=self._config.training.zero_stage,
+            dataset=self._dataset.uri,
+            dataset_fingerprint=self._dataset.manifest.fingerprint,
+            config=self._config.model_dump(mode="json"),
+            code_version=__version__,
+            attempt=self._attempt,
+            files=tuple(files),
+        )
+
     def load_newest(self, engine: Engine) -> CheckpointManifest | None:
         """Load the newest checkpoint that is whole into the engine and the random generators; None where the run has none.
 
@@ -221,64 +221,54 @@ class CheckpointStore:
         rank = dist.get_rank()
         for left in self._scratch.glob(f"*-{rank}"):  # by attempts of this rank that died
             shutil.rmtree(left)
-        damaged: list[str] = []
+        loaded, problems = None, list[str]()
         for step in _broadcast(self.steps()[::-1] if rank == 0 else []):
-            manifest, problem = _broadcast(self._offer(step) if rank == 0 else (None, ""))
-            if manifest is not None:
-                problem = self._load(engine, manifest, rank)
-            if not problem:
+            try:
+                loaded = self._load(engine, step)
+                break
+            except DamagedCheckpointError as error:
+                problems.append(str(error))
                 if rank == 0:
-                    self._owner.check()
-                    self._remove_after(step)
-                return manifest
-            damaged.append(problem)
-            if rank == 0:
-                logger.warning("%s; going on from an older checkpoint", problem)
-        if damaged:
-            raise UserError(f"run.name = {self._config.run.name}: no checkpoint is whole ({'; '.join(damaged)}); choose another run.name")
+                    logger.warning("%s; going on from an older checkpoint", error)
+        if problems and loaded is None:
+            raise UserError(f"run.name = {self._config.run.name}: no checkpoint is whole ({'; '.join(problems)}); choose another run.name")
         if rank == 0:
-            self._remove_after(-1)
-        return None
+            self._lease.check()
+            self._remove_after(loaded.state.step if loaded else -1)
+        return loaded
 
-    def _offer(self, step: int) -> tuple[CheckpointManifest | None, str]:
-        """Find out whether a checkpoint can be loaded, in a form that this number of ranks can load; or tell what is wrong with it."""
-        try:
-            manifest = self._read(step)
-            self.check_compatible(manifest)
-            if needs_conversion(manifest, dist.get_world_size()):
-                offer_universal(self._storage, self.uri(step), manifest, self._universal(manifest))
-        except DamagedCheckpointError as error:
-            return None, str(error)
-        return manifest, ""
-
-    def _load(self, engine: Engine, manifest: CheckpointManifest, rank: int) -> str:
-        """Load a checkpoint on every rank; or, before any has begun to, tell what is wrong with it."""
-        step, is_universal = manifest.state.step, needs_conversion(manifest, dist.get_world_size())
+    def _load(self, engine: Engine, step: int) -> CheckpointManifest:
+        """Load a checkpoint on every rank; what one rank finds damaged is raised on every rank, before any has begun to load."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        with _raised_on_every_rank():
+            offered = self._offer(step) if rank == 0 else None
+        manifest = _broadcast(cast(CheckpointManifest, offered))
+        is_universal = needs_conversion(manifest, world_size)
         folder = self._universal(manifest) if is_universal else private_folder(self._scratch / f"load-{step}-{rank}")
-        problems: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, self._fetch(manifest, folder, None if is_universal else rank))
-        problem = next(filter(None, problems), "")
-        if not problem:
+        try:
+            with _raised_on_every_rank():
+                if is_universal:
+                    fetch_universal(self._storage, self.uri(step), manifest, folder)
+                else:
+                    fetch_files(self._storage, self.uri(step), manifest, folder, rank)
             engine.load(folder, is_universal)
-            if manifest.world_size == dist.get_world_size():
+            if manifest.world_size == world_size:
                 _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
             else:  # there is no state to resume from, but the same change of workers shall give the same run
-                torch.manual_seed(int(np.random.SeedSequence((self._config.training.seed, step, rank)).generate_state(1, np.uint64)[0]))
+                seeds = (self._config.training.seed, step, rank)
+                torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
             dist.barrier()
-        shutil.rmtree(folder, ignore_errors=is_universal)  # which all ranks of a node share
-        return problem
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # all ranks of a node share the universal form
+        return manifest
 
-    def _fetch(self, manifest: CheckpointManifest, folder: Path, rank: int | None) -> str:
-        """Get what one rank needs of a checkpoint, or of its universal form; or tell what is wrong with it."""
-        uri = self.uri(manifest.state.step)
-        try:
-            if rank is None:
-                fetch_universal(self._storage, uri, manifest, folder)
-            else:
-                fetch_files(self._storage, uri, manifest, folder, rank)
-        except DamagedCheckpointError as error:
-            return str(error)
-        return ""
+    def _offer(self, step: int) -> CheckpointManifest:
+        """Check that a checkpoint is of this run; convert it where this number of ranks could not load it. For rank 0."""
+        manifest = self._read(step)
+        self.check_compatible(manifest)
+        if needs_conversion(manifest, dist.get_world_size()):
+            offer_universal(self._storage, self.uri(step), manifest, self._universal(manifest))
+        return manifest
 
     def _universal(self, manifest: CheckpointManifest) -> Path:
         return self._scratch / f"universal-{manifest.attempt}-{manifest.state.step}.node"
@@ -294,41 +284,25 @@ class CheckpointStore:
         self._storage.delete(join(self.uri(step), MANIFEST_NAME))  # first, so that no reader sees what is being removed
         self._storage.delete_tree(self.uri(step))
 
-    def check_compatible(self, manifest: CheckpointManifest) -> None:
-        """Refuse to resume from a checkpoint of another config or dataset.
 
-        Raises:
-            UserError: the config or the dataset differs, by name.
-        """
-        run = self._config.run.name
-        advice = "set it back or choose another run.name"
-        differences = config_differences(manifest.config, self._config.model_dump(mode="json"))
-        if differences:
-            raise UserError(f"run.name = {run}: its checkpoint has other values ({'; '.join(differences)}); {advice}")
-        if manifest.dataset_fingerprint != self._dataset.manifest.fingerprint:
-            raise UserError(f"data.dataset = {self._dataset.uri}: run {run} was trained on {manifest.dataset}; {advice}")
+def superfluous_steps(steps: Iterable[int], best_step: int | None, keep_last: int) -> list[int]:
+    """Choose the checkpoints to delete: all but the last `keep_last` and the best."""
+    return [step for step in sorted(steps)[:-keep_last] if step != best_step]
 
-    def _manifest(self, state: TrainingState, world_size: int, files: list[CheckpointFile]) -> CheckpointManifest:
-        return CheckpointManifest(
-            run=self._config.run.name,
-            token=self._owner.token,
-            state=state,
-            world_size=world_size,
-            zero_stage=self._config.training.zero_stage,
-            dataset=self._dataset.uri,
-            dataset_fingerprint=self._dataset.manifest.fingerprint,
-            config=self._config.model_dump(mode="json"),
-            code_version=__version__,
-            attempt=self._attempt,
-            files=tuple(files),
-        )
+
+def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """List the keys whose values forbid a resume, as `key: saved -> current`."""
+    before, after = dict(leaves(saved)), dict(leaves(current))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and Fact.MAY_CHANGE not in facts_of(key)
+    ]
 
 
 def _random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
 
 
 def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
@@ -338,6 +312,21 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _broadcast(value: T) -> T:
+    """Return rank 0's value; every rank must call this."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextmanager
+def _raised_on_every_rank() -> Iterator[None]:
+    """Raise the damage that the block found on any rank on every rank; every rank must call this."""
+    problems: list[str] = [""] * dist.get_world_size()
+    problem = ""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise DamagedCheckpointError(next(filter(None, problems)))

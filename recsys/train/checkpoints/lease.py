@@ -1,4 +1,4 @@
-"""The lease on a run: one live owner at a time, with a growing number that its checkpoints carry.
+"""The lease on a run: one live owner at a time, with a growing number, its token, that its checkpoints carry.
 
 Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is created once, so
 that of racing owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the
@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from recsys.errors import UserError
 from recsys.store import Storage, join
-from recsys.train.processes import stat_of
+from recsys.train.proc_stat import stat_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ class SupersededError(UserError):
     """Another process has taken the run over."""
 
 
-class Owner(BaseModel):
+class Owner(BaseModel, frozen=True, extra="forbid"):
     """The process that trains a run; `machine` tells machines, and containers that do not see one another's processes, apart."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str
     machine: str
@@ -42,9 +40,12 @@ class Owner(BaseModel):
     @classmethod
     def this_process(cls) -> "Owner":
         """Describe the calling process."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(
-            host=socket.gethostname(), machine=_machine(), process_id=os.getpid(), process_started=_start_of(os.getpid()) or "", since=now
+            host=socket.gethostname(),
+            machine=_machine(),
+            process_id=os.getpid(),
+            process_started=_start_of(os.getpid()) or "",
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def is_here(self) -> bool:
@@ -59,8 +60,8 @@ class Owner(BaseModel):
         return f"process {self.process_id} on {self.host} since {self.since}"
 
 
-class Ownership:
-    """The owners of one run, and this process's number; 0 is no owner, which may not publish while there is one."""
+class Lease:
+    """The lease on a run, and the files of the owner with `token`; 0 is no owner, which may not publish while there is one."""
 
     def __init__(self, storage: Storage, run: str, token: int = 0) -> None:
         self._storage, self._run, self.token = storage, run, token
@@ -68,61 +69,44 @@ class Ownership:
         self.lost_at: float | None = None
         self._uri = storage.uri("runs", run, "owners")
 
-    def newest(self) -> int:
-        """Return the last owner's number, 0 where there was none."""
-        names = [found.uri.split("/")[-2] for found in self._storage.list(self._uri) if found.uri.endswith("/owner.json")]
-        return max(map(int, names), default=0)
-
-    def owner(self, token: int) -> Owner:
-        """Return who has, or had, a number."""
-        return Owner.model_validate_json(self._storage.read_bytes(self._file(token, "owner.json")))
-
     def check(self) -> None:
-        """Refuse to continue where another owner has taken the run over.
+        """Raise SupersededError where another owner has taken the run over."""
+        if (newest := self._newest()) != self.token:
+            raise SupersededError(f"run.name = {self._run}: {self._owner(newest)} has taken it over; this process publishes nothing more")
 
-        Raises:
-            SupersededError: one has; the line names it.
-        """
-        newest = self.newest()
-        if newest != self.token:
-            raise SupersededError(f"run.name = {self._run}: {self.owner(newest)} has taken it over; this process publishes nothing more")
+    def write(self, name: str, content: bytes = b"") -> None:
+        """Write one of the owner's files."""
+        self._storage.write_bytes(self._file(self.token, name), content)
+
+    def read(self, name: str) -> bytes:
+        """Read one of the owner's files."""
+        return self._storage.read_bytes(self._file(self.token, name))
 
     def ask_to_stop(self) -> None:
         """Have the run publish a checkpoint after the step under way, and end."""
-        self._storage.write_bytes(self._file(self.token, "stop"), b"")
+        self.write("stop")
 
     def is_asked_to_stop(self) -> bool:
-        """Return whether this owner was asked to stop."""
+        """Return whether the owner was asked to stop."""
         return self._storage.exists(self._file(self.token, "stop"))
 
-    def write_attempt(self, attempt: bytes) -> None:
-        """Put down what this owner's workers are to do."""
-        self._storage.write_bytes(self._file(self.token, "attempt.json"), attempt)
-
-    def read_attempt(self) -> bytes:
-        """Return what was last put down."""
-        return self._storage.read_bytes(self._file(self.token, "attempt.json"))
-
     def note_hang(self, rank: int) -> None:
-        """Leave word that a rank made no progress and was killed for it."""
-        self._storage.write_bytes(self._file(self.token, f"hang-{rank}"), b"")
+        """Note that a rank made no progress and was killed for it."""
+        self.write(f"hang-{rank}")
 
     def take_hangs(self) -> list[int]:
-        """Return the ranks of which such word was left since the last time."""
-        folder = join(self._uri, f"{self.token:08d}")
-        found = [stored.uri for stored in self._storage.list(folder) if stored.uri.startswith(f"{folder}/hang-")]
+        """Return the ranks that were noted since the last time."""
+        hang = self._file(self.token, "hang-")
+        found = [stored.uri for stored in self._storage.list(hang.rpartition("/")[0]) if stored.uri.startswith(hang)]
         for uri in found:
             self._storage.delete(uri)
-        return sorted(int(uri.rpartition("-")[2]) for uri in found)
+        return sorted(int(uri.removeprefix(hang)) for uri in found)
 
     @contextmanager
     def held(self, lease_seconds: float) -> Iterator[int]:
-        """Own the run for the block; yields the owner's number.
+        """Hold the lease for the block and yield the new token; a UserError names the live owner, if the run has one.
 
         `lost` is then the owner before, if it died, and `lost_at` its last sign of life, in seconds since 1970.
-
-        Raises:
-            UserError: the run has a live owner; the line names it.
         """
         self._take(lease_seconds)
         ended = threading.Event()
@@ -134,16 +118,16 @@ class Ownership:
             ended.set()
             beating.join()
             with suppress(UserError):  # without it, the next owner waits for a sign of life
-                self._storage.write_bytes(self._file(self.token, "released"), b"")
+                self.write("released")
 
     def _take(self, lease_seconds: float) -> None:
         while True:
-            last = self.newest()
+            last = self._newest()
             if last and self._is_alive(last, lease_seconds):
                 raise UserError(
-                    f"run.name = {self._run}: is trained by {self.owner(last)}; wait for it, stop it, or choose another run.name"
+                    f"run.name = {self._run}: is trained by {self._owner(last)}; wait for it, stop it, or choose another run.name"
                 )
-            self.lost = self.owner(last) if last and not self._is_released(last) else None
+            self.lost = self._owner(last) if last and not self._is_released(last) else None
             self.lost_at = float(self._last_beat(last) or 0) or None if self.lost else None
             self.token = last + 1
             if self._storage.create(self._file(self.token, "owner.json"), Owner.this_process().model_dump_json().encode()):
@@ -152,7 +136,7 @@ class Ownership:
     def _is_alive(self, token: int, lease_seconds: float) -> bool:
         if self._is_released(token):
             return False
-        owner = self.owner(token)
+        owner = self._owner(token)
         if owner.is_here():
             return not owner.is_gone()
         logger.info("run %s was last trained by %s; waiting up to %.0f s for a sign of life", self._run, owner, lease_seconds)
@@ -163,17 +147,25 @@ class Ownership:
                 return True
         return False
 
-    def _is_released(self, token: int) -> bool:
-        return self._storage.exists(self._file(token, "released"))
-
     def _beat(self, ended: threading.Event, seconds: float) -> None:
         while True:
             try:
-                self._storage.write_bytes(self._file(self.token, "alive"), str(time.time()).encode())
-            except Exception as error:  # whatever it is, the next one may be given
+                self.write("alive", str(time.time()).encode())
+            except Exception as error:  # whatever it is, the next sign of life may be given
                 logger.warning("run %s: no sign of life could be given: %s", self._run, error)
             if ended.wait(seconds):
                 return
+
+    def _newest(self) -> int:
+        """Return the last owner's token, 0 where there was none."""
+        names = [found.uri.split("/")[-2] for found in self._storage.list(self._uri) if found.uri.endswith("/owner.json")]
+        return max(map(int, names), default=0)
+
+    def _owner(self, token: int) -> Owner:
+        return Owner.model_validate_json(self._storage.read_bytes(self._file(token, "owner.json")))
+
+    def _is_released(self, token: int) -> bool:
+        return self._storage.exists(self._file(token, "released"))
 
     def _last_beat(self, token: int) -> bytes:
         uri = self._file(token, "alive")
@@ -185,8 +177,7 @@ class Ownership:
 
 def _machine() -> str:
     """Name this machine, or this container of it; empty where that cannot be told."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    namespace = Path("/proc/self/ns/pid")
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return f"{boot.read_text().strip()}-{namespace.stat().st_ino}" if boot.exists() and namespace.exists() else ""
 
 

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, and reading checkpoints.
 
-Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only: what an attempt that died
-has left is never read.
+Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only, so what an attempt that
+died has left is never read.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from recsys.errors import UserError
 from recsys.store import Storage, join, sha256_of
@@ -20,21 +20,26 @@ from recsys.train.state import TrainingState
 MANIFEST_NAME = "manifest.json"
 
 
-class CheckpointFile(BaseModel):
-    """One file of a checkpoint, written by `rank`; `path` is relative to the attempt's folder."""
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not what was saved."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+class CheckpointFile(BaseModel, frozen=True, extra="forbid"):
+    """One file of a checkpoint, written by `rank`; `path` is relative to the attempt's folder."""
 
     path: str
     num_bytes: int
     sha256: str
     rank: int = 0
 
+    @classmethod
+    def of(cls, path: Path, folder: Path, rank: int = 0) -> Self:
+        """Describe a local file below `folder`."""
+        return cls(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path), rank=rank)
 
-class CheckpointManifest(BaseModel):
-    """What a checkpoint is of, and the files that it has; `token` is the number of the owner who published it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class CheckpointManifest(BaseModel, frozen=True, extra="forbid"):
+    """What a checkpoint is of, and the files that it has; `token` is that of the owner who published it."""
 
     run: str
     token: int = 0
@@ -54,11 +59,7 @@ class CheckpointManifest(BaseModel):
 
     @classmethod
     def unsealed(cls, data: bytes) -> Self:
-        """Read what `sealed` returned.
-
-        Raises:
-            ValueError: it is not that.
-        """
+        """Read what `sealed` returned; a ValueError where it is not that."""
         body = "{\n" + data.decode().partition(",\n")[2]
         if _seal(body) != data:
             raise ValueError("it is not the manifest that was written")
@@ -68,10 +69,6 @@ class CheckpointManifest(BaseModel):
 def _seal(body: str) -> bytes:
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f'{{\n "sha256": "{digest}",{body[1:]}'.encode()
-
-
-class DamagedCheckpointError(UserError):
-    """A checkpoint is not what was saved."""
 
 
 def published_steps(storage: Storage, run: str) -> list[int]:
@@ -108,24 +105,18 @@ def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder
         DamagedCheckpointError: a file is missing or not what was saved; its name is in the message.
     """
     for file in manifest.files:
-        if rank not in (None, file.rank) and Path(file.path).name != SHARED_FILE:
-            continue
-        fetch_file(storage, uri, join(uri, f"files-{manifest.attempt}", file.path), file, folder / file.path)
+        if rank in (None, file.rank) or Path(file.path).name == SHARED_FILE:
+            fetch_file(storage, uri, f"files-{manifest.attempt}/{file.path}", file, folder)
 
 
-def fetch_file(storage: Storage, uri: str, address: str, file: CheckpointFile, path: Path) -> None:
-    """Download one file of the checkpoint at `uri` and check it.
-
-    Raises:
-        DamagedCheckpointError: it is missing or not what was saved.
-    """
+def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, folder: Path) -> None:
+    """Download the object `name` of the checkpoint at `uri` to `file.path` below `folder`, and check it as `fetch_files` does."""
+    source, path = join(uri, name), folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not storage.exists(address):
+    if not storage.exists(source):
         raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
-    if not any(_fetch_whole(storage, address, path, file) for _ in range(2)):  # once more, since it may have been damaged on the way
-        raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
-
-
-def _fetch_whole(storage: Storage, address: str, path: Path, file: CheckpointFile) -> bool:
-    storage.download(address, path)
-    return path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256
+    for _ in range(2):  # once more, since it may have been damaged on the way
+        storage.download(source, path)
+        if path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256:
+            return
+    raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")

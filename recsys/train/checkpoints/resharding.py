@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 
 from recsys.data.node_files import shared_entry
-from recsys.store import Storage, join, private_folder, sha256_of
+from recsys.store import Storage, join, private_folder
 from recsys.train.checkpoints.manifest import CheckpointFile, CheckpointManifest, DamagedCheckpointError, fetch_file, fetch_files
 from recsys.train.engine import SHARDED_SUFFIX, convert_to_universal
 
@@ -22,37 +22,25 @@ def needs_conversion(manifest: CheckpointManifest, world_size: int) -> bool:
 
 
 def offer_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Put a checkpoint's universal form beside it, unless it is there and whole, and unpack it to `folder`. For one process of the run.
-
-    Raises:
-        DamagedCheckpointError: a file of the checkpoint is missing or damaged.
-    """
-    is_damaged = False
-    if storage.exists(_record(uri, manifest)):
+    """Put a checkpoint's universal form beside it, unless it is there and whole, and unpack it to `folder`. For one process of the run."""
+    if storage.exists(join(uri, f"universal-{manifest.attempt}.json")):
         try:
-            fetch_universal(storage, uri, manifest, folder)
+            return fetch_universal(storage, uri, manifest, folder)
         except DamagedCheckpointError as error:
-            is_damaged = True
             logger.warning("%s; converting the checkpoint again", error)
-    if is_damaged or not folder.exists():
-        _convert(storage, uri, manifest, folder.with_name(f"convert-{manifest.attempt}"))
-        fetch_universal(storage, uri, manifest, folder)
+    _convert(storage, uri, manifest, folder.with_name(f"convert-{manifest.attempt}"))
+    return fetch_universal(storage, uri, manifest, folder)
 
 
 def fetch_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Unpack a checkpoint's universal form to `folder`, once for all processes of this node.
-
-    Raises:
-        DamagedCheckpointError: it is not what was written.
-    """
+    """Unpack a checkpoint's universal form to `folder`, once for all processes of this node."""
 
     def unpack(new: Path) -> None:
-        file = CheckpointFile.model_validate_json(storage.read_bytes(_record(uri, manifest)))
-        archive = new / file.path
-        fetch_file(storage, uri, _archive(uri, manifest), file, archive)
-        with tarfile.open(archive) as tar:
+        file = CheckpointFile.model_validate_json(storage.read_bytes(join(uri, f"universal-{manifest.attempt}.json")))
+        fetch_file(storage, uri, f"universal-{manifest.attempt}.tar", file, new)
+        with tarfile.open(new / file.path) as tar:
             tar.extractall(new, filter="data")
-        archive.unlink()
+        (new / file.path).unlink()
 
     with shared_entry(folder, unpack):
         pass
@@ -66,15 +54,7 @@ def _convert(storage: Storage, uri: str, manifest: CheckpointManifest, folder: P
     convert_to_universal(folder / "saved", folder / "universal")
     with tarfile.open(archive, "w") as tar:
         tar.add(folder / "universal", arcname=".")
-    storage.upload(archive, _archive(uri, manifest))
-    file = CheckpointFile(path=archive.name, num_bytes=archive.stat().st_size, sha256=sha256_of(archive))
-    storage.write_bytes(_record(uri, manifest), file.model_dump_json().encode())
+    storage.upload(archive, join(uri, f"universal-{manifest.attempt}.tar"))
+    record = CheckpointFile.of(archive, folder).model_dump_json().encode()
+    storage.write_bytes(join(uri, f"universal-{manifest.attempt}.json"), record)
     shutil.rmtree(folder)
-
-
-def _archive(uri: str, manifest: CheckpointManifest) -> str:
-    return join(uri, f"universal-{manifest.attempt}.tar")
-
-
-def _record(uri: str, manifest: CheckpointManifest) -> str:
-    return join(uri, f"universal-{manifest.attempt}.json")

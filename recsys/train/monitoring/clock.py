@@ -1,36 +1,16 @@
 """Where a run's time goes, and what each return to a checkpoint cost."""
 
 import time
-
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from recsys.train.checkpoints.manifest import CheckpointManifest
-from recsys.train.failures import Failure
+from recsys.train.failures import Attempt, Failure
 from recsys.train.state import Incident, TrainingState
 
 
-class Attempt(BaseModel):
-    """One start of a group of workers: the owner's number, since when it owns the run, and why and when they were started.
-
-    `lost_at` is when the owner before, if it died, gave its last sign of life.
-
-    Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
-    Times are seconds since 1970.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    token: int = 0
-    causes: tuple[Failure, ...] = ()
-    skip: tuple[int, ...] = ()
-    owned_since: float = Field(default_factory=time.time)
-    lost_at: float | None = None
-    started_at: float = Field(default_factory=time.time)
-    given_up: str | None = None
-
-
 class Clock:
-    """Measures one rank's attempt, and writes into the state what is to be known of it later."""
+    """Measures one rank's attempt, and writes into the state what later readers need of it."""
 
     def __init__(self, attempt: Attempt, world_size: int) -> None:
         self.attempt, self._world_size = attempt, world_size
@@ -50,10 +30,18 @@ class Clock:
                 self._lost_seconds = max(0.0, self.attempt.lost_at - resumed.state.saved_at)
                 self._wall_seconds += self._lost_seconds
 
-    def stamp(self, state: TrainingState) -> None:
-        """Write the time into a state that is about to be saved."""
+    @contextmanager
+    def stall(self, state: TrainingState) -> Iterator[None]:
+        """Count the block as time that a checkpoint held training up."""
+        begin = time.monotonic()
+        yield
+        state.checkpoint_stall_seconds += time.monotonic() - begin
+
+    def stamped(self, state: TrainingState) -> TrainingState:
+        """Write the time into a state that is about to be saved, and return it."""
         state.saved_at = time.time()
         state.wall_seconds = self._wall_seconds + state.saved_at - self._since
+        return state
 
     def stepped(self, state: TrainingState, wait_seconds: float) -> None:
         """Note the end of a step; after the first one it is known what the return to the checkpoint cost."""

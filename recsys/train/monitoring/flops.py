@@ -2,10 +2,20 @@
 
 from typing import Any
 
+import torch
 from torch import nn
+
+from recsys.model.text.encoder import TextEncoder
 
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
 """Dense bf16 operations per second by a part of a GPU's name, from its maker's data sheet; the first that fits counts."""
+
+
+def flops_of(module: nn.Module, num_gpus: int) -> tuple[float, float]:
+    """Return `flops_per_token` of a module's language model, and the peak of this many GPUs like this process's; 0 where there are none."""
+    encoder = next((part for part in module.modules() if isinstance(part, TextEncoder)), None)
+    per_token = 0.0 if encoder is None else flops_per_token(encoder.backbone)
+    return per_token, peak_flops(torch.cuda.get_device_name()) * num_gpus if num_gpus else 0.0
 
 
 def peak_flops(device_name: str) -> float:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from recsys.config.training import TrainingConfig
 from recsys.errors import UserError
 from recsys.objectives.objective import MicroBatch
 from recsys.train.engine import BUCKET_ELEMENTS
-from recsys.train.torch_internals import TorchDispatchMode, storage_id, tree_leaves
+from recsys.train.torch_internals import TorchDispatchMode, replaced, storage_id, tree_leaves
 
 logger = logging.getLogger(__name__)
 _GATHERED = 1_000_000_000
@@ -29,7 +31,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How many numbers a model has: trained ones, frozen ones, and the bytes of what is neither, such as a catalogue's features."""
+    """Numbers of trained and frozen weights of a model, and the bytes of what is neither, such as a catalogue's features."""
 
     trained: int
     frozen: int
@@ -37,11 +39,10 @@ class ModelSize:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """Count a module's."""
-        sizes = {True: 0, False: 0}
-        for parameter in module.parameters():
-            sizes[parameter.requires_grad] += parameter.numel()
-        return cls(sizes[True], sizes[False], sum(buffer.numel() * buffer.element_size() for buffer in module.buffers()))
+        """Measure a module."""
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in module.parameters()) - trained
+        return cls(trained, frozen, sum(buffer.nbytes for buffer in module.buffers()))
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,16 @@ class MemoryPlan:
 
     def fitting_micro_batch(self, capacity_bytes: int) -> int | None:
         """Return the largest smaller micro batch that divides this one and would fit, if one would; activations grow with it."""
-        computing = self.phases["computing"]
-        fixed = sum(self.parts.values()) + sum(computing.values()) - computing["activations"]
+        activations = self.phases["computing"]["activations"]
         for size in range(self.micro_batch_size - 1, 0, -1):
-            needed = fixed + computing["activations"] * size / self.micro_batch_size
-            if self.micro_batch_size % size == 0 and max(needed, self._without_computing()) <= capacity_bytes:
+            computing = {**self.phases["computing"], "activations": math.ceil(activations * size / self.micro_batch_size)}
+            smaller = dataclasses.replace(self, phases={**self.phases, "computing": computing})
+            if self.micro_batch_size % size == 0 and smaller.peak_bytes <= capacity_bytes:
                 return size
         return None
 
-    def _without_computing(self) -> int:
-        others = [sum(parts.values()) for phase, parts in self.phases.items() if phase != "computing"]
-        return sum(self.parts.values()) + max(others)
-
     def check(self, capacity_bytes: int, where: str) -> None:
-        """Hold the plan against what there is.
-
-        Raises:
-            UserError: it does not fit; the line has the largest parts, and a micro batch that would fit, if one would.
-        """
+        """Raise a UserError where the plan does not fit, with the largest parts, and a micro batch that would fit, if one would."""
         if self.peak_bytes <= capacity_bytes:
             return
         fitting = self.fitting_micro_batch(capacity_bytes)
@@ -101,7 +94,7 @@ class MemoryPlan:
 
 
 def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, activation_bytes: int) -> MemoryPlan:
-    """Predict the bytes on one of `world_size` workers; `activation_bytes` as `trace_activations` gives them."""
+    """Predict the bytes on one of `world_size` workers; `activation_bytes` are those of a micro batch, in both passes."""
     stage, element = training.zero_stage, 2 if training.precision == "bf16" else 4
     share = world_size if stage else 1
     size_bytes, trained = (size.trained + size.frozen) * element, size.trained * element
@@ -136,7 +129,7 @@ def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: Traini
     """Predict the bytes on one of `world_size` workers from the largest micro batch of a step of its own, which sets training mode."""
     module.train()
     try:
-        activation_bytes = trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
+        activation_bytes = _trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
     except (NotImplementedError, RuntimeError) as error:
         logger.warning("memory: how much this model's activations take cannot be told in advance (%s)", " ".join(str(error).split())[:200])
         activation_bytes = 0
@@ -149,7 +142,7 @@ def _num_elements(part: object) -> int:
     return sum(_num_elements(each) for each in vars(part).values()) if dataclasses.is_dataclass(part) else 0
 
 
-def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
+def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
     """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and gradients kept before.
 
     Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away as soon as it is there counts
@@ -164,7 +157,7 @@ def trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingCo
         elif tensor.requires_grad and accumulates:
             tensor.grad = torch.empty_like(tensor)
     empty = batch.to(META)
-    with Allocations() as allocations, fused_attention(training.use_gpu), Undecided(), torch.random.fork_rng([]):
+    with _Allocations() as allocations, _fused_attention(training.use_gpu), _Undecided(), torch.random.fork_rng([]):
         torch.func.functional_call(_Pass(module), {f"module.{name}": tensor for name, tensor in state.items()}, (empty,))
     return allocations.peak_bytes
 
@@ -180,43 +173,29 @@ class _Pass(nn.Module):
         torch.stack([total.float() for total in self.module(batch).values()]).sum().backward()
 
 
-class Allocations(TorchDispatchMode):
+class _Allocations(TorchDispatchMode):
     """Counts the bytes of the tensors without content that live, and the most at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = self._bytes = 0
-        self._seen = WeakIdKeyDictionary()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run an operator and count what it made."""
         inputs = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and storage_id(tensor) not in inputs:
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta" and storage_id(tensor) not in inputs | self._counted:
+                storage = tensor.untyped_storage()
+                self._counted.add(storage_id(tensor))
+                self._bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self._bytes)
+                weakref.finalize(storage, self._release, storage_id(tensor), storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen[storage] = _Released(self._release, size)
-        self._bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
-
-    def _release(self, size: int) -> None:
-        self._bytes -= size
-
-
-class _Released:
-    """Calls back when the storage that it belongs to is gone."""
-
-    def __init__(self, callback: Callable[[int], None], size: int) -> None:
-        self._callback, self._size = callback, size
-
-    def __del__(self) -> None:
-        self._callback(self._size)
+    def _release(self, storage: int, num_bytes: int) -> None:
+        self._counted.remove(storage)
+        self._bytes -= num_bytes
 
 
 class _Fused(torch.autograd.Function):
@@ -233,11 +212,10 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-@contextmanager
-def fused_attention(use_gpu: bool) -> Iterator[None]:
-    """Have attention allocate what its kernel does: on a GPU it is fused; on a CPU too, but with dropout or a mask that learns.
+def _fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
+    """Have attention allocate what its kernel does, which is fused; on a CPU not with dropout.
 
-    By its name, since PyTorch's modes for functions end where the backward pass computes a layer again.
+    The function is replaced, since PyTorch's modes for functions end where the backward pass computes a layer again.
     """
     plain = F.scaled_dot_product_attention
 
@@ -246,18 +224,13 @@ def fused_attention(use_gpu: bool) -> Iterator[None]:
             return _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
         return plain(query, key, value, *arguments, **options)
 
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
+    return replaced(F, "scaled_dot_product_attention", attention)
 
 
-class Undecided(TorchFunctionMode):
-    """Answers no where a model asks whether a mask hides nothing, which no tensor without content can tell."""
+class _Undecided(TorchFunctionMode):
+    """Answers no where a model asks whether nothing is masked, which a tensor without content cannot answer."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Call a function, but for those questions."""
         if func in (Tensor.__bool__, Tensor.item) and args[0].device.type == "meta":
             return False
         return func(*args, **(kwargs or {}))
@@ -270,6 +243,12 @@ def _without_content(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def capacity(module: nn.Module, use_gpu: bool, world_size: int) -> tuple[int, str]:
+    """Return how many bytes of a plan this rank can hold, with the weights that it holds already, and what that is called."""
+    free, where = device_bytes(use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return free + (0 if use_gpu else sum(parameter.nbytes for parameter in module.parameters())), where
 
 
 def device_bytes(use_gpu: bool, local_workers: int) -> tuple[int, str]:

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -16,39 +16,23 @@ SETTLING_STEPS = 5
 TABLE_ROWS = 40
 
 
-class Profile:
-    """Profiles `training.profile_steps` steps of this process, then writes `runs/{run}/profile/`. As a context, around the steps."""
+def step_profiler(config: Config, storage: Storage) -> Any:
+    """Make a profiler of `training.profile_steps` steps of this process, which then writes `runs/{run}/profile/`."""
+    use_gpu, num_steps = config.training.use_gpu, config.training.profile_steps
+    target = storage.uri("runs", config.run.name, "profile")
 
-    def __init__(self, config: Config, storage: Storage) -> None:
-        self._target = storage.uri("runs", config.run.name, "profile")
-        self._storage, self._folder = storage, Path(config.run.scratch) / "profile" / config.run.name
-        self._key = "self_device_time_total" if config.training.use_gpu else "self_cpu_time_total"
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * config.training.use_gpu
-        self._profiler: Any = profile(
-            activities=activities,
-            schedule=schedule(wait=SETTLING_STEPS, warmup=1, active=config.training.profile_steps, repeat=1),
-            on_trace_ready=self._write,
-            profile_memory=True,
-        )
-
-    def __enter__(self) -> Self:
-        """Begin to count steps."""
-        self._profiler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End; a run of too few steps leaves what it has."""
-        self._profiler.stop()
-
-    def step(self) -> None:
-        """Tell that a step ended."""
-        self._profiler.step()
-
-    def _write(self, profiler: Any) -> None:
-        folder = private_folder(self._folder)
+    def write(profiler: Any) -> None:
+        folder = private_folder(Path(config.run.scratch) / "profile" / config.run.name)
         profiler.export_chrome_trace(str(folder / "trace.json.gz"))
-        table = profiler.key_averages().table(sort_by=self._key, row_limit=TABLE_ROWS)
-        (folder / "table.txt").write_text(table, encoding="utf-8")
+        key = "self_device_time_total" if use_gpu else "self_cpu_time_total"
+        (folder / "table.txt").write_text(profiler.key_averages().table(sort_by=key, row_limit=TABLE_ROWS), encoding="utf-8")
         for name in ("trace.json.gz", "table.txt"):
-            self._storage.upload(folder / name, f"{self._target}/{name}")
-        logger.info("profile: %s has a trace for chrome://tracing or Perfetto, and a table of where the time went", self._target)
+            storage.upload(folder / name, f"{target}/{name}")
+        logger.info("profile: %s has a trace for chrome://tracing or Perfetto, and a table of where the time went", target)
+
+    return profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * use_gpu,
+        schedule=schedule(wait=SETTLING_STEPS, warmup=1, active=num_steps, repeat=1),
+        on_trace_ready=write,
+        profile_memory=True,
+    )

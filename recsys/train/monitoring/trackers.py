@@ -1,6 +1,7 @@
 """Sends metrics to MLflow and Weights & Biases, from a thread, so that no server delays a step.
 
-Both are told by their own environment variables where their servers are (`MLFLOW_TRACKING_URI`, `WANDB_BASE_URL`, `WANDB_API_KEY`).
+A resumed run continues its record. Environment variables of their own say where the servers are (`MLFLOW_TRACKING_URI`,
+`WANDB_BASE_URL`, `WANDB_API_KEY`).
 """
 
 import hashlib
@@ -9,10 +10,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from recsys.config import Config
 from recsys.config.use import leaves
@@ -24,17 +25,7 @@ GRACE_SECONDS = 30.0
 """How long a run that has ended waits for metrics that are still to be sent."""
 
 
-class Tracker(Protocol):
-    """One tracker's record of a run; a resumed run continues the same record."""
-
-    def send(self, scalars: Mapping[str, float], step: int) -> None:
-        """Send what was measured after a step."""
-
-    def close(self) -> None:
-        """Mark the run as ended."""
-
-
-class MLflow:
+class _MLflow:
     """A run of the experiment `run.project`, found again by a tag that has its name."""
 
     def __init__(self, config: Config) -> None:
@@ -44,99 +35,85 @@ class MLflow:
         self._client, self._metric = MlflowClient(), Metric
         found = self._client.get_experiment_by_name(config.run.project)
         experiment = found.experiment_id if found else self._client.create_experiment(config.run.project)
-        tags = {"recsys.run": identity(config)}
+        tags = {"recsys.run": _identity(config)}
         (run, *_) = self._client.search_runs([experiment], f"tags.`recsys.run` = '{tags['recsys.run']}'", max_results=1) or [None]
-        is_new = run is None
-        run = run or self._client.create_run(experiment, tags=tags, run_name=config.run.name)
-        self._run_id = run.info.run_id
-        if is_new:
-            parameters = [Param(key, str(value)) for key, value in leaves(config.model_dump(mode="json"))]
-            for begin in range(0, len(parameters), 100):  # the server's limit per request
-                self._client.log_batch(self._run_id, params=parameters[begin : begin + 100])
-        else:
+        self._run_id = (run or self._client.create_run(experiment, tags=tags, run_name=config.run.name)).info.run_id
+        if run is not None:
             self._client.update_run(self._run_id, status="RUNNING")
+            return
+        parameters = [Param(key, str(value)) for key, value in leaves(config.model_dump(mode="json"))]
+        for begin in range(0, len(parameters), 100):  # the server's limit per request
+            self._client.log_batch(self._run_id, params=parameters[begin : begin + 100])
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
-        """Send metrics; MLflow allows no `@` in their names."""
         now = int(time.time() * 1000)
-        metrics = [self._metric(name.replace("@", "_at_").replace("%", "percent"), value, now, step) for name, value in scalars.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        names = {name: name.replace("@", "_at_").replace("%", "percent") for name in scalars}  # MLflow allows neither
+        self._client.log_batch(self._run_id, metrics=[self._metric(names[name], value, now, step) for name, value in scalars.items()])
 
     def close(self) -> None:
-        """Mark the run as finished."""
         self._client.set_terminated(self._run_id)
 
 
-class WeightsAndBiases:
+class _WeightsAndBiases:
     """A run of the project `run.project`, whose id follows from its name and its store."""
 
     def __init__(self, config: Config) -> None:
         import wandb
 
-        folder = private_folder(Path(config.run.scratch) / "wandb")
         self._run: Any = wandb.init(
             project=config.run.project,
             name=config.run.name,
-            id=identity(config),
+            id=_identity(config),
             resume="allow",
             config=dict(leaves(config.model_dump(mode="json"))),
-            dir=str(folder),
+            dir=str(private_folder(Path(config.run.scratch) / "wandb")),
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
-        """Log them; steps that are made again after a restart are left out by the service."""
-        self._run.log(dict(scalars), step=step)
+        self._run.log(dict(scalars), step=step)  # the service leaves out steps that are made again after a restart
 
     def close(self) -> None:
-        """End the run."""
         self._run.finish()
 
 
-_KINDS: dict[str, Callable[[Config], Tracker]] = {"mlflow": MLflow, "wandb": WeightsAndBiases}
+_KINDS: dict[str, type[_MLflow | _WeightsAndBiases]] = {"mlflow": _MLflow, "wandb": _WeightsAndBiases}
 
 
 class Trackers:
     """All trackers of `run.trackers`. One that fails is left out from then on; the run continues."""
 
     def __init__(self, config: Config) -> None:
-        """Begin to open them.
-
-        Raises:
-            UserError: one is not installed.
-        """
+        """Begin to open them; a UserError names one that is not installed."""
         for name in config.run.trackers:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"run.trackers = {name}: is not installed; pip install 'recsys[trackers]', or leave it out")
         self._config = config
-        self._open: dict[str, Tracker] = {}
-        self._waiting: queue.SimpleQueue[tuple[dict[str, float], int] | None] = queue.SimpleQueue()
+        self._open: dict[str, _MLflow | _WeightsAndBiases] = {}
+        self._waiting: queue.SimpleQueue[tuple[Mapping[str, float], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
-        if config.run.trackers:
-            self._thread.start()
+        self._thread.start()
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
         """Hand on what was measured after a step; returns at once."""
-        if self._config.run.trackers:
-            self._waiting.put((dict(scalars), step))
+        self._waiting.put((scalars, step))
 
     def close(self) -> None:
-        """Wait, but not for ever, until all is sent."""
-        if self._config.run.trackers:
-            self._waiting.put(None)
-            self._thread.join(GRACE_SECONDS)
+        """Wait, for at most `GRACE_SECONDS`, until all is sent."""
+        self._waiting.put(None)
+        self._thread.join(GRACE_SECONDS)
 
     def _work(self) -> None:
         for name in self._config.run.trackers:
             with self._left_out_if_it_fails(name):
                 self._open[name] = _KINDS[name](self._config)
-        while (item := self._waiting.get()) is not None:
+        while True:
+            item = self._waiting.get()
             for opened, tracker in list(self._open.items()):
                 with self._left_out_if_it_fails(opened):
-                    tracker.send(*item)
-        for opened, tracker in list(self._open.items()):
-            with self._left_out_if_it_fails(opened):
-                tracker.close()
+                    tracker.send(*item) if item is not None else tracker.close()
+            if item is None:
+                return
 
     @contextmanager
     def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
@@ -147,6 +124,6 @@ class Trackers:
             self._open.pop(name, None)
 
 
-def identity(config: Config) -> str:
+def _identity(config: Config) -> str:
     """Name a run by its name and its store, in what both services allow."""
     return hashlib.sha256(f"{config.storage.root}/{config.run.name}".encode()).hexdigest()[:16]

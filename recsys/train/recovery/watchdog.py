@@ -11,10 +11,9 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from recsys.train.processes import stat_of
+from recsys.train.proc_stat import stat_of
 
 if TYPE_CHECKING:
     from recsys.config.storage import StorageConfig
@@ -27,8 +26,8 @@ LONGEST_LOOK_SECONDS = 1.0
 class Watchdog:
     """Watches the calling process for the block: from each `beat` on, the next `beat` or `rest` must come within the limit.
 
-    At rest it may take any time, but must not be stopped for as long. Two ranks that wait for each other there are ended by their
-    collective's own limit.
+    At rest, as it is at first, it may take any time, but must not be stopped for as long. Two ranks that wait for each other there are
+    ended by their collective's own limit.
     """
 
     def __init__(self, limit_seconds: float, storage: "StorageConfig", run: str, token: int, rank: int) -> None:
@@ -50,18 +49,16 @@ class Watchdog:
             os.write(self._process.stdin.fileno(), word)
 
     def __enter__(self) -> Self:
-        """Begin at rest."""
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """End the watching process."""
+    def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def is_silent(process_id: int, limit_seconds: float) -> bool:
-    """Read what the watched process says on stdin, until it ends, which is False, or is silent for too long, which is True."""
+    """Read what the watched process says on stdin; return whether it is silent for too long, False if it ends before."""
     word, silent_since = REST, time.monotonic()
     while time.monotonic() - silent_since < limit_seconds:
         ready, _, _ = select.select([sys.stdin], [], [], min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
@@ -76,7 +73,7 @@ def is_silent(process_id: int, limit_seconds: float) -> bool:
 
 
 def main() -> None:
-    """Watch, and leave word for the run's owner of what was killed."""
+    """Watch, and note in the store for the run's owner what was killed."""
     process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
     if is_silent(int(process_id), float(limit_seconds)):
         print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
@@ -91,11 +88,11 @@ def leave_word(process_id: int, storage: str, run: str, token: int, rank: int) -
     """Note in the store that this rank was found hanging."""
     from recsys.config.storage import StorageConfig
     from recsys.store import Storage
-    from recsys.train.checkpoints.lease import Ownership
+    from recsys.train.checkpoints.lease import Lease
 
-    ownership = Ownership(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token)
+    lease = Lease(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token)
     if os.getppid() == process_id:  # or others have ended it meanwhile
-        ownership.note_hang(rank)
+        lease.note_hang(rank)
 
 
 if __name__ == "__main__":

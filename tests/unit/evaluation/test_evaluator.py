@@ -16,7 +16,7 @@ from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor, top_k
 from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
-from recsys.train.checkpoints.trained import build_predictor
+from recsys.train.checkpoints.load_recommender import build_predictor
 from tests.datasets import make_dataset
 
 SMALL = {"data.max_history": 10, "model.width": 16, "model.text.mode": "off"}

@@ -15,7 +15,7 @@ from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.store import Storage
-from recsys.train.checkpoints.trained import build_predictor
+from recsys.train.checkpoints.load_recommender import build_predictor
 from tests.datasets import make_dataset
 from tests.exports import users_of
 

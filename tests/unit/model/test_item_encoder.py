@@ -57,7 +57,7 @@ def addresses_before_and_after_training(dataset: Dataset, config: Config) -> lis
     for _ in range(2):
         losses = engine.forward(first_batch(dataset, model, config))
         engine.backward(sum(losses.values()).float() / 100)
-        engine.end_micro_batch()
+        engine.update()
     after = catalogue_buffers(engine.module)
     assert not set(engine.module.state_dict()) & {f"item_encoder.{name}" for name in after}
     return [(name, before[name][0], after[name].data_ptr(), str(after[name].dtype == before[name][1])) for name in before]

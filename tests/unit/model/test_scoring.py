@@ -15,7 +15,7 @@ from recsys.model.recommender import build_recommender
 from recsys.model.scoring import RetrievalScores
 from recsys.predictor import History, Predictor
 from recsys.store import Storage
-from recsys.train.checkpoints.trained import build_predictor
+from recsys.train.checkpoints.load_recommender import build_predictor
 from serve.answering import Answerer
 from serve.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.datasets import make_dataset

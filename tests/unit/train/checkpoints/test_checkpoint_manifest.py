@@ -5,9 +5,10 @@ from itertools import pairwise
 import pytest
 
 from recsys.config import load_config
-from recsys.train.checkpoints.compatibility import config_differences, superfluous_steps
+from recsys.train.checkpoints.checkpoint_store import config_differences, superfluous_steps
 from recsys.train.checkpoints.manifest import steps_in
-from recsys.train.loop import is_saving_step, learning_rate_factor, planned_steps
+from recsys.train.engine import learning_rate_factor
+from recsys.train.loop import is_saving_step, planned_steps
 from recsys.train.monitoring.reporter import Request
 from recsys.train.state import TrainingState
 

@@ -11,8 +11,8 @@ import pytest
 
 from recsys.errors import UserError
 from recsys.store import Storage
-from recsys.train.checkpoints import lease as ownership_module
-from recsys.train.checkpoints.lease import Owner, Ownership, SupersededError
+from recsys.train.checkpoints import lease as lease_module
+from recsys.train.checkpoints.lease import Lease, Owner, SupersededError
 
 LEASE = 1.0
 
@@ -24,26 +24,26 @@ def storage(tmp_path: Path) -> Storage:
 
 def test_owners_have_rising_numbers_and_a_released_run_is_free(storage: Storage) -> None:
     for expected in (1, 2, 3):
-        ownership = Ownership(storage, "run")
-        with ownership.held(LEASE) as token:
+        lease = Lease(storage, "run")
+        with lease.held(LEASE) as token:
             assert token == expected
-            ownership.check()
-        assert ownership.lost is None
+            lease.check()
+        assert lease.lost is None
 
 
 def test_a_second_owner_is_refused_and_told_who_has_the_run(storage: Storage) -> None:
-    with Ownership(storage, "run").held(LEASE):
+    with Lease(storage, "run").held(LEASE):
         with (
             pytest.raises(UserError, match=rf"run\.name = run: is trained by process {os.getpid()} on .* since .*choose another run\.name"),
-            Ownership(storage, "run").held(LEASE),
+            Lease(storage, "run").held(LEASE),
         ):
             pass
-        with Ownership(storage, "other").held(LEASE):
+        with Lease(storage, "other").held(LEASE):
             pass
 
 
 def hold(storage: Storage, ready: Any) -> None:
-    with Ownership(storage, "run").held(LEASE):
+    with Lease(storage, "run").held(LEASE):
         ready.set()
         time.sleep(60)
 
@@ -54,7 +54,7 @@ def test_a_killed_owner_is_followed_at_once_on_the_same_machine(storage: Storage
     process = context.Process(target=hold, args=(storage, ready))
     process.start()
     assert ready.wait(30)
-    with pytest.raises(UserError, match=f"process {process.pid}"), Ownership(storage, "run").held(60):
+    with pytest.raises(UserError, match=f"process {process.pid}"), Lease(storage, "run").held(60):
         pass
     assert process.pid is not None
     begun = time.time()
@@ -62,24 +62,24 @@ def test_a_killed_owner_is_followed_at_once_on_the_same_machine(storage: Storage
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    ownership = Ownership(storage, "run")
+    lease = Lease(storage, "run")
     begin = time.monotonic()
-    with ownership.held(60):
+    with lease.held(60):
         assert time.monotonic() - begin < 5
-        assert ownership.lost is not None
-        assert ownership.lost.process_id == process.pid
-        assert ownership.lost_at == pytest.approx(begun, abs=60)
+        assert lease.lost is not None
+        assert lease.lost.process_id == process.pid
+        assert lease.lost_at == pytest.approx(begun, abs=60)
 
 
 def test_an_owner_of_another_machine_is_followed_when_it_gives_no_sign_of_life(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = Owner.this_process().model_copy(update={"host": "elsewhere", "machine": "another"})
     monkeypatch.setattr(Owner, "this_process", lambda: elsewhere)
-    first = Ownership(storage, "run")
+    first = Lease(storage, "run")
     with first.held(LEASE):
-        with pytest.raises(UserError, match="on elsewhere"), Ownership(storage, "run").held(LEASE):
+        with pytest.raises(UserError, match="on elsewhere"), Lease(storage, "run").held(LEASE):
             pass
-        monkeypatch.setattr(Ownership, "_last_beat", lambda self, token: b"0")  # its beats no longer arrive
-        second = Ownership(storage, "run")
+        monkeypatch.setattr(Lease, "_last_beat", lambda self, token: b"0")  # its beats no longer arrive
+        second = Lease(storage, "run")
         begin = time.monotonic()
         with second.held(LEASE) as token:
             assert LEASE <= time.monotonic() - begin < LEASE + 5
@@ -90,7 +90,7 @@ def test_an_owner_of_another_machine_is_followed_when_it_gives_no_sign_of_life(s
 
 
 def test_where_processes_cannot_be_looked_up_the_lease_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership_module, "_machine", lambda: "")
+    monkeypatch.setattr(lease_module, "_machine", lambda: "")
     assert not Owner.this_process().is_here()
     assert not Owner.this_process().is_gone()
 
@@ -98,7 +98,7 @@ def test_where_processes_cannot_be_looked_up_the_lease_decides(monkeypatch: pyte
 def race(storage: Storage, start: Any, results: Any, have_all_answered: Any) -> None:
     start.wait(60)
     try:
-        with Ownership(storage, "run").held(LEASE) as token:
+        with Lease(storage, "run").held(LEASE) as token:
             results.put(token)
             assert have_all_answered.wait(60)
     except UserError as error:

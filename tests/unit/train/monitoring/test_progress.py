@@ -16,7 +16,7 @@ from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
-from recsys.train.loop import train
+from recsys.train.loop import Trainer
 from recsys.train.monitoring.flops import flops_per_token, peak_flops
 from recsys.train.monitoring.progress import Progress, bar
 from recsys.train.state import TrainingState
@@ -99,4 +99,4 @@ def test_a_profile_has_a_trace_and_a_table_of_the_steps_parts(tmp_path: Path) ->
 
 def train_profiled(config: Config) -> None:
     torch.set_num_threads(1)
-    train(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
+    Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem).run()

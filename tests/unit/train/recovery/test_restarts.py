@@ -9,7 +9,7 @@ import pytest
 from recsys.config import Config, load_config
 from recsys.errors import StoreError
 from recsys.store import Storage
-from recsys.train.checkpoints.lease import Ownership
+from recsys.train.checkpoints.lease import Lease
 from recsys.train.failures import Failure
 from recsys.train.recovery.restarts import Restarts
 
@@ -29,9 +29,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def started(config: Config, *causes: Failure) -> tuple[Restarts, Ownership]:
+def started(config: Config, *causes: Failure) -> tuple[Restarts, Lease]:
     storage = Storage.from_config(config.storage)
-    owner = Ownership(storage, config.run.name)
+    owner = Lease(storage, config.run.name)
     owner._take(lease_seconds=0.1)
     restarts: Restarts = pickle.loads(pickle.dumps(Restarts(config, storage, owner, causes)))
     restarts.begin()
@@ -106,14 +106,14 @@ def test_nor_is_one_that_another_process_has_taken_over(config: Config, waits: l
 
 def test_a_store_that_fails_for_a_while_is_waited_for(config: Config, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     restarts, _ = started(config)
-    check, troubles = Ownership.check, [StoreError("cannot list: SlowDown")]
+    check, troubles = Lease.check, [StoreError("cannot list: SlowDown")]
 
-    def check_a_bad_store(owner: Ownership) -> None:
+    def check_a_bad_store(owner: Lease) -> None:
         if troubles:
             raise troubles.pop()
         check(owner)
 
-    monkeypatch.setattr(Ownership, "check", check_a_bad_store)
+    monkeypatch.setattr(Lease, "check", check_a_bad_store)
     assert restarts.after(LOST)
     assert waits == [0.0, 1.0]
     assert [cause.kind for cause in restarts.read().causes] == ["worker_lost", "store"]

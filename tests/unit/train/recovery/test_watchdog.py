@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recsys.store import Storage
-from recsys.train.checkpoints.lease import Ownership
+from recsys.train.checkpoints.lease import Lease
 
 LIMIT = 1.0
 PATIENT = 4.0
@@ -43,7 +43,7 @@ def test_who_is_not_silent_lives(tmp_path: Path, body: str) -> None:
     process = run(Storage(str(tmp_path)), body, PATIENT)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "ended\n"), errors
-    assert Ownership(Storage(str(tmp_path)), "run", 3).take_hangs() == []
+    assert Lease(Storage(str(tmp_path)), "run", 3).take_hangs() == []
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,6 @@ def test_who_is_silent_is_killed_and_named(tmp_path: Path, word: str, is_stopped
     assert process.returncode == -signal.SIGKILL
     assert LIMIT * 0.9 <= time.monotonic() - begin < 30
     assert "rank 1 has made no step for 1.0 s and is killed" in errors
-    ownership = Ownership(Storage(str(tmp_path)), "run", 3)
-    assert ownership.take_hangs() == [1]
-    assert ownership.take_hangs() == []
+    lease = Lease(Storage(str(tmp_path)), "run", 3)
+    assert lease.take_hangs() == [1]
+    assert lease.take_hangs() == []

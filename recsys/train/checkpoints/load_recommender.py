@@ -1,9 +1,10 @@
-"""Loads a checkpoint as a whole recommender on the CPU."""
+"""Loads a checkpoint as a whole recommender on the CPU, and as a predictor."""
 
 import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from recsys.config import Config
 from recsys.config.use import refuse_contradictions
@@ -18,29 +19,33 @@ from recsys.train.engine import consolidate
 
 
 def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointManifest, Config, Dataset, Recommender]:
-    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage.
-
-    Raises:
-        UserError: there is no valid checkpoint at `uri`.
-    """
+    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage."""
     manifest = read_manifest(storage, uri)
-    saved = Config.model_validate(manifest.config)
-    config = saved.with_values({"run.scratch": scratch})
+    config = Config.model_validate(manifest.config).with_values({"run.scratch": scratch})
     dataset = Dataset.open(storage, manifest.dataset)
     recommender = build_recommender(config, dataset, torch.device("cpu"))
-    folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
-    fetch_files(storage, uri, manifest, folder)
-    recommender.load_state_dict(consolidate(folder))
-    shutil.rmtree(folder)
+    recommender.load_state_dict(load_weights(storage, uri, manifest, scratch))
     return manifest, config, dataset, recommender.eval()
 
 
-def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
-    """Read a checkpoint's manifest and hold what was given against what it carries.
+def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scratch: str) -> dict[str, Tensor]:
+    """Load a checkpoint's whole float32 weights."""
+    folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
+    fetch_files(storage, uri, manifest, folder)
+    weights = consolidate(folder)
+    shutil.rmtree(folder)
+    return weights
 
-    Raises:
-        UserError: a key that was given contradicts the checkpoint, or there is none at `uri`.
-    """
+
+def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
+    """Make a predictor of a trained module, its catalogue encoded anew."""
+    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
+    queries = query_encoder_of(config, dataset, recommender.item_encoder)
+    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
+
+
+def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
+    """Read a checkpoint's manifest; refuse, as a UserError, given keys that contradict what it carries."""
     manifest = read_manifest(storage, uri)
     refuse_contradictions(config, manifest.config, f"the checkpoint {uri}", "train with it under another run.name", manifest.run)
     if "data.dataset" in config.given:
@@ -51,10 +56,3 @@ def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifes
                 "train on the other under another run.name, or leave the key out"
             )
     return manifest
-
-
-def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
-    """Make a predictor of a trained module, its catalogue encoded anew."""
-    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
-    queries = query_encoder_of(config, dataset, recommender.item_encoder)
-    return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
