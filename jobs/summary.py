@@ -7,6 +7,7 @@ from typing import Any
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.store import Storage
+from recsys.terminal import format_settings
 
 NUM_USERS = 3
 SHOWN_HISTORY = 5
@@ -54,10 +55,9 @@ def render(config: Config, results: dict[str, Any]) -> str:
             lines += [f"{name:<14} {speed}, validation {config.evaluation.metric} {reached}, {train['wall_seconds']} s"]
     if search := results.get("search"):
         lines += ["", f"search     {search['num_trials']} trials by validation {search['metric']}, {search['wall_seconds']} s"]
-        lines += [
-            f"  {_number(trial['metric'])}  {trial['epochs']:>3} epochs  {trial['status']:<8}  {_values(trial['values'])}"
-            for trial in search["leaderboard"]
-        ]
+        for trial in search["leaderboard"]:
+            values = format_settings({key.partition(".")[2]: value for key, value in trial["values"].items()}, 2)
+            lines += [f"  {_number(trial['metric'])}  {trial['epochs']:>3} epochs  {trial['status']:<8}  {values}"]
     if "evaluate" in results:
         lines += ["", *_test_table(config, results)]
     for answer in results.get("recommendations", []):
@@ -105,10 +105,6 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
 
 def _metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
-
-
-def _values(values: dict[str, Any]) -> str:
-    return " ".join(f"{key.partition('.')[2]}={f'{value:.2g}' if isinstance(value, float) else value}" for key, value in values.items())
 
 
 def _number(value: float | None) -> str:
