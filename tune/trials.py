@@ -83,12 +83,10 @@ def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[di
 
 def _train_trial(config: Config, identity: str) -> Any:
     """Return the function that Tune runs as a trial: a driver that launches a whole training run."""
-    base, given = config.model_dump_json(), config.given
 
     def train_trial(sample: dict[str, Any]) -> None:
-        base_config = Config.model_validate_json(base).as_given(given)
-        result = launch(trial_config(base_config, identity, sample), NextItem, [TuneReportCallback()])
-        ray.tune.report({"epoch": base_config.training.epochs, **result["validation"]})
+        result = launch(trial_config(config, identity, sample), NextItem, [TuneReportCallback()])
+        ray.tune.report({"epoch": config.training.epochs, **result["validation"]})
 
     return train_trial
 

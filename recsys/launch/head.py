@@ -36,6 +36,7 @@ OBJECT_STORE_BYTES = 512 << 20
 """Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
 
 FREE_PORTS = range(20_000, 32_768)
+PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "ray-client-server")
 START_SECONDS = 60
 STOP_SECONDS = 20
 
@@ -108,14 +109,10 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "port": port,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "dashboard-agent-grpc-port": free_port(),
-        "runtime-env-agent-port": free_port(),
-        "metrics-export-port": free_port(),
-        "ray-client-server-port": free_port(),
         "temp-dir": folder,
         "num-cpus": num_cpus,
         "object-store-memory": OBJECT_STORE_BYTES,
+        **{f"{service}-port": free_port() for service in PORTS},
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]

@@ -33,11 +33,7 @@ RETRY_SECONDS = 1.0
 
 
 def check_training(config: Config, *text_modes: str) -> None:
-    """Check a run of `jobs.train`, or a search over `text_modes`, within seconds.
-
-    Raises:
-        UserError: the dataset contradicts the config, no user can be validated, or the language model cannot be used.
-    """
+    """Check dataset, validation users and language model for a run of `jobs.train`, or for a search over `text_modes`."""
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.adopt(config)
@@ -49,11 +45,7 @@ def check_training(config: Config, *text_modes: str) -> None:
 
 
 def check_pretraining(config: Config) -> None:
-    """Check a run of `jobs.pretrain`, whose language model learns whatever `model.text.mode` is.
-
-    Raises:
-        UserError: there is no such dataset, or the language model cannot be used.
-    """
+    """Check dataset and language model for a run of `jobs.pretrain`, which trains it whatever `model.text.mode` is."""
     storage = Storage.from_config(config.storage)
     Dataset.open(storage, config.data.dataset).adopt(config)
     folder = _check_backbone(config, storage, "full")
@@ -72,7 +64,7 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
     A finished run is not started again; a killed one resumes from its newest checkpoint.
 
     Raises:
-        UserError: the run's name is taken by another config or dataset, another process trains it, or the workers met a user's mistake.
+        UserError: the run's name is taken by another config or dataset, another process trains it, or the failure is user-fixable.
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)

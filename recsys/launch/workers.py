@@ -150,11 +150,7 @@ def _lost_node() -> str | None:
 
 
 def check_resources(config: Config) -> None:
-    """Refuse what a private Ray will never have; a cluster may still grow.
-
-    Raises:
-        UserError: there are not enough GPUs.
-    """
+    """Refuse to wait for GPUs that a private Ray will never have; a cluster may still grow."""
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.min_workers:
         raise UserError(

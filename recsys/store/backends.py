@@ -14,7 +14,7 @@ from functools import cached_property
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -35,8 +35,6 @@ MAX_ATTEMPTS = 10
 LONGEST_PAUSE_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 10
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, order=True)
@@ -303,7 +301,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Put a file on the disk, so that after a power cut no name stands for an empty file."""
+    """Write a file to the disk, so that after a power cut no name stands for an empty file."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -317,7 +315,7 @@ def _local_etag(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
-def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
+def _repeat_if_damaged(transfer: Callable[[], object]) -> object:
     """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced.
 
     NoSuchUpload is what a server says that had put the parts together already, when the answer was lost and the request repeated.

@@ -31,11 +31,7 @@ _LOCAL = LocalStore()
 
 
 def join(base: str, *parts: str) -> str:
-    """Append relative parts to a URI; a part may hold several segments.
-
-    Raises:
-        UserError: a part is absolute or empty, or has an empty, `.` or `..` segment.
-    """
+    """Append relative parts to a URI; a part may hold several segments, but none that is empty, `.` or `..`."""
     for part in parts:
         _check_segments(part, part)
     return "/".join([base.rstrip("/"), *parts])
@@ -55,11 +51,7 @@ def sha256_of(path: Path) -> str:
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can open, with its parents.
-
-    Raises:
-        UserError: the folder cannot be made, or it belongs to somebody else.
-    """
+    """Make a folder that only this user can open, with its parents; refuse one that belongs to another user."""
     with explained("make the private folder", str(path)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
@@ -72,8 +64,8 @@ def private_folder(path: Path) -> Path:
 class Storage:
     """Everything that is needed to reach the store, without credentials: those come from the AWS chain of each process.
 
-    Compares and hashes by its fields. Hand it to other processes by pickle: connections are built anew there (a pickled
-    `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
+    Each method raises a `UserError` of one line, a `StoreError` where the same may work later. Hand it to other processes by pickle:
+    connections are built anew there (a pickled `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
     """
 
     root: str
@@ -81,11 +73,6 @@ class Storage:
     region: str = "us-east-1"
 
     def __post_init__(self) -> None:
-        """Refuse an address that could not work.
-
-        Raises:
-            UserError: `root` is no absolute path or S3 URI, or `endpoint` is not `http(s)://host[:port]`.
-        """
         _split(self.root)
         if self.endpoint is not None and not re.fullmatch(_ENDPOINT, self.endpoint):
             # What comes before an @ may be a password and is not repeated.
@@ -127,11 +114,7 @@ class Storage:
         return self.stat(uri) is not None
 
     def read_bytes(self, uri: str) -> bytes:
-        """Read an object whole.
-
-        Raises:
-            UserError: it is not there or cannot be read, as with every other method here.
-        """
+        """Read an object whole."""
         with self._reach("read", uri) as (store, path):
             return store.read(path)
 
@@ -145,7 +128,6 @@ class Storage:
 
         Raises:
             ReplacedError: another object is there, or the object ends before the part does.
-            UserError: it is not there or cannot be read.
         """
         with self._reach("read", uri) as (store, path):
             return store.read_range(path, start, num_bytes, etag)
@@ -188,7 +170,7 @@ class Storage:
         """List one object, all below a folder, or all that a pattern names: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
 
         Raises:
-            UserError: there is nothing at `uri`.
+            UserError: there is nothing.
         """
         if single := self.stat(uri):
             return [single]
@@ -206,11 +188,7 @@ class Storage:
             store.delete(path)
 
     def delete_tree(self, uri: str) -> None:
-        """Delete all objects below a folder; none there is fine.
-
-        Raises:
-            UserError: the folder is not below the root, so it is none of ours.
-        """
+        """Delete all objects below a folder, which must be below the root; none there is fine."""
         if ".." in uri.split("/") or not uri.rstrip("/").startswith(self.root.rstrip("/") + "/"):
             raise UserError(f"{uri}: is not below storage.root = {self.root}; only folders below it are deleted whole")
         with self._reach("delete", uri) as (store, path):

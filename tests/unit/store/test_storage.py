@@ -1,4 +1,4 @@
-"""The storage door over a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
+"""The storage adapter over a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
 
 import os
 import pickle
