@@ -174,7 +174,7 @@ def stop_local_head(config: Config) -> bool:
 
 def stop_head(process_id: int) -> None:
     """End a head and everything that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         process = psutil.Process(process_id)
         process.terminate()
         try:
@@ -226,5 +226,5 @@ def _recorded_head(record: Path) -> Head | None:
     head = Head(**json.loads(record.read_text(encoding="utf-8")))
     try:
         return head if f"--temp-dir={head.folder}" in psutil.Process(head.process_id).cmdline() else None
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return None
