@@ -9,14 +9,12 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Pretrain `model.text.backbone` on `data.dataset`, by `pretraining`, `training` and `optimizer`."""
-    from recsys.launch.preflight import check_pretraining  # after the config is checked: a mistake shall not wait for torch to load
-
-    check_pretraining(config)
-    from recsys.launch.run import launch  # a mistake in data or model shall not wait for Ray to load
+    from recsys.launch.run import check_pretraining, launch  # after the config is checked: a mistake shall not wait for torch to load
     from recsys.objectives.text_pretraining import TextPretraining
     from recsys.store import Storage
     from recsys.train.checkpoints.backbone import publish_backbone
 
+    check_pretraining(config)
     result = launch(config.with_values({"run.name": f"{config.run.name}/pretraining"}), TextPretraining)
     backbone = publish_backbone(Storage.from_config(config.storage), result["checkpoint"], Path(config.run.scratch))
     return result | {"run": config.run.name, "backbone": backbone}

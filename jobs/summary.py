@@ -7,6 +7,7 @@ from typing import Any
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.store import Storage
+from recsys.terminal import format_settings
 
 NUM_USERS = 3
 SHOWN_HISTORY = 5
@@ -54,10 +55,9 @@ def render(config: Config, results: dict[str, Any]) -> str:
             lines += [f"{name:<14} {speed}, validation {config.evaluation.metric} {reached}, {train['wall_seconds']} s"]
     if search := results.get("search"):
         lines += ["", f"search     {search['num_trials']} trials by validation {search['metric']}, {search['wall_seconds']} s"]
-        lines += [
-            f"  {_number(trial['metric'])}  {trial['epochs']:>3} epochs  {trial['status']:<8}  {_values(trial['values'])}"
-            for trial in search["leaderboard"]
-        ]
+        for trial in search["leaderboard"]:
+            values = format_settings({key.partition(".")[2]: value for key, value in trial["values"].items()}, 2)
+            lines += [f"  {_number(trial['metric'])}  {trial['epochs']:>3} epochs  {trial['status']:<8}  {values}"]
     if "evaluate" in results:
         lines += ["", *_test_table(config, results)]
     for answer in results.get("recommendations", []):
@@ -68,20 +68,17 @@ def render(config: Config, results: dict[str, Any]) -> str:
             f"  may like     {' | '.join(answer['recommendations'])}",
         ]
     if serve := results.get("serve"):
+        user = str(results["recommendations"][0]["user_id"]) if results.get("recommendations") else "1"
         token = "the token of $" + config.service.token_env + f", or in {config.run.scratch}/service.token"
         lines += ["", f"service    {serve['url']} answers with version {serve['version']}; bearer token: {token}"]
         lines += [
             f"           ask it: curl {serve['url']}/v1/recommend \\",
             f'             -H "Authorization: Bearer $(cat {config.run.scratch}/service.token)" \\',
-            f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': _some_user(results), 'k': SHOWN_ITEMS})}'",
+            f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': user, 'k': SHOWN_ITEMS})}'",
             "           stop it: make stop (or python -m serve.stop)",
         ]
     lines += ["", f"wall time  {results['seconds']} s", "=" * 100]
     return "\n".join(lines)
-
-
-def _some_user(results: dict[str, Any]) -> str:
-    return next((str(answer["user_id"]) for answer in results.get("recommendations", [])), "1")
 
 
 def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
@@ -98,17 +95,10 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
         " " * (2 + width) + "".join(f"{name:>14}" for name in names),
     ]
     lines += [f"  {row:<{width}}" + "".join(f"{metrics[name]:>14.4f}" for name in names) for row, metrics in ranking.items()]
-    tasks = {name: value for name, value in evaluation["metrics"].items() if "." in name and not name.endswith("num_labels")}
+    tasks = [(name, value) for name, value in evaluation["metrics"].items() if "." in name and not name.endswith("num_labels")]
+    shown = ", ".join(f"{name} {_number(value)}" for name, value in tasks)
     absent = [f"  no metrics of {name}: {why}" for name, why in evaluation["absent_tasks"].items()]
-    return [*lines, *([f"  tasks      {_metrics(tasks)}"] if tasks else []), *absent, f"  report     {evaluation['report']}"]
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {_number(value)}" for name, value in metrics.items())
-
-
-def _values(values: dict[str, Any]) -> str:
-    return " ".join(f"{key.partition('.')[2]}={f'{value:.2g}' if isinstance(value, float) else value}" for key, value in values.items())
+    return [*lines, *([f"  tasks      {shown}"] if tasks else []), *absent, f"  report     {evaluation['report']}"]
 
 
 def _number(value: float | None) -> str:

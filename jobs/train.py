@@ -8,12 +8,10 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.launch.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
-
-    check_training(config)
-    from recsys.launch.run import launch  # a mistake in data or model shall not wait for Ray to load
+    from recsys.launch.run import check_training, launch  # after the config is checked: a mistake shall not wait for torch to load
     from recsys.objectives.next_item import NextItem
 
+    check_training(config)
     return launch(config, NextItem)
 
 

@@ -1,7 +1,7 @@
-"""What a person sees of a verb: this project's lines. All else that the verb, its libraries and its workers print goes to a log file.
+"""The terminal of a verb shows this project's lines; all else that the verb, its libraries and its workers print goes to a log file.
 
-The file takes the place of the process's stdout and stderr, so that nothing that a library or a child prints can escape it. A worker's
-lines reach it through Ray; those of this project carry a mark, by which a thread finds them and shows them.
+The file replaces the process's stdout and stderr, so that it gets what libraries and child processes print, too. A worker's lines
+reach it through Ray; those of this project carry a mark, by which a thread finds and shows them.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -28,7 +28,7 @@ _SHOWN: "list[_Terminal]" = []
 
 
 def stream() -> TextIO:
-    """Return where a person reads: the stderr that the program was started with."""
+    """Return the stderr that the program was started with."""
     return _SHOWN[-1].stream if _SHOWN else sys.stderr
 
 
@@ -41,22 +41,17 @@ def is_quiet() -> bool:
 def output_to(log: Path | None) -> Iterator[None]:
     """Send stdout and stderr of this process and its children to the file `log` in the block; without one everything to stderr."""
     if log is None:
-        plain = logging.StreamHandler(sys.stderr)
-        plain.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
-        _log_to(plain)
+        _log_to(logging.StreamHandler())
         yield
         return
     before = [os.dup(number) for number in (1, 2)]
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    shown = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
-    _redirect(target, target)
-    os.close(target)
-    own = _Terminal(shown)
+    own = _Terminal(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace"))
+    with log.open("a") as target:
+        _redirect(target.fileno(), target.fileno())
     _SHOWN.append(own)
-    own.setFormatter(logging.Formatter(FORMAT, TIME_FORMAT))
     own.setLevel(logging.INFO)
     own.addFilter(_is_own)
-    everything = logging.StreamHandler(sys.stderr)
+    everything = logging.StreamHandler()
     everything.setFormatter(logging.Formatter(f"{FORMAT} (%(name)s)"))
     _log_to(own, everything)
     is_over = threading.Event()
@@ -69,42 +64,32 @@ def output_to(log: Path | None) -> Iterator[None]:
         finally:
             is_over.set()
             follower.join()
-            _end(own, before)
-
-
-def _end(own: "_Terminal", before: list[int]) -> None:
-    """Let stdout and stderr be what they were."""
-    show("")
-    logging.getLogger().removeHandler(own)
-    _redirect(*before)
-    for number in before:
-        os.close(number)
-    _SHOWN.remove(own)
+            show("")
+            logging.getLogger().removeHandler(own)
+            _redirect(*before)
+            for number in before:
+                os.close(number)
+            _SHOWN.remove(own)
 
 
 def mark_lines(level: int = logging.INFO) -> None:
     """Mark this project's log lines from `level` on in a worker of Ray, so that the driver shows them; all go to its log file."""
+
+    def mark(record: logging.LogRecord) -> bool:
+        vars(record)["mark"] = MARK if _is_own(record) and record.levelno >= level else ""
+        return True
+
     handler = logging.StreamHandler()
-    handler.setFormatter(_MarkingFormatter(level))
+    handler.addFilter(mark)
+    handler.setFormatter(logging.Formatter("%(mark)s%(levelname).1s %(message)s"))
     _log_to(handler)
 
 
 def _log_to(*handlers: logging.Handler) -> None:
-    """Log to these alone: all of this project, and what libraries say from INFO on."""
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    """Log to these handlers only: all of this project, and of libraries from INFO on. Formats those that have no formatter."""
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True, format=FORMAT, datefmt=TIME_FORMAT)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.DEBUG)
-
-
-class _MarkingFormatter(logging.Formatter):
-    def __init__(self, level: int) -> None:
-        super().__init__()
-        self._level = level
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the message, marked where it is this project's and to be shown."""
-        is_marked = _is_own(record) and record.levelno >= self._level
-        return f"{MARK if is_marked else ''}{record.levelname[:1]} {super().format(record)}"
 
 
 def _is_own(record: logging.LogRecord) -> bool:
@@ -151,6 +136,11 @@ class _Terminal(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a log record."""
         self.write(self.format(record))
+
+
+def format_settings(values: Mapping[str, object], digits: int) -> str:
+    """Write settings in one line, such as `model.width=64`; floats with `digits` significant digits."""
+    return " ".join(f"{key}={value:.{digits}g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
 def show(text: str) -> None:

@@ -19,20 +19,14 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Search around the config on `data.dataset`."""
-    from recsys.launch.preflight import check_training  # after the config is checked: a mistake shall not wait for torch to load
-
-    check_training(config, *config.search.text_mode)
-    return search(config)
-
-
-def search(config: Config) -> dict[str, Any]:
     """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard.
 
     The result is kept in the store, so that the same search submitted again returns it.
     """
-    from recsys.data.manifest import Dataset
+    from recsys.data.manifest import Dataset  # after the config is checked: a mistake shall not wait for torch to load
+    from recsys.launch.run import check_training
 
+    check_training(config, *config.search.text_mode)
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.adopt(config)
@@ -63,17 +57,9 @@ def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
         raise UserError(
             f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; the trials' errors are in the log file"
         )
-    return {
-        "num_trials": len(trials),
-        "metric": config.evaluation.metric,
-        "winner": {
-            "trial": best.name,
-            "config": best.values,
-            "metrics": {config.evaluation.metric: best.metric},
-            "checkpoint": best.checkpoint,
-        },
-        "leaderboard": [asdict(trial) for trial in leaderboard(trials)],
-    }
+    metric = config.evaluation.metric
+    chosen = {"trial": best.name, "config": best.values, "metrics": {metric: best.metric}, "checkpoint": best.checkpoint}
+    return {"num_trials": len(trials), "metric": metric, "winner": chosen, "leaderboard": [asdict(trial) for trial in leaderboard(trials)]}
 
 
 def _read_trial(trial: Config, storage: Storage, dataset: "Dataset", sample: dict[str, Any], status: str) -> Trial:

@@ -20,13 +20,12 @@ class Trial:
 
 def leaderboard(trials: Iterable[Trial]) -> list[Trial]:
     """Sort from best to worst: by metric, then by name; trials without a finite metric come last."""
-    return sorted(trials, key=lambda trial: (not _is_valid(trial), -(trial.metric or 0.0) if _is_valid(trial) else 0.0, trial.name))
+    return sorted(trials, key=lambda trial: (-(trial.metric or 0.0) if _is_valid(trial) else math.inf, trial.name))
 
 
 def winner(trials: Iterable[Trial]) -> Trial | None:
     """Return the best trial, or None where none has a finite metric and a checkpoint."""
-    best = next(iter(leaderboard(trials)), None)
-    return best if best is not None and _is_valid(best) else None
+    return next(filter(_is_valid, leaderboard(trials)), None)
 
 
 def concurrent_trials(num_cpus: float, num_gpus: float, cpus_per_trial: float, gpus_per_trial: float, limit: int | None) -> int:

@@ -15,6 +15,7 @@ from recsys.config import Config
 from recsys.launch.run import launch
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
+from recsys.terminal import format_settings
 from tune.select import concurrent_trials
 from tune.space import search_space, trial_config
 
@@ -32,19 +33,13 @@ class ShowTrials(Callback):  # type: ignore[misc]
         self._num_ended += 1
         last = trial.last_result or {}
         reached = f"{self._metric} {last.get(self._metric, math.nan):.4f} after epoch {last.get('epoch', 0)}"
-        logger.info("search: trial %d of %d: %s; %s", self._num_ended, self._num_trials, reached, shown(trial.config))
+        logger.info("search: trial %d of %d: %s; %s", self._num_ended, self._num_trials, reached, format_settings(trial.config, 3))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Show that the trial failed."""
         self._num_ended += 1
-        logger.warning(
-            "search: trial %d of %d failed; its error is in the log file; %s", self._num_ended, self._num_trials, shown(trial.config)
-        )
-
-
-def shown(sample: dict[str, Any]) -> str:
-    """Write a trial's values out, such as `model.width=64`."""
-    return " ".join(f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in sample.items())
+        failed = "search: trial %d of %d failed; its error is in the log file; %s"
+        logger.warning(failed, self._num_ended, self._num_trials, format_settings(trial.config, 3))
 
 
 def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[dict[str, Any], str]]:
@@ -88,12 +83,10 @@ def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[di
 
 def _train_trial(config: Config, identity: str) -> Any:
     """Return the function that Tune runs as a trial: a driver that launches a whole training run."""
-    base, given = config.model_dump_json(), config.given
 
     def train_trial(sample: dict[str, Any]) -> None:
-        base_config = Config.model_validate_json(base).as_given(given)
-        result = launch(trial_config(base_config, identity, sample), NextItem, [TuneReportCallback()])
-        ray.tune.report({"epoch": base_config.training.epochs, **result["validation"]})
+        result = launch(trial_config(config, identity, sample), NextItem, [TuneReportCallback()])
+        ray.tune.report({"epoch": config.training.epochs, **result["validation"]})
 
     return train_trial
 

@@ -77,7 +77,7 @@ class DiskCache:
         if self._unchecked_bytes < self._max_bytes * _CHECKED_SHARE:
             return
         self._unchecked_bytes = 0
-        with self._alone():
+        with locked(self._folder / "entries"):  # one process at a time frees space
             entries = sorted(self._entries())
             total = sum(size for _, size, _ in entries) + num_bytes
             if total <= self._max_bytes * (1 - 20 * _CHECKED_SHARE):
@@ -96,13 +96,6 @@ class DiskCache:
                 with suppress(FileNotFoundError):
                     status = entry.stat()
                     yield status.st_mtime_ns, status.st_size, entry.path
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let one process at a time free space."""
-        with (self._folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
 
 KEPT_UNUSED_SECONDS = 7 * 24 * 3600

@@ -16,6 +16,7 @@ from recsys.config import Config, load_config
 from recsys.config.use import unread
 from recsys.errors import UserError
 from recsys.store import private_folder
+from recsys.store.errors import explained
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,7 @@ def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: s
 
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE.toml", help="config file; what it leaves out has a default")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="section.key=value", help="override a key; repeatable"
@@ -74,10 +71,8 @@ def _stdout_for_the_result() -> TextIO:
 
 def _log_file(config: Config, name: str) -> Path:
     path = private_folder(Path(config.run.scratch) / "logs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    try:
+    with explained("make the log file", str(path)):
         path.touch(mode=0o600)
-    except OSError as error:
-        raise UserError(f"run.scratch = {config.run.scratch}: no log file can be written there ({error.strerror})") from error
     return path
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from recsys.config import Config
 from recsys.store import private_folder
 
@@ -34,6 +36,7 @@ OBJECT_STORE_BYTES = 512 << 20
 """Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
 
 FREE_PORTS = range(20_000, 32_768)
+PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "ray-client-server")
 START_SECONDS = 60
 STOP_SECONDS = 20
 
@@ -73,20 +76,17 @@ def connect(config: Config) -> Iterator[None]:
 def _private_head(config: Config) -> Iterator[None]:
     if "ray" in sys.modules:
         raise RuntimeError("Ray was imported before recsys.launch.head.connect prepared its environment")
-    folder = ray_folder(config)
-    head = start_head(folder, logical_cpus(config), ends_with_parent=True)
-    before = {name: os.environ.get(name) for name in head.environment}
+    head = start_head(_ray_folder(config), _num_slots(config), ends_with_parent=True)
+    before = {name: os.environ[name] for name in head.environment.keys() & os.environ.keys()}
     os.environ |= head.environment
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in head.environment:
+            os.environ.pop(name, None)
+        os.environ |= before
         stop_head(head.process_id)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(head.folder, ignore_errors=True)
 
 
 def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -> Head:
@@ -109,14 +109,10 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "port": port,
         "dashboard-host": "127.0.0.1",
         "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "dashboard-agent-grpc-port": free_port(),
-        "runtime-env-agent-port": free_port(),
-        "metrics-export-port": free_port(),
-        "ray-client-server-port": free_port(),
         "temp-dir": folder,
         "num-cpus": num_cpus,
         "object-store-memory": OBJECT_STORE_BYTES,
+        **{f"{service}-port": free_port() for service in PORTS},
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -152,23 +148,21 @@ def local_head(config: Config, outlives: bool) -> Iterator[None]:
         yield
         return
     record = private_folder(Path(config.run.scratch)) / HEAD_RECORD
-    found = _recorded_head(record)
-    head = found or start_head(ray_folder(config), logical_cpus(config), ends_with_parent=not outlives)
-    if found is None:
-        record.touch(mode=0o600)
-        record.write_text(json.dumps(asdict(head)), encoding="utf-8")
-    os.environ |= head.environment
-    is_kept = found is not None
-    try:
+    with contextlib.ExitStack() as stack:
+        head = _recorded_head(record)
+        if head is None:
+            head = start_head(_ray_folder(config), _num_slots(config), ends_with_parent=not outlives)
+            record.touch(mode=0o600)
+            record.write_text(json.dumps(asdict(head)), encoding="utf-8")
+            stack.callback(stop_local_head, config)
+        os.environ |= head.environment
         yield
-        is_kept = is_kept or outlives
-    finally:
-        if not is_kept:
-            stop_local_head(config)
+        if outlives:
+            stack.pop_all()
 
 
 def stop_local_head(config: Config) -> bool:
-    """Stop the head that `local_head` left running, and all that runs on it; tell whether there was one."""
+    """Stop the head that `local_head` left running, and all that runs on it; return whether there was one."""
     record = Path(config.run.scratch) / HEAD_RECORD
     head = _recorded_head(record)
     if head is not None:
@@ -180,17 +174,17 @@ def stop_local_head(config: Config) -> bool:
 
 def stop_head(process_id: int) -> None:
     """End a head and everything that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process_id, signal.SIGTERM)
-        for _ in range(STOP_SECONDS * 10):
-            if _has_ended(process_id):
-                return
-            time.sleep(0.1)
-        os.killpg(process_id, signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        process = psutil.Process(process_id)
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except psutil.TimeoutExpired:
+            os.killpg(process_id, signal.SIGKILL)
 
 
-def logical_cpus(config: Config) -> int:
-    """Slots of a private head: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
+def _num_slots(config: Config) -> int:
+    """Return a head's logical CPUs: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
     two_trials = 2 * (1 + math.ceil(config.training.max_workers * config.training.cpus_per_worker))
     return max(two_trials, 2 * (os.cpu_count() or 1))
 
@@ -204,7 +198,7 @@ def free_port() -> int:
     raise RuntimeError(f"no free port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1}")
 
 
-def ray_folder(config: Config) -> str:
+def _ray_folder(config: Config) -> str:
     """Make a private folder for one Ray: below `run.scratch`, or a temporary one where that path is too long for sockets."""
     parent = private_folder(Path(config.run.scratch))
     return tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= LONGEST_FOLDER else None)
@@ -230,12 +224,7 @@ def _recorded_head(record: Path) -> Head | None:
     if not record.exists():
         return None
     head = Head(**json.loads(record.read_text(encoding="utf-8")))
-    command = Path(f"/proc/{head.process_id}/cmdline")
-    return head if command.exists() and head.folder.encode() in command.read_bytes() else None
-
-
-def _has_ended(process_id: int) -> bool:
     try:
-        return os.waitpid(process_id, os.WNOHANG)[0] == process_id
-    except ChildProcessError:  # another process started it
-        return not Path(f"/proc/{process_id}").exists()
+        return head if f"--temp-dir={head.folder}" in psutil.Process(head.process_id).cmdline() else None
+    except psutil.Error:
+        return None

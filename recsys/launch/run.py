@@ -1,4 +1,7 @@
-"""Launches a run: decides whether it starts or resumes, holds its lease, and returns its result. Imports Ray only if workers must start."""
+"""Launches a run: checks it, decides whether it starts or resumes, holds its lease, and returns its result.
+
+Imports Ray only if workers must start, so that a mistake in data or model is found before.
+"""
 
 import contextlib
 import logging
@@ -6,12 +9,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
+from recsys.data.user_groups import read_groups
 from recsys.errors import UserError
+from recsys.evaluation.users import refuse_no_users
 from recsys.launch.head import connect
+from recsys.model.text.backbones import check_backbone
+from recsys.model.text.pretraining import check_objectives
 from recsys.objectives.objective import MakeObjective
 from recsys.report.pages import TRAINING, write_report
 from recsys.store import Storage
@@ -24,13 +32,39 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 
 
+def check_training(config: Config, *text_modes: str) -> None:
+    """Check dataset, validation users and language model for a run of `jobs.train`, or for a search over `text_modes`."""
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.adopt(config)
+    refuse_no_users(dataset, "validation")
+    if config.fairness.attribute:
+        read_groups(dataset, config.fairness.attribute)
+    for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):
+        _check_backbone(config, storage, mode)
+
+
+def check_pretraining(config: Config) -> None:
+    """Check dataset and language model for a run of `jobs.pretrain`, which trains it whatever `model.text.mode` is."""
+    storage = Storage.from_config(config.storage)
+    Dataset.open(storage, config.data.dataset).adopt(config)
+    folder = _check_backbone(config, storage, "full")
+    if folder is not None:
+        check_objectives(config, folder)
+
+
+def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
+    text = config.with_values({"model.text.mode": mode}).model.text
+    return check_backbone(text, storage, Path(config.run.scratch))
+
+
 def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train what `make` builds on a cluster, and return what `jobs.train` prints.
 
     A finished run is not started again; a killed one resumes from its newest checkpoint.
 
     Raises:
-        UserError: the run's name is taken by another config or dataset, another process trains it, or the workers met a user's mistake.
+        UserError: the run's name is taken by another config or dataset, another process trains it, or the failure is user-fixable.
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
@@ -38,7 +72,7 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
     checkpoints = CheckpointStore(storage, config, dataset)
     begin = time.monotonic()
     _check_resume(checkpoints, config)
-    if finished_state(checkpoints, config) is None:
+    if _finished_state(checkpoints, config) is None:
         with connect(config):
             from recsys.launch.workers import check_resources, train_to_the_end
 
@@ -47,7 +81,7 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
             with lease.held(config.run.lease_seconds), _stopped_by_signal(lease):
                 _check_resume(checkpoints, config)
                 train_to_the_end(config, storage, lease, make, callbacks)
-    state = finished_state(checkpoints, config)
+    state = _finished_state(checkpoints, config)
     if state is None:
         raise RuntimeError(f"run {config.run.name} ended without a final checkpoint")
     best = checkpoints.uri(state.best_step or state.step)
@@ -69,12 +103,8 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
     }
 
 
-def finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingState | None:
-    """Return the final state if nothing of the run is left to do.
-
-    Raises:
-        UserError: the run's checkpoints are of another config or dataset.
-    """
+def _finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingState | None:
+    """Return the final state if nothing of the run is left to do; refuse checkpoints of another config or dataset."""
     newest = checkpoints.newest()
     if newest is None:
         return None
@@ -111,18 +141,11 @@ def _ask_to_stop(lease: Lease) -> None:
 
 
 def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
-    """Hold to `run.resume`; restarts of workers are not its concern.
-
-    Raises:
-        UserError: the run has a checkpoint and must not, or has none and must.
-    """
+    """Refuse a run that has a checkpoint and must not, or has none and must; restarts of workers are not concerned."""
     resume = config.run.resume
-    if resume == "auto":
-        return
-    has_checkpoint = bool(checkpoints.steps())
-    if has_checkpoint and resume == "never":
+    if resume == "never" and checkpoints.steps():
         raise UserError(
             f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to go on'
         )
-    if not has_checkpoint and resume == "must":
+    if resume == "must" and not checkpoints.steps():
         raise UserError(f'run.resume = must: run {config.run.name} has no checkpoint; correct run.name, or run.resume="auto" to start it')

@@ -93,19 +93,16 @@ def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeO
     restarts = Restarts(config, storage, lease, causes)
     restarts.begin()
     while True:
-        trouble: Exception
         try:
-            _fit(config, restarts, make, callbacks)
-            return
+            return _fit(config, restarts, make, callbacks)
         except (TrainingFailedError, RayActorError) as error:
-            trouble = error
-        if restarts.read().given_up is None and restarts.after(failure_of(trouble)):  # it was the controller that failed
-            continue
-        attempt = restarts.read()
-        failure = attempt.causes[-1]
-        if failure.is_explained:
-            raise UserError(failure.message) from None
-        raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {attempt.given_up}") from trouble
+            if restarts.read().given_up is None and restarts.after(failure_of(error)):  # it was the controller that failed
+                continue
+            attempt = restarts.read()
+            failure = attempt.causes[-1]
+            if failure.is_explained:
+                raise UserError(failure.message) from None
+            raise RuntimeError(f"run {config.run.name}: {failure}; stopped, since {attempt.given_up}") from error
 
 
 def _should_restart(restarts: Restarts, error: TrainingFailedError) -> bool:
@@ -153,11 +150,7 @@ def _lost_node() -> str | None:
 
 
 def check_resources(config: Config) -> None:
-    """Refuse what a private Ray will never have; a cluster may still grow.
-
-    Raises:
-        UserError: there are not enough GPUs.
-    """
+    """Refuse to wait for GPUs that a private Ray will never have; a cluster may still grow."""
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.min_workers:
         raise UserError(

@@ -7,13 +7,14 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -22,6 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionEr
 from pyarrow import fs
 
 from recsys.errors import UserError
+from recsys.store.errors import is_temporary, status_of
 
 S3_SCHEME = "s3://"
 TEMP_PREFIX = ".partial-"
@@ -33,8 +35,6 @@ MAX_ATTEMPTS = 10
 LONGEST_PAUSE_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 10
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, order=True)
@@ -57,11 +57,7 @@ class ReplacedError(Exception):
 class LocalStore:
     """Folders. What must be atomic is written under another name and then renamed or linked."""
 
-    num_retries = 0
-
-    @cached_property
-    def filesystem(self) -> fs.FileSystem:
-        return fs.LocalFileSystem()
+    filesystem = fs.LocalFileSystem()
 
     def stat(self, path: str) -> ObjectInfo | None:
         try:
@@ -109,9 +105,8 @@ class LocalStore:
                 if found is not None:
                     yield found
 
-    def delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            Path(path).unlink(missing_ok=True)
+    def delete(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
 
     def delete_tree(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -168,7 +163,7 @@ class S3Store:
         try:
             head: dict[str, Any] = self._client.head_object(Bucket=bucket, Key=key)
         except ClientError as error:
-            if _status(error) != 404:
+            if status_of(error) != 404:
                 raise
             # A HEAD has no body to say what is missing; a wrong bucket must not look like a missing object.
             if bucket not in self._known_buckets:
@@ -192,24 +187,24 @@ class S3Store:
         return data
 
     def _get(self, path: str, etag: str, request: dict[str, str]) -> bytes:
-        """Get an object or a part of it; what can pass is tried again after a random pause, a body that breaks off too.
+        """Get an object or a part of it, again after a random pause where that may help: a body that broke off, another ETag.
 
-        Each answer's ETag is compared here: not every server honours `If-Match`.
+        The ETag is compared here: not every server honours `If-Match`.
         """
         bucket, key = _split_key(path)
         others: set[str] = set()
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 answer = self._reading_client.get_object(Bucket=bucket, Key=key, **request)
-                found = answer.get("ETag", "").strip('"')
+                data, found = bytes(answer["Body"].read()), answer.get("ETag", "").strip('"')
                 if etag in ("", found):
-                    return bytes(answer["Body"].read())
-                answer["Body"].close()
+                    return data
                 others.add(found)
             except (ClientError, BotoCoreError) as error:
-                if isinstance(error, ClientError) and _status(error) == 416:  # what is there ends before the range begins
+                if status_of(error) == 416:  # what is there ends before the range begins
                     raise ReplacedError(None) from error
-                if attempt == MAX_ATTEMPTS or not _can_pass(error):
+                may_help = is_temporary(error) or isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)
+                if attempt == MAX_ATTEMPTS or not may_help:
                     raise
             with self._counting:
                 self.num_retries += 1
@@ -221,27 +216,20 @@ class S3Store:
 
     def create(self, path: str, data: bytes) -> bool:
         bucket, key = _split_key(path)
-        if self._head(bucket, key) is not None:  # all the protection there is where the server ignores If-None-Match
-            return False
         writer = uuid.uuid4().hex
         for attempt in range(MAX_ATTEMPTS):
-            winner = self._put_once(bucket, key, data, writer)
-            if winner is not None:
-                return winner == writer
+            head = self._head(bucket, key)  # all the protection there is where the server ignores If-None-Match
+            if head is not None:
+                # A put whose answer was lost is repeated by boto3 and then refused: the object is ours all the same.
+                return bool(head["Metadata"].get("writer") == writer)
+            try:
+                self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
+                return True
+            except ClientError as error:
+                if status_of(error) not in {409, 412}:
+                    raise
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
         raise UserError(f"{S3_SCHEME}{path}: was refused {MAX_ATTEMPTS} times for another object that is not there; start again later")
-
-    def _put_once(self, bucket: str, key: str, data: bytes, writer: str) -> str | None:
-        """Put an object unless there is one; return the writer of the one that is there then, None if it is gone again."""
-        try:
-            self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
-            return writer
-        except ClientError as error:
-            if _status(error) not in {409, 412}:
-                raise
-        # A put whose answer was lost is repeated by boto3 and then refused: the object is ours all the same.
-        head = self._head(bucket, key)
-        return None if head is None else str(head["Metadata"].get("writer"))
 
     def upload(self, source: Path, path: str) -> None:
         def send() -> None:
@@ -261,31 +249,28 @@ class S3Store:
 
         _repeat_if_damaged(fetch)
 
-    def _entries(self, path: str) -> Iterator[dict[str, Any]]:
+    def _pages(self, path: str) -> Iterator[list[dict[str, Any]]]:
+        """List all keys below a folder, directory markers included, at most 1000 at a time."""
         bucket, _, key = path.partition("/")
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
-        for page in pages:
-            yield from page.get("Contents", [])
+        for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
+            yield page.get("Contents", [])
 
     def scan(self, path: str) -> Iterator[ObjectInfo]:
         bucket = path.partition("/")[0]
-        for entry in self._entries(path):
+        for entry in chain.from_iterable(self._pages(path)):
             if not entry["Key"].endswith("/"):
                 yield ObjectInfo(f"{S3_SCHEME}{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
 
-    def delete(self, paths: Sequence[str]) -> None:
-        bucket = paths[0].partition("/")[0]
-        for start in range(0, len(paths), 1000):
-            keys = [{"Key": _split_key(path)[1]} for path in paths[start : start + 1000]]
-            answer = self._client.delete_objects(Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-            if answer.get("Errors"):
-                raise ClientError({"Error": answer["Errors"][0]}, "DeleteObjects")
+    def delete(self, path: str) -> None:
+        bucket, key = _split_key(path)
+        self._client.delete_object(Bucket=bucket, Key=key)
 
     def delete_tree(self, path: str) -> None:
-        bucket = path.partition("/")[0]
-        paths = [f"{bucket}/{entry['Key']}" for entry in self._entries(path)]
-        if paths:
-            self.delete(paths)
+        for page in filter(None, list(self._pages(path))):
+            keys = [{"Key": entry["Key"]} for entry in page]
+            answer = self._client.delete_objects(Bucket=path.partition("/")[0], Delete={"Objects": keys, "Quiet": True})
+            if answer.get("Errors"):
+                raise ClientError({"Error": answer["Errors"][0]}, "DeleteObjects")
 
 
 def _split_key(path: str) -> tuple[str, str]:
@@ -316,7 +301,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Put a file on the disk, so that after a power cut no name stands for an empty file."""
+    """Write a file to the disk, so that after a power cut no name stands for an empty file."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -330,18 +315,7 @@ def _local_etag(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
-def _can_pass(error: ClientError | BotoCoreError) -> bool:
-    """Return whether the same request may succeed a moment later."""
-    if isinstance(error, ClientError):
-        return _status(error) >= 500 or _status(error) in {408, 409, 429}
-    return isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _repeat_if_damaged(transfer: Callable[[], Result]) -> Result:
+def _repeat_if_damaged(transfer: Callable[[], object]) -> object:
     """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced.
 
     NoSuchUpload is what a server says that had put the parts together already, when the answer was lost and the request repeated.

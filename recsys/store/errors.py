@@ -10,38 +10,22 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from recsys.errors import StoreError, UserError
 
+_CHECK_NETWORK = "check storage.endpoint and the network"
+_START_LATER = "the store stayed out of order through all retries; start again later"
 _ADVICE = {
-    "create the bucket or correct its name": ("NoSuchBucket", "InvalidBucketName"),
-    "nothing is there; check the path": ("NoSuchKey", "404", "ENOENT"),
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role": ("NoCredentialsError", "PartialCredentialsError"),
-    "check the credentials and what they may do": (
-        *("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "EACCES", "EPERM"),
-        *("CredentialRetrievalError", "TokenRetrievalError", "ProfileNotFound"),
-    ),
-    "check storage.endpoint and the network": (
-        *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "SSLError"),
-        *("ProxyConnectionError", "HTTPClientError"),
-    ),
-    "check storage.region": ("301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed"),
-    "free disk space": ("ENOSPC", "EDQUOT"),
-    "the store stayed out of order through all retries; start again later": (
-        *(
-            "500",
-            "502",
-            "503",
-            "504",
-            "InternalError",
-            "ServiceUnavailable",
-            "SlowDown",
-            "IncompleteReadError",
-            "ResponseStreamingError",
-            "PreconditionFailed",
-            "InvalidPart",
-        ),
-    ),
+    "create the bucket or correct its name": "NoSuchBucket InvalidBucketName",
+    "nothing is there; check the path": "NoSuchKey 404 ENOENT",
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role": "NoCredentialsError PartialCredentialsError",
+    "check the credentials and what they may do": "403 AccessDenied InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken "
+    "EACCES EPERM CredentialRetrievalError TokenRetrievalError ProfileNotFound",
+    _CHECK_NETWORK: "EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError SSLError "
+    "ProxyConnectionError HTTPClientError",
+    "check storage.region": "301 400 PermanentRedirect AuthorizationHeaderMalformed",
+    "free disk space": "ENOSPC EDQUOT",
+    _START_LATER: "500 502 503 504 InternalError ServiceUnavailable SlowDown IncompleteReadError ResponseStreamingError "
+    "PreconditionFailed InvalidPart",
 }
-
-_MAY_PASS = ("check storage.endpoint and the network", "the store stayed out of order through all retries; start again later")
+"""Advice for the codes and names of errors."""
 
 
 @contextmanager
@@ -51,15 +35,23 @@ def explained(action: str, uri: str) -> Iterator[None]:
         yield
     except (ClientError, BotoCoreError, Boto3Error, S3TransferRetriesExceededError, OSError) as error:
         cause = getattr(error, "last_exception", error)
-        code = type(cause).__name__
-        message = str(cause)
-        status = 0
+        code, message = type(cause).__name__, str(cause)
         if isinstance(cause, ClientError):
-            status = int(cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             code, message = (str(cause.response["Error"].get(key, "unknown")) for key in ("Code", "Message"))
         elif isinstance(cause, OSError) and cause.errno is not None:
             code, message = errno.errorcode.get(cause.errno, code), cause.strerror or message
-        advice = next((text for text, codes in _ADVICE.items() if code in codes), "look the code up in the store's log")
-        may_pass = advice in _MAY_PASS or status >= 500 or status in {408, 409, 429} or code in {"EIO", "ESTALE", "ETIMEDOUT"}
+        advice = next((text for text, codes in _ADVICE.items() if code in codes.split()), "look the code up in the store's log")
+        may_pass = advice in (_CHECK_NETWORK, _START_LATER) or is_temporary(cause) or code in {"EIO", "ESTALE", "ETIMEDOUT"}
         kind = StoreError if may_pass else UserError
         raise kind(" ".join(f"cannot {action} {uri}: {code} ({message}); {advice}".split())) from error
+
+
+def status_of(error: Exception) -> int:
+    """Return the HTTP status that a server refused a request with, 0 for any other error."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(error, ClientError) else 0
+
+
+def is_temporary(error: Exception) -> bool:
+    """Return whether a server may accept the same request later, by the status that it refused it with."""
+    status = status_of(error)
+    return status >= 500 or status in {408, 409, 429}

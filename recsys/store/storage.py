@@ -8,6 +8,8 @@ serve s3` ignores the header: there the second of two `create` calls is refused,
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,19 +20,18 @@ from pyarrow import fs
 
 from recsys.config.storage import StorageConfig
 from recsys.errors import UserError
+from recsys.store.backends import S3_SCHEME, LocalStore, ObjectInfo, S3Store, replacing
 from recsys.store.errors import explained
-from recsys.store.backends import S3_SCHEME, LocalStore, ObjectInfo, ReplacedError, S3Store, replacing
 
 Listing = list[ObjectInfo]
 """Objects sorted by URI."""
 
+_ENDPOINT = r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?/?"
+_LOCAL = LocalStore()
+
 
 def join(base: str, *parts: str) -> str:
-    """Append relative parts to a URI; a part may hold several segments.
-
-    Raises:
-        UserError: a part is absolute or empty, or has an empty, `.` or `..` segment.
-    """
+    """Append relative parts to a URI; a part may hold several segments, but none that is empty, `.` or `..`."""
     for part in parts:
         _check_segments(part, part)
     return "/".join([base.rstrip("/"), *parts])
@@ -50,11 +51,7 @@ def sha256_of(path: Path) -> str:
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can open, with its parents.
-
-    Raises:
-        UserError: the folder cannot be made, or it belongs to somebody else.
-    """
+    """Make a folder that only this user can open, with its parents; refuse one that belongs to another user."""
     with explained("make the private folder", str(path)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
@@ -67,8 +64,8 @@ def private_folder(path: Path) -> Path:
 class Storage:
     """Everything that is needed to reach the store, without credentials: those come from the AWS chain of each process.
 
-    Compares and hashes by its fields. Hand it to other processes by pickle: connections are built anew there (a pickled
-    `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
+    Each method raises a `UserError` of one line, a `StoreError` where the same may work later. Hand it to other processes by pickle:
+    connections are built anew there (a pickled `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
     """
 
     root: str
@@ -76,14 +73,11 @@ class Storage:
     region: str = "us-east-1"
 
     def __post_init__(self) -> None:
-        """Refuse an address that could not work.
-
-        Raises:
-            UserError: `root` is no absolute path or S3 URI, or `endpoint` is not `http(s)://host[:port]`.
-        """
         _split(self.root)
-        if self.endpoint is not None:
-            _check_endpoint(self.endpoint)
+        if self.endpoint is not None and not re.fullmatch(_ENDPOINT, self.endpoint):
+            # What comes before an @ may be a password and is not repeated.
+            shown = self.endpoint.rpartition("@")[2]
+            raise UserError(f"storage.endpoint = '{shown}': must be http(s)://host[:port]; http://127.0.0.1:9000 would work")
 
     @classmethod
     def from_config(cls, config: StorageConfig) -> Self:
@@ -96,16 +90,15 @@ class Storage:
         return type(self), (self.root, self.endpoint, self.region)
 
     @cached_property
-    def _local(self) -> LocalStore:
-        return LocalStore()
-
-    @cached_property
     def _s3(self) -> S3Store:
         return S3Store(self.endpoint, self.region)
 
-    def _find(self, uri: str) -> tuple[LocalStore | S3Store, str]:
+    @contextmanager
+    def _reach(self, action: str, uri: str) -> Iterator[tuple[LocalStore | S3Store, str]]:
+        """Return the store of a URI and the path in it; an error in the block says that `action` failed."""
         is_s3, path = _split(uri)
-        return (self._s3 if is_s3 else self._local), path
+        with explained(action, uri):
+            yield (self._s3 if is_s3 else _LOCAL), path
 
     def uri(self, *parts: str) -> str:
         """Name what lies at relative `parts` under the root."""
@@ -113,27 +106,21 @@ class Storage:
 
     def locate(self, uri: str) -> tuple[fs.FileSystem, str]:
         """Return the pyarrow filesystem and the path in it; the same filesystem each time. Never `create_dir` on S3."""
-        store, path = self._find(uri)
-        return store.filesystem, path
+        with self._reach("look up", uri) as (store, path):
+            return store.filesystem, path
 
     def exists(self, uri: str) -> bool:
         """Return whether there is an object at exactly this URI (a folder is none)."""
         return self.stat(uri) is not None
 
     def read_bytes(self, uri: str) -> bytes:
-        """Read an object whole.
-
-        Raises:
-            UserError: it is not there or cannot be read, as with every other method here.
-        """
-        store, path = self._find(uri)
-        with explained("read", uri):
+        """Read an object whole."""
+        with self._reach("read", uri) as (store, path):
             return store.read(path)
 
     def stat(self, uri: str) -> ObjectInfo | None:
         """Describe the object at exactly this URI; None where there is none."""
-        store, path = self._find(uri)
-        with explained("look up", uri):
+        with self._reach("look up", uri) as (store, path):
             return store.stat(path)
 
     def read_range(self, uri: str, start: int, num_bytes: int, etag: str = "") -> bytes:
@@ -141,10 +128,8 @@ class Storage:
 
         Raises:
             ReplacedError: another object is there, or the object ends before the part does.
-            UserError: it is not there or cannot be read.
         """
-        store, path = self._find(uri)
-        with explained("read", uri):
+        with self._reach("read", uri) as (store, path):
             return store.read_range(path, start, num_bytes, etag)
 
     def is_remote(self, uri: str) -> bool:
@@ -158,71 +143,55 @@ class Storage:
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write or overwrite an object; readers see the old content or the new, never half."""
-        store, path = self._find(uri)
-        with explained("write", uri):
+        with self._reach("write", uri) as (store, path):
             store.write(path, data)
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write an object unless there is one; of racing writers one gets True. See the module about servers that cannot."""
-        store, path = self._find(uri)
-        with explained("create", uri):
+        with self._reach("create", uri) as (store, path):
             return store.create(path, data)
 
     def upload(self, path: Path, uri: str) -> None:
         """Copy a local file to `uri`, overwriting; large files in parts, visible when complete."""
-        store, target = self._find(uri)
-        with explained(f"upload {path} to", uri):
+        with self._reach(f"upload {path} to", uri) as (store, target):
             store.upload(path, target)
 
     def download(self, uri: str, path: Path) -> None:
         """Copy an object to a local file, overwriting; the file appears when complete."""
-        store, source = self._find(uri)
-        with explained("download", uri), replacing(path) as temporary:
+        with self._reach("download", uri) as (store, source), replacing(path) as temporary:
             store.download(source, temporary)
 
     def list(self, uri: str) -> Listing:
         """List all objects below a folder, at any depth, sorted by URI; empty where there is none."""
-        store, path = self._find(uri)
-        with explained("list", uri):
+        with self._reach("list", uri) as (store, path):
             return sorted(store.scan(path))
 
     def expand(self, uri: str) -> Listing:
         """List one object, all below a folder, or all that a pattern names: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
 
         Raises:
-            UserError: there is nothing at `uri`.
+            UserError: there is nothing.
         """
-        store, path = self._find(uri)
-        with explained("look up", uri):
-            single = store.stat(path)
-        found = [single] if single is not None else self._match(uri)
+        if single := self.stat(uri):
+            return [single]
+        root = fixed_part(uri)
+        rest = uri.removeprefix(root).strip("/")
+        pattern = rest.split("/") if rest else []
+        found = [entry for entry in self.list(root) if _is_match(pattern, entry.uri.removeprefix(root).strip("/").split("/"))]
         if not found:
             raise UserError(f"{uri}: there is no such file, and no folder with files in it; give an absolute path or s3://bucket/key")
         return found
 
-    def _match(self, uri: str) -> Listing:
-        root = fixed_part(uri)
-        if root == uri:
-            return self.list(uri)
-        pattern = uri.removeprefix(root).strip("/").split("/")
-        return [entry for entry in self.list(root) if _is_match(pattern, entry.uri.removeprefix(root).strip("/").split("/"))]
-
     def delete(self, uri: str) -> None:
         """Delete one object; none there is fine."""
-        store, path = self._find(uri)
-        with explained("delete", uri):
-            store.delete([path])
+        with self._reach("delete", uri) as (store, path):
+            store.delete(path)
 
     def delete_tree(self, uri: str) -> None:
-        """Delete all objects below a folder; none there is fine.
-
-        Raises:
-            UserError: the folder is not below the root, so it is none of ours.
-        """
+        """Delete all objects below a folder, which must be below the root; none there is fine."""
         if ".." in uri.split("/") or not uri.rstrip("/").startswith(self.root.rstrip("/") + "/"):
             raise UserError(f"{uri}: is not below storage.root = {self.root}; only folders below it are deleted whole")
-        store, path = self._find(uri)
-        with explained("delete", uri):
+        with self._reach("delete", uri) as (store, path):
             store.delete_tree(path)
 
 
@@ -249,10 +218,3 @@ def _is_match(pattern: list[str], path: list[str]) -> bool:
 def _check_segments(path: str, shown: str) -> None:
     if any(segment in {"", ".", ".."} for segment in path.split("/")):
         raise UserError(f"'{shown}': has an empty, '.' or '..' segment; name every folder, as in folder/file")
-
-
-def _check_endpoint(endpoint: str) -> None:
-    if not re.fullmatch(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?/?", endpoint):
-        # What comes before an @ may be a password and is not repeated.
-        shown = endpoint.rpartition("@")[2]
-        raise UserError(f"storage.endpoint = '{shown}': must be http(s)://host[:port]; http://127.0.0.1:9000 would work")

@@ -1,4 +1,4 @@
-"""The storage door behind a proxy that injects faults: all calls end, with the right content or with one line that says what failed."""
+"""The storage adapter behind a proxy that injects faults: all calls end, with the right content or with one line that says what failed."""
 
 import time
 from collections.abc import Callable

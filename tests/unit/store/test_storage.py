@@ -1,4 +1,4 @@
-"""The storage door over a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
+"""The storage adapter over a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
 
 import os
 import pickle
@@ -16,10 +16,9 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import ClientError
 
-from recsys.store import backends
 from recsys.config.storage import StorageConfig
 from recsys.errors import UserError
-from recsys.store import ObjectInfo, Storage, join, private_folder, sha256_of
+from recsys.store import ObjectInfo, Storage, backends, join, private_folder, sha256_of
 from tests.conftest import S3Server
 
 
