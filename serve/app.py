@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig
 import recsys
 from recsys.config import Config, load_config
 from recsys.config.service import ServiceConfig
-from recsys.config.use import refuse_contradictions, unread
+from recsys.config.verb_settings import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.exports.registry import Registry
 from recsys.store import Storage

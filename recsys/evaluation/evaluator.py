@@ -25,7 +25,7 @@ Load = Callable[[str], Predictor]
 
 
 def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, load: Load | None = None) -> dict[str, Any]:
-    """Evaluate a predictor on `evaluation.split`; `load` is needed for `evaluation.compare` and `evaluation.curve`.
+    """Evaluate a predictor on `evaluation.split`; `load` is needed for `evaluation.compare` and `evaluation.fairness_curve`.
 
     Raises:
         UserError: the split has no users, or the config names an attribute, a checkpoint or a re-ranking that cannot be.
@@ -53,10 +53,10 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     if load and config.compare:
         other = judge.rank(score_by(_load_other(load, "compare", config.compare, dataset)))
         result["compare"] = {"checkpoint": config.compare, **compare(ranked, other, slices, config.cutoffs, config.metric)}
-    if load and config.curve:
+    if load and config.fairness_curve:
         result["curve"] = [_point(judge, ranked, predictor, config.checkpoint)]
-        for address in config.curve:
-            other_predictor = _load_other(load, "curve", address, dataset)
+        for address in config.fairness_curve:
+            other_predictor = _load_other(load, "fairness_curve", address, dataset)
             result["curve"].append(_point(judge, judge.rank(score_by(other_predictor)), other_predictor, address))
     return result
 

@@ -33,7 +33,7 @@ import pyarrow as pa
 from recsys.config import Config
 from recsys.config.base import Fact
 from recsys.config.data import DataConfig
-from recsys.config.use import facts_of, refuse_contradictions
+from recsys.config.verb_settings import facts_of, refuse_contradictions
 from recsys.data.manifest import Dataset, DatasetManifest, Shard
 from recsys.errors import UserError
 from recsys.ingest.append_catalogue import changed_items

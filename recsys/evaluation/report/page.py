@@ -112,7 +112,12 @@ def _fairness_curves(curve: Sequence[Mapping[str, Any]] | None, metric: str) -> 
     attributes = [name for name in (curve or [{"gaps": {}}])[0]["gaps"]]
     if curve is None or not attributes:
         return [
-            figure("fairness", title, "", "Set evaluation.curve to checkpoints trained under other bounds of fairness to see their cost.")
+            figure(
+                "fairness",
+                title,
+                "",
+                "Set evaluation.fairness_curve to checkpoints trained under other bounds of fairness to see their cost.",
+            )
         ]
     figures = []
     for number, attribute in enumerate(attributes):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from recsys.config import Config
-from recsys.config.use import leaves
+from recsys.config.base import leaves
 from recsys.errors import UserError
 from recsys.store import private_folder
 
