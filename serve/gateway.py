@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys.config.service import ServiceConfig
-from serve.protocol import Answer, RecommendRequest, RequestError, ScoreRequest, UserRequest, read_request
+from serve.protocol import Answer, RecommendRequest, ScoreRequest, UserRequest, read_request
 
 ATTEMPTS = 3
 """Of a request whose replica dies: nothing is changed by a request, so another replica may answer it."""
@@ -25,7 +25,11 @@ RETRY_PAUSE_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1
 MAX_LENGTH_DIGITS = 18
 
-ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /healthz"
+_ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /healthz"
+ROUTING_ERRORS = {
+    404: f"there is no such path; there are {_ENDPOINTS}",
+    405: f"this path does not take that method; there are {_ENDPOINTS}",
+}
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,10 +44,7 @@ def build_http_app(service: ServiceConfig, token_digest: str, scorer: Any) -> Fa
     app.add_api_route("/v1/model", gateway.model, methods=["GET"], dependencies=authorized)
     app.add_api_route("/healthz", gateway.health, methods=["GET"])
     app.add_middleware(BodyCap, max_body_bytes=service.max_body_bytes)
-    app.add_exception_handler(404, _not_found)
-    app.add_exception_handler(405, _not_allowed)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(Exception, _unexpected)
     return app
 
@@ -172,22 +173,10 @@ def _respond(answer: Answer, headers: dict[str, str] | None = None) -> Response:
     return Response(answer.body, answer.status, headers, media_type="application/json")
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    return _respond(Answer.error(404, f"there is no such path; there are {ENDPOINTS}"))
-
-
-async def _not_allowed(request: Request, error: Exception) -> Response:
-    return _respond(Answer.error(405, f"this path does not take that method; there are {ENDPOINTS}"), getattr(error, "headers", None))
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _respond(Answer.error(error.status_code, str(error.detail)), dict(error.headers or {}))
-
-
-async def _request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _respond(Answer.error(error.status, error.message))
+    message = ROUTING_ERRORS.get(error.status_code, error.detail)
+    return _respond(Answer.error(error.status_code, message), dict(error.headers or {}))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
