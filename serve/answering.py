@@ -38,7 +38,7 @@ Columns = dict[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of the user that a request is about; `history` None: nothing, so popularity answers."""
+    """The user of a request: the history, None if nothing is known so that popularity answers, and posted items that are unknown."""
 
     history: History | None
     unknown_items: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ class Answerer:
         return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
     def _find(self, request: UserRequest) -> Found | Answer:
-        """Find out about the user; one of whom nothing is known but who asks for something has an empty history."""
+        """Find the user, or the answer that refuses the request; an unknown user who sends a query has an empty history."""
         if request.query is not None and not self.info.takes_queries:
             return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:

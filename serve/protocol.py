@@ -39,7 +39,7 @@ class Message(BaseModel):
 
 
 def _spell(value: Any) -> Any:
-    """Spell an id as it is spelled where data is prepared; what is no text is refused by the type."""
+    """Normalise an id as data preparation does; the type refuses what is no text."""
     return normalise_id(value) if isinstance(value, str) else value
 
 
@@ -56,7 +56,7 @@ class PostedInteraction(Message):
 
 
 class UserRequest(Message):
-    """Whom a request is about: a user of the training data, or anybody by what they did; and what they ask for in words.
+    """The user of a request, by id in the training data or by history, and what they ask for in words.
 
     A history is oldest first; where it has times, it is sorted by them and equal times keep their order. A query needs no user.
     """

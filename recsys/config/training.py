@@ -81,22 +81,20 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
-        if self.min_workers > self.max_workers:
+        low, high = self.min_workers, self.max_workers
+        if low > high:
+            raise ValueError(f"training.num_workers = [{low}, {high}] must be [min, max]; [{high}, {low}] would work")
+        if self.global_batch_size < high:
             raise ValueError(
-                f"training.num_workers = [{self.min_workers}, {self.max_workers}] must be [min, max]; "
-                f"[{self.max_workers}, {self.min_workers}] would work"
+                f"training.global_batch_size = {self.global_batch_size} must have a sample for each of training.num_workers = {high}; "
+                f"{high} would work"
             )
-        if self.global_batch_size < self.max_workers:
-            raise ValueError(
-                f"training.global_batch_size = {self.global_batch_size} must have a sample for each of training.num_workers = "
-                f"{self.max_workers}; {self.max_workers} would work"
-            )
-        share = self.micro_batch_size * self.max_workers
+        share = self.micro_batch_size * high
         if not self.is_elastic and self.global_batch_size % share:
             near = share * math.ceil(self.global_batch_size / share)
             raise ValueError(
                 f"training.global_batch_size = {self.global_batch_size} must be divisible by training.micro_batch_size x "
-                f"training.num_workers = {self.micro_batch_size} x {self.max_workers}; {near} would work"
+                f"training.num_workers = {self.micro_batch_size} x {high}; {near} would work"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")

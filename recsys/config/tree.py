@@ -94,7 +94,7 @@ class Config(Section):
 
 
 def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a config whose keys may have the names of an earlier release, such as a checkpoint's, with their present names."""
+    """Return a config, such as an older checkpoint's, with the keys of earlier releases under their present names."""
     evaluation = tree.get("evaluation")
     if not isinstance(evaluation, dict) or "curve" not in evaluation:
         return tree
