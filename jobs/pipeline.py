@@ -13,7 +13,8 @@ from typing import Any
 from jobs.summary import ask_users, render
 from recsys import terminal
 from recsys.config import Config
-from recsys.config.use import leaves, reads
+from recsys.config.base import leaves
+from recsys.config.verb_settings import reads
 from recsys.errors import UserError
 from recsys.launch.command import run_verb
 from recsys.launch.head import local_head

@@ -1,17 +1,19 @@
 """Answers batches of requests from one exported version, without Ray and HTTP."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
 from recsys.errors import UserError
 from recsys.exports.load import load_export
 from recsys.exports.profiles import ProfileStore
-from recsys.exports.registry import ExportManifest, Registry
+from recsys.exports.registry import Registry
 from recsys.predictor import History, Predictor, Ranking
 from serve.protocol import (
     POPULARITY,
@@ -22,7 +24,6 @@ from serve.protocol import (
     RecommendedItem,
     RecommendRequest,
     RecommendResponse,
-    RequestError,
     ScoreRequest,
     ScoreResponse,
     UserRequest,
@@ -31,10 +32,13 @@ from serve.protocol import (
 NOTHING: Integers = np.zeros(0, np.int64)
 NO_VALUE = float("nan")
 
+Columns = dict[str, NDArray[np.float32]]
+"""Scores of a request's known candidates, by `retrieval` and task."""
+
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of the user that a request is about; `history` None: nothing, so popularity answers."""
+    """The user of a request: the history, None if nothing is known so that popularity answers, and posted items that are unknown."""
 
     history: History | None
     unknown_items: tuple[str, ...] = ()
@@ -63,7 +67,19 @@ class Answerer:
         """
         export = registry.manifest(version)
         loaded = load_export(registry.fetch(version, scratch), scratch)
-        return cls(loaded.predictor, loaded.profiles, _describe(loaded.predictor, export, alias))
+        manifest = loaded.predictor.manifest
+        info = ModelInfo(
+            version=export.version,
+            alias=alias,
+            dataset_fingerprint=manifest.fingerprint,
+            num_items=manifest.num_items,
+            tasks=[task.name for task in manifest.tasks],
+            event_kinds=list(manifest.event_kinds),
+            takes_queries=loaded.predictor.query_encoder is not None,
+            metrics=export.metadata.get("metrics", {}),
+            code_version=export.metadata.get("code_version"),
+        )
+        return cls(loaded.predictor, loaded.profiles, info)
 
     def check(self) -> None:
         """Answer for a made-up user.
@@ -77,61 +93,41 @@ class Answerer:
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
         """Answer each request with its k best items."""
         found = [self._find(request) for request in requests]
-        asked = [
-            (request, user.history)
-            for request, user in zip(requests, found, strict=True)
-            if isinstance(user, Found) and user.history is not None
+        histories = _known_histories(found)
+        rankings = dict(zip(histories, self._rank([requests[index] for index in histories], list(histories.values())), strict=True))
+        return [
+            user if isinstance(user, Answer) else self._recommended(request, user, rankings.get(index))
+            for index, (request, user) in enumerate(zip(requests, found, strict=True))
         ]
-        rankings = iter(self._rank(asked))
-        answers = []
-        for request, user in zip(requests, found, strict=True):
-            if isinstance(user, Answer):
-                answers.append(user)
-            elif user.history is None:
-                answers.append(self._recommended(self.predictor.popular(request.k, NOTHING), request, user, POPULARITY))
-            else:
-                answers.append(self._recommended(next(rankings), request, user, None))
-        return answers
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """Answer each request with its candidates' scores."""
         found = [self._find(request) for request in requests]
         candidates = [self._indices(request.candidates) for request in requests]
-        asked = [
-            (user.history, indices, request.query)
-            for request, user, indices in zip(requests, found, candidates, strict=True)
-            if isinstance(user, Found) and user.history is not None
+        histories = _known_histories(found)
+        asked = [(history, candidates[index], requests[index].query) for index, history in histories.items()]
+        scores = dict(zip(histories, self.predictor.score(*zip(*asked, strict=True)) if asked else (), strict=True))
+        return [
+            user if isinstance(user, Answer) else self._scored(request, user, indices, scores.get(index))
+            for index, (request, user, indices) in enumerate(zip(requests, found, candidates, strict=True))
         ]
-        results = iter(self.predictor.score(*zip(*asked, strict=True)) if asked else ())
-        answers = []
-        for request, user, indices in zip(requests, found, candidates, strict=True):
-            if isinstance(user, Answer):
-                answers.append(user)
-            elif user.history is None:
-                counts = self.predictor.popularity.numpy()[indices]
-                answers.append(self._scored({"retrieval": counts.tolist()}, request, user, POPULARITY))
-            else:
-                columns = {name: values.tolist() for name, values in next(results).items()}
-                answers.append(self._scored(columns, request, user, None))
-        return answers
 
-    def _rank(self, asked: Sequence[tuple[RecommendRequest, History]]) -> list[Ranking]:
+    def _rank(self, requests: Sequence[RecommendRequest], histories: Sequence[History]) -> list[Ranking]:
         """Rank for all at once, as deep as the deepest asks: a shorter answer is the beginning of a longer one."""
-        if not asked:
+        if not requests:
             return []
-        deepest = max(request.k for request, _ in asked)
-        exclude = [history.items if request.exclude_seen else NOTHING for request, history in asked]
-        queries = [request.query for request, _ in asked]
-        return self.predictor.recommend([history for _, history in asked], deepest, exclude, queries)
+        deepest = max(request.k for request in requests)
+        exclude = [history.items if request.exclude_seen else NOTHING for request, history in zip(requests, histories, strict=True)]
+        return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
     def _find(self, request: UserRequest) -> Found | Answer:
-        """Find out about the user; one of whom nothing is known but who asks for something has an empty history."""
+        """Find the user, or the answer that refuses the request; an unknown user who sends a query has an empty history."""
         if request.query is not None and not self.info.takes_queries:
             return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:
             found = self._find_history(request)
-        except RequestError as error:
-            return Answer.error(error.status, error.message)
+        except HTTPException as error:
+            return Answer.error(error.status_code, error.detail)
         return replace(found, history=History.of([])) if found.history is None and request.query is not None else found
 
     def _find_history(self, request: UserRequest) -> Found:
@@ -147,7 +143,7 @@ class Answerer:
             kind = 0 if interaction.event is None else self.predictor.event_index.get(interaction.event)
             if kind is None:
                 known = ", ".join(self.predictor.manifest.event_kinds)
-                raise RequestError(422, f"history.{position}.event: is no event kind of this model; known: {known}")
+                raise HTTPException(422, f"history.{position}.event: is no event kind of this model; known: {known}")
             rows.append(
                 (
                     self._item_index.get(interaction.item_id, 0),
@@ -156,16 +152,19 @@ class Answerer:
                     NO_VALUE if interaction.value is None else interaction.value,
                 )
             )
-        unknown = _distinct(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
+        unknown = dict.fromkeys(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
-        return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
+        return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
 
     def _indices(self, item_ids: Sequence[str]) -> Integers:
         """Look up candidates; those that are not in the catalogue are left out."""
         indices = (self._item_index.get(item_id) for item_id in item_ids)
         return np.asarray([index for index in indices if index is not None], dtype=np.int64)
 
-    def _recommended(self, ranking: Ranking, request: RecommendRequest, user: Found, fallback: str | None) -> Answer:
+    def _recommended(self, request: RecommendRequest, user: Found, ranking: Ranking | None) -> Answer:
+        """Answer with a ranking; without one with the most popular items."""
+        fallback = POPULARITY if ranking is None else None
+        ranking = ranking or self.predictor.popular(request.k, NOTHING)
         catalogue = self.predictor.catalogue
         rows = zip(ranking.items[: request.k].tolist(), ranking.scores[: request.k].tolist(), strict=True)
         items = [
@@ -176,35 +175,23 @@ class Answerer:
             RecommendResponse(version=self.info.version, fallback=fallback, unknown_items=list(user.unknown_items), items=items)
         )
 
-    def _scored(self, columns: dict[str, list[float]], request: ScoreRequest, user: Found, fallback: str | None) -> Answer:
-        """Lay the known candidates' columns out over all candidates."""
-        rows = iter(zip(*columns.values(), strict=True))
+    def _scored(self, request: ScoreRequest, user: Found, indices: Integers, columns: Columns | None) -> Answer:
+        """Lay the known candidates' columns out over all candidates; without columns answer with interaction counts."""
+        fallback = POPULARITY if columns is None else None
+        columns = columns or {"retrieval": self.predictor.popularity.numpy()[indices]}
+        rows = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
         nothing = dict.fromkeys(("retrieval", *self.tasks))
-        scores, unknown = [], []
+        scores, unknown = [], list(user.unknown_items)
         for item_id in request.candidates:
             is_known = item_id in self._item_index
             if not is_known:
                 unknown.append(item_id)
             values = nothing | dict(zip(columns, next(rows), strict=True)) if is_known else nothing
             scores.append(CandidateScore(item_id=item_id, known=is_known, **values))
-        unknown_items = list(_distinct((*user.unknown_items, *unknown)))
+        unknown_items = list(dict.fromkeys(unknown))
         return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
 
 
-def _describe(predictor: Predictor, export: ExportManifest, alias: str) -> ModelInfo:
-    manifest = predictor.manifest
-    return ModelInfo(
-        version=export.version,
-        alias=alias,
-        dataset_fingerprint=manifest.fingerprint,
-        num_items=manifest.num_items,
-        tasks=[task.name for task in manifest.tasks],
-        event_kinds=list(manifest.event_kinds),
-        takes_queries=predictor.query_encoder is not None,
-        metrics=export.metadata.get("metrics", {}),
-        code_version=export.metadata.get("code_version"),
-    )
-
-
-def _distinct(item_ids: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(item_ids))
+def _known_histories(found: Sequence[Found | Answer]) -> dict[int, History]:
+    """Return the histories to answer from, by the position of their request."""
+    return {index: user.history for index, user in enumerate(found) if isinstance(user, Found) and user.history is not None}

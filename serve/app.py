@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig
 import recsys
 from recsys.config import Config, load_config
 from recsys.config.service import ServiceConfig
-from recsys.config.use import refuse_contradictions, unread
+from recsys.config.verb_settings import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.exports.registry import Registry
 from recsys.store import Storage
@@ -35,7 +35,7 @@ QUEUED_BATCHES = 4
 
 @ray.serve.ingress()
 class Ingress:
-    """Speaks HTTP for the scorers. Knows the token's digest only."""
+    """The HTTP ingress in front of the scorers; it holds the token's digest only."""
 
     def __init__(self, service: ServiceConfig, token_digest: str, scorer: Any) -> None:
         self._arguments = (service, token_digest, scorer)
@@ -56,7 +56,7 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
 
 
 def build(config: Config, version: str) -> ray.serve.Application:
-    """Bind the deployments. The same config, code and version bound again changes nothing that runs.
+    """Bind the deployments; binding the same config, code and version again changes nothing that runs.
 
     Raises:
         UserError: no token is set.
@@ -83,8 +83,8 @@ def build(config: Config, version: str) -> ray.serve.Application:
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,
     )(Ingress)
-    # Ray Serve takes each deployment that is bound anew for other code, unless its version is given; the argument is
-    # marked internal, and there is no public one.
+    # Ray Serve takes a deployment that is bound again for new code unless its version is given; the argument is marked internal,
+    # and there is no public one.
     scorer, ingress = (deployment.options(version=code, _internal=True) for deployment in (scorer, ingress))
     return ingress.bind(service, token_digest, scorer.bind(config))
 

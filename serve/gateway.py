@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -16,16 +17,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys.config.service import ServiceConfig
-from serve.protocol import Answer, RecommendRequest, RequestError, ScoreRequest, UserRequest, read_request
+from serve.protocol import Answer, RecommendRequest, ScoreRequest, UserRequest, read_request
 
 ATTEMPTS = 3
-"""Of a request whose replica dies: nothing is changed by a request, so another replica may answer it."""
+"""Attempts of a request whose replica dies: a request changes nothing, so another replica may answer it."""
 
 RETRY_PAUSE_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1
 MAX_LENGTH_DIGITS = 18
 
-ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /healthz"
+_ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /healthz"
+ROUTING_ERRORS = {
+    404: f"there is no such path; there are {_ENDPOINTS}",
+    405: f"this path does not take that method; there are {_ENDPOINTS}",
+}
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,21 +45,18 @@ def build_http_app(service: ServiceConfig, token_digest: str, scorer: Any) -> Fa
     app.add_api_route("/v1/model", gateway.model, methods=["GET"], dependencies=authorized)
     app.add_api_route("/healthz", gateway.health, methods=["GET"])
     app.add_middleware(BodyCap, max_body_bytes=service.max_body_bytes)
-    app.add_exception_handler(404, _not_found)
-    app.add_exception_handler(405, _not_allowed)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(Exception, _unexpected)
     return app
 
 
+@dataclass(frozen=True)
 class Gateway:
     """The endpoints."""
 
-    def __init__(self, service: ServiceConfig, token_digest: str, scorer: Any) -> None:
-        self._service = service
-        self._token_digest = token_digest
-        self._scorer = scorer
+    service: ServiceConfig
+    token_digest: str
+    scorer: Any
 
     async def check_token(self, request: Request) -> None:
         """Refuse a request without the bearer token; compares digests in constant time."""
@@ -62,24 +64,24 @@ class Gateway:
         if kind.lower() != "bearer" or not token.strip():
             message = "the bearer token is missing; send the header Authorization: Bearer TOKEN"
             raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
-        if not hmac.compare_digest(digest_of(token.strip().encode("latin-1")), self._token_digest):
+        if not hmac.compare_digest(digest_of(token.strip().encode("latin-1")), self.token_digest):
             raise HTTPException(403, "the bearer token is not this service's")
 
     async def recommend(self, request: Request) -> Response:
         """Answer with the k best items."""
-        return _respond(await self._ask(self._scorer.recommend, await self._read(request, RecommendRequest)))
+        return _respond(await self._ask(self.scorer.recommend, await self._read(request, RecommendRequest)))
 
     async def score(self, request: Request) -> Response:
         """Answer with the candidates' scores."""
-        return _respond(await self._ask(self._scorer.score, await self._read(request, ScoreRequest)))
+        return _respond(await self._ask(self.scorer.score, await self._read(request, ScoreRequest)))
 
     async def model(self) -> Response:
         """Return what is served."""
-        return _respond(await self._ask(self._scorer.describe))
+        return _respond(await self._ask(self.scorer.describe))
 
     async def health(self) -> Response:
         """Answer 200 if a scorer answers."""
-        await self._ask(self._scorer.status)
+        await self._ask(self.scorer.status)
         return _respond(Answer(200, b'{"status":"ok"}'))
 
     async def _read(self, request: Request, kind: type[UserRequest]) -> UserRequest:
@@ -87,7 +89,7 @@ class Gateway:
             raise HTTPException(415, "the content type must be application/json")
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise HTTPException(415, "the body must not be compressed; send it without Content-Encoding")
-        seconds = self._service.request_timeout_seconds
+        seconds = self.service.request_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
                 body = await request.body()
@@ -95,11 +97,11 @@ class Gateway:
             raise HTTPException(408, f"the body did not arrive within {seconds:g} s") from None
         except ClientDisconnect:
             raise HTTPException(400, "the body ended early") from None
-        return read_request(kind, body, self._service)
+        return read_request(kind, body, self.service)
 
     async def _ask(self, method: Any, *arguments: UserRequest) -> Any:
         """Call a scorer within the time limit."""
-        seconds = self._service.request_timeout_seconds
+        seconds = self.service.request_timeout_seconds
         busy = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         try:
             async with asyncio.timeout(seconds):
@@ -118,6 +120,7 @@ class BodyCap:
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._message = f"the body has more than {max_body_bytes} bytes (service.max_body_bytes)"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its bytes counted."""
@@ -129,7 +132,7 @@ class BodyCap:
             await _respond(Answer.error(400, "the Content-Length is not a possible number of bytes"))(scope, receive, send)
             return
         if int(declared) > self._max_body_bytes:
-            await _respond(Answer.error(413, self._explain()))(scope, receive, send)
+            await _respond(Answer.error(413, self._message))(scope, receive, send)
             return
         num_bytes = 0
 
@@ -138,17 +141,14 @@ class BodyCap:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._explain())
+                raise HTTPException(413, self._message)
             return message
 
         await self._app(scope, receive_counted, send)
 
-    def _explain(self) -> str:
-        return f"the body has more than {self._max_body_bytes} bytes (service.max_body_bytes)"
-
 
 def digest_of(token: bytes) -> str:
-    """Hash a token, so that it need not be kept."""
+    """Return the SHA-256 of a token."""
     return hashlib.sha256(token).hexdigest()
 
 
@@ -172,22 +172,10 @@ def _respond(answer: Answer, headers: dict[str, str] | None = None) -> Response:
     return Response(answer.body, answer.status, headers, media_type="application/json")
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
-    return _respond(Answer.error(404, f"there is no such path; there are {ENDPOINTS}"))
-
-
-async def _not_allowed(request: Request, error: Exception) -> Response:
-    return _respond(Answer.error(405, f"this path does not take that method; there are {ENDPOINTS}"), getattr(error, "headers", None))
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _respond(Answer.error(error.status_code, str(error.detail)), dict(error.headers or {}))
-
-
-async def _request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    return _respond(Answer.error(error.status, error.message))
+    message = ROUTING_ERRORS.get(error.status_code, error.detail)
+    return _respond(Answer.error(error.status_code, message), dict(error.headers or {}))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

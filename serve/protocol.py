@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from starlette.exceptions import HTTPException
 
 from recsys.config.service import ServiceConfig
 from recsys.schema import MAX_ID_CHARACTERS, normalise_id
@@ -38,7 +39,7 @@ class Message(BaseModel):
 
 
 def _spell(value: Any) -> Any:
-    """Spell an id as it is spelled where data is prepared; what is no text is refused by the type."""
+    """Normalise an id as data preparation does; the type refuses what is no text."""
     return normalise_id(value) if isinstance(value, str) else value
 
 
@@ -55,7 +56,7 @@ class PostedInteraction(Message):
 
 
 class UserRequest(Message):
-    """Whom a request is about: a user of the training data, or anybody by what they did; and what they ask for in words.
+    """The user of a request, by id in the training data or by history, and what they ask for in words.
 
     A history is oldest first; where it has times, it is sorted by them and equal times keep their order. A query needs no user.
     """
@@ -166,15 +167,6 @@ class Answer(NamedTuple):
         return cls(status, json.dumps({"error": " ".join(message.split())[:MAX_ERROR_CHARACTERS]}).encode())
 
 
-class RequestError(Exception):
-    """A request that cannot be answered, and why in one line."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-
-
 Request = TypeVar("Request", bound=UserRequest)
 
 
@@ -182,15 +174,15 @@ def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Re
     """Read a JSON body.
 
     Raises:
-        RequestError: it is not JSON (400), or it breaks a rule (422).
+        HTTPException: it is not JSON (400), or it breaks a rule (422); one line.
     """
     try:
         return kind.model_validate_json(body, context=service.model_dump(include={"max_k", "max_candidates"}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        raise RequestError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    raise RequestError(422, _explain(kind, dict(first)))
+        raise HTTPException(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    raise HTTPException(422, _explain(kind, dict(first)))
 
 
 def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from recsys.config import Config
 from recsys.config.evaluation import SearchConfig
-from recsys.config.use import TRIALS
+from recsys.config.verb_settings import TRIALS
 
 if TYPE_CHECKING:
     from ray.tune.search.sample import Domain

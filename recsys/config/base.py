@@ -1,8 +1,8 @@
-"""The base of all sections: the frozen `Section`, common types, and facts about fields."""
+"""The base of all sections: the frozen `Section`, common types, facts about settings, and walks over sections and their values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -34,8 +34,8 @@ class Section(BaseModel):
 def fields_of(
     section: type[BaseModel], prefix: str = "", facts: frozenset[Fact] = frozenset()
 ) -> Iterator[tuple[str, FieldInfo, frozenset[Fact]]]:
-    """Yield key, field and facts of every setting of a section, and of the sections below it, each before its own settings."""
-    for name, field in section.model_fields.items():
+    """Yield key, field and facts of every setting of a section, then of each section below it, which comes before its own settings."""
+    for name, field in sorted(section.model_fields.items(), key=lambda named: section_of(named[1]) is not None):
         found = facts | {each for each in field.metadata if isinstance(each, Fact)}
         yield f"{prefix}{name}", field, found
         if (below := section_of(field)) is not None:
@@ -46,3 +46,9 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """Return the section that a field holds; None for a setting."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested sections as `section.key` and value."""
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]

@@ -11,8 +11,6 @@ from recsys.config.base import Count, Fact, Fraction, PositiveInt, Section
 from recsys.schema import LARGEST_SECONDS, read_time
 
 AUTO = "auto"
-CSV_SEPARATORS = (",", ";", "\t", "|")
-"""Separators that are detected; others can be given."""
 
 
 def _read_seconds(value: Any) -> Any:
@@ -49,7 +47,7 @@ class ColumnsConfig(Section):
     value: str = "value"
     """Column of ratings or other values; optional."""
     query: str = "query"
-    """Column of what the user typed before the event; optional; empty: ignored."""
+    """Column of the query that the user typed before the event; optional; empty: ignored."""
 
 
 class CsvConfig(Section):
@@ -71,10 +69,11 @@ class CsvConfig(Section):
 
     @model_validator(mode="after")
     def _check_characters(self) -> Self:
-        for name, examples in (("separator", CSV_SEPARATORS), ("quote", ('"', "'", "")), ("escape", ("\\", ""))):
+        for name, example in (("separator", ","), ("quote", '"'), ("escape", "\\")):
             value = getattr(self, name)
-            if value != AUTO and (value not in examples if not value else len(value) > 1 or not value.isascii() or value in "\r\n"):
-                raise ValueError(f"data.csv.{name} = {value!r}: must be one ASCII character or 'auto'; {examples[0]!r} would work")
+            is_character = len(value) == 1 and value.isascii() and value not in "\r\n"
+            if not (is_character or value == AUTO or (value == "" and name != "separator")):
+                raise ValueError(f"data.csv.{name} = {value!r}: must be one ASCII character or 'auto'; {example!r} would work")
         if self.encoding != AUTO:
             try:
                 codecs.lookup(self.encoding)
@@ -160,7 +159,7 @@ class DataConfig(Section):
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
     time_unit: Annotated[Literal["auto", "s", "ms", "us", "ns"], Fact.INPUT] = "auto"
-    """Unit of times that are numbers; `auto` tells it from their digits."""
+    """Unit of times that are numbers; `auto` infers it from the number of digits."""
     cleaning: CleaningConfig = CleaningConfig()
     pseudonym_key_env: str = ""
     """Environment variable with the key that user ids are hashed with; empty: ids are kept."""
@@ -168,7 +167,7 @@ class DataConfig(Section):
     event_kinds: tuple[str, ...] = ()
     """Event kinds from weak to strong; kinds that are not listed follow in the known order."""
     like_threshold: float = 4.0
-    """Values from here on count as a like."""
+    """Smallest value that counts as a like."""
     k_core: Count = 0
     """Drop users and items with fewer interactions, repeatedly; 0: none."""
     split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
@@ -196,7 +195,7 @@ class DataConfig(Section):
     row_group_rows: PositiveInt = 1024
     """Samples per Parquet row group."""
     num_streams: Annotated[int, Field(ge=1, le=5040)] = 48
-    """Streams that samples are dealt from in turn."""
+    """Number of streams that samples are read from in turn."""
     max_file_memory_bytes: Annotated[int, Field(ge=64 << 20), Fact.INPUT] = 4 << 30
     """A file that needs more memory to be read is refused."""
 

@@ -17,9 +17,9 @@ class EvaluationConfig(Section):
     checkpoint: Annotated[str, Fact.PATH, Fact.MAY_CHANGE] = ""
     """Checkpoint to evaluate, as `jobs.train` printed it."""
     compare: Annotated[str, Fact.PATH, Fact.MAY_CHANGE] = ""
-    """Another checkpoint, for a paired significance test."""
-    curve: Annotated[tuple[str, ...], Fact.PATH, Fact.MAY_CHANGE] = ()
-    """Checkpoints trained under other bounds of `fairness`, for a curve of quality against the gap between groups."""
+    """Another checkpoint to compare with by a paired significance test."""
+    fairness_curve: Annotated[tuple[str, ...], Fact.PATH, Fact.MAY_CHANGE] = ()
+    """Checkpoints trained under other `fairness` bounds, for a curve of quality against the gap between groups."""
     baselines: Annotated[tuple[BaselineName, ...], Fact.MAY_CHANGE] = ("popularity",)
     """Baselines that are fitted on the same data and ranked in the same way; popularity always is."""
     baseline_epochs: Annotated[PositiveInt, Fact.MAY_CHANGE] = 20
@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
     metric: str = "ndcg@10"
     """Metric that chooses checkpoints, trials and exports: hr, ndcg, mrr or recall at one of `cutoffs`."""
     batch_size: Annotated[PositiveInt, Fact.MAY_CHANGE] = 256
-    """Users that are scored at once."""
+    """Users per batch of scoring."""
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:

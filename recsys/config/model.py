@@ -18,9 +18,9 @@ class TextConfig(Section):
     backbone: Annotated[str, Fact.PATH_OR_NAME] = "minilm"
     """`minilm`, `tiny`, a name on the hub, a folder or an `s3://` folder."""
     max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
-    """Tokens of a text that are read."""
+    """Maximum number of tokens that are read of a text."""
     pooling: Literal["mean", "first", "last"] = "mean"
-    """How token vectors become a text's vector."""
+    """Pooling of token vectors into the text vector."""
     lora_rank: PositiveInt = 8
     """Rank of LoRA adapters."""
     lora_targets: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class LossConfig(Section):
     temperature: Positive = 1.0
     """Scores are divided by this."""
     chunk_bytes: Annotated[int, Field(ge=1 << 16)] | None = None
-    """Bytes of scores that are held at once; unset: by device."""
+    """Bytes of scores in memory at once; unset: chosen by device."""
 
     @model_validator(mode="after")
     def _check_negatives(self) -> Self:
@@ -117,11 +117,6 @@ class ModelConfig(Section):
     def keeps_texts(self) -> bool:
         """Return whether training caches the vectors of texts outside the micro batch."""
         return self.text.refresh_steps > 0
-
-    @property
-    def scores_unseen_items(self) -> bool:
-        """Return whether training teaches what text and features are worth without an id, all that is known of an unseen item."""
-        return self.id_dropout > 0 or not self.use_ids
 
     @property
     def has_queries(self) -> bool:

@@ -38,15 +38,15 @@ class ServiceConfig(Section):
     max_k: PositiveInt = 500
     """Largest `k` of a request."""
     max_candidates: PositiveInt = 5000
-    """Most candidates of a request."""
+    """Largest number of candidates of a request."""
     max_batch_size: PositiveInt = 32
-    """Most requests that are answered at once."""
+    """Largest number of requests that are answered in one batch."""
     batch_wait_seconds: NonNegative = 0.002
-    """How long a request waits for others to be answered with."""
+    """Time that a request waits for others to form a batch with."""
     min_replicas: PositiveInt = 1
-    """Fewest scorer replicas."""
+    """Smallest number of scorer replicas."""
     max_replicas: PositiveInt = 2
-    """Most scorer replicas."""
+    """Largest number of scorer replicas."""
     ingress_replicas: PositiveInt = 1
     """Replicas of the HTTP ingress."""
     cpus_per_replica: Positive = 1

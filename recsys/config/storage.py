@@ -30,7 +30,7 @@ class RunConfig(Section):
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto` resumes from the newest checkpoint if there is one, `must` refuses to start a new run, `never` refuses to resume."""
     lease_seconds: Positive = 30.0
-    """A process on another machine that trains this run is considered dead after this time without a sign of life."""
+    """A lease on the run that another machine has not renewed for this long has expired."""
     stages: tuple[Stage, ...] = get_args(Stage)
     """Stages of `jobs.pipeline`, in this order."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()

@@ -51,23 +51,23 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt = 128
     """Samples per optimizer step, over all workers."""
     micro_batch_size: Annotated[PositiveInt, Fact.MAY_CHANGE] = 64
-    """Samples per worker and backward pass; the most of them if `num_workers` is elastic."""
+    """Samples per worker and backward pass; an upper limit if `num_workers` is elastic."""
     epochs: Annotated[PositiveInt, Fact.MAY_CHANGE] = 20
-    """Passes over the training data at most."""
+    """Maximum number of passes over the training data."""
     max_steps: Annotated[PositiveInt | None, Fact.MAY_CHANGE] = None
-    """Optimizer steps at most."""
+    """Maximum number of optimizer steps; unset: no limit."""
     early_stopping_patience: Annotated[PositiveInt | None, Fact.MAY_CHANGE] = 5
     """Stop after this many epochs without improvement of `evaluation.metric`."""
     shuffle_row_groups: Count = 2
     """Samples are shuffled within windows of this many row groups of each stream; 0: the order of the shards."""
     shuffle_histories: bool = False
-    """Shuffle each user's interactions in every epoch, for splits that know no time."""
+    """Shuffle each user's interactions in every epoch, for splits without an order in time."""
     prefetch_bytes: Annotated[Count, Fact.MACHINE] = 16 << 20
-    """Bytes that are read ahead of training at most."""
+    """Maximum number of bytes that are read ahead of training."""
     cache_bytes: Annotated[Count, Fact.MACHINE] = 8 << 30
-    """Disk cache per node of what was read from S3."""
+    """Size of each node's disk cache of shards from S3."""
     max_failures: Annotated[Count, Fact.MAY_CHANGE] = 3
-    """Restarts after failures without a new checkpoint in between."""
+    """Maximum number of restarts after failures without a new checkpoint in between."""
     hang_seconds: Annotated[Positive, Fact.MAY_CHANGE] = 600.0
     """A worker whose step takes longer counts as failed."""
     on_non_finite: Annotated[Literal["stop", "roll_back", "skip"], Fact.MAY_CHANGE] = "roll_back"
@@ -81,22 +81,20 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
-        if self.min_workers > self.max_workers:
+        low, high = self.min_workers, self.max_workers
+        if low > high:
+            raise ValueError(f"training.num_workers = [{low}, {high}] must be [min, max]; [{high}, {low}] would work")
+        if self.global_batch_size < high:
             raise ValueError(
-                f"training.num_workers = [{self.min_workers}, {self.max_workers}] must be [min, max]; "
-                f"[{self.max_workers}, {self.min_workers}] would work"
+                f"training.global_batch_size = {self.global_batch_size} must have a sample for each of training.num_workers = {high}; "
+                f"{high} would work"
             )
-        if self.global_batch_size < self.max_workers:
-            raise ValueError(
-                f"training.global_batch_size = {self.global_batch_size} must have a sample for each of training.num_workers = "
-                f"{self.max_workers}; {self.max_workers} would work"
-            )
-        share = self.micro_batch_size * self.max_workers
+        share = self.micro_batch_size * high
         if not self.is_elastic and self.global_batch_size % share:
             near = share * math.ceil(self.global_batch_size / share)
             raise ValueError(
                 f"training.global_batch_size = {self.global_batch_size} must be divisible by training.micro_batch_size x "
-                f"training.num_workers = {self.micro_batch_size} x {self.max_workers}; {near} would work"
+                f"training.num_workers = {self.micro_batch_size} x {high}; {near} would work"
             )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")
@@ -135,7 +133,7 @@ class FairnessConfig(Section):
     max_gap: NonNegative = 0.0
     """Largest allowed gap, as a share of the mean over the validation users."""
     dual_rate: Positive = 0.5
-    """Weight that a group gains per epoch for each whole mean that it lies beyond the bound."""
+    """Step size of the dual variables: weight that a group gains per epoch and unit of relative gap beyond the bound."""
 
 
 class PretrainingConfig(Section):

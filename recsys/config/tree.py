@@ -1,16 +1,17 @@
-"""The whole config tree, and loading it from TOML and `--set`."""
+"""The whole config tree, loading it from TOML and `--set`, and one line for every mistake in it."""
 
+import difflib
+import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from recsys.config.base import Fact, Section, fields_of
+from recsys.config.base import Fact, Section, fields_of, leaves, section_of
 from recsys.config.data import DataConfig
-from recsys.config.errors import explain
 from recsys.config.evaluation import EvaluationConfig, SearchConfig
 from recsys.config.model import ModelConfig
 from recsys.config.service import ExportConfig, ServiceConfig
@@ -48,17 +49,18 @@ class Config(Section):
         """Return the keys that a file or the command line gave; the others have their default or were adopted."""
         return self._given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_former_keys(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        return with_present_keys(tree)
+
     @model_validator(mode="after")
-    def _check_search(self) -> Self:
+    def _check_across_sections(self) -> Self:
         bad = [width for width in self.search.width if width % self.model.num_heads]
         if bad:
             raise ValueError(
                 f"search.width = {list(self.search.width)}: {bad[0]} must be divisible by model.num_heads = {self.model.num_heads}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
         if self.training.shuffle_histories and self.model.use_gaps:
             raise ValueError("training.shuffle_histories = true leaves no time between interactions to learn; set model.use_gaps=false")
         return self
@@ -91,6 +93,14 @@ class Config(Section):
         return _validate(tree, self.given)
 
 
+def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a config, such as an older checkpoint's, with the keys of earlier releases under their present names."""
+    evaluation = tree.get("evaluation")
+    if not isinstance(evaluation, dict) or "curve" not in evaluation:
+        return tree
+    return {**tree, "evaluation": {"fairness_curve" if key == "curve" else key: value for key, value in evaluation.items()}}
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, check all, and make local paths absolute.
 
@@ -110,12 +120,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not separator or "." not in key:
             raise UserError(f"--set {override}: must be section.key=value, such as --set training.epochs=3")
         _put(tree, key, _parse_value(text))
-    return _with_absolute_paths(_validate(tree, frozenset(_keys(tree))))
-
-
-def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}",)
+    tree = with_present_keys(tree)
+    return _with_absolute_paths(_validate(tree, frozenset(key for key, _ in leaves(tree))))
 
 
 def _parse_value(text: str) -> Any:
@@ -139,8 +145,26 @@ def _validate(tree: dict[str, Any], given: frozenset[str]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, Config)) from None
+        raise UserError(_explain(error)) from None
     return config.as_given(given)
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
+    first = error.errors()[0]
+    key, value = ".".join(str(part) for part in first["loc"]), json.dumps(first["input"], default=str)
+    fields = {known: field for known, field, _ in fields_of(Config)}
+    if first["type"] == "extra_forbidden":
+        section, _, name = key.rpartition(".")
+        siblings = {known.rpartition(".")[2]: known for known in fields if known.rpartition(".")[0] == section}
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {siblings[close[0]]}?"
+    if first["type"] == "value_error":
+        is_setting = key in fields and section_of(fields[key]) is None
+        return f"{key} = {value}: {first['ctx']['error']}" if is_setting else str(first["ctx"]["error"])
+    while "." in key and key not in fields:  # below a key are places in a list, and names of alternatives
+        key = key.rpartition(".")[0]
+    return f"{key} = {value}: {first['msg']}"
 
 
 def _with_absolute_paths(config: Config) -> Config:

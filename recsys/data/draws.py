@@ -41,7 +41,7 @@ def negative_items(catalogue: ItemFeatures, model: ModelConfig) -> torch.Tensor:
     text and features are worth alone; where it does not, nothing else would keep the score of such an item down.
     """
     is_compared = catalogue.train_count > 0
-    if not model.scores_unseen_items:
+    if model.use_ids and not model.id_dropout:
         is_compared = torch.arange(len(is_compared)) > 0
     return torch.nonzero(is_compared).flatten()
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recsys.config import Config
-from recsys.config.use import refuse_contradictions
+from recsys.config.verb_settings import refuse_contradictions
 from recsys.errors import UserError
 from recsys.schema import Task
 from recsys.store import Storage, join

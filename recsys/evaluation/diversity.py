@@ -1,21 +1,46 @@
-"""Re-ranking for diversity, as pure functions, and what it gains and costs."""
+"""Re-ranking for diversity as pure functions, the content vectors that items are alike by, and the curve of quality against diversity."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.preprocessing import normalize
 
 from recsys.arrays import Floats, Integers
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.items import ItemFeatures
 from recsys.errors import UserError
 from recsys.evaluation.metrics import coverage, intra_list_diversity, ranking_metrics
 from recsys.evaluation.ranking import NUM_CANDIDATES, Ranked
 
 OWN_SHARE = 0.1
-"""The part of each item that no other has, for `dpp`: without it no list could be longer than the vectors, or hold two equal ones."""
+"""Share of each item that no other has, for `dpp`: without it no list could be longer than the vectors, or hold two equal ones."""
 
 Rerank = Callable[[Floats, Floats, float, int], Integers]
+
+
+def content_vectors(catalogue: ItemFeatures) -> csr_array | None:
+    """Describe each item by its categories, or else by its given vector, or else by the words of its text.
+
+    The model's own vectors would let it judge itself, and no two models could be compared.
+
+    Returns:
+        (I + 1, C) of rows of length 1, or 0 where nothing is known of an item; None where the catalogue has nothing.
+    """
+    if catalogue.categories.any():
+        categories = catalogue.categories.numpy()
+        rows, columns = np.nonzero(categories)
+        entries = (np.ones(len(rows)), (rows, categories[rows, columns]))
+        vectors = csr_array(entries, shape=(len(categories), catalogue.num_categories + 1))
+    elif catalogue.vectors.any():
+        vectors = csr_array(catalogue.vectors.numpy(), dtype=np.float64)
+    elif catalogue.has_text.any():
+        vectors = HashingVectorizer(alternate_sign=False).transform(catalogue.texts)
+    else:
+        return None
+    return csr_array(normalize(vectors))
 
 
 def mmr(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integers:
@@ -67,13 +92,13 @@ METHODS: dict[str, Rerank] = {"mmr": mmr, "dpp": dpp}
 
 
 def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """Re-rank each user's best NUM_CANDIDATES items by every weight, 0 first; return what the lists are worth then.
+    """Re-rank each user's best NUM_CANDIDATES items by every weight, 0 first; return quality, diversity and coverage of the lists.
 
     Args:
         targets: (users, targets) in the order of `ranked.ranks`.
 
     Raises:
-        UserError: the catalogue says nothing that items could be alike in.
+        UserError: the catalogue has nothing to compare items by.
     """
     if vectors is None:
         raise UserError("evaluation.diversity: the catalogue has no categories, vectors or text to tell items apart by; leave it empty")
@@ -81,17 +106,15 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     weights = sorted({0.0, *config.diversity})
     size = config.batch_size
     parts = [_rerank(ranked, slice(begin, begin + size), vectors, config, weights) for begin in range(0, len(ranked.top), size)]
-    curve = []
-    for weight, lists in zip(weights, np.concatenate(parts, axis=1), strict=True):
-        curve.append(
-            {
-                "weight": weight,
-                config.metric: float(ranking_metrics(_ranks_in(lists, targets), (cutoff,))[config.metric].mean()),
-                f"intra_list_diversity@{cutoff}": float(intra_list_diversity(lists, vectors).mean()),
-                f"coverage@{cutoff}": coverage(lists, vectors.shape[0] - 1),
-            }
-        )
-    return curve
+    return [
+        {
+            "weight": weight,
+            config.metric: float(ranking_metrics(_ranks_in(lists, targets), (cutoff,))[config.metric].mean()),
+            f"intra_list_diversity@{cutoff}": float(intra_list_diversity(lists, vectors).mean()),
+            f"coverage@{cutoff}": coverage(lists, vectors.shape[0] - 1),
+        }
+        for weight, lists in zip(weights, np.concatenate(parts, axis=1), strict=True)
+    ]
 
 
 def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: EvaluationConfig, weights: list[float]) -> Integers:

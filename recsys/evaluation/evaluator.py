@@ -1,63 +1,183 @@
-"""The whole evaluation of a predictor: metrics, baselines, slices, fairness, diversity, comparison."""
+"""The whole evaluation of a predictor on a split: metrics beside baselines, slices, fairness, queries, diversity and comparisons."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.sparse import csr_array
+
+from recsys.arrays import Floats, Integers, Scores
+from recsys.baselines import Baseline, fit_baseline
 from recsys.config.evaluation import EvaluationConfig
-from recsys.data.manifest import Dataset
+from recsys.data.manifest import Dataset, DatasetManifest
+from recsys.data.text.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
 from recsys.errors import UserError
-from recsys.evaluation.baselines import evaluate_baselines
-from recsys.evaluation.diversity import diversity_curve
-from recsys.evaluation.judge import Judge
-from recsys.evaluation.queries import evaluate_queries
-from recsys.evaluation.ranking import PROTOCOL, Ranked, score_by
+from recsys.evaluation.diversity import content_vectors, diversity_curve
+from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
+from recsys.evaluation.ranking import PROTOCOL, Ranked, ScoreUsers, rank_users, score_by, summarise
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
-from recsys.evaluation.tasks import predict_by
-from recsys.evaluation.users import target_items
+from recsys.evaluation.tasks import Predictions, PredictTasks, TaskMeasures, measure_tasks, predict_by
+from recsys.evaluation.users import EvaluationUser, read_evaluation_users, target_items
 from recsys.predictor import Predictor
 
 logger = logging.getLogger(__name__)
+
+POPULARITY = "popularity"
+TYPED_PROTOCOL = "users whose first target came after a query of theirs; it is asked for with what they typed"
+MADE_PROTOCOL = (
+    f"each user's first target is asked for with 1 to {MAX_WORDS} words of its own text, which the model could not know: "
+    "these figures say what a query adds, and are no measure of recommendation"
+)
 
 Load = Callable[[str], Predictor]
 """The address of a checkpoint -> its predictor."""
 
 
 def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, load: Load | None = None) -> dict[str, Any]:
-    """Evaluate a predictor on `evaluation.split`; `load` is needed for `evaluation.compare` and `evaluation.curve`.
+    """Evaluate a predictor on `evaluation.split`; `load` is needed for `evaluation.compare` and `evaluation.fairness_curve`.
 
     Raises:
         UserError: the split has no users, or the config names an attribute, a checkpoint or a re-ranking that cannot be.
     """
-    judge = Judge.read(dataset, predictor.catalogue, config)
-    ranked = judge.rank(score_by(predictor))
-    per_user, tasks = judge.per_user(ranked), judge.tasks(predict_by(predictor))
-    slices = find_slices(judge.users, judge.train_count)
+    users, catalogue = read_evaluation_users(dataset, config.split), predictor.catalogue
+    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
+    ranked = measures.rank(score_by(predictor))
+    per_user, tasks = measures.per_user(ranked), measures.tasks(predict_by(predictor))
+    slices = find_slices(users, measures.train_count)
     result: dict[str, Any] = {
         "split": config.split,
         "protocol": PROTOCOL,
-        "num_users": len(judge.users),
-        "metrics": {**judge.summarise(ranked), **tasks.values()},
+        "num_users": len(users),
+        "metrics": {**measures.summarise(ranked), **tasks.values()},
         "absent_tasks": tasks.absent,
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
-        "baselines": evaluate_baselines(judge, predictor, dataset),
+        "baselines": _evaluate_baselines(measures, predictor, dataset),
         "slices": evaluate_slices(slices, ranked, config.metric),
-        "fairness": fairness_gaps(per_user[config.metric], judge.users, config.fairness_attributes),
+        "fairness": fairness_gaps(per_user[config.metric], users, config.fairness_attributes),
     }
     if predictor.query_encoder is not None:
-        result["queries"] = evaluate_queries(judge, ranked, predictor, dataset)
+        result["queries"] = _evaluate_queries(measures, ranked, predictor, dataset)
     if config.diversity:
-        curve = diversity_curve(ranked, target_items(judge.users), judge.vectors, config)
+        curve = diversity_curve(ranked, target_items(users), measures.vectors, config)
         result["diversity"] = {"method": config.diversity_method, "curve": curve}
     if load and config.compare:
-        other = judge.rank(score_by(_load_other(load, "compare", config.compare, dataset)))
+        other = measures.rank(score_by(_load_other(load, "compare", config.compare, dataset)))
         result["compare"] = {"checkpoint": config.compare, **compare(ranked, other, slices, config.cutoffs, config.metric)}
-    if load and config.curve:
-        result["curve"] = [_point(judge, ranked, predictor, config.checkpoint)]
-        for address in config.curve:
-            other_predictor = _load_other(load, "curve", address, dataset)
-            result["curve"].append(_point(judge, judge.rank(score_by(other_predictor)), other_predictor, address))
+    if load and config.fairness_curve:
+        result["curve"] = [_fairness_point(measures, ranked, predictor, config.checkpoint)]
+        for address in config.fairness_curve:
+            peer = _load_other(load, "fairness_curve", address, dataset)
+            result["curve"].append(_fairness_point(measures, measures.rank(score_by(peer)), peer, address))
+    return result
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures rankings and task predictions on the users of a split, the same way for models and baselines. Shapes: I items."""
+
+    config: EvaluationConfig
+    manifest: DatasetManifest
+    users: Sequence[EvaluationUser]
+    train_count: Integers  # (I + 1,) 0 for padding
+    vectors: csr_array | None  # (I + 1, C)
+
+    def rank(self, score: ScoreUsers) -> Ranked:
+        """Rank all users' targets."""
+        return rank_users(score, self.users, self.config, self.train_count == 0)
+
+    def per_user(self, ranked: Ranked) -> dict[str, Floats]:
+        """Compute every metric that is a mean over users, (users,) each."""
+        metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
+        news, percentiles = information(self.train_count), popularity_percentiles(self.train_count)
+        for k in self.config.cutoffs:
+            lists = ranked.top[:, :k]
+            metrics[f"novelty@{k}"] = list_mean(news, lists)
+            metrics[f"popularity_percentile@{k}"] = list_mean(percentiles, lists)
+            if self.vectors is not None:
+                metrics[f"intra_list_diversity@{k}"] = intra_list_diversity(lists, self.vectors)
+        return metrics
+
+    def summarise(self, ranked: Ranked) -> dict[str, float]:
+        """Average the metrics over users, and add those of all lists together.
+
+        popularity_lift@k is the mean popularity percentile of what is recommended over that of the users' histories (Abdollahpouri 2019).
+        """
+        percentiles, num_items = popularity_percentiles(self.train_count), len(self.train_count) - 1
+        before = float(np.mean([percentiles[user.history.items].mean() for user in self.users]))
+        metrics = summarise(ranked, self.config, num_items)
+        metrics |= {name: float(values.mean()) for name, values in self.per_user(ranked).items()}
+        for k in self.config.cutoffs:
+            metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
+            metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / before
+        return metrics
+
+    def tasks(self, predict: PredictTasks) -> TaskMeasures:
+        """Measure the tasks that are predicted."""
+        return measure_tasks(predict, self.manifest, self.users, self.config.batch_size)
+
+
+def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
+    """Fit the baselines of `evaluation.baselines` on the training data; return the metrics of each, popularity's always and first."""
+    results = {POPULARITY: measures.summarise(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
+    config = predictor.config.model_copy(update={"evaluation": measures.config})
+    for name in measures.config.baselines:
+        if name == POPULARITY:
+            continue
+        logger.info("evaluate: fitting %s", name)
+        begin = time.monotonic()
+        baseline = fit_baseline(name, dataset, predictor.catalogue, config)
+        logger.info("evaluate: fitted %s in %.1f s", name, time.monotonic() - begin)
+        results[name] = _measure_baseline(measures, baseline)
+    return results
+
+
+def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float]:
+    def score(users: Sequence[EvaluationUser]) -> Scores:
+        return baseline.score_catalogue([user.history.items for user in users], [user.user_index for user in users])
+
+    def predict(users: Sequence[EvaluationUser]) -> Predictions | None:
+        pairs = [(user, item) for user in users for item in user.targets.items]
+        return baseline.score_tasks(
+            [user.user_index for user, _ in pairs], np.array([item for _, item in pairs]), [user.history.items for user, _ in pairs]
+        )
+
+    metrics = measures.summarise(measures.rank(score)) if baseline.ranks else {}
+    return metrics | measures.tasks(predict).values()
+
+
+def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
+    """Compare the rank of each user's first target, where there is a query for it, with it and without (`ranked`).
+
+    Queries are what users typed, or else words of the target's text.
+    """
+    texts, has_text = predictor.catalogue.texts, predictor.catalogue.has_text.numpy()
+    is_typed = any(user.query for user in measures.users)
+    typed = read_queries(dataset, Path(predictor.config.run.scratch)) if is_typed else ()
+
+    def query_of(user: EvaluationUser) -> str:
+        item = int(user.targets.items[0])
+        return typed[user.query - 1] if is_typed else drop_words(texts[item], item, EVALUATION_VARIANT)
+
+    def score(users: Sequence[EvaluationUser]) -> Scores:
+        return predictor.score_catalogue([user.history for user in users], [query_of(user) for user in users]).numpy()
+
+    is_asked = np.array([user.query > 0 if is_typed else has_text[user.targets.items[0]] for user in measures.users])
+    users = list(compress(measures.users, is_asked))
+    result: dict[str, Any] = {"protocol": TYPED_PROTOCOL if is_typed else MADE_PROTOCOL, "num_users": len(users)}
+    if not users:
+        return result
+    targets = target_items(users)
+    is_first = targets == np.array([[user.targets.items[0]] for user in users])
+    asked = rank_users(score, users, measures.config)
+    for name, ranks in (("with_query", asked.ranks), ("without_query", ranked.ranks[is_asked][:, : targets.shape[1]])):
+        metrics = ranking_metrics(np.where(is_first, ranks, 0), measures.config.cutoffs)
+        result[name] = {metric: float(values.mean()) for metric, values in metrics.items()}
     return result
 
 
@@ -71,14 +191,14 @@ def _load_other(load: Load, key: str, address: str, dataset: Dataset) -> Predict
     return other
 
 
-def _point(judge: Judge, ranked: Ranked, predictor: Predictor, address: str) -> dict[str, Any]:
-    """Return what a model is worth and how far its groups are apart, under the bound that it was trained with."""
-    values = judge.per_user(ranked)[judge.config.metric]
-    bound = predictor.config.fairness
-    gaps = fairness_gaps(values, judge.users, judge.config.fairness_attributes)
+def _fairness_point(measures: Measures, ranked: Ranked, predictor: Predictor, address: str) -> dict[str, Any]:
+    """Return the main metric of a model and the gaps between groups, with the bound that it was trained under."""
+    config, bound = measures.config, predictor.config.fairness
+    values = measures.per_user(ranked)[config.metric]
+    gaps = fairness_gaps(values, measures.users, config.fairness_attributes)
     return {
         "checkpoint": address,
         "bound": bound.model_dump() if bound.attribute else None,
-        judge.config.metric: float(values.mean()),
+        config.metric: float(values.mean()),
         "gaps": {name: found["gap"] for name, found in gaps.items()},
     }

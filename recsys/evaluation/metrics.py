@@ -5,6 +5,7 @@ Shapes: U users, T most targets of one user, I items, k the list's length.
 
 import numpy as np
 from scipy.sparse import csr_array
+from scipy.stats import rankdata
 
 from recsys.arrays import Floats, Integers
 from recsys.schema import PADDING_ITEM
@@ -38,7 +39,7 @@ def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floa
 
 
 def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floats]:
-    """Return what a random order of the candidates scores on average, exactly, per user as `ranking_metrics` does.
+    """Compute the exact expectation of `ranking_metrics` for a random order of each user's candidates.
 
     With R targets among n candidates the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
     rank holds one with probability R / n.
@@ -68,7 +69,7 @@ def _discounts(k: int) -> Floats:
 
 
 def coverage(recommended: Integers, num_items: int) -> float:
-    """Share of the catalogue that is recommended to at least one user; 0 in `recommended` is padding."""
+    """Return the share of the catalogue that is recommended to at least one user; 0 in `recommended` is padding."""
     return float(np.count_nonzero(np.unique(recommended)) / num_items)
 
 
@@ -85,19 +86,16 @@ def gini(recommended: Integers, num_items: int) -> float:
 def information(train_count: Integers) -> Floats:
     """Return each item's self-information -log2((c + 1) / (sum of c + I)), c its training interactions (I + 1,).
 
-    One is added to each count (Laplace), so that an item that training never saw is novel, and not infinitely so. The mean over a list
-    is its novelty (Zhou et al. 2010).
+    One is added to each count (Laplace), so that the novelty of a cold item is finite. The mean over a list is its novelty (Zhou et al.
+    2010).
     """
     counts = train_count[1:]
     return np.concatenate([[0.0], -np.log2((counts + 1) / (counts.sum() + len(counts)))])
 
 
 def popularity_percentiles(train_count: Integers) -> Floats:
-    """Return for each item the share of the catalogue that has fewer training interactions, and half of that with as many (I + 1,)."""
-    counts = train_count[1:]
-    ordered = np.sort(counts)
-    below, up_to = (np.searchsorted(ordered, counts, side=side) for side in ("left", "right"))
-    return np.concatenate([[0.0], (below + up_to) / (2 * len(counts))])
+    """Return for each item the share of the catalogue with fewer training interactions, plus half of that with as many (I + 1,)."""
+    return np.concatenate([[0.0], (rankdata(train_count[1:]) - 0.5) / (len(train_count) - 1)])
 
 
 def list_mean(values: Floats, recommended: Integers) -> Floats:

@@ -17,19 +17,18 @@ from recsys.schema import PADDING_ITEM, RANK_TIE_RULE, TIE_RULE
 PROTOCOL = f"every item ranked, seen items removed; {TIE_RULE}; {RANK_TIE_RULE}"
 
 NUM_CANDIDATES = 100
-"""How many of a user's best items are re-ranked where lists are to be diverse."""
+"""Number of a user's best items that are re-ranked for diversity."""
 
 ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
-"""B users -> their scores of every item (B, I + 1); what padding's column holds does not matter."""
+"""B users -> their scores of every item (B, I + 1); the column of padding is ignored."""
 
 
 @dataclass(frozen=True)
 class Ranked:
     """Per user: the ranks of the distinct targets, by index, and the best items.
 
-    Ranks run from 1 and are 0 where a user has fewer targets. `like_ranks` are those among the target's like alone: a cold target's among
-    the cold items, another's among the warm ones. `top` is 0 where there are fewer items; it is longer than the longest list where lists
-    are to be re-ranked.
+    Ranks run from 1 and are 0 where a user has fewer targets. `like_ranks` are those of a cold target among the cold items, and of a warm
+    one among the warm items. `top` is 0 where there are fewer items; it is longer than the longest list where lists are re-ranked.
     """
 
     ranks: Integers  # (users, targets)
@@ -53,7 +52,7 @@ def score_by(predictor: Predictor) -> ScoreUsers:
 
 
 def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: Mask | None = None) -> Ranked:
-    """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) tells which items training never saw."""
+    """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) marks the items that training never saw."""
     depth = max(config.cutoffs + (NUM_CANDIDATES,) * bool(config.diversity))
     rows: list[tuple[NDArray[Any], ...]] = []
     for batch in batches(users, config.batch_size):
@@ -67,7 +66,7 @@ def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: Evalu
 
 
 def target_ranks(scores: Scores, user: EvaluationUser, is_cold: Mask | None = None) -> tuple[Integers, Integers]:
-    """Rank each distinct target, by index, among all unseen items and among those that are cold as it is, or warm as it is.
+    """Rank each distinct target, by index, among all unseen items, and among the unseen cold or warm ones, as it is cold or warm itself.
 
     A rank is 1 + the number of candidates that score higher, or the same at a lower index.
     """

@@ -10,12 +10,13 @@ from recsys.arrays import Floats
 NUM_RESAMPLES = 1000
 NUM_FLIPS = 10_000
 _FLIP_BYTES_AT_ONCE = 1 << 19
+_SEED = 0
 
 Interval = tuple[float, float]
 
 
 def resampled_counts(num_users: int, generator: np.random.Generator) -> Iterator[Floats]:
-    """Draw as many users as there are with replacement, again and again; tell how often each was drawn (Efron 1979)."""
+    """Yield resamples of the users with replacement, as how often each is drawn (Efron 1979)."""
     for _ in range(NUM_RESAMPLES):
         yield np.bincount(generator.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)
 
@@ -31,27 +32,27 @@ def interval_95(resamples: Floats) -> Interval:
     return float(low), float(high)
 
 
-def bootstrap_intervals(values: Mapping[str, Floats], seed: int = 0) -> dict[str, Interval]:
+def bootstrap_intervals(values: Mapping[str, Floats]) -> dict[str, Interval]:
     """Return the 95 % percentile interval of the mean over users of each metric (users,); all see the same resamples."""
-    means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(seed))
+    means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(_SEED))
     return {name: interval_95(column) for name, column in zip(values, means.T, strict=True)}
 
 
-def measure_intervals(measures: Mapping[str, Callable[[Floats], float]], num_users: int, seed: int = 0) -> dict[str, Interval]:
-    """Return the same of metrics that are no means over users but functions of how often each user counts."""
+def measure_intervals(measures: Mapping[str, Callable[[Floats], float]], num_users: int) -> dict[str, Interval]:
+    """Return the same intervals of metrics that are functions of how often each user counts."""
     if not measures:
         return {}
-    draws = resampled_counts(num_users, np.random.default_rng(seed))
+    draws = resampled_counts(num_users, np.random.default_rng(_SEED))
     resamples = np.array([[measure(counts) for measure in measures.values()] for counts in draws])
     return {name: interval_95(column) for name, column in zip(measures, resamples.T, strict=True)}
 
 
-def sign_flip_p(differences: Floats, seed: int = 0) -> Floats:
+def sign_flip_p(differences: Floats) -> Floats:
     """Test two-sided whether paired differences (users, M) have the mean 0, by flipping signs at random (Fisher 1935).
 
     p = (1 + the number of flips whose mean is as far from 0 as the one found) / (1 + the number of flips).
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(_SEED)
     moving = differences[differences.any(axis=1)]  # flipping a 0 changes nothing
     total = moving.sum(axis=0)
     found = np.abs(total) * (1 - 1e-9)  # sums in another order are not smaller

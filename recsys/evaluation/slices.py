@@ -1,4 +1,4 @@
-"""Metrics on parts of the users and of their targets, how far groups of users differ, and the paired comparison of two checkpoints."""
+"""Metrics of slices of the users and of their targets, gaps between groups of users, and the paired comparison of two checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from recsys.evaluation.significance import bootstrap_intervals, interval_95, res
 from recsys.evaluation.users import EvaluationUser, groups_of, target_items
 
 MIN_SLICE_USERS = 10
+MIN_GROUP_USERS = 30
 NUM_DECILES = 10
 COLD, COLD_AMONG_COLD = "cold target", "cold target among cold items"
 WARM, WARM_AMONG_WARM = "warm target", "warm target among warm items"
@@ -40,7 +41,7 @@ class Slice:
         return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
 
     def random(self, cutoff: int) -> dict[str, Floats]:
-        """Compute what a random order of the candidates gives on average (members,)."""
+        """Compute the expectation of a random order of the candidates (members,)."""
         members = self.is_member
         return random_metrics(self.is_target.sum(1)[members], self.num_candidates[members], (cutoff,))
 
@@ -76,7 +77,7 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
 
 
 def popularity_deciles(train_count: Integers) -> Integers:
-    """Number each item's decile from 1, the most popular, by the training interactions of more popular items; cold ones get 0 (I + 1,)."""
+    """Return each item's decile, 1 the most popular, by the training interactions of more popular items; 0 for cold items (I + 1,)."""
     order = np.argsort(-train_count, kind="stable")
     before = np.empty(len(order), np.int64)
     before[order] = np.cumsum(train_count[order]) - train_count[order]
@@ -85,7 +86,7 @@ def popularity_deciles(train_count: Integers) -> Integers:
 
 
 def evaluate_slices(slices: dict[str, Slice], ranked: Ranked, metric: str) -> dict[str, dict[str, Any]]:
-    """Average the main metric and its hit rate over each slice's users, with what a random order would give beside."""
+    """Average the main metric and the hit rate over each slice's users, beside the expectation of a random order."""
     cutoff = int(metric.partition("@")[2])
     names = tuple(dict.fromkeys((metric, f"hr@{cutoff}")))
     result = {}
@@ -107,9 +108,6 @@ def _count_candidates(users: Sequence[EvaluationUser], train_count: Integers) ->
     num_seen = np.array([len(items) for items in seen])
     num_cold_seen = np.array([is_cold[items - 1].sum() for items in seen])
     return len(is_cold) - num_seen, is_cold.sum() - num_cold_seen
-
-
-MIN_GROUP_USERS = 30
 
 
 def fairness_gaps(values: Floats, users: Sequence[EvaluationUser], attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -134,24 +132,23 @@ def fairness_gaps(values: Floats, users: Sequence[EvaluationUser], attributes: S
 def _compare(values: Floats, groups: NDArray[np.str_]) -> dict[str, Any]:
     names, counts = np.unique(groups, return_counts=True)
     is_kept = (counts >= MIN_GROUP_USERS) & (names != "")
-    generator = np.random.default_rng(0)
+    left_out = {"num_groups_left_out": int((~is_kept).sum()), "num_users_left_out": int(counts[~is_kept].sum())}
     members = {str(name): values[groups == name] for name in names[is_kept]}
+    if not members:
+        return {"groups": {}, **left_out}
+    generator = np.random.default_rng(0)
     # Each group is resampled by itself, so that none can vanish from a resample.
     resamples = {name: resampled_means(own[:, None], generator)[:, 0] for name, own in members.items()}
     means = {name: float(own.mean()) for name, own in members.items()}
-    counted = {"num_groups_left_out": int((~is_kept).sum()), "num_users_left_out": int(counts[~is_kept].sum())}
-    if not members:
-        return {"groups": {}, **counted}
-    gap = max(means.values()) - min(means.values())
-    overall = float(np.concatenate(list(members.values())).mean())
+    gap, overall = max(means.values()) - min(means.values()), float(np.concatenate(list(members.values())).mean())
     return {
         "groups": {
             name: {"num_users": len(own), "mean": means[name], "interval_95": interval_95(resamples[name])} for name, own in members.items()
         },
         "gap": gap,
-        "interval_95": interval_95(np.ptp(np.stack(list(resamples.values())), axis=0)),
+        "interval_95": interval_95(np.ptp(list(resamples.values()), axis=0)),
         "relative_gap": gap / overall if overall else 0.0,
-        **counted,
+        **left_out,
     }
 
 
@@ -165,15 +162,15 @@ def compare(ranked: Ranked, other: Ranked, slices: dict[str, Slice], cutoffs: tu
     in_slices = {name: (each.metrics(ranked, cutoff)[metric], each.metrics(other, cutoff)[metric]) for name, each in slices.items()}
     return {
         "metrics": {
-            name: {"value": float(mine[name].mean()), "other": float(theirs[name].mean()), **differences}
-            for name, differences in _differ({name: mine[name] - theirs[name] for name in mine}).items()
+            name: {"value": float(mine[name].mean()), "other": float(theirs[name].mean()), **difference}
+            for name, difference in _test_differences({name: mine[name] - theirs[name] for name in mine}).items()
         },
-        "slices": {name: _differ({metric: own - others}) for name, (own, others) in in_slices.items()},
+        "slices": {name: _test_differences({metric: own - others}) for name, (own, others) in in_slices.items()},
     }
 
 
 def sentence(compared: dict[str, Any], metric: str) -> str:
-    """Say what was found of one metric in a line."""
+    """Return the comparison by one metric in a line."""
     found = compared["metrics"][metric]
     low, high = found["interval_95"]
     return (
@@ -182,7 +179,7 @@ def sentence(compared: dict[str, Any], metric: str) -> str:
     )
 
 
-def _differ(differences: dict[str, Floats]) -> dict[str, dict[str, Any]]:
+def _test_differences(differences: dict[str, Floats]) -> dict[str, dict[str, Any]]:
     ps = sign_flip_p(np.stack(list(differences.values()), axis=1))
     intervals = bootstrap_intervals(differences)
     return {

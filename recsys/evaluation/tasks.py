@@ -19,11 +19,11 @@ NUM_BINS = 15
 _SMALLEST = np.finfo(np.float64).tiny
 
 Measure = Callable[[Floats], float]
-"""How often each user counts (U,) -> a metric; all ones give its value, counts of a resample what the resample gives."""
+"""How often each user counts (U,) -> a metric: ones give its value, the counts of a resample that of the resample."""
 
 
 def task_measures(kind: str, labels: Floats, predictions: Floats, owners: Integers) -> dict[str, Measure]:
-    """Return what a task is judged by: rmse of a regression; logloss, ece, auc and uauc of probabilities.
+    """Return the metrics of a task: rmse of a regression; logloss, ece, auc and uauc of probabilities.
 
     AUC and UAUC are left out where no two labels can be compared.
 
@@ -57,7 +57,7 @@ def calibration_error(labels: Floats, predictions: Floats, weights: Floats) -> f
 
 
 def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measure:
-    """Make the share of (positive, negative) pairs in the right order, ties half (Mann and Whitney 1947); sorted once for all weights."""
+    """Build the AUC, ties counting half (Mann and Whitney 1947); predictions are sorted once for all weights."""
     order = np.argsort(predictions, kind="stable")
     sorted_predictions, is_positive, users = predictions[order], labels[order] > 0, owners[order]
     starts = np.flatnonzero(np.diff(sorted_predictions, prepend=-np.inf))  # of each distinct prediction
@@ -72,7 +72,7 @@ def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measur
 
 
 def user_auc(labels: Floats, predictions: Floats, owners: Integers) -> tuple[Integers, Floats]:
-    """Compute the AUC of each user who has labels of both classes; their plain mean, each user counting the same, is the UAUC."""
+    """Compute the AUC of each user who has labels of both classes; their plain mean is the UAUC."""
     order = np.argsort(owners, kind="stable")
     users, areas = [], []
     for own in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
@@ -88,7 +88,7 @@ def user_auc(labels: Floats, predictions: Floats, owners: Integers) -> tuple[Int
 
 Predictions = dict[str, NDArray[np.float32]]
 PredictTasks = Callable[[Sequence[EvaluationUser]], Predictions | None]
-"""Users -> of each task that is predicted, one number for every target of every user, in their order; none: it predicts no task."""
+"""Users -> by task, one number for every target of every user, in their order; None: no task is predicted."""
 
 
 def predict_by(predictor: Predictor) -> PredictTasks:
@@ -103,7 +103,7 @@ def predict_by(predictor: Predictor) -> PredictTasks:
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """What tasks are judged by, as `task.metric`, how many labels that rests on, and why a task is not judged."""
+    """The metrics of tasks by `task.metric`, how many labels each task has, and why a task has no metrics."""
 
     num_users: int
     num_labels: dict[str, int]
@@ -111,9 +111,8 @@ class TaskMeasures:
     absent: dict[str, str]
 
     def values(self) -> dict[str, float]:
-        """Compute the metrics, all users counting once, with the numbers of labels as `task.num_labels`."""
-        everyone = np.ones(self.num_users)
-        return {**self.num_labels, **{name: measure(everyone) for name, measure in self.measures.items()}}
+        """Compute the metrics, with the numbers of labels as `task.num_labels`."""
+        return {**self.num_labels, **{name: measure(np.ones(self.num_users)) for name, measure in self.measures.items()}}
 
     def intervals(self) -> dict[str, Interval]:
         """Compute the metrics' 95 % intervals over resampled users."""
@@ -121,7 +120,7 @@ class TaskMeasures:
 
 
 def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Sequence[EvaluationUser], batch_size: int) -> TaskMeasures:
-    """Predict every task of all targets, and hold the predictions against the labels that there are."""
+    """Predict every task of all targets, and compare the predictions with the labels that there are."""
     parts = [predict(batch) or {} for batch in batches(users, batch_size)] if manifest.tasks else [{}]
     events, values = (torch.from_numpy(np.concatenate([getattr(user.targets, name) for user in users])) for name in ("events", "values"))
     labels, mask = (array.numpy() for array in task_labels(manifest, events, values))
@@ -132,8 +131,11 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
         truth = labels[has_label, column].astype(np.float64)
         if task.name not in parts[0]:
             continue
-        if reason := _why_absent(task.kind, truth):
-            found.absent[task.name] = reason
+        if not len(truth):
+            found.absent[task.name] = "no target has a label"
+            continue
+        if task.kind == "binary" and (truth == truth[0]).all():
+            found.absent[task.name] = f"all {len(truth)} labels are {truth[0]:g}"
             continue
         if task.kind == "regression":
             truth = truth * manifest.value_std + manifest.value_mean
@@ -142,12 +144,3 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
         for name, measure in task_measures(task.kind, truth, predictions, owners[has_label]).items():
             found.measures[f"{task.name}.{name}"] = measure
     return found
-
-
-def _why_absent(kind: str, labels: Floats) -> str | None:
-    """Return why a task cannot be judged, or None: it has no labels, or binary labels that are all equal."""
-    if not len(labels):
-        return "no target has a label"
-    if kind == "binary" and (labels == labels[0]).all():
-        return f"all {len(labels)} labels are {labels[0]:g}"
-    return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,34 +39,30 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
     Raises:
         UserError: there is no such user.
     """
-    table = dataset.read_users(_COLUMNS)
-    users = [user for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split)]
-    if not users:
-        raise _no_users(dataset, split)
-    return users
+    return list(_find_users(dataset, split))
 
 
 def refuse_no_users(dataset: Dataset, split: str) -> None:
-    """Find out whether any user has a target in the split, reading no more than it takes to find one.
+    """Check that some user has a target in the split, reading no more than it takes to find one.
 
     Raises:
-        UserError: no user has.
+        UserError: there is no such user.
     """
+    _find_users(dataset, split)
+
+
+def _find_users(dataset: Dataset, split: str) -> Iterator[EvaluationUser]:
     manifest = dataset.manifest
-    tables = (
-        (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards)
-        if manifest.version == 1
-        else (dataset.read_users(_COLUMNS),)
-    )
-    if not any(True for table in tables for rows in table.to_batches(READ_ROWS) for _ in _read_rows(rows, split)):
-        raise _no_users(dataset, split)
-
-
-def _no_users(dataset: Dataset, split: str) -> UserError:
-    return UserError(
-        f"{dataset.uri}: no user has a {split} target that they have not seen before; with data.split = leave_one_out users need "
-        "3 interactions, with 'time' some after data.validation_from and data.test_from"
-    )
+    by_shard = manifest.version == 1  # a later version may replace users of an earlier shard
+    tables = (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards) if by_shard else (dataset.read_users(_COLUMNS),)
+    users = (user for table in tables for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split))
+    first = next(users, None)
+    if first is None:
+        raise UserError(
+            f"{dataset.uri}: no user has a {split} target that they have not seen before; with data.split = leave_one_out users need "
+            "3 interactions, with 'time' some after data.validation_from and data.test_from"
+        )
+    return chain([first], users)
 
 
 def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
@@ -90,7 +87,7 @@ def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:
-    """Cut the users into batches."""
+    """Yield the users in batches."""
     for begin in range(0, len(users), size):
         yield users[begin : begin + size]
 
@@ -107,7 +104,7 @@ def groups_of(users: Sequence[EvaluationUser]) -> dict[str, NDArray[np.str_]]:
 
 
 def rectangle(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Lay rows of unlike length out as a rectangle, filled up with 0."""
+    """Stack rows of unlike length, padded with 0."""
     lengths = np.array([len(row) for row in rows])
     filled = np.zeros((len(rows), lengths.max()), rows[0].dtype)
     filled[np.arange(filled.shape[1]) < lengths[:, None]] = np.concatenate(rows)

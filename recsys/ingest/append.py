@@ -35,7 +35,7 @@ from recsys.arrays import Floats, Integers, Mask
 from recsys.config import Config
 from recsys.config.base import Fact
 from recsys.config.data import DataConfig
-from recsys.config.use import facts_of, refuse_contradictions
+from recsys.config.verb_settings import facts_of, refuse_contradictions
 from recsys.data.manifest import Dataset, last_rows
 from recsys.errors import UserError
 from recsys.ingest.clean.pseudonyms import refuse_other_key

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TextIO
 
 from recsys import terminal
 from recsys.config import Config, load_config
-from recsys.config.use import unread
+from recsys.config.verb_settings import unread
 from recsys.errors import UserError
 from recsys.store import private_folder
 from recsys.store.errors import explained

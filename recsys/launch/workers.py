@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from recsys.config import Config
-from recsys.config.use import TRIALS
+from recsys.config.verb_settings import TRIALS
 from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.launch.head import PRIVATE

@@ -65,7 +65,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     run_distributed(train_here, 1, trained)
     store = CheckpointStore(storage, trained, dataset)
     first, last = (store.uri(step) for step in store.steps())
-    return trained.with_values({**EVALUATION, "evaluation.checkpoint": last, "evaluation.compare": first, "evaluation.curve": [first]})
+    return trained.with_values(
+        {**EVALUATION, "evaluation.checkpoint": last, "evaluation.compare": first, "evaluation.fairness_curve": [first]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_every_plot_is_readable(browser: Browser, result: dict[str, Any], width:
 
 
 def test_a_plain_evaluation_says_what_could_be_asked_for(browser: Browser, config: Config) -> None:
-    plain = run(config.with_values({"evaluation.compare": "", "evaluation.curve": [], "evaluation.diversity": []}))
+    plain = run(config.with_values({"evaluation.compare": "", "evaluation.fairness_curve": [], "evaluation.diversity": []}))
     assert not {"compare", "curve", "diversity"} & plain.keys()
     page = opened(browser, Path(plain["report"]).as_uri())
     assert_readable(page, FIGURES - {"fairness-0"} | {"fairness"}, {"diversity", "fairness"})

@@ -11,7 +11,7 @@ import torch
 import jobs.evaluate
 import jobs.export
 from recsys.config import Config, Section, load_config
-from recsys.config.use import reads
+from recsys.config.verb_settings import reads
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share

@@ -18,8 +18,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.sequences import Rows
 from recsys.data.text.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.errors import UserError
-from recsys.evaluation.evaluator import evaluate
-from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
+from recsys.evaluation.evaluator import MADE_PROTOCOL, TYPED_PROTOCOL, evaluate
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as arrow_csv
 
-from recsys.config.data import AUTO, CSV_SEPARATORS, CsvConfig
+from recsys.config.data import AUTO, CsvConfig
 from recsys.errors import UserError
 from recsys.ingest.sources import lines as text_lines
 from recsys.ingest.sources.lines import MAX_LINE_BYTES, batches, open_stream, read_blocks, read_lines
@@ -26,6 +26,7 @@ _RECORDS_BYTES = 8 << 20
 
 _SINGLE, _DOUBLE = "'", '"'
 _BACKSLASH = "\\"
+_DETECTED_SEPARATORS = (",", ";", "\t", "|")
 _DOUBLED = re.compile(r'[^,;\t|\r\n]""|""[^,;\t|\r\n]')
 """A quote that is doubled, where an empty field is not."""
 
@@ -93,7 +94,7 @@ def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
     candidates = product(
         _escapes(text) if settings.escape == AUTO else (settings.escape,),
         quotes if settings.quote == AUTO else (settings.quote,),
-        CSV_SEPARATORS if settings.separator == AUTO else (settings.separator,),
+        _DETECTED_SEPARATORS if settings.separator == AUTO else (settings.separator,),
     )
     best, best_score = Dialect(encoding=encoding), (False, 0)
     for escape, quote, separator in candidates:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save
 
 from recsys import __version__
 from recsys.config import Config
-from recsys.config.base import Fact
-from recsys.config.use import facts_of, leaves
+from recsys.config.base import Fact, leaves
+from recsys.config.tree import with_present_keys
+from recsys.config.verb_settings import facts_of
 from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.store import Storage, join, private_folder
@@ -292,7 +293,7 @@ def superfluous_steps(steps: Iterable[int], best_step: int | None, keep_last: in
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """List the keys whose values forbid a resume, as `key: saved -> current`."""
-    before, after = dict(leaves(saved)), dict(leaves(current))
+    before, after = dict(leaves(with_present_keys(saved))), dict(leaves(current))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recsys.config import Config
-from recsys.config.use import refuse_contradictions
+from recsys.config.verb_settings import refuse_contradictions
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.model.recommender import Recommender, build_recommender

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys.config import Config
-from recsys.config.use import leaves
+from recsys.config.base import leaves
 from recsys.errors import UserError
 from recsys.store import private_folder
 

@@ -1,5 +1,6 @@
 """The config tree: defaults, files, overrides, and one clear line for every mistake."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -75,6 +76,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
 def test_a_recipe_survives_a_round_trip(path: Path) -> None:
     config = load_config(path)
     assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_key_under_its_former_name_is_read(tmp_path: Path) -> None:
+    saved = load_config().model_dump(mode="json")
+    saved["evaluation"]["curve"] = [*saved["evaluation"].pop("fairness_curve"), "s3://other"]
+    assert Config.model_validate(saved).evaluation.fairness_curve == ("s3://other",)
+    assert Config.model_validate_json(json.dumps(saved)).evaluation.fairness_curve == ("s3://other",)
+    path = tmp_path / "former.toml"
+    path.write_text("[evaluation]\ncurve = ['s3://other']\n")
+    config = load_config(path)
+    assert (config.evaluation.fairness_curve, config.given) == (("s3://other",), {"evaluation.fairness_curve"})
 
 
 def test_accumulation_is_derived() -> None:

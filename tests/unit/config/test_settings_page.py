@@ -9,11 +9,10 @@ import pytest
 
 from recsys.config import Config
 from recsys.config.base import fields_of, section_of
-from recsys.config.settings import help_text, page, reads_setting
-from recsys.config.use import READS
+from recsys.config.settings import help_text, page
+from recsys.config.verb_settings import VERBS, reads
 
 ROOT = Path(__file__).parents[3]
-VERBS = (*READS, "jobs.pipeline")
 SETTINGS = {key: field for key, field, _ in fields_of(Config) if section_of(field) is None}
 
 
@@ -41,6 +40,6 @@ def test_help_lists_what_a_verb_reads_within_a_second(verb: str) -> None:
         result = subprocess.run([sys.executable, "-m", verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds.append(seconds_of_children() - before)
     listed = {line.split(" = ")[0].strip() for line in result.stdout.splitlines() if " = " in line and line.startswith("  ")}
-    assert listed & set(SETTINGS) == {key for key in SETTINGS if reads_setting(verb, key)}
+    assert listed & set(SETTINGS) == {key for key in SETTINGS if reads(verb, key)}
     assert help_text(verb) in result.stdout
     assert min(seconds) < 1, "seconds of processor time"

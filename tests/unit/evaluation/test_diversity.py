@@ -10,8 +10,7 @@ from scipy.sparse import csr_array
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.items import ItemFeatures
 from recsys.errors import UserError
-from recsys.evaluation.diversity import diversity_curve
-from recsys.evaluation.judge import content_vectors
+from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.metrics import intra_list_diversity
 from recsys.evaluation.ranking import rank_users
 from recsys.evaluation.users import EvaluationUser, target_items

@@ -48,7 +48,7 @@ def predictor_of(config: Config, dataset: Dataset, seed: int) -> Predictor:
 
 
 def test_a_model_compared_with_itself_and_with_another(config: Config, dataset: Dataset, predictor: Predictor) -> None:
-    asked = EvaluationConfig(compare="other", curve=("other",), checkpoint="own")
+    asked = EvaluationConfig(compare="other", fairness_curve=("other",), checkpoint="own")
     same = evaluate(predictor, dataset, asked, lambda address: predictor)
     for name, found in same["compare"]["metrics"].items():
         assert (found["value"], found["difference"], found["interval_95"], found["p"]) == (same["metrics"][name], 0, (0, 0), 1), name
@@ -71,13 +71,13 @@ def test_a_model_compared_with_itself_and_with_another(config: Config, dataset: 
 def test_the_bound_of_a_point_is_that_of_its_training(config: Config, dataset: Dataset, predictor: Predictor) -> None:
     values = {"fairness.attribute": "group", "fairness.max_gap": 0.25, "fairness.dual_rate": 2.0}
     bound = predictor_of(config.with_values(values), dataset, seed=0)
-    curve = evaluate(predictor, dataset, EvaluationConfig(curve=("bound",)), lambda address: bound)["curve"]
+    curve = evaluate(predictor, dataset, EvaluationConfig(fairness_curve=("bound",)), lambda address: bound)["curve"]
     assert [point["bound"] for point in curve] == [None, {"attribute": "group", "max_gap": 0.25, "dual_rate": 2.0}]
 
 
 def test_a_checkpoint_of_another_dataset_is_no_peer(storage: Storage, config: Config, dataset: Dataset, predictor: Predictor) -> None:
     stranger = predictor_of(config, make_dataset(storage, seed=5), seed=0)
-    for key, value in (("compare", "far"), ("curve", ("far",))):
+    for key, value in (("compare", "far"), ("fairness_curve", ("far",))):
         with pytest.raises(UserError, match=rf"evaluation\.{key} = far: was trained on another dataset"):
             evaluate(predictor, dataset, EvaluationConfig(**{key: value}), lambda address: stranger)
 

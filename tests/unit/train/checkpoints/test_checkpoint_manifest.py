@@ -27,6 +27,8 @@ def test_what_may_change_on_a_resume_and_what_may_not() -> None:
         None, ["training.epochs=99", "run.name=other", "checkpoint.keep_last=5", "service.port=1", "evaluation.split=validation"]
     )
     assert config_differences(saved, allowed.model_dump(mode="json")) == []
+    former = saved | {"evaluation": {"curve" if key == "fairness_curve" else key: value for key, value in saved["evaluation"].items()}}
+    assert config_differences(former, allowed.model_dump(mode="json")) == []
     refused = load_config(None, ["model.width=32", "optimizer.learning_rate=0.5", "data.max_history=7"]).model_dump(mode="json")
     assert config_differences(saved, refused) == [
         "data.max_history: 50 -> 7",

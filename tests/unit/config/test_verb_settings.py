@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from recsys.config import Config, load_config
-from recsys.config.use import READS, SEARCHED, STAGES, contradictions, reads, refuse_contradictions, unread
+from recsys.config.verb_settings import SEARCHED, STAGES, VERBS, contradictions, reads, refuse_contradictions, unread
 from recsys.errors import UserError
 from tune.space import search_space
 
@@ -53,7 +53,7 @@ def value_of(config: Config, key: str) -> Any:
     return tree
 
 
-@pytest.mark.parametrize("verb", sorted(READS))
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_key_is_read_compared_or_named(verb: str) -> None:
     assert len(KEYS) > 150
     for key in KEYS:
@@ -77,7 +77,7 @@ def test_every_key_is_read_compared_or_named(verb: str) -> None:
 
 @pytest.mark.parametrize("section", ["service", "search", "export", "run", "storage", "checkpoint"])
 def test_what_nothing_carries_is_named_by_verbs_that_do_not_read_it(section: str) -> None:
-    for verb in READS:
+    for verb in VERBS:
         for key in (key for key in KEYS if key.startswith(f"{section}.")):
             assert reads(verb, key) != bool(unread(verb, given(key))), (verb, key)
 
@@ -111,7 +111,7 @@ def test_a_section_that_is_not_read_at_all_is_named_once() -> None:
 
 
 def test_the_pipeline_reads_what_its_stages_read() -> None:
-    assert set(STAGES.values()) < set(READS)
+    assert set(STAGES.values()) < set(VERBS)
     config = load_config(None, ["run.stages=['prepare_data']", "search.num_trials=2", "data.k_core=2"])
     assert unread("jobs.pipeline", config) == ["search.*"]
     assert [key for key in KEYS if not reads("jobs.pipeline", key, STAGES)] == sorted(
