@@ -1,7 +1,6 @@
 """The checkpoints of one run: written asynchronously, published last, and found on resume."""
 
 import hashlib
-import json
 import logging
 import shutil
 import threading
@@ -20,9 +19,6 @@ from safetensors.torch import load_file, save
 
 from recsys import __version__
 from recsys.config import Config
-from recsys.config.base import Fact, leaves
-from recsys.config.tree import with_present_keys
-from recsys.config.verb_settings import facts_of
 from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.store import Storage, join, private_folder
@@ -33,6 +29,7 @@ from recsys.train.checkpoints.manifest import (
     CheckpointFile,
     CheckpointManifest,
     DamagedCheckpointError,
+    config_differences,
     fetch_files,
     published_steps,
     read_manifest,
@@ -289,16 +286,6 @@ class CheckpointStore:
 def superfluous_steps(steps: Iterable[int], best_step: int | None, keep_last: int) -> list[int]:
     """Choose the checkpoints to delete: all but the last `keep_last` and the best."""
     return [step for step in sorted(steps)[:-keep_last] if step != best_step]
-
-
-def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """List the keys whose values forbid a resume, as `key: saved -> current`."""
-    before, after = dict(leaves(with_present_keys(saved))), dict(leaves(current))
-    return [
-        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and Fact.MAY_CHANGE not in facts_of(key)
-    ]
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
-"""The manifest of a checkpoint, and reading checkpoints.
+"""The manifest of a checkpoint, reading checkpoints, and which settings may differ on a resume.
 
 Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only, so what an attempt that
 died has left is never read.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
+from recsys.config.base import Fact, leaves
+from recsys.config.tree import with_present_keys
+from recsys.config.verb_settings import facts_of
 from recsys.errors import UserError
 from recsys.store import Storage, join, sha256_of
 from recsys.train.engine import SHARED_FILE
@@ -120,3 +124,13 @@ def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, fold
         if path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256:
             return
     raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
+
+
+def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """List the keys whose values forbid a resume, as `key: saved -> current`."""
+    before, after = dict(leaves(with_present_keys(saved))), dict(leaves(current))
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and Fact.MAY_CHANGE not in facts_of(key)
+    ]

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from recsys.config import load_config
-from recsys.train.checkpoints.checkpoint_store import config_differences, superfluous_steps
-from recsys.train.checkpoints.manifest import steps_in
+from recsys.train.checkpoints.checkpoint_store import superfluous_steps
+from recsys.train.checkpoints.manifest import config_differences, steps_in
 from recsys.train.engine import learning_rate_factor
 from recsys.train.loop import is_saving_step, planned_steps
 from recsys.train.monitoring.reporter import Request
