@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline
-from recsys.baselines.factorization_machine import FactorisationMachine
+from recsys.baselines.factorization_machine import FactorizationMachine
 from recsys.baselines.fitting import UnseenItems, ValidationRanking, fit
 from recsys.baselines.interactions import TrainingData
 from recsys.baselines.least_squares import fit_implicit
@@ -30,7 +30,7 @@ RANKING_RATE = 0.01
 class MachineRanking(Baseline):
     """Ranks by a machine's score; what the user's features alone add to it changes no order and is left out."""
 
-    machine: FactorisationMachine
+    machine: FactorizationMachine
 
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
@@ -46,7 +46,7 @@ class MachineRanking(Baseline):
 class TaskMachine:
     """A machine that predicts one task: a probability, or a value that is within the training data's."""
 
-    machine: FactorisationMachine
+    machine: FactorizationMachine
     task: Task
     mean: float
     std: float
@@ -63,7 +63,7 @@ class TaskMachine:
 
 
 @dataclass(frozen=True)
-class Factorisation(Baseline):
+class Factorization(Baseline):
     """Ranks by one model, and predicts each task of the data by one of its own."""
 
     ranking: Baseline
@@ -81,28 +81,28 @@ class Factorisation(Baseline):
 
 def fit_bpr(data: TrainingData, config: Config) -> Baseline:
     """Fit vectors of ids by BPR."""
-    return fit_pairwise(FactorisationMachine.of_ids(data, config.model.width), data, config)
+    return fit_pairwise(FactorizationMachine.of_ids(data, config.model.width), data, config)
 
 
-def fit_matrix_factorisation(data: TrainingData, config: Config) -> Baseline:
-    """Fit biases and vectors of ids to each task; rank by the factorisation of what was taken at all."""
-    return Factorisation(fit_implicit(data, config), _fit_tasks(FactorisationMachine.of_ids, data, config))
+def fit_matrix_factorization(data: TrainingData, config: Config) -> Baseline:
+    """Fit biases and vectors of ids to each task; rank by the factorization of what was taken at all."""
+    return Factorization(fit_implicit(data, config), _fit_tasks(FactorizationMachine.of_ids, data, config))
 
 
-def fit_factorisation_machine(data: TrainingData, config: Config) -> Baseline:
+def fit_factorization_machine(data: TrainingData, config: Config) -> Baseline:
     """Fit machines over ids, attributes and categories to each task, and one by BPR to rank."""
-    ranking = fit_pairwise(FactorisationMachine.of_features(data, config.model.width), data, config)
-    return Factorisation(ranking, _fit_tasks(FactorisationMachine.of_features, data, config))
+    ranking = fit_pairwise(FactorizationMachine.of_features(data, config.model.width), data, config)
+    return Factorization(ranking, _fit_tasks(FactorizationMachine.of_features, data, config))
 
 
-def bpr_loss(machine: FactorisationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
+def bpr_loss(machine: FactorizationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
     """Return -log sigmoid(score of the item taken - score of another) (N,), with penalties (Rendle et al. 2009)."""
     high, penalty = machine(users, taken, RANKING_PENALTY)
     low, other_penalty = machine(users, others, RANKING_PENALTY)
     return -F.logsigmoid(high - low) + penalty + other_penalty
 
 
-def fit_pairwise(machine: FactorisationMachine, data: TrainingData, config: Config) -> MachineRanking:
+def fit_pairwise(machine: FactorizationMachine, data: TrainingData, config: Config) -> MachineRanking:
     """Fit a machine by BPR; the validation targets choose the epoch."""
     users, items = torch.from_numpy(data.train.users), torch.from_numpy(data.train.items)
     unseen, quality = UnseenItems(data), ValidationRanking(data)
@@ -116,7 +116,7 @@ def fit_pairwise(machine: FactorisationMachine, data: TrainingData, config: Conf
     return ranking
 
 
-def fit_task(machine: FactorisationMachine, data: TrainingData, column: int, epochs: int) -> TaskMachine:
+def fit_task(machine: FactorizationMachine, data: TrainingData, column: int, epochs: int) -> TaskMachine:
     """Fit a machine to a task, by squared error or cross-entropy; that of the validation labels chooses the epoch."""
     manifest, task = data.manifest, data.manifest.tasks[column]
     criterion = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
@@ -136,6 +136,6 @@ def fit_task(machine: FactorisationMachine, data: TrainingData, column: int, epo
     return TaskMachine(machine, task, manifest.value_mean, manifest.value_std, float(labels.min()), float(labels.max()))
 
 
-def _fit_tasks(build: Callable[[TrainingData, int], FactorisationMachine], data: TrainingData, config: Config) -> dict[str, TaskMachine]:
+def _fit_tasks(build: Callable[[TrainingData, int], FactorizationMachine], data: TrainingData, config: Config) -> dict[str, TaskMachine]:
     epochs, width = config.evaluation.baseline_epochs, config.model.width
     return {task.name: fit_task(build(data, width), data, column, epochs) for column, task in enumerate(data.manifest.tasks)}

@@ -14,7 +14,7 @@ from recsys.baselines.interactions import TrainingData
 BIAS_PENALTY = 0.001
 
 
-class FactorisationMachine(nn.Module):
+class FactorizationMachine(nn.Module):
     """The sum of the features' biases and of the products of all pairs of their vectors; a feature is there or it is not.
 
     By Rendle's identity the sum over pairs is (|sum v|^2 - sum |v|^2) / 2, which costs O(W F). It is taken for user and item apart: only
@@ -37,12 +37,12 @@ class FactorisationMachine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     @classmethod
-    def of_ids(cls, data: TrainingData, width: int) -> "FactorisationMachine":
+    def of_ids(cls, data: TrainingData, width: int) -> "FactorizationMachine":
         """Know users and items by their ids alone; one without a training interaction has none."""
         return cls(*_id_features(data), width)
 
     @classmethod
-    def of_features(cls, data: TrainingData, width: int) -> "FactorisationMachine":
+    def of_features(cls, data: TrainingData, width: int) -> "FactorizationMachine":
         """Know users by their ids and attributes, items by their ids and categories."""
         users, items = _id_features(data)
         attributes = F.pad(torch.from_numpy(data.attributes), (0, 0, 1, 0))

@@ -42,11 +42,11 @@ class ImplicitFactors(Baseline):
 def fit_implicit(data: TrainingData, config: Config) -> Baseline:
     """Fit with each of some settings and choose by the validation targets."""
     density = data.matrix.nnz / (data.num_users * data.num_items)
-    fitted = (factorise(data.matrix, config.model.width, config.training.seed, share * density, penalty) for share, penalty in SETTINGS)
+    fitted = (factorize(data.matrix, config.model.width, config.training.seed, share * density, penalty) for share, penalty in SETTINGS)
     return choose(fitted, ValidationRanking(data))
 
 
-def factorise(matrix: csr_array, width: int, seed: int, weight: float, penalty: float) -> ImplicitFactors:
+def factorize(matrix: csr_array, width: int, seed: int, weight: float, penalty: float) -> ImplicitFactors:
     """Alternate between the users' and the items' vectors, from small random ones."""
     by_item = matrix.T.tocsr()
     items = np.random.default_rng(seed).normal(0, 0.1 * width**-0.5, (matrix.shape[1], width)).astype(np.float32)

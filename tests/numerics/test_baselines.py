@@ -9,29 +9,29 @@ import torch
 from scipy.sparse import csr_array
 
 from recsys.baselines.factorization import RANKING_PENALTY, MachineRanking, bpr_loss
-from recsys.baselines.factorization_machine import BIAS_PENALTY, FactorisationMachine
+from recsys.baselines.factorization_machine import BIAS_PENALTY, FactorizationMachine
 from recsys.baselines.item_knn import ItemNeighbours, nearest_neighbours
 from recsys.baselines.least_squares import solve
 
 
 @pytest.fixture
-def machine() -> FactorisationMachine:
+def machine() -> FactorizationMachine:
     """Three users and four items of one to three features each."""
     torch.manual_seed(0)
     users = torch.tensor([[0, 0], [1, 4], [2, 0], [3, 4]])
     items = torch.tensor([[0, 0, 0], [5, 9, 10], [6, 9, 0], [7, 0, 0], [0, 10, 0]])
-    machine = FactorisationMachine(users, items, width=5)
+    machine = FactorizationMachine(users, items, width=5)
     with torch.no_grad():
         machine.table.weight[1:].normal_()
         machine.bias.fill_(0.3)
     return machine
 
 
-def features_of(machine: FactorisationMachine, user: int, item: int) -> list[int]:
+def features_of(machine: FactorizationMachine, user: int, item: int) -> list[int]:
     return [number for number in (*machine.user_features[user].tolist(), *machine.item_features[item].tolist()) if number]
 
 
-def plain_score(machine: FactorisationMachine, user: int, item: int) -> float:
+def plain_score(machine: FactorizationMachine, user: int, item: int) -> float:
     features = features_of(machine, user, item)
     table = machine.table.weight.detach()
     vectors, biases = table[:, :-1], table[:, -1]
@@ -39,7 +39,7 @@ def plain_score(machine: FactorisationMachine, user: int, item: int) -> float:
     return machine.bias.item() + sum(float(biases[feature]) for feature in features) + pairs
 
 
-def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorisationMachine) -> None:
+def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorizationMachine) -> None:
     for user, item in itertools.product(range(4), range(5)):
         score, penalty = machine(torch.tensor([user]), torch.tensor([item]), 0.7)
         assert score.item() == pytest.approx(plain_score(machine, user, item), abs=1e-5)
@@ -48,7 +48,7 @@ def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorisationM
         assert penalty.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_ranking_by_a_machine_is_its_score_but_for_what_is_the_users_alone(machine: FactorisationMachine) -> None:
+def test_ranking_by_a_machine_is_its_score_but_for_what_is_the_users_alone(machine: FactorizationMachine) -> None:
     scores = MachineRanking(machine).score_catalogue([np.zeros(0, np.int64)] * 4, [-1, 0, 1, 2])
     assert np.isneginf(scores[:, 0]).all()
     for user in range(4):
@@ -56,7 +56,7 @@ def test_ranking_by_a_machine_is_its_score_but_for_what_is_the_users_alone(machi
         np.testing.assert_allclose(np.diff(scores[user, 1:]), np.diff(plain), atol=1e-5)
 
 
-def test_the_bpr_loss_and_its_gradient_are_the_formula(machine: FactorisationMachine) -> None:
+def test_the_bpr_loss_and_its_gradient_are_the_formula(machine: FactorizationMachine) -> None:
     users, taken, others = torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([3, 4])
     losses = bpr_loss(machine, users, taken, others)
     for number, triple in enumerate(zip(users.tolist(), taken.tolist(), others.tolist(), strict=True)):
