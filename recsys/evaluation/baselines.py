@@ -30,7 +30,7 @@ def evaluate_baselines(judge: Judge, predictor: Predictor, dataset: Dataset) -> 
         begin = time.monotonic()
         baseline = fit_baseline(name, dataset, predictor.catalogue, config)
         logger.info("evaluate: fitted %s in %.1f s", name, time.monotonic() - begin)
-        metrics = judge.summarise(judge.rank(_score_by(baseline))) if baseline.ranks else {}
+        metrics = judge.summarise(judge.rank(_score_by(baseline)))
         results[name] = metrics | judge.tasks(_predict_by(baseline)).values()
     return results
 
