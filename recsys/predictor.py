@@ -18,7 +18,7 @@ from recsys.data.sequences import SEQUENCES, Histories, group_cost, pack
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
-from recsys.model.scoring import RetrievalScores
+from recsys.model.retrieval import RetrievalScores
 from recsys.model.text.queries import QueryEncoder
 from recsys.model.user_encoder import UserEncoder
 

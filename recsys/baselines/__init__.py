@@ -5,11 +5,10 @@ from collections.abc import Callable
 import torch
 
 from recsys.baselines.baseline import Baseline
-from recsys.baselines.factorization import fit_bpr, fit_factorisation_machine, fit_matrix_factorisation
-from recsys.baselines.interactions import TrainingData
-from recsys.baselines.item_knn import fit_item_knn
-from recsys.baselines.popularity import fit_popularity, fit_recent_popularity
+from recsys.baselines.counting import fit_item_knn, fit_popularity, fit_recent_popularity
+from recsys.baselines.factorization import fit_bpr, fit_factorization_machine, fit_matrix_factorization
 from recsys.baselines.sasrec import fit_sasrec
+from recsys.baselines.training_data import TrainingData
 from recsys.baselines.two_tower import fit_two_tower
 from recsys.config import Config
 from recsys.config.evaluation import BaselineName
@@ -21,8 +20,8 @@ _FITS: dict[BaselineName, Callable[[TrainingData, Config], Baseline]] = {
     "recent_popularity": fit_recent_popularity,
     "item_knn": fit_item_knn,
     "bpr": fit_bpr,
-    "matrix_factorisation": fit_matrix_factorisation,
-    "factorisation_machine": fit_factorisation_machine,
+    "matrix_factorization": fit_matrix_factorization,
+    "factorization_machine": fit_factorization_machine,
     "two_tower": fit_two_tower,
     "sasrec": fit_sasrec,
 }

@@ -1,11 +1,20 @@
-"""The interface of a baseline."""
+"""What a baseline is, and how one is fitted: mini-batches of gradient steps, and the best epoch by validation targets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from recsys.arrays import Integers, Scores
+from recsys.baselines.training_data import TrainingData
+
+MAX_VALIDATION_USERS = 1000
+USERS_AT_ONCE = 128
+BATCH_SIZE = 1024
+MAX_EPOCH_SAMPLES = 250_000
+FINAL_FRACTION = 0.1
 
 
 class Baseline(ABC):
@@ -14,11 +23,9 @@ class Baseline(ABC):
     A user that training did not have is answered for as well as the history, or nothing at all, allows.
     """
 
-    ranks = True
-
     @abstractmethod
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Score every item for each user, (B, I + 1); what it says of padding is not used."""
+        """Score every item for each user, (B, I + 1); the score of padding is not used."""
 
     def score_catalogue(self, histories: Sequence[Integers], user_indices: Sequence[int]) -> Scores:
         """Score every item for each user, (B, I + 1), -inf for padding; histories are catalogue indices, oldest first."""
@@ -29,3 +36,60 @@ class Baseline(ABC):
     def score_tasks(self, user_indices: Sequence[int], items: Integers, histories: Sequence[Integers]) -> dict[str, Scores] | None:
         """Predict for P pairs the tasks that it can: probabilities, and values in their own units; None where it can none."""
         return None
+
+
+class ValidationRanking:
+    """Measures how well a baseline ranks the validation targets of some users, to choose between settings or epochs."""
+
+    def __init__(self, data: TrainingData) -> None:
+        users = np.random.default_rng(0).permutation(np.unique(data.validation.users))[:MAX_VALIDATION_USERS]
+        histories, held_out = data.train.items_of(users), data.validation.items_of(users)
+        targets = [np.setdiff1d(items, history) for items, history in zip(held_out, histories, strict=True)]
+        self._users = [user for user in zip(users.tolist(), histories, targets, strict=True) if len(user[2])]
+
+    def __call__(self, baseline: Baseline) -> float:
+        """Return the mean reciprocal rank of the targets not seen before; of equal scores the target comes last."""
+        reciprocals = [np.zeros(0)]
+        for begin in range(0, len(self._users), USERS_AT_ONCE):
+            users, histories, targets = zip(*self._users[begin : begin + USERS_AT_ONCE], strict=True)
+            for row, history, new in zip(baseline.score_catalogue(histories, users), histories, targets, strict=True):
+                row[history] = -np.inf
+                reciprocals.append(1 / (row >= row[new][:, None]).sum(1))
+        return float(np.concatenate(reciprocals).mean()) if self._users else 0.0
+
+
+def fit(
+    module: nn.Module,
+    num_samples: int,
+    loss: Callable[[Tensor], Tensor],
+    quality: Callable[[], float],
+    epochs: int,
+    learning_rate: float,
+) -> None:
+    """Fit by Adam, its rate falling from epoch to epoch; `loss` gives the mean loss of the samples whose numbers it gets.
+
+    An epoch is all samples, shuffled, or `MAX_EPOCH_SAMPLES` of them.
+    """
+    optimizer = torch.optim.Adam(module.parameters(), learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_FRACTION, epochs)
+
+    def train(epoch: int) -> None:
+        for samples in torch.randperm(num_samples)[:MAX_EPOCH_SAMPLES].split(BATCH_SIZE):
+            optimizer.zero_grad()
+            loss(samples).backward()
+            optimizer.step()
+        schedule.step()
+
+    keep_best_epoch(module, epochs, train, quality)
+
+
+def keep_best_epoch(module: nn.Module, epochs: int, train: Callable[[int], None], quality: Callable[[], float]) -> None:
+    """Train for all epochs and leave the module with the weights of the best, of equals the last."""
+    best, weights = -np.inf, module.state_dict()
+    for epoch in range(epochs):
+        module.train()
+        train(epoch)
+        module.eval()
+        if (now := quality()) >= best:
+            best, weights = now, {name: value.clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(weights)

@@ -1,4 +1,7 @@
-"""BPR, matrix factorization and the factorization machine, which with ids alone equals each of the others."""
+"""BPR, matrix factorization and the factorization machine, which with ids alone equals each of the others.
+
+Shapes: N pairs, U users, I items, F features of one side, W width.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,68 +9,108 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from torch import Tensor, nn
 
 from recsys.arrays import Integers, Scores
-from recsys.baselines.baseline import Baseline
-from recsys.baselines.factorization_machine import FactorisationMachine
-from recsys.baselines.fitting import UnseenItems, ValidationRanking, fit
-from recsys.baselines.interactions import TrainingData
-from recsys.baselines.least_squares import fit_implicit
+from recsys.baselines.baseline import Baseline, ValidationRanking, fit
+from recsys.baselines.training_data import TrainingData, UnseenItems, history_matrix, known_rows
 from recsys.config import Config
-from recsys.schema import Task
+from recsys.model.retrieval import RetrievalScores
 
 VALUE_PENALTY = 0.1
 BINARY_PENALTY = 0.03
 RANKING_PENALTY = 0.003
-"""How much the squared vectors of each sample weigh, by what is fitted."""
+"""Weights of the squared vectors of each sample, by what is fitted."""
+BIAS_PENALTY = 0.001
 TASK_RATE = 0.005
 RANKING_RATE = 0.01
 """Learning rates; with the penalties they were found on the validation targets of MovieLens 100K."""
+NUM_SWEEPS = 10
+SETTINGS = ((10.0, 0.01), (3.0, 0.01), (1.0, 0.03))
+"""Settings to choose from: weight of all that was not taken relative to all that was, and the penalty."""
+
+PredictTask = Callable[[Integers, Integers], Scores]
+"""Users and items of pairs (N,) -> probabilities, or values in their own units, (N,)."""
 
 
-@dataclass(frozen=True)
-class MachineRanking(Baseline):
-    """Ranks by a machine's score; what the user's features alone add to it changes no order and is left out."""
+class FactorizationMachine(nn.Module, Baseline):
+    """The sum of the features' biases and of the products of all pairs of their vectors (Rendle 2010); a feature is there or it is not.
 
-    machine: FactorisationMachine
+    By Rendle's identity the sum over pairs is (|sum v|^2 - sum |v|^2) / 2, which costs O(W F). It is taken for user and item apart: only
+    the product of their two sums needs both, and so a catalogue is ranked. Users are numbered from 1 here; 0 is a user not known.
+    """
+
+    user_features: Tensor  # (U + 1, F) rows of the table, 0 where there is none
+    item_features: Tensor  # (I + 1, F)
+
+    def __init__(self, user_features: Tensor, item_features: Tensor, width: int) -> None:
+        super().__init__()
+        self.register_buffer("user_features", user_features, persistent=False)
+        self.register_buffer("item_features", item_features, persistent=False)
+        num_features = int(torch.maximum(user_features.max(), item_features.max()))
+        self.table = nn.Embedding(num_features + 1, width + 1, padding_idx=0)  # the last column is the bias
+        nn.init.normal_(self.table.weight, std=0.01)
+        with torch.no_grad():
+            self.table.weight[0] = 0
+            self.table.weight[:, -1] = 0
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def of_ids(cls, data: TrainingData, width: int) -> "FactorizationMachine":
+        """Know users and items by their ids alone; one without a training interaction has none."""
+        return cls(*_id_features(data), width)
+
+    @classmethod
+    def of_features(cls, data: TrainingData, width: int) -> "FactorizationMachine":
+        """Know users by their ids and attributes, items by their ids and categories."""
+        users, items = _id_features(data)
+        attributes, categories = F.pad(torch.from_numpy(data.attributes), (0, 0, 1, 0)), data.catalogue.categories.long()
+        first_attribute = data.num_users + data.num_items
+        first_category = first_attribute + data.num_attribute_values
+        attributes = torch.where(attributes > 0, attributes + first_attribute, 0)
+        categories = torch.where(categories > 0, categories + first_category, 0)
+        return cls(torch.cat([users, attributes], 1), torch.cat([items, categories], 1), width)
+
+    def forward(self, users: Tensor, items: Tensor, penalty: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Score pairs; return scores and penalties, (N,) each."""
+        user, user_alone, user_penalty = self.side(self.user_features[users], penalty)
+        item, item_alone, item_penalty = self.side(self.item_features[items], penalty)
+        return (user * item).sum(1) + user_alone + item_alone + self.bias, user_penalty + item_penalty
+
+    def side(self, features: Tensor, penalty: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum of the features' vectors (N, W), the score of the features alone (N,) and the penalty (N,); features (N, F)."""
+        rows = self.table(features)
+        vectors, biases = rows[..., :-1], rows[..., -1]
+        total, squares = vectors.sum(1), vectors.square().sum((1, 2))
+        alone = biases.sum(1) + (total.square().sum(1) - squares) / 2
+        return total, alone, penalty * squares + BIAS_PENALTY * biases.square().sum(1)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Score every item for each user."""
-        machine = self.machine
-        user, _, _ = machine.side(machine.user_features[machine.rows(users)])
-        item, alone, _ = machine.side(machine.item_features)
+        """Score every item for each user, without what the user's features alone add: it changes no order."""
+        user, _, _ = self.side(self.user_features[known_rows(users, self.user_features)])
+        item, alone, _ = self.side(self.item_features)
         scores: Scores = (user @ item.T + alone).numpy()
         return scores
 
 
-@dataclass(frozen=True)
-class TaskMachine:
-    """A machine that predicts one task: a probability, or a value that is within the training data's."""
-
-    machine: FactorisationMachine
-    task: Task
-    mean: float
-    std: float
-    low: float
-    high: float
-
-    @torch.no_grad()
-    def predict(self, users: Integers, items: Integers) -> Scores:
-        """Predict the task for pairs."""
-        raw, _ = self.machine(self.machine.rows(users), torch.from_numpy(items))
-        answers = raw.sigmoid() if self.task.kind == "binary" else raw.clamp(self.low, self.high) * self.std + self.mean
-        predictions: Scores = answers.numpy()
-        return predictions
+def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
+    """Number users (U + 1, 1), then items (I + 1, 1); who has no training interaction has no number."""
+    has_any = np.zeros(data.num_users + 1, np.bool_)
+    has_any[data.train.users + 1] = True
+    users = np.where(has_any, np.arange(data.num_users + 1), 0)
+    items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
+    return torch.from_numpy(users)[:, None], torch.from_numpy(items)[:, None]
 
 
 @dataclass(frozen=True)
-class Factorisation(Baseline):
+class Factorization(Baseline):
     """Ranks by one model, and predicts each task of the data by one of its own."""
 
     ranking: Baseline
-    tasks: dict[str, TaskMachine]
+    tasks: dict[str, PredictTask]
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Score every item for each user."""
@@ -76,53 +119,57 @@ class Factorisation(Baseline):
     def score_tasks(self, user_indices: Sequence[int], items: Integers, histories: Sequence[Integers]) -> dict[str, Scores] | None:
         """Predict every task of the data."""
         users, pairs = np.asarray(user_indices, np.int64), np.asarray(items, np.int64)
-        return {name: task.predict(users, pairs) for name, task in self.tasks.items()} or None
+        return {name: predict(users, pairs) for name, predict in self.tasks.items()} or None
 
 
 def fit_bpr(data: TrainingData, config: Config) -> Baseline:
     """Fit vectors of ids by BPR."""
-    return fit_pairwise(FactorisationMachine.of_ids(data, config.model.width), data, config)
+    return fit_pairwise(FactorizationMachine.of_ids(data, config.model.width), data, config)
 
 
-def fit_matrix_factorisation(data: TrainingData, config: Config) -> Baseline:
-    """Fit biases and vectors of ids to each task; rank by the factorisation of what was taken at all."""
-    return Factorisation(fit_implicit(data, config), _fit_tasks(FactorisationMachine.of_ids, data, config))
+def fit_matrix_factorization(data: TrainingData, config: Config) -> Baseline:
+    """Fit biases and vectors of ids to each task; rank by the factorization of what was taken at all."""
+    return Factorization(fit_implicit(data, config), _fit_tasks(FactorizationMachine.of_ids, data, config))
 
 
-def fit_factorisation_machine(data: TrainingData, config: Config) -> Baseline:
+def fit_factorization_machine(data: TrainingData, config: Config) -> Baseline:
     """Fit machines over ids, attributes and categories to each task, and one by BPR to rank."""
-    ranking = fit_pairwise(FactorisationMachine.of_features(data, config.model.width), data, config)
-    return Factorisation(ranking, _fit_tasks(FactorisationMachine.of_features, data, config))
+    ranking = fit_pairwise(FactorizationMachine.of_features(data, config.model.width), data, config)
+    return Factorization(ranking, _fit_tasks(FactorizationMachine.of_features, data, config))
 
 
-def bpr_loss(machine: FactorisationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
+def bpr_loss(machine: FactorizationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
     """Return -log sigmoid(score of the item taken - score of another) (N,), with penalties (Rendle et al. 2009)."""
     high, penalty = machine(users, taken, RANKING_PENALTY)
     low, other_penalty = machine(users, others, RANKING_PENALTY)
     return -F.logsigmoid(high - low) + penalty + other_penalty
 
 
-def fit_pairwise(machine: FactorisationMachine, data: TrainingData, config: Config) -> MachineRanking:
+def fit_pairwise(machine: FactorizationMachine, data: TrainingData, config: Config) -> FactorizationMachine:
     """Fit a machine by BPR; the validation targets choose the epoch."""
     users, items = torch.from_numpy(data.train.users), torch.from_numpy(data.train.items)
     unseen, quality = UnseenItems(data), ValidationRanking(data)
-    ranking = MachineRanking(machine)
 
     def loss(samples: Tensor) -> Tensor:
         chosen = users[samples]
         return bpr_loss(machine, chosen + 1, items[samples], unseen.draw(chosen)).mean()
 
-    fit(machine, len(users), loss, lambda: quality(ranking), config.evaluation.baseline_epochs, RANKING_RATE)
-    return ranking
+    fit(machine, len(users), loss, lambda: quality(machine), config.evaluation.baseline_epochs, RANKING_RATE)
+    return machine
 
 
-def fit_task(machine: FactorisationMachine, data: TrainingData, column: int, epochs: int) -> TaskMachine:
+def _fit_tasks(build: Callable[[TrainingData, int], FactorizationMachine], data: TrainingData, config: Config) -> dict[str, PredictTask]:
+    tasks = data.dataset.manifest.tasks
+    return {task.name: _fit_task(build(data, config.model.width), data, column, config) for column, task in enumerate(tasks)}
+
+
+def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, config: Config) -> PredictTask:
     """Fit a machine to a task, by squared error or cross-entropy; that of the validation labels chooses the epoch."""
-    manifest, task = data.manifest, data.manifest.tasks[column]
-    criterion = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
-    penalty = BINARY_PENALTY if task.kind == "binary" else VALUE_PENALTY
-    users, items, labels = data.train.labelled(manifest, column)
-    other_users, other_items, other_labels = data.validation.labelled(manifest, column)
+    manifest = data.dataset.manifest
+    is_binary = manifest.tasks[column].kind == "binary"
+    criterion, penalty = (F.binary_cross_entropy_with_logits, BINARY_PENALTY) if is_binary else (F.mse_loss, VALUE_PENALTY)
+    users, items, labels = data.train.labeled(manifest, column)
+    other_users, other_items, other_labels = data.validation.labeled(manifest, column)
 
     def loss(samples: Tensor) -> Tensor:
         scores, penalties = machine(users[samples] + 1, items[samples], penalty)
@@ -132,10 +179,62 @@ def fit_task(machine: FactorisationMachine, data: TrainingData, column: int, epo
     def quality() -> float:
         return -float(criterion(machine(other_users + 1, other_items)[0], other_labels)) if len(other_labels) else 0.0
 
-    fit(machine, len(labels), loss, quality, epochs, TASK_RATE)
-    return TaskMachine(machine, task, manifest.value_mean, manifest.value_std, float(labels.min()), float(labels.max()))
+    fit(machine, len(labels), loss, quality, config.evaluation.baseline_epochs, TASK_RATE)
+    low, high = float(labels.min()), float(labels.max())
+
+    @torch.no_grad()
+    def predict(users: Integers, items: Integers) -> Scores:
+        raw, _ = machine(known_rows(users, machine.user_features), torch.from_numpy(items))
+        answers = raw.sigmoid() if is_binary else raw.clamp(low, high) * manifest.value_std + manifest.value_mean
+        predictions: Scores = answers.numpy()
+        return predictions
+
+    return predict
 
 
-def _fit_tasks(build: Callable[[TrainingData, int], FactorisationMachine], data: TrainingData, config: Config) -> dict[str, TaskMachine]:
-    epochs, width = config.evaluation.baseline_epochs, config.model.width
-    return {task.name: fit_task(build(data, width), data, column, epochs) for column, task in enumerate(data.manifest.tasks)}
+@dataclass(frozen=True)
+class ImplicitFactors(Baseline):
+    """Ranks by item vectors and the user vector that fits the history best, whoever the user is."""
+
+    items: NDArray[np.float32]  # (I + 1, W)
+    weight: float
+    penalty: float
+
+    def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
+        """Solve for the user's vector given the items'."""
+        vectors = solve(history_matrix(histories, len(self.items) - 1), self.items, self.weight, self.penalty)
+        scores: Scores = RetrievalScores(torch.from_numpy(self.items))(torch.from_numpy(vectors)).numpy()
+        return scores
+
+
+def fit_implicit(data: TrainingData, config: Config) -> Baseline:
+    """Fit by alternating least squares (Hu, Koren, Volinsky 2008) with some settings; choose by the validation targets."""
+    density = data.matrix.nnz / (data.num_users * data.num_items)
+    fitted = (_alternate(data.matrix, config, share * density, penalty) for share, penalty in SETTINGS)
+    return max(fitted, key=ValidationRanking(data))
+
+
+def _alternate(matrix: csr_array, config: Config, weight: float, penalty: float) -> ImplicitFactors:
+    """Alternate between the users' and the items' vectors, from small random ones."""
+    by_item, width = matrix.T.tocsr(), config.model.width
+    items = np.random.default_rng(config.training.seed).normal(0, 0.1 * width**-0.5, (matrix.shape[1], width)).astype(np.float32)
+    for _ in range(NUM_SWEEPS):
+        users = solve(matrix, items, weight, penalty)
+        items = solve(by_item, users, weight, penalty)
+    return ImplicitFactors(items, weight, penalty)
+
+
+def solve(matrix: csr_array, others: NDArray[np.float32], weight: float, penalty: float) -> NDArray[np.float32]:
+    """Return the row vectors p that minimize their part of the loss given the column vectors q.
+
+    sum over taken (p.q - 1)^2 + weight * sum over all (p.q)^2 + penalty * (number taken + weight * columns) * |p|^2, the penalty
+    scaled as in Rendle, Krichene, Zhang, Koren 2022.
+    """
+    width = others.shape[1]
+    everything = weight * others.T @ others
+    rows = np.zeros((matrix.shape[0], width), np.float32)
+    for row in np.flatnonzero(np.diff(matrix.indptr)):
+        taken = others[matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]]
+        ridge = penalty * (len(taken) + weight * len(others))
+        rows[row] = np.linalg.solve(everything + taken.T @ taken + ridge * np.eye(width, dtype=np.float32), taken.sum(0))
+    return rows

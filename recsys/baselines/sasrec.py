@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from recsys.arrays import Integers, Scores
-from recsys.baselines.baseline import Baseline
-from recsys.baselines.fitting import ValidationRanking, keep_best_epoch
-from recsys.baselines.interactions import TrainingData
+from recsys.baselines.baseline import Baseline, ValidationRanking, keep_best_epoch
+from recsys.baselines.training_data import TrainingData, join_histories
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.data.sequences import group_cost, pack
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import RETRIEVAL, Recommender
-from recsys.model.scoring import RetrievalScores
+from recsys.model.retrieval import RetrievalScores
 
 ONLY_IDS = {
     "model.text.mode": "off",
@@ -47,10 +46,9 @@ class SequentialRanking(Baseline):
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Score every item for each user."""
-        recent = [history[-self.max_history :] for history in histories]
-        lengths = np.array([len(history) for history in recent])
-        columns = {"items": np.concatenate([np.zeros(0, np.int64), *recent])}
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost(self.device.type == "cuda"))
+        flat, offsets = join_histories(histories, self.max_history)
+        lengths = np.diff(offsets)
+        packed, first_places = pack({"items": flat}, offsets[:-1], lengths, group_cost(self.device.type == "cuda"))
         packed = packed.map(lambda tensor: tensor.to(self.device))
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
@@ -63,25 +61,17 @@ def fit_sasrec(data: TrainingData, config: Config) -> Baseline:
     """Train by AdamW with the run's own rate, warm-up, cosine decay and batches; the validation targets choose the epoch."""
     training, optimizer_config = config.training, config.optimizer
     workers = {"training.num_workers": 1, "training.micro_batch_size": training.global_batch_size}
-    epochs = config.evaluation.baseline_epochs
-    only_ids, dataset = config.with_values(ONLY_IDS | workers), _without_labels(data.dataset)
+    epochs, manifest = config.evaluation.baseline_epochs, data.dataset.manifest
+    only_items = manifest.model_copy(update={"event_kinds": manifest.event_kinds[:1], "tasks": ()})
+    only_ids, dataset = config.with_values(ONLY_IDS | workers), Dataset(data.dataset.storage, data.dataset.uri, only_items)
     device = torch.device("cuda" if training.use_gpu and torch.cuda.is_available() else "cpu")
     model = Recommender(only_ids, dataset, data.catalogue, ItemText()).to(device)
     reader = Reader(dataset, data.catalogue, only_ids, Share(rank=0, world_size=1, accumulation_steps=1))
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        optimizer_config.learning_rate,
-        (optimizer_config.beta1, optimizer_config.beta2),
-        weight_decay=optimizer_config.weight_decay,
-    )
+    rate, betas = optimizer_config.learning_rate, (optimizer_config.beta1, optimizer_config.beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=optimizer_config.weight_decay)
     total_steps = epochs * reader.plan(0).num_steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        optimizer_config.learning_rate,
-        total_steps,
-        pct_start=min(0.5, max(1, optimizer_config.warmup_steps) / total_steps),
-        cycle_momentum=False,
-    )
+    warmup = min(0.5, max(1, optimizer_config.warmup_steps) / total_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, pct_start=warmup, cycle_momentum=False)
 
     def train(epoch: int) -> None:
         for (batch,) in reader.steps(epoch):
@@ -94,9 +84,3 @@ def fit_sasrec(data: TrainingData, config: Config) -> Baseline:
     ranking, quality = SequentialRanking(model, config.data.max_history, device), ValidationRanking(data)
     keep_best_epoch(model, epochs, train, lambda: quality(ranking))
     return ranking
-
-
-def _without_labels(dataset: Dataset) -> Dataset:
-    """View a dataset as one of bare items, whatever else its interactions have."""
-    bare = dataset.manifest.model_copy(update={"event_kinds": dataset.manifest.event_kinds[:1], "tasks": ()})
-    return Dataset(dataset.storage, dataset.uri, bare)

@@ -1,7 +1,6 @@
 """The two-tower baseline: user attributes and the mean of the history against id and features of an item."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,19 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.arrays import Integers, Scores
-from recsys.baselines.baseline import Baseline
-from recsys.baselines.fitting import ValidationRanking, fit
-from recsys.baselines.interactions import TrainingData
+from recsys.baselines.baseline import Baseline, ValidationRanking, fit
+from recsys.baselines.training_data import TrainingData, join_histories, known_rows
 from recsys.config import Config
 from recsys.data.sequences import ranges
 from recsys.model.item_encoder import ItemEncoder, ItemText
-from recsys.model.losses import sampled_softmax
+from recsys.model.retrieval import sampled_softmax
 
 LEARNING_RATE = 0.005
 
 
-class TwoTower(nn.Module):
-    """Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width."""
+class TwoTower(nn.Module, Baseline):
+    """Ranks by the product of the towers; of a user not known only the history counts.
+
+    Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width.
+    """
 
     attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not known, column 0 is none, so that there is a column
 
@@ -29,6 +30,7 @@ class TwoTower(nn.Module):
         super().__init__()
         width = config.model.width
         without_text = config.with_values({"model.use_ids": True, "model.use_features": True, "model.id_dropout": 0.0})
+        self.max_history = config.data.max_history
         self.items = ItemEncoder(without_text.model, data.catalogue, ItemText())
         self.register_buffer("attributes", F.pad(torch.from_numpy(data.attributes), (1, 0, 1, 0)), persistent=False)
         self.of_attributes = nn.EmbeddingBag(data.num_attribute_values + 1, width, mode="sum", padding_idx=0)
@@ -43,24 +45,12 @@ class TwoTower(nn.Module):
         encoded: Tensor = known + self.network(known)
         return encoded
 
-
-@dataclass(frozen=True)
-class TwoTowerRanking(Baseline):
-    """Ranks by the product of the towers; a user not known is the history alone."""
-
-    towers: TwoTower
-    max_history: int
-
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Score every item for each user."""
-        is_known = (users >= 0) & (users < len(self.towers.attributes) - 1)
-        rows = torch.from_numpy(np.where(is_known, users + 1, 0))
-        recent = [history[-self.max_history :] for history in histories]
-        lengths = torch.tensor([len(history) for history in recent])
-        items = self.towers.items()
-        flat = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *recent]))
-        scores: Scores = (self.towers.users(rows, flat, lengths.cumsum(0) - lengths, items) @ items.T).numpy()
+        items = self.items()
+        history, offsets = map(torch.from_numpy, join_histories(histories, self.max_history))
+        scores: Scores = (self.users(known_rows(users, self.attributes), history, offsets[:-1], items) @ items.T).numpy()
         return scores
 
 
@@ -69,15 +59,13 @@ def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
 
     The others are corrected for how often they are drawn, which is how often they occur (logQ: Yi et al. 2019).
     """
-    train, max_history = data.train, config.data.max_history
-    towers = TwoTower(data, config)
-    ranking, quality = TwoTowerRanking(towers, max_history), ValidationRanking(data)
+    train, towers, quality = data.train, TwoTower(data, config), ValidationRanking(data)
     places = np.flatnonzero(train.positions > 0)
     log_frequency = torch.from_numpy(np.log(np.maximum(data.item_counts, 1) / len(train)).astype(np.float32))
 
     def loss(samples: Tensor) -> Tensor:
         chosen = places[samples.numpy()]
-        lengths = np.minimum(train.positions[chosen], max_history)
+        lengths = np.minimum(train.positions[chosen], config.data.max_history)
         history = train.items[ranges(chosen - lengths, lengths)]
         distinct, numbers = np.unique(np.concatenate([train.items[chosen], history]), return_inverse=True)
         vectors = towers.items(torch.from_numpy(distinct))
@@ -88,5 +76,5 @@ def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
         total, _ = sampled_softmax(users, positives, ids, positives, ids, log_frequency[ids], torch.ones(len(ids)))
         return total / len(ids)
 
-    fit(towers, len(places), loss, lambda: quality(ranking), config.evaluation.baseline_epochs, LEARNING_RATE)
-    return ranking
+    fit(towers, len(places), loss, lambda: quality(towers), config.evaluation.baseline_epochs, LEARNING_RATE)
+    return towers

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from recsys.config.base import Fact, Fraction, PositiveInt, Section
 
 BaselineName = Literal[
-    "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorisation", "factorisation_machine", "two_tower", "sasrec"
+    "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorization", "factorization_machine", "two_tower", "sasrec"
 ]
 
 

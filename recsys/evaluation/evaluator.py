@@ -147,7 +147,7 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
             [user.user_index for user, _ in pairs], np.array([item for _, item in pairs]), [user.history.items for user, _ in pairs]
         )
 
-    metrics = measures.summarise(measures.rank(score)) if baseline.ranks else {}
+    metrics = measures.summarise(measures.rank(score))
     return metrics | measures.tasks(predict).values()
 
 

@@ -12,10 +12,9 @@ from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
 from recsys.exports.golden import check_golden
 from recsys.exports.profiles import ArrowProfiles
-from recsys.model.ranker import Ranker
+from recsys.model.ranker import Ranker, build_regression
 from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.user_encoder import UserEncoder
-from recsys.model.value_regression import build_regression
 from recsys.predictor import Predictor
 
 PROJECTION = "item_encoder.sources.text."

@@ -11,55 +11,14 @@ from recsys.config.model import ModelConfig
 from recsys.data.draws import stable_hash
 from recsys.data.items import ItemFeatures
 from recsys.errors import UserError
-from recsys.model.losses import gather_from_ranks
-from recsys.model.text.encoder import TextEncoder, group_widths
-
-
-class IdTable(nn.Module):
-    """A row per item. Shapes: I items, D items asked for, W width."""
-
-    def __init__(self, num_items: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_items + 1, width) * width**-0.5)  # (I + 1, W)
-
-    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
-        """Return vectors (D, W), zero where not present (D,); without `items` those of the whole catalogue, and gather nothing."""
-        rows = self.weight if items is None else F.embedding(items, self.weight)
-        return rows * present.unsqueeze(1).to(rows.dtype)
-
-
-class HashedIds(nn.Module):
-    """The sum of H rows of one table of B, picked and signed by independent hashes of the catalogue index.
-
-    The signs (Weinberger et al. 2009) make what other items left in a shared row cancel on average. Of I items each shares a row with
-    about H I / B others, but all rows and signs with none to speak of: about I^2 H! / 2 (2 B)^H pairs of items have the same vector.
-    With 100 M items, H = 2 and B = 10 M rows: 25 pairs.
-    """
-
-    def __init__(self, num_items: int, num_buckets: int, num_hashes: int, width: int) -> None:
-        super().__init__()
-        self.num_items, self.num_hashes = num_items, num_hashes
-        self.weight = nn.Parameter(torch.randn(num_buckets, width) * (num_hashes * width) ** -0.5)  # (B, W)
-
-    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
-        """Return vectors as `IdTable` does."""
-        if items is None:
-            items = torch.arange(self.num_items + 1, device=present.device)
-        rows, signs = self.pick(items)
-        weights = (signs * present.unsqueeze(1)).to(self.weight.dtype)
-        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
-
-    def pick(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of items (D,) and their signs, both (D, H)."""
-        hashes = torch.stack([stable_hash(items, seed) for seed in range(self.num_hashes)], 1)
-        return (hashes >> 1) % len(self.weight), 1 - 2 * (hashes & 1)
-
+from recsys.model.retrieval import gather_from_ranks
+from recsys.model.text.encoder import TextEncoder, encode_groups, group_widths
 
 ENCODE_CHUNK = 256
 """Texts that a refresh encodes at once."""
 
-LENGTH_GROUPS = 4
-"""Forward passes of the language model per batch of texts, each as wide as its longest text."""
+PRESENCE = {"id": "train_count", "text": "has_text", "categories": "categories", "numbers": "has_number", "vector": "vectors"}
+"""The buffer whose row says, by anything but zeros, that an item has something of a source."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +38,7 @@ class ItemEncoder(nn.Module):
     """Encodes catalogue indices (D,) as vectors (D, W).
 
     Shapes: D items, W width, S sources. Each source gives a vector of the model's width, zero where an item has nothing of it; a gate
-    that sees all of them weighs those that the item has. An item that training never saw has no id vector, so its other sources carry
+    that sees all of them weights those that the item has. An item that training never saw has no id vector, so its other sources carry
     it; `id_dropout` trains the model for that, on items that have another source.
 
     The catalogue's buffers may be views of files that all processes of a node share: they are gathered from as they are,
@@ -94,7 +53,7 @@ class ItemEncoder(nn.Module):
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
-    kept_text: Tensor | None  # (I + 1, H) of texts that a micro batch has not, as the language model last gave them
+    kept_text: Tensor | None  # (I + 1, H) cached vectors of the texts that a micro batch does not have
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
@@ -109,33 +68,25 @@ class ItemEncoder(nn.Module):
         for parameter in self.gates.parameters():
             nn.init.zeros_(parameter)
         self.text_encoder = text.encoder
-        self._keep(catalogue, text)
-        is_kept = config.keeps_texts and text.encoder is not None
-        self.register_buffer("kept_text", torch.zeros(catalogue.num_items + 1, text.encoder.width) if is_kept and text.encoder else None)
-
-    def _keep(self, catalogue: ItemFeatures, text: ItemText) -> None:
-        """Keep the catalogue's features as buffers that no checkpoint holds (the dataset has them), and texts' lengths on the CPU."""
-        self.register_buffer("train_count", catalogue.train_count, persistent=False)
-        self.register_buffer("categories", catalogue.categories, persistent=False)
-        self.register_buffer("numbers", catalogue.numbers, persistent=False)
-        self.register_buffer("has_number", catalogue.has_number, persistent=False)
-        self.register_buffer("vectors", catalogue.vectors, persistent=False)
-        self.register_buffer("has_text", catalogue.has_text, persistent=False)
+        for name in ("train_count", "categories", "numbers", "has_number", "vectors", "has_text"):
+            self.register_buffer(name, getattr(catalogue, name), persistent=False)  # no checkpoint holds them: the dataset does
         self.register_buffer("text_vectors", text.vectors, persistent=False)
         self.register_buffer("tokens", text.tokens, persistent=False)
-        self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,)
-        self.group_widths = group_widths(self.token_counts, LENGTH_GROUPS)
+        self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,) on the CPU
+        self.group_widths = group_widths(self.token_counts)
+        is_kept = config.keeps_texts and text.encoder is not None
+        self.register_buffer("kept_text", torch.zeros(catalogue.num_items + 1, text.encoder.width) if is_kept and text.encoder else None)
 
     def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
         """Encode items (D,), or the whole catalogue in its order where they are not given; return (D, W), zero for padding.
 
         `on_host` are the same items on the CPU; with them a device that trains a language model need not be waited for. Where the whole
-        catalogue is asked for, they may be some of its items: the language model runs over their texts, and the others' are kept ones.
+        catalogue is asked for, they may be some of its items: the language model runs over their texts, and the others' are cached ones.
         """
         return self.with_text(items, on_host)[0]
 
     def with_text(self, items: Tensor | None = None, on_host: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Encode as `forward` does, and return the part of it that is the text's beside (D, W), where the ranker asks for that."""
+        """Encode as `forward` does; return beside it the part that is the text's, (D, W), where the ranker asks for it."""
         present = {name: self._has(name, items) for name in self.sources}
         if self.training and self.id_dropout and "id" in present and len(present) > 1:
             others = torch.stack([has for name, has in present.items() if name != "id"]).any(0)
@@ -145,12 +96,8 @@ class ItemEncoder(nn.Module):
 
     def _has(self, name: str, items: Tensor | None) -> Tensor:
         """Return which items have anything of a source (D,); padding has nothing."""
-        if name == "id":
-            return _rows(self.train_count, items) > 0
-        if name == "text":
-            return _rows(self.has_text, items)
-        features = {"categories": self.categories, "numbers": self.has_number, "vector": self.vectors}[name]
-        return (_rows(features, items) != 0).any(1)
+        has = _rows(self.get_buffer(PRESENCE[name]), items) != 0
+        return has if has.dim() == 1 else has.any(1)
 
     def _encode_source(self, name: str, items: Tensor | None, on_host: Tensor | None, present: Tensor) -> Tensor:
         """Return a source's vectors (D, W), zero where not present (D,)."""
@@ -181,7 +128,7 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def refresh_texts(self, rank: int, world_size: int) -> None:
-        """Run the language model as it is over all texts, shared out over the ranks, and keep the vectors; every rank must call this."""
+        """Run the language model as it is over all texts, shared out over the ranks, and cache the vectors; every rank must call this."""
         if self.text_encoder is None or self.kept_text is None:
             return
         num_rows = len(self.token_counts)
@@ -189,35 +136,20 @@ class ItemEncoder(nn.Module):
         rows[rows >= num_rows] = 0  # as many on every rank, since under ZeRO-3 each run is collective
         was_training = self.training
         self.eval()
-        chunks = [
-            encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, chunk) for chunk in rows.split(ENCODE_CHUNK)
-        ]
+        table = self.tokens, self.token_counts, self.group_widths
+        own = torch.cat([encode_groups(self.text_encoder, *table, chunk) for chunk in rows.split(ENCODE_CHUNK)])
         self.train(was_training)
-        vectors = gather_from_ranks(torch.cat(chunks)).unflatten(0, (world_size, -1))
+        vectors = gather_from_ranks(own).unflatten(0, (world_size, -1))
         self.kept_text.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Weigh the sources' vectors; an only one stands for itself."""
+        """Weight the sources' vectors; an only one stands for itself."""
         if len(vectors) == 1:
             return next(iter(vectors.values()))
         logits = reduce(torch.add, [self.gates[name](vector) for name, vector in vectors.items()])  # (D, S)
         is_absent = ~torch.stack(list(present.values()), 1)
         weights = logits.masked_fill(is_absent, torch.finfo(logits.dtype).min).softmax(-1)
         return reduce(torch.add, [weight.unsqueeze(1) * vector for weight, vector in zip(weights.unbind(1), vectors.values(), strict=True)])
-
-
-class Projection(nn.Module):
-    """Brings features (D, F) to the model's width (D, W), at the length of an id vector, per dimension and learned."""
-
-    def __init__(self, num_features: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(num_features, width)
-        self.scale = nn.Parameter(torch.full((width,), width**-0.5))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project features (D, F) to (D, W)."""
-        projected = self.linear(features.to(self.linear.weight.dtype))
-        return F.layer_norm(projected, projected.shape[-1:]) * self.scale
 
 
 def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn.ModuleDict:
@@ -242,25 +174,56 @@ def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn
     return sources
 
 
-def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: Tensor, on_host: Tensor) -> Tensor:
-    """Run the language model over some rows (D,) of `tokens` (R, T), like lengths together; return (D, H).
+class IdTable(nn.Module):
+    """A row per item. Shapes: I items, D items asked for, W width."""
 
-    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU, `tokens` anywhere. The runs are as many
-    on every rank, whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
+    def __init__(self, num_items: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_items + 1, width) * width**-0.5)  # (I + 1, W)
+
+    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
+        """Return vectors (D, W), zero where not present (D,); without `items` those of the whole catalogue, and gather nothing."""
+        rows = self.weight if items is None else F.embedding(items, self.weight)
+        return rows * present.unsqueeze(1).to(rows.dtype)
+
+
+class HashedIds(nn.Module):
+    """The sum of H rows of one table of B, picked and signed by independent hashes of the catalogue index.
+
+    The signs (Weinberger et al. 2009) make what other items left in a shared row cancel on average. Of I items each shares a row with
+    about H I / B others, but all rows and signs with none to speak of: about I^2 H! / 2 (2 B)^H pairs of items have the same vector.
+    With 100 M items, H = 2 and B = 10 M rows: 25 pairs.
     """
-    device = next(encoder.parameters()).device
-    group = torch.bucketize(counts[on_host], widths)
-    vectors = []
-    for number, width in enumerate(widths.tolist()):
-        is_member = group == number
-        size = int(is_member.sum())
-        chosen = on_host[is_member] if size else torch.zeros(1, dtype=torch.long)
-        real = counts[chosen].to(device, non_blocking=True)
-        own = tokens[chosen.to(tokens.device, non_blocking=True), :width].to(device, non_blocking=True).long()
-        mask = torch.arange(width, device=device) < real.unsqueeze(1)
-        vectors.append(encoder(own, mask.long())[:size])
-    back = group.argsort(stable=True).argsort()
-    return F.embedding(back.to(device, non_blocking=True), torch.cat(vectors))
+
+    def __init__(self, num_items: int, num_buckets: int, num_hashes: int, width: int) -> None:
+        super().__init__()
+        self.num_items, self.num_hashes = num_items, num_hashes
+        self.weight = nn.Parameter(torch.randn(num_buckets, width) * (num_hashes * width) ** -0.5)  # (B, W)
+
+    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
+        """Return vectors as `IdTable` does."""
+        rows, signs = self.pick(torch.arange(self.num_items + 1, device=present.device) if items is None else items)
+        weights = (signs * present.unsqueeze(1)).to(self.weight.dtype)
+        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
+
+    def pick(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of items (D,) and their signs, both (D, H)."""
+        hashes = torch.stack([stable_hash(items, seed) for seed in range(self.num_hashes)], 1)
+        return (hashes >> 1) % len(self.weight), 1 - 2 * (hashes & 1)
+
+
+class Projection(nn.Module):
+    """Brings features (D, F) to the model's width (D, W), at the length of an id vector, per dimension and learned."""
+
+    def __init__(self, num_features: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, width)
+        self.scale = nn.Parameter(torch.full((width,), width**-0.5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features (D, F) to (D, W)."""
+        projected = self.linear(features.to(self.linear.weight.dtype))
+        return F.layer_norm(projected, projected.shape[-1:]) * self.scale
 
 
 def _rows(table: Tensor, items: Tensor | None) -> Tensor:

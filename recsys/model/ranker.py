@@ -1,4 +1,7 @@
-"""Scores a (user, item) pair for each task, such as like, rating, click or purchase."""
+"""Scores a (user, item) pair for each task, such as like, rating, click or purchase, and the losses of these scores.
+
+Shapes: N pairs, W width, T tasks, P places of packed histories.
+"""
 
 from collections.abc import Sequence
 
@@ -6,14 +9,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys.config.model import ModelConfig
+from recsys.config.model import ModelConfig, RankerConfig
+from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Histories
-from recsys.model.value_regression import ValueRegression
+from recsys.errors import UserError
+from recsys.model.user_encoder import by_group, known_values
 from recsys.schema import Task
+
+NOISE_VARIANCE = 0.65
+LEVEL_VARIANCE = 0.15
+"""Of standardized values: what is left unexplained, and how far users lie apart in the mean. On MovieLens 100K they fit; learned
+together with the factors the noise would shrink to the training error."""
+
+
+class ValueRegression(nn.Module):
+    """Predicts a user's value of an item from the user's other values: Bayesian linear regression, solved at every place.
+
+    value = b(v) + w . z(v) + noise for an item's vector v, where w ~ N(w0(u), 1) is the user's own. b and z are linear in v, so items
+    that training never saw have them; the first of z is the user's level. w0 is linear in the user's state u: what the sequence tells
+    before any value counts. Given the values so far, the mean of w has a closed form (Bishop 2006, 3.3). A target's value is never
+    among those that its w is made of, so z is learned for users yet to come (Bertinetto et al. 2019). Shape K: factors and the level.
+    """
+
+    def __init__(self, config: ModelConfig, manifest: DatasetManifest) -> None:
+        super().__init__()
+        size = config.ranker.num_factors
+        self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
+        self.dropout = nn.Dropout(config.ranker.factor_dropout)
+        self.factors = nn.Linear(config.width, size + 1)
+        self.prior = nn.Linear(config.width, size + 1, bias=False)
+        nn.init.normal_(self.factors.weight, std=0.1)
+        nn.init.zeros_(self.factors.bias)
+        nn.init.zeros_(self.prior.weight)
+
+    def forward(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+        """Return the mean of w (N, K) of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
+        is_known, values = known_values(histories, self.value_mean, self.value_std)
+        factors, biases = self.read(vectors)
+        factors = factors * is_known.unsqueeze(1)
+        squares, products = factors.unsqueeze(2) * factors.unsqueeze(1), factors * (values - biases).unsqueeze(1)
+        moments = torch.cat([squares.flatten(1), products], 1)
+        so_far = torch.cat([part.cumsum(1).flatten(0, 1) for part in by_group(moments, histories)])
+        size = factors.shape[1]
+        square, product = F.embedding(places, so_far).split([size * size, size], 1)
+        square, prior = square.unflatten(1, (size, size)), self.prior(users).float().unsqueeze(2)
+        noise = NOISE_VARIANCE * torch.eye(size, device=square.device)
+        surprise = product.unsqueeze(2) - square @ prior
+        return (prior + torch.linalg.solve_ex(square + noise, surprise)[0]).squeeze(2)
+
+    def predict(self, weights: Tensor, items: Tensor) -> Tensor:
+        """Return the standardized value (N,) that users with these w (N, K) will give to items (N, W)."""
+        factors, biases = self.read(items)
+        return (weights * factors).sum(1) + biases
+
+    def read(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z (P, K) and b (P,) of items in float32."""
+        read = self.factors(self.dropout(vectors)).float()
+        level = torch.full_like(read[:, :1], LEVEL_VARIANCE**0.5)
+        return torch.cat([level, read[:, 1:]], 1), read[:, 0]
+
+
+def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueRegression | None:
+    """Build it where the config wants it.
+
+    Raises:
+        UserError: the data has no values.
+    """
+    if config.ranker.kind != "regression":
+        return None
+    if not manifest.has_values:
+        raise UserError("model.ranker.kind = 'regression' learns from values, and this dataset has none; set concatenation or data.columns")
+    return ValueRegression(config, manifest)
 
 
 class Ranker(nn.Module):
-    """One score per task of a user's state u and an item's vector v. Shapes: N pairs, W width, T tasks, E experts.
+    """One score per task of a user's state u and an item's vector v. Shape E: experts.
 
     f_P(u, v) is, for each task, a linear reading of what experts make of the pair, mixed by a gate of the task's own where there are
     several (MMoE: Ma et al. 2018), plus a user bias, linear in u, and an item bias, linear in v: both hold for those never seen.
@@ -76,7 +146,7 @@ class Ranker(nn.Module):
         Only the additive form reads `texts` (N, W), zero where an item has none.
 
         Returns:
-            (N, T): logits for binary tasks, standardised values for regression.
+            (N, T): logits for binary tasks, standardized values for regression.
         """
         users, weights = users[..., : self.width], users[..., self.width :]
         product = users * items
@@ -102,3 +172,41 @@ class Ranker(nn.Module):
         With q of the scores and w the rate, p = q / (q + (1 - q) / w) (He et al. 2014), which is logit p = logit q + log w.
         """
         return scores + self.log_negative_rates
+
+
+class TaskLosses(nn.Module):
+    """Scores and labels -> the sum of each task's loss over its labels.
+
+    BCE for binary tasks, squared error for regression. With `imbalance = weight` a positive weighs 1 / `negative_rates` (T,).
+
+    With `weighting = uncertainty` (Kendall et al. 2018) a task has a learned log variance s, and each of its labels gives
+    exp(-s) loss + s / 2, of regression exp(-s) loss / 2 + s / 2. The s / 2 are given per label, so the sums may be taken over any share
+    of the labels and divided by their global number: together they are the formula. What is reported can be negative.
+    """
+
+    positive_weights: Tensor  # (T,)
+
+    def __init__(self, config: RankerConfig, tasks: Sequence[Task], negative_rates: Tensor) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.register_buffer(
+            "positive_weights", 1 / negative_rates if config.imbalance == "weight" else torch.ones(len(tasks)), persistent=False
+        )
+        is_learned = config.weighting == "uncertainty" and len(tasks) > 0
+        self.log_variances = nn.Parameter(torch.zeros(len(tasks))) if is_learned else None
+
+    def forward(self, scores: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Sum each task's loss over the labels where mask is 1; all (N, T)."""
+        losses = {}
+        for column, task in enumerate(self.tasks):
+            score, label, is_value = scores[:, column].float(), labels[:, column], task.kind == "regression"
+            if is_value:
+                loss = F.mse_loss(score, label, reduction="none")
+            else:
+                weight = self.positive_weights[column]
+                loss = F.binary_cross_entropy_with_logits(score, label, pos_weight=weight, reduction="none")
+            if self.log_variances is not None:
+                log_variance = self.log_variances[column].float()
+                loss = torch.exp(-log_variance) * (loss / 2 if is_value else loss) + log_variance / 2
+            losses[task.name] = (loss * mask[:, column]).sum()
+        return losses

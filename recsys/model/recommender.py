@@ -13,17 +13,14 @@ from recsys.data.draws import negative_items
 from recsys.data.items import ItemFeatures
 from recsys.data.label_balance import negative_rates
 from recsys.data.manifest import Dataset
-from recsys.model import losses
-from recsys.model.fairness import GroupBound
 from recsys.model.item_encoder import ItemEncoder, ItemText
-from recsys.model.multitask import TaskLosses
-from recsys.model.ranker import Ranker
+from recsys.model.ranker import Ranker, TaskLosses, build_regression
+from recsys.model.retrieval import GroupBound, Loss, full_softmax, gather_from_ranks, gbce, sampled_softmax
 from recsys.model.text.backbones import load_backbone
 from recsys.model.text.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
 from recsys.model.text.encoder import TextEncoder, locate_backbone
 from recsys.model.text.queries import TrainingQueries, read_training_queries
 from recsys.model.user_encoder import UserEncoder
-from recsys.model.value_regression import build_regression
 
 RETRIEVAL = "retrieval"
 
@@ -69,25 +66,25 @@ class Recommender(nn.Module):
         groups = {} if self.bound is None else dict(zip(self.bound.names, each @ batch.group_mask, strict=True))
         return result | groups | {RETRIEVAL: loss}
 
-    def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor, weights: Tensor) -> losses.Loss:
+    def _retrieval_loss(self, batch: Batch, users: Tensor, positives: Tensor, items: Tensor, weights: Tensor) -> Loss:
         loss = self.loss
         if loss.kind == "full":
-            return losses.full_softmax(users, positives, F.embedding(self.candidates, items), weights, loss.chunk_bytes)
+            return full_softmax(users, positives, F.embedding(self.candidates, items), weights, loss.chunk_bytes)
         target_ids = batch.items[batch.targets]
         if loss.draws_negatives:
             negatives, negative_ids, log_q = F.embedding(batch.negatives, items), batch.items[batch.negatives], batch.negatives_log_q
         else:
-            negatives, negative_ids = losses.gather_from_ranks(positives), losses.gather_from_ranks(target_ids)
+            negatives, negative_ids = gather_from_ranks(positives), gather_from_ranks(target_ids)
             log_q = (self.item_encoder.train_count[negative_ids] / self.num_interactions).log()
         if loss.kind == "gbce":
             count, calibration = len(self.candidates), loss.calibration
-            return losses.gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, weights, loss.chunk_bytes)
+            return gbce(users, positives, target_ids, negatives, negative_ids, count, calibration, weights, loss.chunk_bytes)
         if loss.kind == "infonce":
             log_q = torch.full_like(log_q, -math.log(max(1, len(negatives))))
-        return losses.sampled_softmax(users, positives, target_ids, negatives, negative_ids, log_q, weights, loss.chunk_bytes)
+        return sampled_softmax(users, positives, target_ids, negatives, negative_ids, log_q, weights, loss.chunk_bytes)
 
 
-def read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks = ALONE) -> ItemText:
+def _read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks) -> ItemText:
     """Read or compute what the item encoder needs of the text; all of `ranks` must call this."""
     text, scratch = config.model.text, Path(config.run.scratch)
     if text.mode == "off" or not bool(catalogue.has_text.any()):
@@ -106,7 +103,7 @@ def build_recommender(config: Config, dataset: Dataset, device: torch.device, ra
     """
     catalogue = ItemFeatures.read(dataset, Path(config.run.scratch))
     torch.manual_seed(config.training.seed)  # for LoRA's adapters
-    text = read_item_text(config, dataset, catalogue, device, ranks)
+    text = _read_item_text(config, dataset, catalogue, device, ranks)
     queries = read_training_queries(config, dataset, catalogue, device, ranks)
     torch.manual_seed(config.training.seed)  # again: whoever computed frozen vectors may have drawn numbers
     return Recommender(config, dataset, catalogue, text, queries)

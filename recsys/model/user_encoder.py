@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from recsys.config import Config
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Histories
-from recsys.model.attention import NUM_TIME_BUCKETS, Attention, time_buckets
+
+NUM_TIME_BUCKETS = 32
+ROTARY_BASE = 10_000.0
 
 
 class UserEncoder(nn.Module):
@@ -48,27 +50,25 @@ class UserEncoder(nn.Module):
         return encoded
 
     def _context(self, item_vectors: Tensor, histories: Histories) -> Tensor:
-        """Add up what is known of each interaction besides its item, (P, W)."""
+        """Sum what is known of each interaction besides its item, (P, W)."""
         context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
         if self.position is not None:
-            parts = [self.position.weight[:length].repeat(number, 1) for number, length in histories.groups]
-            context = context + torch.cat(parts)
+            context = context + torch.cat([self.position.weight[:length].repeat(number, 1) for number, length in histories.groups])
         if self.event is not None:
             context = context + self.event(histories.events)
         if self.gap is not None:
             context = context + self.gap(time_buckets(_gaps(histories)))
         if self.value is not None:
-            is_known = ~histories.values.isnan()
-            value = torch.where(is_known, (histories.values - self.value_mean) / self.value_std, 0.0)
+            is_known, value = known_values(histories, self.value_mean, self.value_std)
             context = context + self.value(torch.stack([is_known.to(value), value, value.square()], -1).to(item_vectors.dtype))
         return context
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward layer (SwiGLU), each on a normalised input and added to it.
+    """Attention, then a gated feed-forward layer (SwiGLU), each on a normalized input and added to it.
 
-    In `ligr` each is weighed by a gate that sees what it is added to (Borisyuk et al. 2025, LiGR); in `hstu` there is no feed-forward
-    layer, the attention is gated itself (Zhai et al. 2024).
+    In `ligr` each is multiplied by a gate that sees what it is added to (Borisyuk et al. 2025, LiGR); in `hstu` there is no
+    feed-forward layer, the attention is gated itself (Zhai et al. 2024).
     """
 
     def __init__(self, config: Config, has_time: bool) -> None:
@@ -97,15 +97,93 @@ class Block(nn.Module):
         return states + (update if self.gates is None else update * self.gates[number](states).sigmoid())
 
 
+class Attention(nn.Module):
+    """Multi-head attention of each place to itself and those before it, group by group, without padding beyond a group's.
+
+    `softmax` and `ligr`: scaled dot product. `hstu` (Zhai et al. 2024): SiLU of the score plus a learned bias by distance and by time
+    between the two, divided by the number of places seen, and the normalized sum gated elementwise.
+    Shapes: P places, W width, H heads, B histories of L places.
+    """
+
+    def __init__(self, config: Config, has_time: bool) -> None:
+        super().__init__()
+        model = config.model
+        self.num_heads = model.num_heads
+        self.is_rotary = model.positions == "rotary"
+        self.is_pointwise = model.attention == "hstu"
+        self.qkv = nn.Linear(model.width, (4 if self.is_pointwise else 3) * model.width)
+        self.out = nn.Linear(model.width, model.width)
+        if self.is_pointwise:
+            self.norm = nn.LayerNorm(model.width)
+            self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history + model.has_queries))
+            self.time_bias = nn.Parameter(torch.zeros(model.num_heads, NUM_TIME_BUCKETS)) if has_time else None
+
+    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+        """Map (P, W) to (P, W)."""
+        projected = self.qkv(states)
+        if self.is_pointwise:
+            projected, gate = F.silu(projected).split([3 * states.shape[1], states.shape[1]], -1)
+        parts = zip(by_group(projected, histories), by_group(histories.times, histories), strict=True)
+        attended = torch.cat([self._attend_group(*part) for part in parts])
+        if self.is_pointwise:
+            attended = self.norm(attended) * gate
+        mapped: Tensor = self.out(attended)
+        return mapped
+
+    def _attend_group(self, projected: Tensor, times: Tensor) -> Tensor:
+        """Attend within histories of one length; `projected` (B, L, 3 W), `times` (B, L); return (B x L, W)."""
+        query, key, value = projected.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, W / H) each
+        if self.is_rotary:
+            query, key = rotate(query), rotate(key)
+        if self.is_pointwise:
+            attended = self._pointwise_weights(query @ key.transpose(-1, -2), times) @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _pointwise_weights(self, scores: Tensor, times: Tensor) -> Tensor:
+        """Return the weights of scores (B, H, L, L), 0 for what comes after."""
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        distance = places[:, None] - places  # (L, L)
+        scores = scores + self.distance_bias[:, distance.clamp(min=0)]
+        if self.time_bias is not None:
+            apart = time_buckets(times[:, :, None] - times[:, None, :])  # (B, L, L)
+            scores = scores + self.time_bias[:, apart].transpose(0, 1)
+        return F.silu(scores).masked_fill(distance < 0, 0.0) / (places[:, None] + 1)
+
+
+def rotate(vectors: Tensor) -> Tensor:
+    """Turn each pair of dimensions by an angle that grows with the place (Su et al. 2021); vectors (..., L, width of a head)."""
+    length, width = vectors.shape[-2:]
+    half = width // 2
+    frequencies = ROTARY_BASE ** (-torch.arange(half, device=vectors.device) / half)
+    angles = torch.arange(length, device=vectors.device)[:, None] * frequencies  # (L, half)
+    cosine, sine = angles.cos().to(vectors.dtype), angles.sin().to(vectors.dtype)
+    first, second = vectors[..., :half], vectors[..., half : 2 * half]
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine, vectors[..., 2 * half :]], -1)
+
+
+def by_group(values: Tensor, histories: Histories) -> list[Tensor]:
+    """Split the values of places (P, ...) by group of histories, (B, L, ...) each."""
+    parts = values.split([number * length for number, length in histories.groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, histories.groups, strict=True)]
+
+
+def known_values(histories: Histories, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    """Return which places have a value (P,), and the standardized values (P,), 0 where there is none."""
+    is_known = ~histories.values.isnan()
+    return is_known, torch.where(is_known, (histories.values - mean) / std, 0.0)
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Bucket times between interactions: floor(log2(1 + seconds)), capped; a step back counts as no time."""
+    _, exponents = torch.frexp(seconds.clamp(min=0).double() + 1.0)
+    return (exponents - 1).clamp(max=NUM_TIME_BUCKETS - 1).long()
+
+
 def _gaps(histories: Histories) -> Tensor:
     """Return the seconds since the interaction before, (P,), 0 for a history's first."""
-    gaps = histories.times.diff(prepend=histories.times[:1])
-    parts = gaps.split([number * length for number, length in histories.groups])
-    cleared = []
-    for part, (number, length) in zip(parts, histories.groups, strict=True):
-        rows = part.view(number, length)
-        cleared.append(F.pad(rows[:, 1:], (1, 0)).flatten())
-    return torch.cat(cleared)
+    return torch.cat([F.pad(times.diff(), (1, 0)).flatten() for times in by_group(histories.times, histories)])
 
 
 def recompute_activations(module: nn.Module) -> None:

@@ -16,8 +16,8 @@ from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
 from recsys.evaluation.slices import MIN_GROUP_USERS
 from recsys.evaluation.users import read_evaluation_users
-from recsys.model.fairness import GroupBound
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
+from recsys.model.retrieval import GroupBound
 from recsys.model.text.catalogue_text import Ranks
 from recsys.objectives.objective import Objective
 from recsys.predictor import Predictor, encode_catalogue

@@ -15,7 +15,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.data.text.corpus import VALIDATION, HiddenTokens, Pairs, TextBatch, TextCollator, TextSplit
 from recsys.data.text.pairs import Partners
-from recsys.model.losses import gather_from_ranks
+from recsys.model.retrieval import gather_from_ranks
 from recsys.model.text.catalogue_text import Ranks, text_tokens
 from recsys.model.text.encoder import locate_backbone
 from recsys.model.text.pretraining import CONTRASTIVE, MASKED, Pretrainer, build_pretrainer, pair_scores

@@ -8,30 +8,28 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
-from recsys.baselines.factorization import RANKING_PENALTY, MachineRanking, bpr_loss
-from recsys.baselines.factorization_machine import BIAS_PENALTY, FactorisationMachine
-from recsys.baselines.item_knn import ItemNeighbours, nearest_neighbours
-from recsys.baselines.least_squares import solve
+from recsys.baselines.counting import ItemNeighbors, nearest_neighbors
+from recsys.baselines.factorization import BIAS_PENALTY, RANKING_PENALTY, FactorizationMachine, bpr_loss, solve
 
 
 @pytest.fixture
-def machine() -> FactorisationMachine:
+def machine() -> FactorizationMachine:
     """Three users and four items of one to three features each."""
     torch.manual_seed(0)
     users = torch.tensor([[0, 0], [1, 4], [2, 0], [3, 4]])
     items = torch.tensor([[0, 0, 0], [5, 9, 10], [6, 9, 0], [7, 0, 0], [0, 10, 0]])
-    machine = FactorisationMachine(users, items, width=5)
+    machine = FactorizationMachine(users, items, width=5)
     with torch.no_grad():
         machine.table.weight[1:].normal_()
         machine.bias.fill_(0.3)
     return machine
 
 
-def features_of(machine: FactorisationMachine, user: int, item: int) -> list[int]:
+def features_of(machine: FactorizationMachine, user: int, item: int) -> list[int]:
     return [number for number in (*machine.user_features[user].tolist(), *machine.item_features[item].tolist()) if number]
 
 
-def plain_score(machine: FactorisationMachine, user: int, item: int) -> float:
+def plain_score(machine: FactorizationMachine, user: int, item: int) -> float:
     features = features_of(machine, user, item)
     table = machine.table.weight.detach()
     vectors, biases = table[:, :-1], table[:, -1]
@@ -39,7 +37,7 @@ def plain_score(machine: FactorisationMachine, user: int, item: int) -> float:
     return machine.bias.item() + sum(float(biases[feature]) for feature in features) + pairs
 
 
-def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorisationMachine) -> None:
+def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorizationMachine) -> None:
     for user, item in itertools.product(range(4), range(5)):
         score, penalty = machine(torch.tensor([user]), torch.tensor([item]), 0.7)
         assert score.item() == pytest.approx(plain_score(machine, user, item), abs=1e-5)
@@ -48,15 +46,15 @@ def test_a_machine_is_the_sum_over_all_pairs_of_features(machine: FactorisationM
         assert penalty.item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_ranking_by_a_machine_is_its_score_but_for_what_is_the_users_alone(machine: FactorisationMachine) -> None:
-    scores = MachineRanking(machine).score_catalogue([np.zeros(0, np.int64)] * 4, [-1, 0, 1, 2])
+def test_ranking_by_a_machine_is_its_score_but_for_what_is_the_users_alone(machine: FactorizationMachine) -> None:
+    scores = machine.score_catalogue([np.zeros(0, np.int64)] * 4, [-1, 0, 1, 2])
     assert np.isneginf(scores[:, 0]).all()
     for user in range(4):
         plain = np.array([plain_score(machine, user, item) for item in range(1, 5)])
         np.testing.assert_allclose(np.diff(scores[user, 1:]), np.diff(plain), atol=1e-5)
 
 
-def test_the_bpr_loss_and_its_gradient_are_the_formula(machine: FactorisationMachine) -> None:
+def test_the_bpr_loss_and_its_gradient_are_the_formula(machine: FactorizationMachine) -> None:
     users, taken, others = torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([3, 4])
     losses = bpr_loss(machine, users, taken, others)
     for number, triple in enumerate(zip(users.tolist(), taken.tolist(), others.tolist(), strict=True)):
@@ -87,29 +85,29 @@ def test_solved_vectors_are_where_the_weighted_squared_error_has_no_slope() -> N
     assert not solved[5].any()
 
 
-@pytest.mark.parametrize(("num_neighbours", "shrinkage"), [(3, 0.0), (3, 10.0), (100, 2.0)])
-def test_neighbours_are_those_of_a_dense_computation(num_neighbours: int, shrinkage: float) -> None:
+@pytest.mark.parametrize(("num_neighbors", "shrinkage"), [(3, 0.0), (3, 10.0), (100, 2.0)])
+def test_neighbors_are_those_of_a_dense_computation(num_neighbors: int, shrinkage: float) -> None:
     dense = (np.random.default_rng(0).random((40, 12)) < 0.3).astype(np.float32)
     dense[:, 0] = 0
-    found = nearest_neighbours(csr_array(dense), num_neighbours, shrinkage).toarray()
+    found = nearest_neighbors(csr_array(dense), num_neighbors, shrinkage).toarray()
     norms = np.sqrt((dense**2).sum(0))
     for item in range(1, 12):
         similarity = [
             float(dense[:, item] @ dense[:, other] / (norms[item] * norms[other] + shrinkage)) if other else 0 for other in range(12)
         ]
         similarity[item] = 0
-        kept = np.sort(similarity)[::-1][:num_neighbours]
+        kept = np.sort(similarity)[::-1][:num_neighbors]
         np.testing.assert_allclose(np.sort(found[item])[::-1][: len(kept)], kept, atol=1e-6)
         nonzero = np.flatnonzero(found[item])
         np.testing.assert_allclose(found[item][nonzero], np.array(similarity)[nonzero], atol=1e-6)
-        assert len(nonzero) <= num_neighbours
+        assert len(nonzero) <= num_neighbors
     assert not found[0].any()
 
 
 def test_an_interaction_a_half_life_ago_weighs_half() -> None:
     similarity = csr_array(np.array([[0, 0, 0], [0, 0, 0.4], [0, 0.2, 0]], np.float32))
-    neighbours = ItemNeighbours(similarity, np.array([0, 0.001, 0.002], np.float32), half_life=2.0)
+    neighbors = ItemNeighbors(similarity, np.array([0, 0.001, 0.002], np.float32), half_life=2.0)
     history = np.array([1, 2, 2, 2])  # ages 3, 2, 1, 0
-    (row,) = neighbours.score_catalogue([history], [7])
+    (row,) = neighbors.score_catalogue([history], [7])
     expected = [-np.inf, 0.2 * (2**-1 + 2**-0.5 + 1) + 0.001, 0.4 * 2**-1.5 + 0.002]
     np.testing.assert_allclose(row, expected, rtol=1e-5)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsys.model.losses import full_softmax, gather_from_ranks, gbce, sampled_softmax
+from recsys.model.retrieval import full_softmax, gather_from_ranks, gbce, sampled_softmax
 from tests.distributed import run_distributed
 
 torch.manual_seed(0)

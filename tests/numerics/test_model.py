@@ -17,11 +17,10 @@ from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Histories, Rows
-from recsys.model.attention import Attention, rotate, time_buckets
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model.text.encoder import _train_tokenizer
-from recsys.model.user_encoder import _gaps
+from recsys.model.user_encoder import Attention, _gaps, rotate, time_buckets
 from recsys.store import Storage
 from tests.datasets import make_dataset
 

@@ -13,8 +13,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.sequences import CPU_GROUP_COST, SEQUENCES, pack
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
-from recsys.model.multitask import TaskLosses
-from recsys.model.ranker import Ranker
+from recsys.model.ranker import Ranker, TaskLosses
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
 from recsys.predictor import History

@@ -20,27 +20,34 @@ _CODE_KEYS = ("auto_map", "custom_pipelines", "quantization_config")
 _IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "grouped_mm", "batched_mm")
 
 
-def find_fault(folder: Path, names: set[str] | None = None) -> str | None:
-    """Return why the model in a folder must not be loaded, or None.
+class BackboneError(Exception):
+    """A language model cannot be used; the message says why, and does not name the model."""
+
+
+def check_files(folder: Path, names: set[str] | None = None) -> None:
+    """Check the files of a model folder.
 
     Args:
         names: of all of the model's files, where its weights are elsewhere and only config and tokenizer are in the folder.
+
+    Raises:
+        BackboneError: the model must not be loaded.
     """
     folder = folder.resolve()
     for path in sorted(folder.iterdir()):
         if not path.resolve().is_relative_to(folder) and not _is_hub_blob(path, folder):
-            return f"{path.name} is a link that leads out of the folder"
+            raise BackboneError(f"{path.name} is a link that leads out of the folder")
     found = {path.name for path in folder.iterdir()}
     if "config.json" not in found:
-        return "there is no config.json"
+        raise BackboneError("there is no config.json")
     if "adapter_config.json" in found:
-        return "it holds an adapter of another model (adapter_config.json); merge the adapter into its model first"
+        raise BackboneError("it holds an adapter of another model (adapter_config.json); merge the adapter into its model first")
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
-        if name in found and (fault := _json_fault(folder / name)):
-            return f"{name} {fault}"
-    if fault := _names_fault(found if names is None else names):
-        return fault
-    return _weights_fault(folder, found) if names is None else None
+        if name in found:
+            _read_json(folder / name)
+    _check_names(found if names is None else names)
+    if names is None:
+        _check_weights(folder, {name for name in found if name.endswith(".safetensors")}, has_index=_INDEX in found)
 
 
 def _is_hub_blob(path: Path, folder: Path) -> bool:
@@ -48,79 +55,69 @@ def _is_hub_blob(path: Path, folder: Path) -> bool:
     return folder.parent.name == "snapshots" and path.resolve().is_relative_to(folder.parents[1].resolve() / "blobs")
 
 
-def _json_fault(path: Path) -> str | None:
+def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MOST_JSON_BYTES:
-        return f"has more than {MOST_JSON_BYTES >> 20} MiB"
+        raise BackboneError(f"{path.name} has more than {MOST_JSON_BYTES >> 20} MiB")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        return f"is not valid JSON ({error})"
+        raise BackboneError(f"{path.name} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        return "is no JSON object"
-    return _code_fault(content) if path.name != "tokenizer.json" else None  # which has a vocabulary, and no settings
+        raise BackboneError(f"{path.name} is no JSON object")
+    if path.name != "tokenizer.json":  # which has a vocabulary, and no settings
+        _refuse_code(path.name, content)
+    return content
 
 
-def _code_fault(content: dict[str, Any]) -> str | None:
-    """Return which setting, at any depth, asks for code from elsewhere."""
+def _refuse_code(name: str, content: dict[str, Any]) -> None:
+    """Refuse settings, at any depth, that ask for code from elsewhere."""
     for key, value in content.items():
         if key in _CODE_KEYS and value:
-            return f"has '{key}', which asks for code or packages from elsewhere; it is never run here"
+            raise BackboneError(f"{name} has '{key}', which asks for code or packages from elsewhere; it is never run here")
         if (key.endswith("_implementation") or "_implementation_" in key) and value not in _IMPLEMENTATIONS:
-            return f"has {key} = {str(value)[:80]!r}, which asks for code from elsewhere; it is never run here"
-        if isinstance(value, dict) and (fault := _code_fault(value)):
-            return fault
-    return None
+            raise BackboneError(f"{name} has {key} = {str(value)[:80]!r}, which asks for code from elsewhere; it is never run here")
+        if isinstance(value, dict):
+            _refuse_code(name, value)
 
 
-def _names_fault(names: set[str]) -> str | None:
-    """Return what is wrong with the names of a model's files: its weights must be safetensors, whole or with an index."""
-    if names & {WEIGHTS, _INDEX}:
-        return None
-    others = sorted(name for name in names if name.endswith((*_PICKLES, ".bin.index.json", ".safetensors")))
-    advice = "; save it with model.save_pretrained, which writes safetensors" if others else ""
-    return f"there are no weights in safetensors, {WEIGHTS} or {_INDEX} ({', '.join(others) or 'no weights at all'}){advice}"
+def _check_names(names: set[str]) -> None:
+    """Check that the weights are safetensors, whole or with an index."""
+    if names.isdisjoint((WEIGHTS, _INDEX)):
+        others = sorted(name for name in names if name.endswith((*_PICKLES, ".bin.index.json", ".safetensors")))
+        advice = "; save it with model.save_pretrained, which writes safetensors" if others else ""
+        found = ", ".join(others) or "no weights at all"
+        raise BackboneError(f"there are no weights in safetensors, {WEIGHTS} or {_INDEX} ({found}){advice}")
 
 
-def _weights_fault(folder: Path, names: set[str]) -> str | None:
-    weights = sorted(name for name in names if name.endswith(".safetensors"))
-    if _INDEX in names and (fault := _index_fault(folder / _INDEX, set(weights))):
-        return fault
-    for name in weights:
+def _check_weights(folder: Path, weights: set[str], has_index: bool) -> None:
+    if has_index:
+        parts = _read_json(folder / _INDEX).get("weight_map")
+        others = sorted(set(map(str, parts.values())) - weights) if isinstance(parts, dict) else ["no weight_map"]
+        if others:
+            raise BackboneError(f"{_INDEX} names {others[0][:80]!r}, which is no safetensors file of the folder")
+    for name in sorted(weights):
         if fault := _header_fault(folder / name):
-            return f"{name} {fault}"
-    return None
-
-
-def _index_fault(path: Path, weights: set[str]) -> str | None:
-    if fault := _json_fault(path):
-        return f"{path.name} {fault}"
-    parts = json.loads(path.read_bytes()).get("weight_map")
-    others = sorted(set(map(str, parts.values())) - weights) if isinstance(parts, dict) else ["no weight_map"]
-    return f"{path.name} names {others[0][:80]!r}, which is no safetensors file of the folder" if others else None
+            raise BackboneError(f"{name} has {fault}")
 
 
 def _header_fault(path: Path) -> str | None:
-    """Check the header of a safetensors file: its size, its tensors, and that these lie in the file."""
+    """Return what is wrong with the header of a safetensors file: its size, its tensors, or that these do not lie in the file."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
         if not 0 <= length <= min(MOST_HEADER_BYTES, num_bytes - 8):
-            return f"has a header of {length} bytes in a file of {num_bytes}; at most {MOST_HEADER_BYTES} are read"
+            return f"a header of {length} bytes in a file of {num_bytes}; at most {MOST_HEADER_BYTES} are read"
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            return f"has a header that is not valid JSON ({str(error)[:80]})"
+            return f"a header that is not valid JSON ({str(error)[:80]})"
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        return f"has a header that lists {len(header)} tensors; at most {MOST_TENSORS} are read"
-    return _offsets_fault([entry for name, entry in header.items() if name != "__metadata__"], num_bytes - 8 - length)
-
-
-def _offsets_fault(tensors: list[Any], num_bytes: int) -> str | None:
-    for entry in tensors:
+        return f"a header that lists {len(header)} tensors; at most {MOST_TENSORS} are read"
+    for entry in (entry for name, entry in header.items() if name != "__metadata__"):
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(place, int) for place in offsets)):
-            return "has a tensor without offsets"
-        if not 0 <= offsets[0] <= offsets[1] <= num_bytes:
-            return "has a tensor that lies outside of the file, as where a download was cut"
+            return "a tensor without offsets"
+        if not 0 <= offsets[0] <= offsets[1] <= num_bytes - 8 - length:
+            return "a tensor that lies outside of the file, as where a download was cut"
     return None

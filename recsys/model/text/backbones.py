@@ -3,7 +3,8 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from recsys.config.model import TextConfig
 from recsys.errors import UserError
-from recsys.model.text.backbone_files import SMALL_FILES, WEIGHTS, find_fault
+from recsys.model.text.backbone_files import SMALL_FILES, WEIGHTS, BackboneError, check_files
 from recsys.store import Storage, private_folder, sha256_of
 from recsys.store.backends import S3_SCHEME
 
@@ -36,42 +37,26 @@ def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> str | N
     """
     if text.mode == "off" or text.backbone == TINY:
         return None
-    names: set[str] | None = None  # of files beside those of the folder
-    if text.backbone == MINILM:
-        folder = minilm_folder()
-    elif text.backbone.startswith(S3_SCHEME):
-        names = {stored.uri.removeprefix(text.backbone.rstrip("/") + "/") for stored in storage.expand(text.backbone)}
-        folder = fetch_folder(storage, text.backbone, scratch, SMALL_FILES)
-    elif Path(text.backbone).is_dir():
-        folder = Path(text.backbone)
-    else:
-        folder, names = _hub_folder(text.backbone), {WEIGHTS}
-    refuse_faults(folder, text, names)
-    config, kind = _read_config(str(folder), text)
-    tokenizer = _checked_tokenizer(str(folder), text)
-    model = _on_meta(config, kind, text)
-    for fault in (
-        _vocabulary_fault(model, tokenizer),
-        _positions_fault(model, config, tokenizer, text.max_tokens),
-        _adapters_fault(model, text),
-    ):
-        if fault:
-            raise _refusal(text, fault)
+    names: set[str] | None = None  # of files besides those of the folder
+    with _refusals(text):
+        if text.backbone == MINILM:
+            folder = minilm_folder()
+        elif text.backbone.startswith(S3_SCHEME):
+            names = {stored.uri.removeprefix(text.backbone.rstrip("/") + "/") for stored in storage.expand(text.backbone)}
+            folder = fetch_folder(storage, text.backbone, scratch, SMALL_FILES)
+        elif Path(text.backbone).is_dir():
+            folder = Path(text.backbone)
+        else:
+            folder, names = _hub_folder(text.backbone), {WEIGHTS}
+        check_files(folder, names)
+        config, kind = _read_config(str(folder))
+        tokenizer = _read_tokenizer(folder)
+        model = _on_meta(config, kind)
+        _check_vocabulary(model, tokenizer)
+        _check_positions(model, config, tokenizer, text.max_tokens)
+        if text.mode == "lora":
+            _check_adapters(model, text.lora_targets)
     return str(folder)
-
-
-def refuse_faults(folder: Path, text: TextConfig, names: set[str] | None = None) -> None:
-    """Refuse a model folder by `backbone_files.find_fault`.
-
-    Raises:
-        UserError: something in it is no config, tokenizer or safetensors.
-    """
-    try:
-        fault = find_fault(folder, names)
-    except OSError as error:
-        fault = f"a file of it cannot be read ({_first_line(error)})"
-    if fault is not None:
-        raise _refusal(text, fault)
 
 
 def load_backbone(folder: str, text: TextConfig) -> nn.Module:
@@ -82,18 +67,19 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     Raises:
         UserError: it cannot be loaded, or its weights are not those of its config.
     """
-    if Path(folder).is_dir():
-        refuse_faults(Path(folder), text)
-    _, kind = _read_config(folder, text)
-    try:
-        backbone, found = kind.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # models of many kinds raise errors of many kinds
-        raise _refusal(text, f"cannot be loaded ({_first_line(error)}); {_HINT}") from error
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise _refusal(text, f"its weights lack {missing[0]}; they are not those of its config.json")
+    with _refusals(text):
+        if Path(folder).is_dir():
+            check_files(Path(folder))
+        _, kind = _read_config(folder)
+        try:
+            backbone, found = kind.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # models of many kinds raise errors of many kinds
+            raise BackboneError(f"cannot be loaded ({_first_line(error)}); {_HINT}") from error
+        missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+        if missing:
+            raise BackboneError(f"its weights lack {missing[0]}; they are not those of its config.json")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # vectors are pooled here; its weights would stay random
     backbone.config.use_cache = False  # a decoder would keep keys and values for generation
@@ -150,8 +136,15 @@ def backbone_identity(folder: str, with_weights: bool) -> str:
     return hashlib.sha256(repr([(path.name, sha256_of(path)) for path in paths]).encode()).hexdigest()
 
 
-def _refusal(text: TextConfig, fault: str) -> UserError:
-    return UserError(f"model.text.backbone = {text.backbone}: {fault}")
+@contextmanager
+def _refusals(text: TextConfig) -> Iterator[None]:
+    """Name the backbone in a refusal of it."""
+    try:
+        yield
+    except BackboneError as error:
+        raise UserError(f"model.text.backbone = {text.backbone}: {error}") from error
+    except OSError as error:
+        raise UserError(f"model.text.backbone = {text.backbone}: a file of it cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -159,13 +152,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _hub_folder(name: str) -> Path:
-    """Fetch config and tokenizer of a model of the hub; what its cache has is not asked for again.
-
-    Raises:
-        UserError: there is no such folder, or the hub does not give such a model within seconds.
-    """
+    """Fetch config and tokenizer of a model of the hub; what its cache has is not asked for again."""
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise UserError(f"model.text.backbone = {name}: no such folder; {_HINT}")
+        raise BackboneError(f"no such folder; {_HINT}")
     from huggingface_hub import get_session, hf_hub_url, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -177,105 +166,93 @@ def _hub_folder(name: str) -> Path:
         url = hf_hub_url(name, "config.json")
         answer = get_session().head(url, headers=build_hf_headers(), timeout=_HUB_SECONDS, follow_redirects=True)
         if answer.status_code >= 400:
-            raise UserError(f"model.text.backbone = {name}: no such folder, and the hub answers {answer.status_code} for it; {_HINT}")
+            raise BackboneError(f"no such folder, and the hub answers {answer.status_code} for it; {_HINT}")
         return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), etag_timeout=_HUB_SECONDS))
-    except UserError:
+    except BackboneError:
         raise
     except Exception as error:  # of whichever client the hub's library uses
-        raise UserError(
-            f"model.text.backbone = {name}: no such folder, and the hub cannot be asked for a model of that name "
-            f"({_first_line(error)}); {_HINT}"
-        ) from None
+        reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"
+        raise BackboneError(f"no such folder, and {reason}; {_HINT}") from None
 
 
-def _read_config(folder: str, text: TextConfig) -> tuple[Any, Any]:
-    """Read a model's config, and choose the class that loads what encodes text.
-
-    Raises:
-        UserError: the config cannot be read, or nothing of the model encodes text alone.
-    """
+def _read_config(folder: str) -> tuple[Any, Any]:
+    """Read a model's config, and choose the class that loads what encodes text."""
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # configs of many kinds raise errors of many kinds
-        raise _refusal(text, f"its config.json cannot be read ({_first_line(error)}); {_HINT}") from error
+        raise BackboneError(f"its config.json cannot be read ({_first_line(error)}); {_HINT}") from error
     if not isinstance(getattr(config, "hidden_size", None), int):
-        raise _refusal(text, f"a model of type {config.model_type} has no single width (hidden_size), as one over text alone has")
+        raise BackboneError(f"a model of type {config.model_type} has no single width (hidden_size), as one over text alone has")
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5's saved encoder no longer says that it had a decoder
         return config, MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
     if config.is_encoder_decoder:
         reason = f"is an encoder-decoder ({config.model_type}) whose encoder cannot be loaded alone"
-        raise _refusal(text, f"{reason}; T5's can, or use an encoder or a decoder")
+        raise BackboneError(f"{reason}; T5's can, or use an encoder or a decoder")
     return config, AutoModel
 
 
-def _on_meta(config: Any, kind: Any, text: TextConfig) -> Any:
+def _read_tokenizer(folder: Path) -> Any:
+    if not any(fnmatch(path.name, pattern) for path in folder.iterdir() for pattern in _TOKENIZER_FILES):
+        raise BackboneError(f"has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); tokenizer.save_pretrained writes one")
+    try:
+        return load_tokenizer(str(folder))
+    except Exception as error:  # as above
+        raise BackboneError(f"its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def _on_meta(config: Any, kind: Any) -> Any:
     """Build a model without memory for its weights."""
     from transformers import AutoModel
 
     if not 0 < getattr(config, "num_hidden_layers", 1) <= _MOST_LAYERS:
-        raise _refusal(text, f"its config.json has num_hidden_layers = {config.num_hidden_layers}; 1 to {_MOST_LAYERS} are taken")
+        raise BackboneError(f"its config.json has num_hidden_layers = {config.num_hidden_layers}; 1 to {_MOST_LAYERS} are taken")
     try:
         with torch.device("meta"):
             model = kind.from_config(config) if kind is AutoModel else kind(config)
             model.get_input_embeddings().weight.shape  # noqa: B018 - some models have none
     except Exception as error:  # as above
-        raise _refusal(text, f"its config.json makes no model ({_first_line(error)})") from error
+        raise BackboneError(f"its config.json makes no model ({_first_line(error)})") from error
     return model
 
 
-def _checked_tokenizer(folder: str, text: TextConfig) -> Any:
-    if not any(fnmatch(path.name, pattern) for path in Path(folder).iterdir() for pattern in _TOKENIZER_FILES):
-        raise _refusal(text, f"has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); tokenizer.save_pretrained writes one")
-    try:
-        return load_tokenizer(folder)
-    except Exception as error:  # as above
-        raise _refusal(text, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
-
-
-def _vocabulary_fault(model: Any, tokenizer: Any) -> str | None:
+def _check_vocabulary(model: Any, tokenizer: Any) -> None:
     num_rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest < num_rows:
-        return None
-    return f"its tokenizer has ids up to {largest}, and the model {num_rows} rows of embeddings; give the tokenizer that belongs to it"
+    if largest >= num_rows:
+        sizes = f"its tokenizer has ids up to {largest}, and the model {num_rows} rows of embeddings"
+        raise BackboneError(f"{sizes}; give the tokenizer that belongs to it")
 
 
-def _positions_fault(model: Any, config: Any, tokenizer: Any, max_tokens: int) -> str | None:
-    """Hold `max_tokens` against the positions of the model, with what the tokenizer adds of its own."""
+def _check_positions(model: Any, config: Any, tokenizer: Any, max_tokens: int) -> None:
+    """Check that the model has positions for `max_tokens`, and that the tokenizer's own tokens leave room for a text."""
     try:
         encoded = tokenizer(["word " * (2 * max_tokens)], truncation=True, max_length=max_tokens)
         num_tokens = len(encoded["input_ids"][0])
     except Exception as error:  # as above
-        return f"its tokenizer cannot cut a text to model.text.max_tokens = {max_tokens} ({_first_line(error)})"
+        raise BackboneError(f"its tokenizer cannot cut a text to model.text.max_tokens = {max_tokens} ({_first_line(error)})") from error
     if num_tokens > max_tokens:
-        return f"its tokenizer adds so many tokens of its own that a text has {num_tokens}, more than model.text.max_tokens = {max_tokens}"
-    num_positions = _num_positions(model, config)
-    if num_positions is None or max_tokens <= num_positions:
-        return None
-    return f"has {num_positions} positions, fewer than model.text.max_tokens = {max_tokens}; {num_positions} would work"
-
-
-def _num_positions(model: Any, config: Any) -> int | None:
-    """Return the most tokens that a text may have: the learned positions, less those reserved for padding; None if unlimited."""
+        reason = f"its tokenizer adds so many tokens of its own that a text has {num_tokens}"
+        raise BackboneError(f"{reason}, more than model.text.max_tokens = {max_tokens}")
     declared = getattr(config, "max_position_embeddings", None)
     limits = [declared] if isinstance(declared, int) and declared > 0 else []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
-            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    return min(limits, default=None)
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))  # padding takes some
+    num_positions = min(limits, default=max_tokens)
+    if max_tokens > num_positions:
+        raise BackboneError(f"has {num_positions} positions, fewer than model.text.max_tokens = {max_tokens}; {num_positions} would work")
 
 
-def _adapters_fault(model: Any, text: TextConfig) -> str | None:
-    """Return what is wrong with `model.text.lora_targets`, if anything."""
-    if text.mode != "lora":
-        return None
+def _check_adapters(model: Any, targets: Sequence[str]) -> None:
+    """Check that `model.text.lora_targets` are linear layers of the model."""
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    known = sorted({name.rpartition(".")[2] for name in names})
-    missing = [wanted for wanted in text.lora_targets if not any(name == wanted or name.endswith(f".{wanted}") for name in names)]
+    missing = [wanted for wanted in targets if not any(name == wanted or name.endswith(f".{wanted}") for name in names)]
     if missing:
-        return f"has no linear layer named '{missing[0]}' (model.text.lora_targets); it has {', '.join(known)}"
-    return None if names else "has no linear layer that adapters could be added to; model.text.mode='full' would work"
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise BackboneError(f"has no linear layer named '{missing[0]}' (model.text.lora_targets); it has {known}")
+    if not names:
+        raise BackboneError("has no linear layer that adapters could be added to; model.text.mode='full' would work")

@@ -67,10 +67,10 @@ def text_tokens(
         lengths = create_array(new / "lengths.npy", (len(texts),), np.int32)
         for begin in range(0, len(texts), TOKENIZED_AT_ONCE):
             ids, mask = tokenize(tokenizer, texts[begin : begin + TOKENIZED_AT_ONCE], text.max_tokens)
-            end = begin + len(ids)
-            tokens[begin:end] = tokenizer.pad_token_id
-            tokens[begin:end, : ids.shape[1]] = ids
-            lengths[begin:end] = mask.sum(1)
+            rows = slice(begin, begin + len(ids))
+            tokens[rows] = tokenizer.pad_token_id
+            tokens[rows, : ids.shape[1]] = ids
+            lengths[rows] = mask.sum(1)
 
     key = _key(backbone_identity(folder, with_weights=False), text.max_tokens, kind)
     with shared_entry(node_folder(scratch, dataset.manifest, f"tokens-{key}"), build) as entry:
@@ -87,7 +87,7 @@ def frozen_vectors(
     ranks: Ranks = ALONE,
     kind: str = "",
 ) -> Tensor:
-    """Return the vectors of R texts (R, H), computed once and kept with the dataset; all of `ranks` must call this.
+    """Return the vectors of R texts (R, H), computed once and stored with the dataset; all of `ranks` must call this.
 
     `kind` tells the files of other texts than the items' from those.
 
@@ -95,15 +95,19 @@ def frozen_vectors(
         UserError: stored vectors are damaged.
     """
     key = _key(backbone_identity(folder, with_weights=True), text.pooling, text.max_tokens, CHUNK_ROWS, kind)
-    uri = join(dataset.uri, "text_vectors", key)
-    _encode_missing(folder, text, texts, dataset.storage, uri, device, ranks)
+    storage, uri = dataset.storage, join(dataset.uri, "text_vectors", key)
+    _encode_missing(folder, text, texts, storage, uri, device, ranks)
 
     def build(new: Path) -> None:
-        manifest = VectorsManifest.model_validate_json(dataset.storage.read_bytes(join(uri, MANIFEST_NAME)))
+        manifest = VectorsManifest.model_validate_json(storage.read_bytes(join(uri, MANIFEST_NAME)))
         vectors = create_array(new / "vectors.npy", (manifest.num_rows, manifest.width), np.float32)
         for number, begin in enumerate(range(0, manifest.num_rows, manifest.chunk_rows)):
             rows = vectors[begin : begin + manifest.chunk_rows]
-            rows[:] = _read_chunk(dataset.storage, _chunk_uri(uri, number), rows.shape)
+            chunk = _read_chunk(storage, _chunk_uri(uri, number))
+            if chunk.shape != rows.shape:
+                shapes = f"{chunk.shape} in place of {rows.shape}"
+                raise UserError(f"{_chunk_uri(uri, number)}: has vectors of shape {shapes}; delete it, and it is made anew")
+            rows[:] = chunk
 
     with shared_entry(node_folder(scratch, dataset.manifest, f"vectors-{key}"), build) as entry:
         return map_array(entry / "vectors.npy")
@@ -128,24 +132,19 @@ def _encode_missing(
             begin = number * CHUNK_ROWS
             chunk = texts[begin : begin + CHUNK_ROWS]
             logger.info("text: encoding texts %d to %d of %d with %s", begin, begin + len(chunk) - 1, num_rows - 1, text.backbone)
-            vectors = encode_texts(*model, chunk, text.max_tokens, device)
-            storage.create(_chunk_uri(uri, number), _chunk_bytes(vectors.numpy()))
+            storage.create(_chunk_uri(uri, number), _chunk_bytes(encode_texts(*model, chunk, text.max_tokens, device).numpy()))
         ranks.barrier()
     if ranks.rank == 0 and join(uri, MANIFEST_NAME) not in present:
-        storage.create(join(uri, MANIFEST_NAME), _manifest(text, storage, uri, num_rows).model_dump_json(indent=1).encode())
+        manifest = VectorsManifest(
+            num_rows=num_rows,
+            width=_read_chunk(storage, _chunk_uri(uri, 0)).shape[1],
+            chunk_rows=CHUNK_ROWS,
+            backbone=text.backbone,
+            pooling=text.pooling,
+            max_tokens=text.max_tokens,
+        )
+        storage.create(join(uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     ranks.barrier()
-
-
-def _manifest(text: TextConfig, storage: Storage, uri: str, num_rows: int) -> VectorsManifest:
-    width = _open_chunk(storage, _chunk_uri(uri, 0)).schema.field("vector").type.list_size
-    return VectorsManifest(
-        num_rows=num_rows,
-        width=width,
-        chunk_rows=CHUNK_ROWS,
-        backbone=text.backbone,
-        pooling=text.pooling,
-        max_tokens=text.max_tokens,
-    )
 
 
 def _chunk_uri(uri: str, number: int) -> str:
@@ -153,27 +152,19 @@ def _chunk_uri(uri: str, number: int) -> str:
 
 
 def _chunk_bytes(vectors: NDArray[np.float32]) -> bytes:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    table = pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])})
     sink = pa.BufferOutputStream()
-    table = pa.table({"vector": column})
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
 
 
-def _open_chunk(storage: Storage, uri: str) -> pa.Table:
+def _read_chunk(storage: Storage, uri: str) -> NDArray[np.float32]:
     try:
-        return pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()
+        column = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()["vector"].combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{uri}: is damaged ({error}); delete it, and it is made anew") from error
-
-
-def _read_chunk(storage: Storage, uri: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    column = _open_chunk(storage, uri)["vector"].combine_chunks()
-    found = (len(column), column.type.list_size)
-    if found != shape:
-        raise UserError(f"{uri}: has vectors of shape {found} in place of {shape}; delete it, and it is made anew")
-    return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(shape))
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size))
 
 
 def _key(*identity: str | int) -> str:

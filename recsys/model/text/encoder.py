@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,9 @@ from recsys.store import join, private_folder
 from recsys.store.backends import S3_SCHEME
 
 ENCODE_CHUNK = 64
+LENGTH_GROUPS = 4
+"""Forward passes of the language model per batch of texts, each as wide as its longest text."""
+
 TINY_VOCABULARY = 4096
 TINY_TEXTS = 200_000
 """At most this many texts, spread evenly over the catalogue, train the tiny tokenizer."""
@@ -37,7 +41,7 @@ class TextEncoder(nn.Module):
         self.width: int = backbone.config.hidden_size
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Encode right-padded token ids (D, T) where mask (D, T) is 1; return (D, H). Padding that all have is the caller's to cut."""
+        """Encode right-padded token ids (D, T) where mask (D, T) is 1; return (D, H). The caller cuts padding that all texts have."""
         hidden = self.backbone(input_ids=tokens, attention_mask=mask).last_hidden_state  # (D, T, H)
         if self.pooling == "first":
             return hidden[:, 0]
@@ -70,6 +74,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[Ten
     return encoded["input_ids"], mask
 
 
+def token_mask(lengths: Tensor, width: int) -> Tensor:
+    """Return 1 for the real ones of right-padded tokens, 0 for padding, (D, T) int64."""
+    return (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
+
+
 def load_frozen(folder: str, text: TextConfig, device: torch.device) -> TextEncoder:
     """Load a backbone that is not trained."""
     return TextEncoder(load_backbone(folder, text.model_copy(update={"mode": "frozen"})), text.pooling).to(device).eval()
@@ -87,7 +96,7 @@ def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max
     return vectors
 
 
-def group_widths(lengths: Tensor, max_groups: int) -> Tensor:
+def group_widths(lengths: Tensor, max_groups: int = LENGTH_GROUPS) -> Tensor:
     """Choose how wide groups of texts are, so that the least padding is computed (dynamic programming); return widths, rising.
 
     A text of some length (one of `lengths`) belongs to the narrowest group that holds it.
@@ -106,6 +115,25 @@ def group_widths(lengths: Tensor, max_groups: int) -> Tensor:
             chosen.append(int(widths[last - 1]))
         last = first[last]
     return torch.tensor(chosen[::-1])
+
+
+def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: Tensor, on_host: Tensor) -> Tensor:
+    """Run the language model over some rows (D,) of `tokens` (R, T), similar lengths together; return (D, H).
+
+    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU, `tokens` anywhere. The runs are as many
+    on every rank, whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
+    """
+    device = next(encoder.parameters()).device
+    group = torch.bucketize(counts[on_host], widths)
+    vectors = []
+    for number, width in enumerate(widths.tolist()):
+        members = on_host[group == number]
+        chosen = members if len(members) else torch.zeros(1, dtype=torch.long)
+        real = counts[chosen].to(device, non_blocking=True)
+        own = tokens[chosen.to(tokens.device, non_blocking=True), :width].to(device, non_blocking=True).long()
+        vectors.append(encoder(own, token_mask(real, width))[: len(members)])
+    back = group.argsort(stable=True).argsort()
+    return F.embedding(back.to(device, non_blocking=True), torch.cat(vectors))
 
 
 def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:

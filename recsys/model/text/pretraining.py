@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from recsys.config import Config
 from recsys.data.text.corpus import NO_TARGET, HiddenTokens, Hiding, Pairs, TextBatch
 from recsys.errors import UserError
-from recsys.model.losses import gather_from_ranks
+from recsys.model.retrieval import gather_from_ranks
 from recsys.model.text.backbones import load_backbone, load_tokenizer
-from recsys.model.text.encoder import TextEncoder
+from recsys.model.text.encoder import TextEncoder, token_mask
 from recsys.schema import PADDING_ITEM
 
 MASKED, CONTRASTIVE = "masked", "contrastive"
@@ -41,14 +41,14 @@ class Pretrainer(nn.Module):
 
     def predict(self, hidden: HiddenTokens) -> tuple[Tensor, Tensor]:
         """Return the scores of all tokens (N, vocabulary), float32, and the right ones (N,)."""
-        mask, is_target = _mask(hidden.tokens, hidden.lengths), hidden.targets != NO_TARGET
+        mask, is_target = token_mask(hidden.lengths, hidden.tokens.shape[1]), hidden.targets != NO_TARGET
         backbone: Any = self.text_encoder["pooled"].backbone
         states = backbone(input_ids=hidden.tokens, attention_mask=mask).last_hidden_state  # (B, T, H)
         return self.text_encoder["head"](states[is_target]).float(), hidden.targets[is_target]
 
     def encode(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return the items' and their partners' vectors, (B, H) each, float32 and of length 1."""
-        vectors = self.text_encoder["pooled"](pairs.tokens, _mask(pairs.tokens, pairs.lengths))
+        vectors = self.text_encoder["pooled"](pairs.tokens, token_mask(pairs.lengths, pairs.tokens.shape[1]))
         items, partners = F.normalize(vectors.float(), dim=-1).chunk(2)
         return items, partners
 
@@ -90,11 +90,6 @@ def check_objectives(config: Config, folder: str) -> None:
     if MASKED in config.pretraining.objectives:
         _, is_causal = _language_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), config.model.text.backbone)
         _hiding(folder, config, is_causal)
-
-
-def _mask(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Mark the real ones of right-padded tokens (B, T) with 1."""
-    return (torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)).long()
 
 
 def _language_model(backbone_config: Any, name: str) -> tuple[Any, bool]:

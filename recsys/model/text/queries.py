@@ -14,10 +14,10 @@ from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.text.queries import QueryTexts, read_queries
 from recsys.errors import UserError
-from recsys.model.item_encoder import LENGTH_GROUPS, ItemEncoder, Projection, encode_groups
+from recsys.model.item_encoder import ItemEncoder, Projection
 from recsys.model.text.backbones import load_tokenizer
 from recsys.model.text.catalogue_text import Ranks, frozen_vectors, text_tokens
-from recsys.model.text.encoder import TextEncoder, encode_texts, group_widths, load_frozen, locate_backbone
+from recsys.model.text.encoder import TextEncoder, encode_groups, encode_texts, group_widths, load_frozen, locate_backbone
 
 TOKENIZER_AND_BACKBONE = "text_encoder"
 """The folder of an export that what is typed is encoded with."""
@@ -35,7 +35,7 @@ class TrainingQueries:
     def __init__(self, texts: Tensor, token_counts: Tensor) -> None:
         """Take frozen vectors (R, H) and no counts, or tokens (R, T) and how many are real (R,)."""
         self._texts, self._token_counts = texts, token_counts
-        self._group_widths = group_widths(token_counts, LENGTH_GROUPS)
+        self._group_widths = group_widths(token_counts)
 
     def __call__(self, item_encoder: ItemEncoder, rows: Integers) -> Tensor:
         """Encode rows (Q,) as (Q, W); under ZeRO-3 every rank must call this, without rows too."""

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from recsys.baselines.fitting import UnseenItems, ValidationRanking, fit, keep_best_epoch
-from recsys.baselines.interactions import TrainingData
-from recsys.baselines.popularity import Popularity
+from recsys.baselines.baseline import ValidationRanking, fit, keep_best_epoch
+from recsys.baselines.counting import Popularity
+from recsys.baselines.training_data import TrainingData, UnseenItems
 from recsys.data.items import ItemFeatures
 from recsys.store import Storage
 from tests.datasets import make_dataset

@@ -19,7 +19,7 @@ from tests.datasets import make_dataset
 
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 POPULAR: tuple[BaselineName, ...] = ("popularity", "recent_popularity")
-PREDICTING: tuple[BaselineName, ...] = ("matrix_factorisation", "factorisation_machine")
+PREDICTING: tuple[BaselineName, ...] = ("matrix_factorization", "factorization_machine")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def test_what_is_held_out_for_the_test_changes_nothing(name: BaselineName, datas
         np.testing.assert_array_equal(predicted, other_tasks[task])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("item_knn", "matrix_factorisation")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("item_knn", "matrix_factorization")])
 def test_validation_interactions_train_nothing(name: BaselineName, dataset: Dataset, config: Config) -> None:
     def change(row: dict[str, Any]) -> dict[str, Any]:
         begin = row["num_train"]
@@ -194,7 +194,7 @@ def test_values_and_likes_that_follow_taste_are_predicted(name: BaselineName, da
     assert ((answers["like"] >= 0) & (answers["like"] <= 1)).all()
 
 
-def test_a_factorisation_machine_tells_a_new_item_by_its_categories_and_a_new_user_by_attributes(dataset: Dataset, config: Config) -> None:
+def test_a_factorization_machine_tells_a_new_item_by_its_categories_and_a_new_user_by_attributes(dataset: Dataset, config: Config) -> None:
     planted = with_tastes(dataset)
 
     def is_new(item: int) -> bool:
@@ -206,7 +206,7 @@ def test_a_factorisation_machine_tells_a_new_item_by_its_categories_and_a_new_us
         columns = {name: [row[name][place] for place in old] for name in ("items", "events", "timestamps", "values")}
         return row | columns | {"num_train": len(old), "num_validation": 0}
 
-    fitted = fit("factorisation_machine", with_users(planted, change), config.with_values({"evaluation.baseline_epochs": 60}))
+    fitted = fit("factorization_machine", with_users(planted, change), config.with_values({"evaluation.baseline_epochs": 60}))
     answers = fitted.score_tasks([260, 261, 260, 261], np.array([24, 24, 13, 13]), [np.zeros(0, np.int64)] * 4)
     assert answers is not None
     even_on_even, odd_on_even, even_on_odd, odd_on_odd = answers["rating"].tolist()

@@ -126,13 +126,13 @@ def test_a_task_whose_labels_are_all_alike_has_no_metrics_but_a_reason(storage: 
 
 
 def test_baselines_are_judged_as_the_model_is(dataset: Dataset, predictor: Predictor) -> None:
-    asked = EvaluationConfig(baselines=("item_knn", "matrix_factorisation", "popularity"), baseline_epochs=1)
+    asked = EvaluationConfig(baselines=("item_knn", "matrix_factorization", "popularity"), baseline_epochs=1)
     found = evaluate(predictor, dataset, asked)
-    assert list(found["baselines"]) == ["popularity", "item_knn", "matrix_factorisation"]
+    assert list(found["baselines"]) == ["popularity", "item_knn", "matrix_factorization"]
     rankings = {name for name in found["metrics"] if "@" in name}
     tasks = found["metrics"].keys() - rankings
     assert rankings == found["baselines"]["popularity"].keys() == found["baselines"]["item_knn"].keys()
-    assert {"rating.rmse", "like.auc"} <= found["baselines"]["matrix_factorisation"].keys() - rankings <= tasks
+    assert {"rating.rmse", "like.auc"} <= found["baselines"]["matrix_factorization"].keys() - rankings <= tasks
     users = read_evaluation_users(dataset, "test")
     baseline = fit_baseline("item_knn", dataset, predictor.catalogue, predictor.config)
     hits = []
@@ -140,7 +140,7 @@ def test_baselines_are_judged_as_the_model_is(dataset: Dataset, predictor: Predi
         scores = baseline.score_catalogue([user.history.items], [user.user_index])
         hits.append(user.targets.items[0] in top_k(scores[0], 10, user.history.items).items)
     assert found["baselines"]["item_knn"]["hr@10"] == pytest.approx(np.mean(hits))
-    rated = fit_baseline("matrix_factorisation", dataset, predictor.catalogue, predictor.config.model_copy(update={"evaluation": asked}))
+    rated = fit_baseline("matrix_factorization", dataset, predictor.catalogue, predictor.config.model_copy(update={"evaluation": asked}))
     ratings = [rated.score_tasks([user.user_index], user.targets.items, [user.history.items])["rating"][0] for user in users]
     errors = np.array([user.targets.values[0] for user in users]) - np.array(ratings)
-    assert found["baselines"]["matrix_factorisation"]["rating.rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-5)
+    assert found["baselines"]["matrix_factorization"]["rating.rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)), rel=1e-5)

@@ -6,7 +6,7 @@ import torch
 
 from recsys.config.training import FairnessConfig
 from recsys.data.user_groups import UserGroups
-from recsys.model.fairness import LARGEST_DUAL_SUM, GroupBound
+from recsys.model.retrieval import LARGEST_DUAL_SUM, GroupBound
 
 GROUPS = UserGroups(("F", "M"), np.array([0, 1, 1, 1], np.int8), (0.25, 0.75))
 

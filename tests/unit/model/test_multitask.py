@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from recsys.config.model import RankerConfig
-from recsys.model.multitask import TaskLosses
+from recsys.model.ranker import TaskLosses
 from recsys.schema import Task
 
 TASKS = (Task("like", "binary", threshold=4.0), Task("rating", "regression"))

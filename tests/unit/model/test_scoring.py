@@ -12,7 +12,7 @@ from recsys.evaluation.ranking import rank_users, score_by
 from recsys.evaluation.users import EvaluationUser
 from recsys.exports.profiles import ArrowProfiles
 from recsys.model.recommender import build_recommender
-from recsys.model.scoring import RetrievalScores
+from recsys.model.retrieval import RetrievalScores
 from recsys.predictor import History, Predictor
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor

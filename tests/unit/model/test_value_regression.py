@@ -9,8 +9,7 @@ from recsys.config.model import ModelConfig, RankerConfig
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import CPU_GROUP_COST, Histories, pack
 from recsys.errors import UserError
-from recsys.model.ranker import Ranker
-from recsys.model.value_regression import LEVEL_VARIANCE, NOISE_VARIANCE, ValueRegression, build_regression
+from recsys.model.ranker import LEVEL_VARIANCE, NOISE_VARIANCE, Ranker, ValueRegression, build_regression
 from recsys.schema import Task
 from recsys.store import Storage
 from tests.datasets import make_dataset

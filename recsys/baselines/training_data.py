@@ -1,10 +1,9 @@
-"""The data that baselines are fitted on: training interactions as flat arrays, and user attributes."""
+"""The data that baselines are fitted on: training interactions as flat arrays, user attributes, and items a user does not have."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +36,16 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.users)
 
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "Interactions":
+        """Read all interactions of a table of users."""
+        lists = {name: table[name].combine_chunks() for name in SEQUENCES}
+        lengths = lists["items"].value_lengths().to_numpy().astype(np.int64)
+        items, events, timestamps, values = (column.flatten().to_numpy(zero_copy_only=False) for column in lists.values())
+        positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        users = np.repeat(table[USER_INDEX].to_numpy(), lengths)
+        return cls(users, items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32), positions)
+
     def where(self, mask: Mask) -> "Interactions":
         """Keep some of them."""
         return Interactions(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
@@ -46,8 +55,8 @@ class Interactions:
         starts, stops = np.searchsorted(self.users, users), np.searchsorted(self.users, users, side="right")
         return [self.items[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
-    def labelled(self, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return users, items and labels of those that have a label of a task, (M,) each; values are standardised."""
+    def labeled(self, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return users, items and labels of those that have a label of a task, (M,) each; values are standardized."""
         labels, masks = task_labels(manifest, torch.from_numpy(self.events), torch.from_numpy(self.values))
         has_label = masks[:, column] > 0
         return torch.from_numpy(self.users)[has_label], torch.from_numpy(self.items)[has_label], labels[has_label, column]
@@ -72,18 +81,12 @@ class TrainingData:
     def read(cls, dataset: Dataset, catalogue: ItemFeatures) -> "TrainingData":
         """Read all users."""
         table = dataset.read_users([USER_INDEX, *SEQUENCES, "num_train", "num_validation", "attributes"]).combine_chunks()
-        everything = _flatten(table)
+        everything = Interactions.from_table(table)
         num_train, num_validation = (table[name].to_numpy().astype(np.int64) for name in ("num_train", "num_validation"))
         is_train = everything.positions < num_train[everything.users]
         is_validation = ~is_train & (everything.positions < (num_train + num_validation)[everything.users])
-        attributes, num_values = _attributes(table)
         train, validation = everything.where(is_train), everything.where(is_validation)
-        return cls(dataset, catalogue, train, validation, table.num_rows, attributes, num_values)
-
-    @property
-    def manifest(self) -> DatasetManifest:
-        """What the dataset is."""
-        return self.dataset.manifest
+        return cls(dataset, catalogue, train, validation, table.num_rows, *_attributes(table))
 
     @property
     def num_items(self) -> int:
@@ -105,34 +108,49 @@ class TrainingData:
         return np.bincount(self.train.items, minlength=self.num_items + 1)
 
 
+class UnseenItems:
+    """Draws items that occur in training and that a user does not have there."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._items = torch.from_numpy(np.flatnonzero(data.item_counts))
+        self._num_rows = data.num_items + 1
+        self._taken = torch.from_numpy(np.unique(data.train.users * self._num_rows + data.train.items))
+
+    def draw(self, users: Tensor) -> Tensor:
+        """Draw an item for each user, uniformly; a user who has nearly all items may be given one of them."""
+        items = self._items[torch.randint(len(self._items), users.shape)]
+        for _ in range(8):
+            pairs = users * self._num_rows + items
+            is_taken = self._taken[torch.searchsorted(self._taken, pairs).clamp(max=len(self._taken) - 1)] == pairs
+            if not is_taken.any():
+                break
+            items[is_taken] = self._items[torch.randint(len(self._items), (int(is_taken.sum()),))]
+        return items
+
+
+def join_histories(histories: Sequence[Integers], max_history: int | None = None) -> tuple[Integers, Integers]:
+    """Join B histories, or the last `max_history` items of each; return the items, and where each begins and the last ends (B + 1,)."""
+    recent = histories if max_history is None else [history[-max_history:] for history in histories]
+    return np.concatenate([np.zeros(0, np.int64), *recent]), np.cumsum([0, *map(len, recent)])
+
+
 def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArray[np.float32] | None = None) -> csr_array:
     """Lay B histories out as (B, I + 1), each interaction with its weight, or 1; those of one item add up."""
-    items = np.concatenate([np.zeros(0, np.int64), *histories])
-    offsets = np.cumsum([0, *map(len, histories)])
+    items, offsets = join_histories(histories)
     values = np.ones(len(items), np.float32) if weights is None else weights
     matrix = csr_array((values, items, offsets), shape=(len(histories), num_items + 1))
     matrix.sum_duplicates()
     return matrix
 
 
-def _flatten(table: pa.Table) -> Interactions:
-    lists = {name: table[name].combine_chunks() for name in SEQUENCES}
-    lengths = lists["items"].value_lengths().to_numpy().astype(np.int64)
-    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
-    starts = np.cumsum(lengths) - lengths
-    return Interactions(
-        users=np.repeat(table[USER_INDEX].to_numpy(), lengths),
-        items=flat["items"].astype(np.int64),
-        events=flat["events"].astype(np.int64),
-        timestamps=flat["timestamps"],
-        values=flat["values"].astype(np.float32),
-        positions=np.arange(lengths.sum()) - np.repeat(starts, lengths),
-    )
+def known_rows(users: Integers, table: Tensor) -> Tensor:
+    """Return the rows of users in a table (U + 1, ...) whose row 0 is a user that training did not have."""
+    return torch.from_numpy(np.where((users >= 0) & (users < len(table) - 1), users + 1, 0))
 
 
 def _attributes(table: pa.Table) -> tuple[Integers, int]:
     """Number the (attribute, value) pairs that are not rare; return each user's (U, A), and how many there are."""
-    rows: list[list[tuple[str, Any]]] = [pairs or [] for pairs in table["attributes"].to_pylist()]
+    rows = [pairs or [] for pairs in table["attributes"].to_pylist()]
     counts = Counter(pair for pairs in rows for pair in pairs)
     common = sorted(pair for pair, count in counts.items() if count >= MIN_USERS_OF_VALUE and pair[1])
     numbers = {pair: number for number, pair in enumerate(common, start=1)}

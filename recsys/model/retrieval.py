@@ -1,19 +1,23 @@
-"""The retrieval losses, each a sum over targets; dividing by their global number is the training loop's part.
+"""Retrieval: scores of users and items, the losses that train them, and the bound that weights the targets of user groups.
 
-Shapes: N targets, W width, K candidates or negatives. Scores are dot products, held in chunks of at most `chunk_bytes`.
-Each loss takes how much each target counts, (N,), and returns the sum so weighed, and each target's own loss (N,) without a gradient.
+A loss is a sum over targets; dividing by their global number is the training loop's part. Shapes: N targets, W width, K candidates or
+negatives. Scores are dot products, held in chunks of at most `chunk_bytes`. Each loss takes the weight of each target (N,) and returns
+the weighted sum, and each target's own loss (N,) without a gradient.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from recsys.config.training import FairnessConfig
+from recsys.data.user_groups import UserGroups
 
 Loss = tuple[Tensor, Tensor]
 
@@ -21,6 +25,33 @@ SCORE_BYTES = 4
 CPU_CHUNK_BYTES = 4 << 20
 GPU_CHUNK_BYTES = 256 << 20
 """A CPU is fastest where a chunk stays in its cache, a GPU where a chunk keeps all of it busy."""
+
+LARGEST_DUAL_SUM = 0.9
+"""Dual variables are kept below it in sum, so that every target counts for at least a tenth."""
+
+
+class RetrievalScores:
+    """Scores items for users by the product of their vectors. Shapes: B users, I items, C candidates.
+
+    An item without interactions in training that has neither text nor features for the model to go by, has a vector of zeros. Its score
+    of 0 would beat every negative one, so it is given one below all others of the user: such items rank last, by index among themselves.
+    """
+
+    def __init__(self, items: Tensor) -> None:
+        self.items = items  # (I + 1, W), row 0 for padding
+        is_unknown = (items == 0).all(1)
+        is_unknown[0] = False
+        self._is_unknown = is_unknown if bool(is_unknown.any()) else None  # (I + 1,)
+        self._longest = items.norm(dim=1).max()
+
+    def __call__(self, users: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Return the scores (B, I + 1) of the whole catalogue for users (B, W), or (B, C) of candidates (C,)."""
+        chosen = slice(None) if candidates is None else candidates
+        scores = users @ self.items[chosen].T
+        if self._is_unknown is None:
+            return scores
+        lowest = -users.norm(dim=1, keepdim=True) * self._longest - 1  # no product is less than minus that of the lengths
+        return torch.where(self._is_unknown[chosen], lowest, scores)
 
 
 def full_softmax(users: Tensor, positives: Tensor, candidates: Tensor, weights: Tensor, chunk_bytes: int | None = None) -> Loss:
@@ -159,6 +190,44 @@ class _SoftmaxLoss(torch.autograd.Function):
 
 _gather: Callable[[Tensor], Tensor] = _Gather.apply
 _softmax_loss: Callable[..., Loss] = _SoftmaxLoss.apply
+
+
+class GroupBound(nn.Module):
+    """Weights targets for the Lagrangian of `min loss` under `loss of group g - loss of all <= some bound` for every group g.
+
+    Its gradient counts a target of group g with 1 + dual_g / share_g - sum of all duals. The duals rise by what is wanted in the end,
+    the metric of users held out: training losses may overfit (two datasets, and a loss in place of a metric that has no gradient:
+    Cotter et al. 2019). Shape G: groups.
+    """
+
+    duals: Tensor
+    shares: Tensor
+
+    def __init__(self, config: FairnessConfig, groups: UserGroups) -> None:
+        super().__init__()
+        self.names = [f"retrieval of {config.attribute} {name}" for name in groups.names]
+        self.max_gap, self.dual_rate = config.max_gap, config.dual_rate
+        self.register_buffer("shares", torch.tensor(groups.shares), persistent=False)
+        self.register_buffer("duals", torch.zeros(len(groups.shares)), persistent=False)
+
+    def weights(self, group_mask: Tensor) -> Tensor:
+        """Return how much each target counts (N,), given its group (N, G)."""
+        weights: Tensor = 1.0 + group_mask.float() @ (self.duals / self.shares.clamp(min=1e-12)).float() - self.duals.sum().float()
+        return weights
+
+    def set_duals(self, duals: Sequence[float]) -> None:
+        """Use these dual variables from now on; none are zeros."""
+        self.duals = torch.tensor(duals or [0.0] * len(self.shares), dtype=torch.float32, device=self.shares.device)
+
+    def raised(self, duals: Sequence[float], group_metrics: Sequence[float], metric: float) -> list[float]:
+        """Return the dual variables after a validation with these means of the groups, and `metric` of all users.
+
+        They rise where the bound is broken and fall, down to 0, where it holds.
+        """
+        excesses = [(metric - group) / max(metric, 1e-12) - self.max_gap for group in group_metrics]
+        before = duals or [0.0] * len(excesses)
+        after = [max(0.0, dual + self.dual_rate * excess) for dual, excess in zip(before, excesses, strict=True)]
+        return [dual * min(1.0, LARGEST_DUAL_SUM / max(sum(after), 1e-12)) for dual in after]
 
 
 def _num_rows(candidates: Tensor, chunk_bytes: int | None) -> int:
