@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from recsys.arrays import Integers
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.exports.load import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import ExportManifest, Registry
-from recsys.predictor import History, Predictor, Ranking
+from recsys.predictor import Predictor, Ranking
 from serve.protocol import (
     POPULARITY,
     Answer,
@@ -36,7 +37,7 @@ NO_VALUE = float("nan")
 class Found:
     """What is known of the user that a request is about; `history` None: nothing, so popularity answers."""
 
-    history: History | None
+    history: Sequences | None
     unknown_items: tuple[str, ...] = ()
 
 
@@ -71,7 +72,7 @@ class Answerer:
         Raises:
             RuntimeError: the numbers are not finite.
         """
-        if not torch.isfinite(self.predictor.encode([History.of([1])])).all():
+        if not torch.isfinite(self.predictor.encode([Sequences.of([1])])).all():
             raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
 
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
@@ -115,7 +116,7 @@ class Answerer:
                 answers.append(self._scored(columns, request, user, None))
         return answers
 
-    def _rank(self, asked: Sequence[tuple[RecommendRequest, History]]) -> list[Ranking]:
+    def _rank(self, asked: Sequence[tuple[RecommendRequest, Sequences]]) -> list[Ranking]:
         """Rank for all at once, as deep as the deepest asks: a shorter answer is the beginning of a longer one."""
         if not asked:
             return []
@@ -132,7 +133,7 @@ class Answerer:
             found = self._find_history(request)
         except RequestError as error:
             return Answer.error(error.status, error.message)
-        return replace(found, history=History.of([])) if found.history is None and request.query is not None else found
+        return replace(found, history=Sequences.of([])) if found.history is None and request.query is not None else found
 
     def _find_history(self, request: UserRequest) -> Found:
         if request.user_id is None:
@@ -158,7 +159,7 @@ class Answerer:
             )
         unknown = _distinct(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
-        return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
+        return Found(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, unknown)
 
     def _indices(self, item_ids: Sequence[str]) -> Integers:
         """Look up candidates; those that are not in the catalogue are left out."""

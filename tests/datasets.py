@@ -1,7 +1,7 @@
 """Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -9,12 +9,27 @@ import pyarrow.parquet as pq
 
 from recsys.config import Config, load_config
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
-from recsys.ingest.write.sequences import cut_windows
+from recsys.data.sequences import Sequences, cut_windows
 from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
 from recsys.store import Storage, join, sha256_of
 
 GENRES = ("comedy", "drama", "horror", "science fiction", "western")
 KINDS = ("view", "purchase")
+
+
+class Window(NamedTuple):
+    """A sample `sequence[start:stop]`; from `first_target` on (counted from `start`) its interactions are targets."""
+
+    start: int
+    stop: int
+    first_target: int
+
+
+def windows_of(length: int, max_history: int, stride: int, first: int = 1) -> list[Window]:
+    """Cut one sequence into the windows that samples are made of."""
+    whole = Sequences.of_offsets({"items": np.arange(length)}, np.array([0, length]), first_target=np.array([first]))
+    cut = cut_windows(whole, max_history, np.array([stride]))
+    return list(map(Window, cut.starts.tolist(), (cut.starts + cut.lengths).tolist(), cut.scalars["first_target"].tolist()))
 
 
 def make_dataset(
@@ -33,7 +48,7 @@ def make_dataset(
         {"user_index": user["user_index"], "first_target": window.first_target}
         | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values", "queries")}
         for user in users
-        for window in cut_windows(user["num_train"], max_history, max_history)
+        for window in windows_of(user["num_train"], max_history, max_history)
     ]
     counts = np.bincount(np.concatenate([user["items"][: user["num_train"]] for user in users]), minlength=num_items + 1)
     catalogue = [_make_item(index, int(counts[index])) for index in range(1, num_items + 1)]

@@ -12,7 +12,7 @@ from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline
 from recsys.baselines.factorization_machine import FactorisationMachine
 from recsys.baselines.fitting import UnseenItems, ValidationRanking, fit
-from recsys.baselines.interactions import TrainingData
+from recsys.baselines.interactions import TrainingData, labelled
 from recsys.baselines.least_squares import fit_implicit
 from recsys.config import Config
 from recsys.schema import Task
@@ -104,7 +104,7 @@ def bpr_loss(machine: FactorisationMachine, users: Tensor, taken: Tensor, others
 
 def fit_pairwise(machine: FactorisationMachine, data: TrainingData, config: Config) -> MachineRanking:
     """Fit a machine by BPR; the validation targets choose the epoch."""
-    users, items = torch.from_numpy(data.train.users), torch.from_numpy(data.train.items)
+    users, items = torch.from_numpy(data.train.owners), torch.from_numpy(data.train.items)
     unseen, quality = UnseenItems(data), ValidationRanking(data)
     ranking = MachineRanking(machine)
 
@@ -121,8 +121,8 @@ def fit_task(machine: FactorisationMachine, data: TrainingData, column: int, epo
     manifest, task = data.manifest, data.manifest.tasks[column]
     criterion = F.binary_cross_entropy_with_logits if task.kind == "binary" else F.mse_loss
     penalty = BINARY_PENALTY if task.kind == "binary" else VALUE_PENALTY
-    users, items, labels = data.train.labelled(manifest, column)
-    other_users, other_items, other_labels = data.validation.labelled(manifest, column)
+    users, items, labels = labelled(data.train, manifest, column)
+    other_users, other_items, other_labels = labelled(data.validation, manifest, column)
 
     def loss(samples: Tensor) -> Tensor:
         scores, penalties = machine(users[samples] + 1, items[samples], penalty)

@@ -76,8 +76,7 @@ class FactorisationMachine(nn.Module):
 
 def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
     """Number users (U + 1, 1), then items (I + 1, 1); who has no training interaction has no number."""
-    has_any = np.zeros(data.num_users + 1, np.bool_)
-    has_any[data.train.users + 1] = True
+    has_any = np.append(False, data.train.lengths > 0)
     users = np.where(has_any, np.arange(data.num_users + 1), 0)
     items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
     return torch.from_numpy(users)[:, None], torch.from_numpy(items)[:, None]

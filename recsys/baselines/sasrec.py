@@ -12,9 +12,10 @@ from recsys.baselines.baseline import Baseline
 from recsys.baselines.fitting import ValidationRanking, keep_best_epoch
 from recsys.baselines.interactions import TrainingData
 from recsys.config import Config
+from recsys.data.batch import group_cost, map_tensors, pack
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.data.sequences import group_cost, pack
+from recsys.data.sequences import Sequences
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import RETRIEVAL, Recommender
 from recsys.model.scoring import RetrievalScores
@@ -49,9 +50,9 @@ class SequentialRanking(Baseline):
         """Score every item for each user."""
         recent = [history[-self.max_history :] for history in histories]
         lengths = np.array([len(history) for history in recent])
-        columns = {"items": np.concatenate([np.zeros(0, np.int64), *recent])}
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost(self.device.type == "cuda"))
-        packed = packed.map(lambda tensor: tensor.to(self.device))
+        sequences = Sequences.of_offsets({"items": np.concatenate([np.zeros(0, np.int64), *recent])}, np.cumsum([0, *lengths]))
+        packed, first_places = pack(sequences, group_cost(self.device.type == "cuda"))
+        packed = map_tensors(packed, lambda tensor: tensor.to(self.device))
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
         last = torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(self.device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from recsys.config.model import RankerConfig
 from recsys.data.batch import task_labels
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Rows, ranges
+from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource
 
 MAX_ROW_GROUPS = 64
@@ -37,10 +37,9 @@ def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
     source = RowGroupSource(dataset, ["items", "events", "values", "first_target"])
     positives, labels = torch.zeros(2, len(manifest.tasks), dtype=torch.float64)
     for group in np.unique(np.linspace(0, num_groups - 1, min(num_groups, MAX_ROW_GROUPS)).astype(np.int64)).tolist():
-        table = source.read(group)
-        rows = Rows.from_table(table, np.arange(table.num_rows))
-        targets = ranges(rows.starts + rows.first_target, rows.lengths - rows.first_target)
-        label, mask = task_labels(manifest, *(torch.from_numpy(rows.flat[name][targets]) for name in ("events", "values")))
+        samples = Sequences.from_table(source.read(group))
+        targets = samples.within(samples.scalars["first_target"], samples.lengths)
+        label, mask = task_labels(manifest, torch.from_numpy(targets.events), torch.from_numpy(targets.values))
         positives += (label * mask).sum(0, dtype=torch.float64)
         labels += mask.sum(0, dtype=torch.float64)
     return positives, labels

@@ -18,7 +18,7 @@ from recsys.arrays import Integers
 from recsys.data.manifest import Dataset, Shard
 from recsys.data.node_files import DiskCache
 from recsys.data.plan import EpochPlan, Window
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.store import ReplacedError, sha256_of
 
@@ -248,16 +248,16 @@ class WindowLoader:
         self._prefetch_bytes = prefetch_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._next = self._in_order_of_need(numbers)
-        self._ahead: deque[tuple[Window, Future[Rows]]] = deque()
-        self._loaded: defaultdict[int, deque[tuple[Window, Rows]]] = defaultdict(deque)
+        self._ahead: deque[tuple[Window, Future[Sequences]]] = deque()
+        self._loaded: defaultdict[int, deque[tuple[Window, Sequences]]] = defaultdict(deque)
         self._bytes_per_sample = _FIRST_BYTES_PER_SAMPLE
 
-    def take(self, stream: int, start: int, stop: int) -> Iterator[Rows]:
+    def take(self, stream: int, start: int, stop: int) -> Iterator[Sequences]:
         """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
         self._load_until(stream, start, stop)
         for window, rows in self._loaded[stream]:
             if window.begin < stop and window.end > start:
-                yield rows.slice(max(start - window.begin, 0), stop - window.begin)
+                yield rows[max(start - window.begin, 0) : stop - window.begin]
 
     def close(self) -> None:
         """Let the threads end; what is being loaded is not waited for."""
@@ -272,7 +272,7 @@ class WindowLoader:
             self._submit_ahead()
             window, loading = self._ahead.popleft()
             rows = loading.result()
-            self._bytes_per_sample = rows.num_bytes / max(1, len(rows))
+            self._bytes_per_sample = sum(column.nbytes for column in rows.columns.values()) / max(1, len(rows))
             self._loaded[window.stream].append((window, rows))
 
     def _submit_ahead(self) -> None:
@@ -286,11 +286,11 @@ class WindowLoader:
     def _bytes_ahead(self) -> float:
         return sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample
 
-    def _load(self, window: Window) -> Rows:
+    def _load(self, window: Window) -> Sequences:
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         table = pa.concat_tables([self._groups.read(*span) for span in spans])
-        rows = Rows.from_table(table, self._plan.line_ids(window))
-        return rows.take(self._plan.shuffle(window)).compact() if self._plan.window else rows
+        rows = Sequences.from_table(table, sample_ids=self._plan.line_ids(window))
+        return rows[self._plan.shuffle(window)].compact() if self._plan.window else rows
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:
         """Return the windows from the first place of each stream on, by the number of the sample that needs them first."""

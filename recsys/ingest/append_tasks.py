@@ -1,6 +1,6 @@
 """The tasks of an appended version, each on one partition of the users; the rules are in `append.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from recsys.arrays import Integers, Mask
 from recsys.data.manifest import Dataset, last_rows
+from recsys.data.sequences import Sequences
 from recsys.ingest.clean.cleaning import notice_order
 from recsys.ingest.partitions import (
     Job,
@@ -26,10 +27,9 @@ from recsys.ingest.partitions import (
 from recsys.ingest.ray_tasks import Outcome
 from recsys.ingest.shuffle import read_table
 from recsys.ingest.sources.formats import INPUT_ORDER
-from recsys.ingest.write.sequence_tables import Sequences
-from recsys.ingest.write.sequences import gather_ranges
+from recsys.ingest.write.sequence_tables import by_part
 from recsys.ingest.write.splits import TRAINING, WITHHELD, part_by_place, split_events, split_in_order, withheld
-from recsys.schema import ITEM_ID, SEQUENCE_COLUMNS, USER_ID, USERS_SCHEMA
+from recsys.schema import ITEM_ID, USER_ID, USERS_SCHEMA
 
 KNOWN_INDEX_NAME = "known_items.parquet"
 """The staged item index of the base."""
@@ -82,14 +82,14 @@ def append_shards(job: Job, base: Dataset, task: AppendTask) -> Outcome:
     queries, asked = number_queries(events, task.first_query)
     columns = index_events(job, events, base.manifest.event_kinds) | {"queries": queries}
     columns[_PART] = split_events(events, day_offsets, job.data)
-    everything, is_day = _join(known, Sequences(columns, day_offsets), rows_of_day)
+    everything, is_day = _join(known, Sequences.of_offsets(columns, day_offsets), rows_of_day)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(int(is_new.sum()), np.int64)])
     parts = _assign_parts(job, everything, is_day)
-    sequences, num_train, num_validation = everything.by_part(parts)
+    sequences, num_train, num_validation = by_part(everything, parts)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_day], minlength=len(user_ids)).clip(min=1)
     attributes = pa.concat_arrays([known["attributes"].combine_chunks(), nobodys_attributes(int(is_new.sum()))])
     _, outcome = write_users(job, task.partition, sequences, indices, user_ids, attributes, first_targets, num_train, num_validation)
-    stage_counts(job, task.partition, *np.unique(sequences.within("items", num_trained, num_train), return_counts=True))
+    stage_counts(job, task.partition, *np.unique(sequences.within(num_trained, num_train).items, return_counts=True))
     return {
         **outcome,
         "rows": events.num_rows,
@@ -133,18 +133,18 @@ def _newest(known: pa.Table) -> Integers:
 
 def _join(known: pa.Table, day: Sequences, rows_of_day: Integers) -> tuple[Sequences, Mask]:
     """Put the day's interactions behind each user's known ones; also tell which are the day's."""
-    lengths = known["items"].combine_chunks().value_lengths().to_numpy().astype(np.int64)
-    num_known = np.concatenate([lengths, np.zeros(len(rows_of_day) - len(lengths), np.int64)])
-    ends = np.cumsum(num_known)
-    shift = int(lengths.sum())
-    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in SEQUENCE_COLUMNS}
-    sizes = (known[name].to_numpy() for name in ("num_train", "num_validation"))
-    history[_PART] = part_by_place(np.concatenate([[0], np.cumsum(lengths)]), *sizes)
-    starts = np.stack([ends - num_known, shift + day.offsets[:-1][rows_of_day]], axis=1).reshape(-1)
-    stops = np.stack([ends, shift + day.offsets[1:][rows_of_day]], axis=1).reshape(-1)
-    positions, offsets = gather_ranges(starts, stops)
-    columns = {name: np.concatenate([history[name], day.columns[name]])[positions] for name in history}
-    return Sequences(columns, offsets[::2]), positions >= shift
+    before = Sequences.from_table(known)
+    parts = part_by_place(before.offsets, before.scalars["num_train"], before.scalars["num_validation"])
+    before = replace(before, columns={**before.columns, _PART: parts}, scalars={})
+    both = Sequences.join([before, day])
+    user = np.arange(len(rows_of_day))
+    is_new = user >= len(before)
+    rows = np.stack([np.where(is_new, 0, user), len(before) + rows_of_day], axis=1).reshape(-1)  # a known row and the day's of each
+    lengths = both.lengths[rows]
+    lengths[::2][is_new] = 0
+    pairs = both[rows].within(0, lengths)
+    columns = {name: pairs.flat(name) for name in pairs.columns}
+    return Sequences.of_offsets(columns, pairs.offsets[::2]), pairs.owners % 2 == 1
 
 
 def _assign_parts(job: Job, everything: Sequences, is_day: Mask) -> Integers:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from recsys.arrays import Integers, Mask
 from recsys.config.data import AUTO, DataConfig
 from recsys.data.manifest import ColumnUse, Shard
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.ingest.clean.cleaning import (
     apply_rules,
@@ -38,9 +39,9 @@ from recsys.ingest.sources.formats import FILE_SHIFT, INPUT_ORDER, FilePart
 from recsys.ingest.sources.importers import import_events, import_users
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of
-from recsys.ingest.write.sequence_tables import Sequences
+from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events
-from recsys.ingest.write.statistics import Histories, Moments
+from recsys.ingest.write.statistics import Moments, read_histories
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, USERS_SCHEMA, VALUE
 from recsys.store import Storage, join, sha256_of
 
@@ -230,9 +231,9 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
     offsets = user_offsets(events[USER_ID])
     queries, asked = number_queries(events, task.first_query)
-    everything = Sequences(index_events(job, events, task.event_kinds) | {"queries": queries}, offsets)
+    everything = Sequences.of_offsets(index_events(job, events, task.event_kinds) | {"queries": queries}, offsets)
     parts = without_withheld(job, split_events(events, offsets, job.data), everything)
-    sequences, num_train, num_validation = everything.by_part(parts)
+    sequences, num_train, num_validation = by_part(everything, parts)
     user_indices = task.first_user + np.arange(len(num_train))
     user_ids = events[USER_ID].take(pa.array(offsets[:-1]))
     attributes = nobodys_attributes(len(user_ids))
@@ -240,17 +241,17 @@ def write_shards(job: Job, task: WriteTask) -> Outcome:
     users, outcome = write_users(
         job, task.partition, sequences, user_indices, user_ids, attributes, first_targets, num_train, num_validation
     )
-    nothing = np.zeros_like(num_train)
-    values = sequences.within("values", nothing, num_train).astype(np.float64)
+    training = sequences.within(0, num_train)
+    values = training.values.astype(np.float64)
     moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
-    stage_counts(job, task.partition, *np.unique(sequences.within("items", nothing, num_train), return_counts=True))
+    stage_counts(job, task.partition, *np.unique(training.items, return_counts=True))
     return {
         **outcome,
         "rows": events.num_rows,
         "rejected": {"withheld": int((parts == WITHHELD).sum())},
         "queries": write_shard(job, f"queries/{task.partition:05d}.parquet", asked),
         "values": [int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])],
-        "limits": asdict(Limits.of(Histories.from_users(users), job.has_time)),
+        "limits": asdict(Limits.of(read_histories(users), job.has_time)),
     }
 
 
@@ -267,8 +268,8 @@ def write_users(
 ) -> tuple[pa.Table, Outcome]:
     """Write a partition's users shard and train shard; return the users and what became of both."""
     attributes, listed = staged_attributes(job, partition, user_ids, known_attributes)
-    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
-    train = sequences.train_table(user_indices, first_targets, num_train, job.data)
+    users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes)
+    train = train_table(sequences, user_indices, first_targets, num_train, job.data)
     return users, {
         "users": write_shard(job, f"users/{partition:05d}.parquet", users),
         "train": write_shard(job, f"train/{partition:05d}.parquet", train),

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config import Config
-from recsys.data.sequences import Histories
+from recsys.data.batch import PackedHistories
 
 NUM_TIME_BUCKETS = 32
 ROTARY_BASE = 10_000.0
@@ -31,7 +31,7 @@ class Attention(nn.Module):
             self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history + model.has_queries))
             self.time_bias = nn.Parameter(torch.zeros(model.num_heads, NUM_TIME_BUCKETS)) if has_time else None
 
-    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+    def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
         """Map (P, W) to (P, W)."""
         sizes = [number * length for number, length in histories.groups]
         projected = self.qkv(states)

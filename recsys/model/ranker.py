@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config.model import ModelConfig
-from recsys.data.sequences import Histories
+from recsys.data.batch import PackedHistories
 from recsys.model.value_regression import ValueRegression
 from recsys.schema import Task
 
@@ -64,7 +64,7 @@ class Ranker(nn.Module):
             self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
-    def read_users(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+    def read_users(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return what pairs are scored by of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         if self.regression is None:
             return users

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recsys.config import Config
+from recsys.data.batch import PackedHistories
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import Histories
 from recsys.model.attention import NUM_TIME_BUCKETS, Attention, time_buckets
 
 
@@ -37,7 +37,7 @@ class UserEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, manifest.has_time and model.use_gaps) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, item_vectors: Tensor, histories: Histories, query_vectors: Tensor | None = None) -> Tensor:
+    def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
         """Encode the item vector of each place (P, W), or its query's (Q, W); return the user after it (P, W)."""
         if self.query is not None and query_vectors is not None and histories.query_places is not None:
             item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
@@ -47,7 +47,7 @@ class UserEncoder(nn.Module):
         encoded: Tensor = self.norm_out(states)
         return encoded
 
-    def _context(self, item_vectors: Tensor, histories: Histories) -> Tensor:
+    def _context(self, item_vectors: Tensor, histories: PackedHistories) -> Tensor:
         """Add up what is known of each interaction besides its item, (P, W)."""
         context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
         if self.position is not None:
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2)) if kind == "ligr" else None
         self.dropout = nn.Dropout(config.model.dropout)
 
-    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+    def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
         """Map (P, W) to (P, W); a place sees itself and those before it in its history."""
         states = self._add(0, states, self.attention(self.norm_attention(states), histories))
         if not self.has_feed_forward:
@@ -97,7 +97,7 @@ class Block(nn.Module):
         return states + (update if self.gates is None else update * self.gates[number](states).sigmoid())
 
 
-def _gaps(histories: Histories) -> Tensor:
+def _gaps(histories: PackedHistories) -> Tensor:
     """Return the seconds since the interaction before, (P,), 0 for a history's first."""
     gaps = histories.times.diff(prepend=histories.times[:1])
     parts = gaps.split([number * length for number, length in histories.groups])

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config.model import ModelConfig
+from recsys.data.batch import PackedHistories
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import Histories
 from recsys.errors import UserError
 
 NOISE_VARIANCE = 0.65
@@ -35,7 +35,7 @@ class ValueRegression(nn.Module):
         nn.init.zeros_(self.factors.bias)
         nn.init.zeros_(self.prior.weight)
 
-    def forward(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+    def forward(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return the mean of w (N, K) of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         is_known = ~histories.values.isnan()
         values = torch.where(is_known, (histories.values - self.value_mean) / self.value_std, 0.0)

@@ -11,12 +11,13 @@ import pyarrow as pa
 from recsys.arrays import Integers
 from recsys.config.data import DataConfig
 from recsys.data.manifest import Dataset, DatasetManifest, last_rows
+from recsys.data.sequences import Sequences
 from recsys.ingest.partitions import Job, staged_withheld, write_shard
 from recsys.ingest.passes import run_pass, write_shards_of
 from recsys.ingest.report.counts import Limits, count_partition, merge_counts
 from recsys.ingest.report.page import REPORT_NAME, Findings, make_report
 from recsys.ingest.shuffle import read_table, write_table
-from recsys.ingest.write.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.ingest.write.statistics import ItemTotals, TrainSpan, item_statistics, item_sums, read_histories, user_statistics
 from recsys.store import join
 
 _SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
@@ -77,7 +78,7 @@ def _inherited(base: Dataset, name: str, partition: int) -> tuple[str, ...]:
 
 def _find_limits(job: Job, users: tuple[str, ...]) -> Outcome:
     table = _read(job, users, _SEQUENCE_COLUMNS)
-    histories = Histories.from_users(last_rows(table, "user_index")) if table is not None else None
+    histories = read_histories(last_rows(table, "user_index")) if table is not None else None
     limits = Limits.of(histories, job.has_time) if histories is not None else Limits(None, None, None)
     return {"rows": 0 if histories is None else len(histories.items), "limits": asdict(limits)}
 
@@ -117,7 +118,7 @@ def measure_partition(job: Job, task: MeasureTask) -> Outcome:
     users = _read(job, task.users, _SEQUENCE_COLUMNS)
     if users is None:
         return {"rows": 0, "user_statistics": None, "counts": {}}
-    histories = Histories.from_users(last_rows(users, "user_index") if len(task.users) > 1 else users)
+    histories = read_histories(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
     write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
@@ -139,10 +140,9 @@ def _flat_samples(train: pa.Table | None) -> pa.Table:
     if train is None:
         nothing: Integers = np.zeros(0, np.int64)
         return pa.table({"user_index": nothing, "item": nothing, "time": nothing, "event": nothing})
-    lists = {name: train[name].combine_chunks() for name in ("items", "timestamps", "events")}
-    users = np.repeat(train["user_index"].to_numpy(), lists["items"].value_lengths().to_numpy())
-    item, time, event = (lists[name].flatten().cast(pa.int64()) for name in ("items", "timestamps", "events"))
-    return pa.table({"user_index": users, "item": item, "time": time, "event": event})
+    samples = Sequences.from_table(train).cast(items=np.int64, events=np.int64)
+    users = samples.scalars["user_index"][samples.owners]
+    return pa.table({"user_index": users, "item": samples.items, "time": samples.timestamps, "event": samples.events})
 
 
 def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from recsys.config.model import ModelConfig, RankerConfig
+from recsys.data.batch import CPU_GROUP_COST, PackedHistories, pack
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import CPU_GROUP_COST, Histories, pack
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.model.ranker import Ranker
 from recsys.model.value_regression import LEVEL_VARIANCE, NOISE_VARIANCE, ValueRegression, build_regression
@@ -35,14 +36,13 @@ def regression(dataset: Dataset) -> ValueRegression:
     return built
 
 
-def draw_histories() -> tuple[Histories, np.ndarray, Tensor, Tensor]:
+def draw_histories() -> tuple[PackedHistories, np.ndarray, Tensor, Tensor]:
     """Pack histories of which a third of the values is unknown; return them, their first places, and vectors and states of all places."""
     generator = np.random.default_rng(0)
     values = generator.integers(1, 6, LENGTHS.sum()).astype(np.float32)
     values[generator.random(len(values)) < 0.3] = np.nan
-    packed, first_places = pack(
-        {"items": np.arange(1, 1 + len(values)), "values": values}, np.cumsum(LENGTHS) - LENGTHS, LENGTHS, CPU_GROUP_COST
-    )
+    columns = {"items": np.arange(1, 1 + len(values)), "values": values}
+    packed, first_places = pack(Sequences(columns, np.cumsum(LENGTHS) - LENGTHS, LENGTHS), CPU_GROUP_COST)
     vectors, states = torch.randn(2, len(packed.items), WIDTH, generator=torch.Generator().manual_seed(1))
     return packed, first_places, vectors, states
 
