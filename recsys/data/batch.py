@@ -189,11 +189,17 @@ def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Te
     return kept
 
 
+PADDING_SAMPLE = Sequences.of_offsets(
+    {"items": np.zeros(1, np.int32)}, np.array([0, 1]), sample_id=np.array([-1]), first_target=np.array([1])
+)
+"""What a rank without a sample trains on: it has no target."""
+
+
 def shuffle_histories(samples: Sequences, seed: int, epoch: int) -> Sequences:
     """Put each row's interactions in an order of its own, which follows from the sample, the seed and the epoch alone."""
     samples = samples.compact()
     owners = samples.owners
-    draws = sample_draws(torch.from_numpy(samples.scalars["sample_ids"]), seed, epoch)[owners]
+    draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), seed, epoch)[owners]
     keys = stable_hash(draws + torch.from_numpy(samples.positions), 3)  # by 0 to 2 the queries are drawn
     order = np.lexsort((keys.numpy(), owners))
     return replace(samples, columns={name: column[order] for name, column in samples.columns.items()})
@@ -226,10 +232,10 @@ class Collator:
     def __call__(self, samples: Sequences, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch; no samples give one place of padding, so that every rank runs every step."""
         if len(samples) == 0:
-            samples = _NO_SAMPLE
+            samples = PADDING_SAMPLE
         elif self.shuffle_seed is not None:
             samples = shuffle_histories(samples, self.shuffle_seed, epoch)
-        sample_ids_before = samples.scalars["sample_ids"]
+        sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
             samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
         first_target, histories = samples.scalars["first_target"], samples.within(0, samples.lengths - 1)  # the last is a target alone
@@ -242,7 +248,7 @@ class Collator:
         if asked is not None and packed.query_places is not None:
             owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, packed.query_places])
-        sample_ids, places = samples.scalars["sample_ids"][owners], samples.starts[owners] + after
+        sample_ids, places = samples.scalars["sample_id"][owners], samples.starts[owners] + after
         labels, label_mask = task_labels(self.manifest, *(_column(samples, name, places) for name in ("events", "values")))
         if self.negative_rates is not None:
             label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
@@ -272,9 +278,6 @@ class Collator:
             return torch.arange(self.manifest.num_items + 1), list(indices)
         items, positions = torch.unique(torch.cat([torch.tensor([PADDING_ITEM]), *indices]), return_inverse=True)
         return items, list(positions[1:].split([len(tensor) for tensor in indices]))
-
-
-_NO_SAMPLE = Sequences.of_offsets({"items": np.zeros(1, np.int32)}, np.array([0, 1]), sample_ids=np.array([-1]), first_target=np.array([1]))
 
 
 def _column(samples: Sequences, name: str, places: Integers) -> Tensor:

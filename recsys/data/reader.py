@@ -14,7 +14,7 @@ import torch
 
 from recsys.arrays import Integers
 from recsys.config import Config
-from recsys.data.batch import Batch, Collator, group_cost
+from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost
 from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
 from recsys.data.label_balance import negative_rates
@@ -176,6 +176,8 @@ def _gather(loader: WindowLoader, numbers: Integers, num_streams: int, world_siz
 
     Its numbers rise by the number of ranks, so they go round the rank's streams in one period, each time as far on in every stream.
     """
+    if not len(numbers):
+        return PADDING_SAMPLE[:0]
     common = math.gcd(num_streams, world_size)
     period, stride = num_streams // common, world_size // common
     rounds, turns = np.divmod(np.arange(len(numbers)), period)

@@ -60,12 +60,12 @@ class Sequences:
 
     @classmethod
     def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
-        """Put the rows of parts with the same columns end to end; no parts give no rows, of no columns."""
+        """Put the rows of one or more parts with the same columns end to end."""
         if len(parts) == 1:
             return parts[0]
-        columns = {name: np.concatenate([part.flat(name) for part in parts]) for name in (parts[0].columns if parts else ())}
-        scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in (parts[0].scalars if parts else ())}
-        lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)])
+        columns = {name: np.concatenate([part.flat(name) for part in parts]) for name in parts[0].columns}
+        scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in parts[0].scalars}
+        lengths = np.concatenate([part.lengths for part in parts])
         return cls(columns, np.cumsum(lengths) - lengths, lengths, scalars)
 
     def __len__(self) -> int:

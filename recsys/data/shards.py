@@ -289,7 +289,7 @@ class WindowLoader:
     def _load(self, window: Window) -> Sequences:
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         table = pa.concat_tables([self._groups.read(*span) for span in spans])
-        rows = Sequences.from_table(table, sample_ids=self._plan.line_ids(window))
+        rows = Sequences.from_table(table, sample_id=self._plan.line_ids(window))
         return rows[self._plan.shuffle(window)].compact() if self._plan.window else rows
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:

@@ -162,7 +162,7 @@ def sample_batches(manifest: DatasetManifest, config: Config, movies: Movies, ar
     for _ in range(1 + arguments.steps):
         chosen = generator.choice(len(long), arguments.users, replace=False)
         offsets, ones = np.arange(arguments.users + 1) * length, np.ones(arguments.users, np.int64)
-        rows = Sequences.of_offsets({"items": long[chosen].reshape(-1)}, offsets, sample_ids=chosen.astype(np.int64), first_target=ones)
+        rows = Sequences.of_offsets({"items": long[chosen].reshape(-1)}, offsets, sample_id=chosen.astype(np.int64), first_target=ones)
         negatives = torch.from_numpy(generator.integers(1, manifest.num_items + 1, num_negatives))
         batches.append(collate(rows, negatives, torch.full((num_negatives,), 1 / manifest.num_items).log()))
     return batches

@@ -44,7 +44,7 @@ def test_the_language_model_learns_from_the_items_of_the_micro_batch_alone(tmp_p
     config = config_of(tmp_path)
     dataset = open_dataset(config)
     model = build_recommender(config, dataset, torch.device("cpu")).double().eval()
-    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 3), sample_ids=np.arange(3))
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 3), sample_id=np.arange(3))
     nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     kept, whole = (Collator(dataset.manifest, takes_whole_catalogue=True, keeps_texts=keeps)(rows, *nothing) for keeps in (True, False))
     occurring = set(rows.columns["items"][np.concatenate([np.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths, strict=True)])])

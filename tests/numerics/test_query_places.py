@@ -64,7 +64,7 @@ def config(folder: Path, dataset: Dataset) -> Config:
 
 
 def rows_and_batch(dataset: Dataset, recommender: Recommender) -> tuple[Sequences, Batch]:
-    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12), sample_ids=np.arange(12))
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12), sample_id=np.arange(12))
     draws = QueryDraws(0.999, 1, recommender.catalogue.has_text)
     return rows, Collator(dataset.manifest, True, queries=draws)(rows, *NOTHING)
 

@@ -119,7 +119,7 @@ class QueryDraws:
         """Choose samples, and of each a target."""
         last = samples.lengths - 1
         items = samples.columns["items"][samples.starts + last].astype(np.int64)
-        draws = sample_draws(torch.from_numpy(samples.scalars["sample_ids"]), self.seed, epoch)
+        draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), self.seed, epoch)
         chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
         targets, typed = _draw_typed(samples, choice) if "queries" in samples.columns else (last, np.zeros(len(samples), np.int64))
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))

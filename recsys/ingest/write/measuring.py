@@ -17,10 +17,9 @@ from recsys.ingest.passes import run_pass, write_shards_of
 from recsys.ingest.report.counts import Limits, count_partition, merge_counts
 from recsys.ingest.report.page import REPORT_NAME, Findings, make_report
 from recsys.ingest.shuffle import read_table, write_table
-from recsys.ingest.write.statistics import ItemTotals, TrainSpan, item_statistics, item_sums, read_histories, user_statistics
+from recsys.ingest.write.statistics import USED_COLUMNS, ItemTotals, TrainSpan, item_statistics, item_sums, read_histories, user_statistics
 from recsys.store import join
 
-_SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
 _SUMS = "item-sums"
 Outcome = dict[str, Any]
 
@@ -77,7 +76,7 @@ def _inherited(base: Dataset, name: str, partition: int) -> tuple[str, ...]:
 
 
 def _find_limits(job: Job, users: tuple[str, ...]) -> Outcome:
-    table = _read(job, users, _SEQUENCE_COLUMNS)
+    table = _read(job, users, USED_COLUMNS)
     histories = read_histories(last_rows(table, "user_index")) if table is not None else None
     limits = Limits.of(histories, job.has_time) if histories is not None else Limits(None, None, None)
     return {"rows": 0 if histories is None else len(histories.items), "limits": asdict(limits)}
@@ -115,7 +114,7 @@ def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
 
 def measure_partition(job: Job, task: MeasureTask) -> Outcome:
     """Write one partition's user statistics, stage its sums by item, and count for the report."""
-    users = _read(job, task.users, _SEQUENCE_COLUMNS)
+    users = _read(job, task.users, USED_COLUMNS)
     if users is None:
         return {"rows": 0, "user_statistics": None, "counts": {}}
     histories = read_histories(last_rows(users, "user_index") if len(task.users) > 1 else users)

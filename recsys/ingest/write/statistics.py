@@ -9,11 +9,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
-from recsys.data.sequences import Sequences
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA
 
 NUM_PERIODS = 8
 NUMBER_PREFIX = "statistics."
+USED_COLUMNS = ["user_index", *HISTORY_COLUMNS, "num_train", "num_validation"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
 
 
 def read_histories(users: pa.Table) -> Sequences:
-    """View users (USERS_SCHEMA, without ids and attributes) as histories, in 64 bits since they are summed."""
-    return Sequences.from_table(users).cast(items=np.int64, events=np.int64, values=np.float64)
+    """View the `USED_COLUMNS` of users (USERS_SCHEMA) as histories, in 64 bits since they are summed."""
+    return Sequences.from_table(users.select(USED_COLUMNS)).cast(items=np.int64, events=np.int64, values=np.float64)
 
 
 def training_part(histories: Sequences) -> Sequences:

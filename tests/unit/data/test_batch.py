@@ -41,7 +41,7 @@ def collate(
     dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES
 ) -> Batch:
     collator = Collator(dataset.manifest, takes_whole_catalogue, group_cost=0)
-    return collator(Sequences.from_table(rows, sample_ids=np.arange(rows.num_rows)), *negatives)
+    return collator(Sequences.from_table(rows, sample_id=np.arange(rows.num_rows)), *negatives)
 
 
 def test_whole_catalogue_batch(dataset: Dataset) -> None:
@@ -57,7 +57,7 @@ def test_whole_catalogue_batch(dataset: Dataset) -> None:
 
 
 def test_one_group_pads_the_shorter_histories(dataset: Dataset) -> None:
-    batch = Collator(dataset.manifest, True, group_cost=100)(Sequences.from_table(ROWS, sample_ids=np.arange(3)), *NO_NEGATIVES)
+    batch = Collator(dataset.manifest, True, group_cost=100)(Sequences.from_table(ROWS, sample_id=np.arange(3)), *NO_NEGATIVES)
     assert batch.histories.groups == ((3, 2),)
     assert batch.histories.items.tolist() == [7, 0, 3, 4, 4, 9]
     assert batch.histories.events.tolist() == [2, 0, 1, 2, 1, 1]
@@ -86,7 +86,7 @@ def test_distinct_items_are_listed_once_and_indexed(dataset: Dataset) -> None:
 
 
 def test_columns_that_were_not_read_are_empty(dataset: Dataset) -> None:
-    rows = Sequences.from_table(ROWS.select(["items", "first_target"]), sample_ids=np.arange(3))
+    rows = Sequences.from_table(ROWS.select(["items", "first_target"]), sample_id=np.arange(3))
     batch = Collator(dataset.manifest, True)(rows, *NO_NEGATIVES)
     assert batch.histories.events.tolist() == (batch.histories.items != 0).long().tolist()
     assert not batch.histories.times.any()
@@ -121,7 +121,7 @@ def test_moving_a_batch_moves_its_histories(dataset: Dataset) -> None:
 def test_shuffled_histories_keep_each_interaction_whole_and_change_with_the_epoch() -> None:
     lengths = np.array([6, 1, 9, 9])
     numbers = np.arange(lengths.sum() + 4)  # row 0 begins at 4: what lies before it belongs to none of these rows
-    columns, scalars = {"items": numbers, "values": numbers / 2}, {"sample_ids": np.array([7, 8, 9, 10]), "first_target": np.ones(4, int)}
+    columns, scalars = {"items": numbers, "values": numbers / 2}, {"sample_id": np.array([7, 8, 9, 10]), "first_target": np.ones(4, int)}
     rows = Sequences(columns, np.cumsum(lengths) - lengths + 4, lengths, scalars)
     orders = {}
     for epoch in range(3):
@@ -147,7 +147,7 @@ def test_cut_rows_have_every_target_once_with_the_history_that_fits(rows: list[t
     stride = min(stride, max_history)
     lengths, first = (np.array(column) for column in zip(*rows, strict=True))
     starts = np.cumsum(lengths) - lengths
-    whole = Sequences({"items": np.arange(lengths.sum())}, starts, lengths, {"sample_ids": np.arange(len(rows)), "first_target": first})
+    whole = Sequences({"items": np.arange(lengths.sum())}, starts, lengths, {"sample_id": np.arange(len(rows)), "first_target": first})
     cut = cut_histories(whole, max_history, stride)
 
     def targets(of: Sequences) -> list[int]:
@@ -157,7 +157,7 @@ def test_cut_rows_have_every_target_once_with_the_history_that_fits(rows: list[t
     assert targets(cut) == targets(whole)
     assert (cut.lengths <= max_history + 1).all()
     for row, (length, target) in enumerate(rows):
-        own = cut.scalars["sample_ids"] == row
+        own = cut.scalars["sample_id"] == row
         if length <= max_history + 1:
             assert (cut.lengths[own].tolist(), cut.scalars["first_target"][own].tolist()) == ([length], [target])
         else:  # each piece reaches as far back as it may

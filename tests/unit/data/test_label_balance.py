@@ -81,7 +81,7 @@ def test_kept_negatives_are_a_share_and_depend_on_the_target_alone() -> None:
 def test_a_batch_counts_the_kept_labels_alone(dataset: Dataset) -> None:
     rates = torch.tensor([1.0, 1.0, 0.4])
     table = dataset.read_shard(dataset.manifest.train_shards[0])
-    rows = Sequences.from_table(table, sample_ids=np.arange(table.num_rows))
+    rows = Sequences.from_table(table, sample_id=np.arange(table.num_rows))
     whole, kept = (Collator(dataset.manifest, True, negative_rates=rate)(rows, *NO_NEGATIVES) for rate in (None, rates))
     assert float(kept.labels[kept.label_mask[:, 2] == 0, 2].sum()) == 0
     assert 0.3 < float(kept.label_mask[whole.labels[:, 2] == 0, 2].mean()) < 0.5

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recsys.config.model import ModelConfig, RankerConfig
-from recsys.data.batch import CPU_GROUP_COST, PackedHistories, pack
+from recsys.data.batch import CPU_GROUP_COST, PackedHistories, map_tensors, pack
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
@@ -76,7 +76,7 @@ def test_the_weights_after_each_place_are_those_of_a_plain_regression_on_the_val
 
 def test_without_values_the_sequence_alone_counts(regression: ValueRegression) -> None:
     packed, first_places, vectors, states = draw_histories()
-    blank = packed.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
+    blank = map_tensors(packed, lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
     places = torch.from_numpy(first_places)
     torch.testing.assert_close(regression(states[places], vectors, blank, places), states[places] @ regression.prior.weight.T)
 
