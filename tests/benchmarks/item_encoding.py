@@ -24,7 +24,6 @@ from torch import Tensor
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
-from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.sequences import Sequences
 from recsys.model.item_encoder import ItemText
@@ -35,6 +34,7 @@ from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE
 from recsys.store import Storage
 from tests.backbones import save_backbone
 from tests.benchmarks.tiny import add_tiny, write_movies
+from tests.datasets import features_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def build(config: Config, movies: Movies) -> tuple[Recommender, DatasetManifest]
     torch.manual_seed(config.training.seed)
     encoder = TextEncoder(load_backbone(folder, config.model.text), config.model.text.pooling)
     text = ItemText(tokens=tokens.int(), lengths=mask.sum(1).int(), encoder=encoder)
-    catalogue = ItemFeatures.from_table(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=0)
+    catalogue = features_of(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=0)
     return Recommender(config, dataset, catalogue, text), manifest
 
 

@@ -29,7 +29,7 @@ from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.trained import build_predictor, load_trained
 from recsys.train.loop import train
-from tests.datasets import make_dataset
+from tests.datasets import features_of, make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
 from tests.reporters import LocalReporter
@@ -140,7 +140,7 @@ def test_a_catalogue_without_text_has_no_queries(config: Config, has_queries: bo
     dataset = make_dataset(Storage(config.storage.root), has_queries=has_queries)
     table = dataset.catalogue
     without = table.set_column(table.schema.get_field_index("text"), "text", [[""] * len(table)])
-    features = ItemFeatures.from_table(without, len(dataset.manifest.category_vocabulary))
+    features = features_of(without, len(dataset.manifest.category_vocabulary))
     monkeypatch.setattr(ItemFeatures, "read", lambda *_: features)
     with pytest.raises(UserError, match=r"model.query_rate = 0.999: the catalogue has no text"):
         build_recommender(config, dataset, CPU)
