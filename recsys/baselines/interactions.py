@@ -14,8 +14,8 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from recsys.arrays import Integers
-from recsys.data.batch import task_labels
 from recsys.data.items import ItemFeatures
+from recsys.data.labels import task_labels
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from recsys.arrays import Integers, Mask
 from recsys.data.draws import sample_draws, stable_hash
+from recsys.data.labels import UserGroups, keep_negatives, task_labels
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Sequences, cut_windows, ranges
 from recsys.data.text.queries import QueryDraws
-from recsys.data.user_groups import UserGroups
 from recsys.schema import PADDING_ITEM
 
 Groups = tuple[tuple[int, int], ...]
@@ -152,41 +152,6 @@ class Batch:
         """Count retrieval targets, labels by task and targets by group, (1 + T + G,), in float64 since they are summed over ranks."""
         counts = torch.cat([self.label_mask.new_tensor([len(self.targets)]), self.label_mask.sum(0), self.group_mask.sum(0)])
         return counts.to(torch.float64)
-
-
-def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label of each task and whether there is one, both (..., T) float32.
-
-    `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
-    """
-    labels, masks = [], []
-    for task in manifest.tasks:
-        if task.event is not None:
-            labels.append((events >= manifest.event_kinds.index(task.event)).float())
-            masks.append(torch.ones_like(values))
-            continue
-        has_value = ~values.isnan()
-        known = torch.where(has_value, values, 0.0)
-        standardised = (known - manifest.value_mean) / manifest.value_std
-        labels.append(standardised if task.threshold is None else (known >= task.threshold).float())
-        masks.append(has_value.float())
-    if not labels:
-        nothing = torch.zeros((*values.shape, 0))
-        return nothing, nothing
-    return torch.stack(labels, -1), torch.stack(masks, -1)
-
-
-def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
-    """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
-
-    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank; of shuffled
-    histories a place has another interaction in each epoch, and so others are kept.
-    """
-    kept = torch.ones_like(labels)
-    for task in torch.nonzero(rates < 1).flatten().tolist():
-        uniform = stable_hash(stable_hash(sample_ids, task) + places, 0).double() / 2**63
-        kept[:, task] = ((labels[:, task] > 0) | (uniform < rates[task])).float()
-    return kept
 
 
 PADDING_SAMPLE = Sequences.of_offsets(

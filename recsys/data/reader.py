@@ -17,14 +17,13 @@ from recsys.config import Config
 from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost
 from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
-from recsys.data.label_balance import negative_rates
+from recsys.data.labels import UserGroups, negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.node_files import DiskCache
 from recsys.data.plan import EpochPlan
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource, WindowLoader
 from recsys.data.text.queries import QueryDraws
-from recsys.data.user_groups import UserGroups
 
 PREFETCHED_STEPS = 4
 _SPAN_ROWS = 8192

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,8 +22,6 @@ from recsys.errors import UserError
 from recsys.store import ReplacedError, sha256_of
 
 logger = logging.getLogger(__name__)
-_FOOTER_BYTES = 64 << 10
-_JOINED_GAP_BYTES = 32 << 10
 _DECODE_ATTEMPTS = 3
 
 
@@ -37,10 +34,11 @@ class RowGroupSource:
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
-        self._files = [_ShardFile(dataset, shard, columns, cache) for shard in dataset.manifest.train_shards]
-        sizes = [len(shard.row_groups) for shard in dataset.manifest.train_shards]
-        self._file_of = np.repeat(np.arange(len(sizes)), sizes)
-        self._group_of = np.concatenate([np.arange(size) for size in sizes]) if sizes else np.zeros(0, np.int64)
+        files = [(_ShardFile(dataset, shard, columns, cache), shard) for shard in dataset.manifest.train_shards]
+        self._groups = [(file, group) for file, shard in files for group in range(len(shard.row_groups))]
+
+    def __len__(self) -> int:
+        return len(self._groups)
 
     def read(self, group: int) -> pa.Table:
         """Read one row group.
@@ -48,7 +46,8 @@ class RowGroupSource:
         Raises:
             UserError: the shard is missing, replaced or damaged; the line names it.
         """
-        return self._files[self._file_of[group]].read(int(self._group_of[group]))
+        file, number = self._groups[group]
+        return file.read(number)
 
 
 class _ShardFile:
@@ -88,43 +87,23 @@ class _ShardFile:
         return file.read_row_group(group, columns=self._columns, use_threads=False)
 
     def _read_remote(self, group: int) -> pa.Table:
-        footer = self._open()
-        ranges = self._ranges(footer, group)
-        source = _Parts(self._shard.num_bytes, {start: self._fetch(start, stop) for start, stop in ranges}, self._fetch)
-        try:
-            file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+        source = _RangeFile(self._shard.num_bytes, self._fetch)
+        try:  # with pre_buffer, columns that lie near each other are fetched as one range
+            file = pq.ParquetFile(source, metadata=self._open(), pre_buffer=True, page_checksum_verification=True)
             return file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError):
-            self._forget(ranges)
+            for start, stop in source.fetched if self._cache else ():
+                self._cache.drop(self._key(start, stop))
             raise
 
     def _open(self) -> pq.FileMetaData:
         with self._opening:
-            if self._footer is None:
-                start = max(0, self._shard.num_bytes - _FOOTER_BYTES)
-                tail = self._fetch_from_store(start, self._shard.num_bytes)  # not from the cache: a footer has no checksum
-                footer = pq.read_metadata(_Parts(self._shard.num_bytes, {start: tail}, self._fetch_from_store))
-                found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
-                if found != self._shard.row_groups:
+            if self._footer is None:  # not from the cache: a footer has no checksum
+                footer = pq.read_metadata(_RangeFile(self._shard.num_bytes, self._fetch_from_store))
+                if tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups)) != self._shard.row_groups:
                     raise self._replaced("its row groups are not the manifest's")
                 self._footer = footer
             return self._footer
-
-    def _ranges(self, footer: pq.FileMetaData, group: int) -> list[tuple[int, int]]:
-        """Where the wanted columns of a row group lie; those that are near each other are fetched as one."""
-        spans = []
-        for index in range(footer.num_columns):
-            column = footer.row_group(group).column(index)
-            if column.path_in_schema.split(".")[0] in self._columns:
-                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-                spans.append((start, start + column.total_compressed_size))
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted(spans):
-            if joined and start - joined[-1][1] <= _JOINED_GAP_BYTES:
-                joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-            else:
-                joined.append((start, stop))
-        return joined
 
     def _fetch(self, start: int, stop: int) -> bytes:
         key = self._key(start, stop)
@@ -163,32 +142,19 @@ class _ShardFile:
             f"{self._uri}: was replaced since the dataset was made ({reason}); prepare the dataset again, or restore the shard"
         )
 
-    def _forget(self, ranges: list[tuple[int, int]]) -> None:
-        for start, stop in ranges:
-            if self._cache:
-                self._cache.drop(self._key(start, stop))
-
     def _key(self, start: int, stop: int) -> str:
         return f"{self._shard.sha256}-{start}-{stop}"
 
 
-class _Parts(io.RawIOBase):
-    """A file of which some parts are at hand, by where they start; others are fetched when they are read."""
+class _RangeFile(io.RawIOBase):
+    """A file of which every read is fetched as one range; `fetched` lists their ends."""
 
-    def __init__(self, size: int, parts: dict[int, bytes], fetch: Callable[[int, int], bytes]) -> None:
-        self._size = size
-        self._parts = parts
-        self._fetch = fetch
-        self._place = 0
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self._size, self._fetch, self._place = size, fetch, 0
+        self.fetched: list[tuple[int, int]] = []
 
     def readable(self) -> bool:
         return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
@@ -196,11 +162,11 @@ class _Parts(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         start, stop = self._place, self._size if size < 0 else min(self._place + size, self._size)
+        if stop <= start:
+            return b""
+        self.fetched.append((start, stop))
         self._place = stop
-        for begin, part in self._parts.items():
-            if begin <= start and stop <= begin + len(part):
-                return part[start - begin : stop - begin]
-        return self._fetch(start, stop) if stop > start else b""
+        return self._fetch(start, stop)
 
 
 _FIRST_BYTES_PER_SAMPLE = 1024.0

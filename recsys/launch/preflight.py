@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from recsys.config import Config
+from recsys.data.labels import read_groups
 from recsys.data.manifest import Dataset
-from recsys.data.user_groups import read_groups
 from recsys.evaluation.users import refuse_no_users
 from recsys.model.text.backbones import check_backbone
 from recsys.model.text.pretraining import check_objectives

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys.config.training import FairnessConfig
-from recsys.data.user_groups import UserGroups
+from recsys.data.labels import UserGroups
 
 LARGEST_DUAL_SUM = 0.9
 """Dual variables are kept below it in sum, so that every target counts for at least a tenth."""

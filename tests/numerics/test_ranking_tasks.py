@@ -8,7 +8,8 @@ import torch
 
 from recsys.config import Config, load_config
 from recsys.config.model import ModelConfig
-from recsys.data.batch import CPU_GROUP_COST, keep_negatives, pack
+from recsys.data.batch import CPU_GROUP_COST, pack
+from recsys.data.labels import keep_negatives
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.exports.load import load_export
