@@ -12,9 +12,10 @@ from torch import Tensor
 
 from recsys.arrays import Integers
 from recsys.config import Config
+from recsys.data.batch import PackedHistories, group_cost, map_tensors, pack
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import SEQUENCES, Histories, group_cost, pack
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
@@ -26,41 +27,6 @@ ENCODE_CHUNK = 4096
 
 Queries = Sequence[str | None]
 """What each user asks in words; None: nothing."""
-
-
-@dataclass(frozen=True)
-class History:
-    """What a user did, oldest first: catalogue indices, event kinds from 0, times in seconds, and values, NaN where there is none."""
-
-    items: Integers  # (L,)
-    events: Integers  # (L,)
-    timestamps: Integers  # (L,)
-    values: NDArray[np.float32]  # (L,)
-
-    @classmethod
-    def of(
-        cls,
-        items: Sequence[int],
-        events: Sequence[int] | None = None,
-        timestamps: Sequence[int] | None = None,
-        values: Sequence[float] | None = None,
-    ) -> "History":
-        """Build from sequences; without events all are of the weakest kind, without times all gaps are zero."""
-        zeros = np.zeros(len(items), np.int64)
-        return cls(
-            np.asarray(items, dtype=np.int64),
-            np.asarray(zeros if events is None else events, dtype=np.int64),
-            np.asarray(zeros if timestamps is None else timestamps, dtype=np.int64),
-            np.full(len(items), np.nan, np.float32) if values is None else np.asarray(values, dtype=np.float32),
-        )
-
-    def take(self, places: slice | Sequence[int] | Integers) -> "History":
-        """Return some of the interactions."""
-        return History(self.items[places], self.events[places], self.timestamps[places], self.values[places])
-
-    def last(self, length: int) -> "History":
-        """Return the most recent `length` interactions."""
-        return self.take(slice(-length, None))
 
 
 @dataclass(frozen=True)
@@ -108,7 +74,7 @@ class Predictor:
         return {item_id: index for index, item_id in enumerate(self.catalogue.item_ids) if index}
 
     @torch.no_grad()
-    def encode(self, histories: Sequence[History], queries: Queries | None = None) -> Tensor:
+    def encode(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
         """Return user vectors (B, W); an empty history without a query gives a vector that says nothing, so ask `popular` instead.
 
         Raises:
@@ -116,19 +82,17 @@ class Predictor:
         """
         return self._encode(histories, queries)[0].float()
 
-    def _encode(self, histories: Sequence[History], queries: Queries | None) -> tuple[Tensor, Tensor, Histories, Tensor]:
+    def _encode(self, histories: Sequence[Sequences], queries: Queries | None) -> tuple[Tensor, Tensor, PackedHistories, Tensor]:
         """Return the user vectors (B, W), the items' (P, W) of the packed histories, these, and each user's last place (B,)."""
-        recent = [history.last(self.config.data.max_history) for history in histories]
-        lengths = np.array([len(history.items) for history in recent])
-        columns = {name: np.concatenate([getattr(history, name) for history in recent]) for name in SEQUENCES}
+        recent = Sequences.join([history.last(self.config.data.max_history) for history in histories])
         device = self.item_vectors.device
         typed = [query for query in queries or () if query is not None]
         has_query = np.array([query is not None for query in queries]) if queries is not None and typed else None
-        packed, first_places = pack(columns, np.cumsum(lengths) - lengths, lengths, group_cost(device.type == "cuda"), has_query)
-        packed = packed.map(lambda tensor: tensor.to(device))
+        packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query)
+        packed = map_tensors(packed, lambda tensor: tensor.to(device))
         vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
         states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)
-        num_places = lengths if has_query is None else lengths + has_query
+        num_places = recent.lengths if has_query is None else recent.lengths + has_query
         places = torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
         return F.embedding(places, states), vectors, packed, places
 
@@ -138,13 +102,15 @@ class Predictor:
         return self.query_encoder(queries)
 
     @torch.no_grad()
-    def score_catalogue(self, histories: Sequence[History], queries: Queries | None = None) -> Tensor:
+    def score_catalogue(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
         """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
         scores = self._retrieval(self.encode(histories, queries)).float().cpu()
         scores[:, 0] = -torch.inf
         return scores
 
-    def recommend(self, histories: Sequence[History], k: int, exclude: Sequence[Integers], queries: Queries | None = None) -> list[Ranking]:
+    def recommend(
+        self, histories: Sequence[Sequences], k: int, exclude: Sequence[Integers], queries: Queries | None = None
+    ) -> list[Ranking]:
         """Rank the catalogue for each user without the excluded items; fewer than k where nothing else is left."""
         scores = self.score_catalogue(histories, queries).numpy()
         return [top_k(row, k, excluded) for row, excluded in zip(scores, exclude, strict=True)]
@@ -155,7 +121,7 @@ class Predictor:
 
     @torch.no_grad()
     def score(
-        self, histories: Sequence[History], candidates: Sequence[Integers], queries: Queries | None = None
+        self, histories: Sequence[Sequences], candidates: Sequence[Integers], queries: Queries | None = None
     ) -> list[dict[str, NDArray[np.float32]]]:
         """Score candidates (catalogue indices) for each user.
 

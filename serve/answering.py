@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.exports.load import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
-from recsys.predictor import History, Predictor, Ranking
+from recsys.predictor import Predictor, Ranking
 from serve.protocol import (
     POPULARITY,
     Answer,
@@ -40,7 +41,7 @@ Columns = dict[str, NDArray[np.float32]]
 class Found:
     """The user of a request: the history, None if nothing is known so that popularity answers, and posted items that are unknown."""
 
-    history: History | None
+    history: Sequences | None
     unknown_items: tuple[str, ...] = ()
 
 
@@ -87,7 +88,7 @@ class Answerer:
         Raises:
             RuntimeError: the numbers are not finite.
         """
-        if not torch.isfinite(self.predictor.encode([History.of([1])])).all():
+        if not torch.isfinite(self.predictor.encode([Sequences.of([1])])).all():
             raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
 
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
@@ -112,7 +113,7 @@ class Answerer:
             for index, (request, user, indices) in enumerate(zip(requests, found, candidates, strict=True))
         ]
 
-    def _rank(self, requests: Sequence[RecommendRequest], histories: Sequence[History]) -> list[Ranking]:
+    def _rank(self, requests: Sequence[RecommendRequest], histories: Sequence[Sequences]) -> list[Ranking]:
         """Rank for all at once, as deep as the deepest asks: a shorter answer is the beginning of a longer one."""
         if not requests:
             return []
@@ -128,7 +129,7 @@ class Answerer:
             found = self._find_history(request)
         except HTTPException as error:
             return Answer.error(error.status_code, error.detail)
-        return replace(found, history=History.of([])) if found.history is None and request.query is not None else found
+        return replace(found, history=Sequences.of([])) if found.history is None and request.query is not None else found
 
     def _find_history(self, request: UserRequest) -> Found:
         if request.user_id is None:
@@ -154,7 +155,7 @@ class Answerer:
             )
         unknown = dict.fromkeys(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
-        return Found(History.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
+        return Found(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
 
     def _indices(self, item_ids: Sequence[str]) -> Integers:
         """Look up candidates; those that are not in the catalogue are left out."""
@@ -192,6 +193,6 @@ class Answerer:
         return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
 
 
-def _known_histories(found: Sequence[Found | Answer]) -> dict[int, History]:
+def _known_histories(found: Sequence[Found | Answer]) -> dict[int, Sequences]:
     """Return the histories to answer from, by the position of their request."""
     return {index: user.history for index, user in enumerate(found) if isinstance(user, Found) and user.history is not None}

@@ -1,20 +1,37 @@
 """Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from recsys.config import Config, load_config
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
-from recsys.ingest.write.sequences import cut_windows
+from recsys.data.sequences import Sequences, cut_windows
 from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
 from recsys.store import Storage, join, sha256_of
 
 GENRES = ("comedy", "drama", "horror", "science fiction", "western")
 KINDS = ("view", "purchase")
+
+
+class Window(NamedTuple):
+    """A sample `sequence[start:stop]`; from `first_target` on (counted from `start`) its interactions are targets."""
+
+    start: int
+    stop: int
+    first_target: int
+
+
+def windows_of(length: int, max_history: int, stride: int, first: int = 1) -> list[Window]:
+    """Cut one sequence into the windows that samples are made of."""
+    whole = Sequences.of_offsets({"items": np.arange(length)}, np.array([0, length]), first_target=np.array([first]))
+    cut = cut_windows(whole, max_history, np.array([stride]))
+    return list(map(Window, cut.starts.tolist(), (cut.starts + cut.lengths).tolist(), cut.scalars["first_target"].tolist()))
 
 
 def make_dataset(
@@ -33,7 +50,7 @@ def make_dataset(
         {"user_index": user["user_index"], "first_target": window.first_target}
         | {name: user[name][window.start : window.stop] for name in ("items", "events", "timestamps", "values", "queries")}
         for user in users
-        for window in cut_windows(user["num_train"], max_history, max_history)
+        for window in windows_of(user["num_train"], max_history, max_history)
     ]
     counts = np.bincount(np.concatenate([user["items"][: user["num_train"]] for user in users]), minlength=num_items + 1)
     catalogue = [_make_item(index, int(counts[index])) for index in range(1, num_items + 1)]
@@ -152,3 +169,28 @@ def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], sc
         stored = storage.stat(join(uri, path))
         assert stored is not None
         return Shard(path=path, row_groups=groups, num_bytes=local.stat().st_size, sha256=sha256_of(local), etag=stored.etag)
+
+
+def features_of(table: pa.Table, num_categories: int) -> ItemFeatures:
+    """Lay a table of CATALOGUE_SCHEMA out as tensors, item by item."""
+    items = table.sort_by("item_index").to_pylist()
+    assert [item["item_index"] for item in items] == list(range(1, len(items) + 1))
+
+    def rectangle(name: str, filler: float, dtype: type) -> np.ndarray:
+        lists = [[], *(item[name] or [] for item in items)]
+        width = max(map(len, lists))
+        return np.array([[*row, *[filler] * (width - len(row))] for row in lists], dtype).reshape(len(lists), width)
+
+    numbers = rectangle("numbers", np.nan, np.float32)
+    texts = ["", *(item["text"] or "" for item in items)]
+    arrays = {
+        "categories": rectangle("categories", 0, np.int32),
+        "numbers": np.nan_to_num(numbers),
+        "has_number": ~np.isnan(numbers),
+        "vectors": rectangle("vector", 0, np.float32),
+        "train_count": np.array([0, *(item["train_count"] for item in items)], np.int64),
+        "has_text": np.array([len(text) > 0 for text in texts]),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ids, titles = (["", *(item[name] or "" for item in items)] for name in ("item_id", "title"))
+    return ItemFeatures(ids, titles, texts, num_categories=num_categories, **tensors)

@@ -11,12 +11,12 @@ import torch
 from recsys import __version__
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
+from recsys.data.sequences import Sequences
 from recsys.exports.load import Export
 from recsys.exports.profiles import ArrowProfiles
 from recsys.exports.registry import Registry
 from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
-from recsys.predictor import History
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
 from tests.datasets import make_dataset
@@ -66,7 +66,7 @@ def service_config(folder: Path, **service: object) -> Config:
     return load_config().with_values({"storage.root": str(folder / "store"), "run.scratch": str(folder / "scratch"), **values})
 
 
-def users_of(dataset: Dataset) -> dict[str, History]:
+def users_of(dataset: Dataset) -> dict[str, Sequences]:
     """Return what each user of a dataset did."""
     columns = (dataset.read_users()[name].to_pylist() for name in ("user_id", "items", "events", "timestamps", "values"))
-    return {user_id: History.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}
+    return {user_id: Sequences.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}

@@ -42,8 +42,8 @@ class ValidationRanking:
     """Measures how well a baseline ranks the validation targets of some users, to choose between settings or epochs."""
 
     def __init__(self, data: TrainingData) -> None:
-        users = np.random.default_rng(0).permutation(np.unique(data.validation.users))[:MAX_VALIDATION_USERS]
-        histories, held_out = data.train.items_of(users), data.validation.items_of(users)
+        users = np.random.default_rng(0).permutation(np.flatnonzero(data.validation.lengths))[:MAX_VALIDATION_USERS]
+        histories, held_out = data.train[users].split("items"), data.validation[users].split("items")
         targets = [np.setdiff1d(items, history) for items, history in zip(held_out, histories, strict=True)]
         self._users = [user for user in zip(users.tolist(), histories, targets, strict=True) if len(user[2])]
 

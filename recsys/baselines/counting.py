@@ -45,7 +45,7 @@ def fit_recent_popularity(data: TrainingData, config: Config) -> Popularity:
     if data.dataset.manifest.has_time:
         is_recent = train.timestamps >= np.quantile(train.timestamps, 1 - RECENT_SHARE)
     else:
-        lengths = np.bincount(train.users, minlength=data.num_users)[train.users]
+        lengths = train.lengths[train.owners]
         is_recent = train.positions >= np.ceil(lengths * (1 - RECENT_SHARE)).clip(max=lengths - 1)
     recent = np.bincount(train.items[is_recent], minlength=len(data.item_counts))
     return Popularity((recent + data.item_counts / (1 + data.item_counts.max())).astype(np.float32))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline, ValidationRanking, fit
-from recsys.baselines.training_data import TrainingData, UnseenItems, history_matrix, known_rows
+from recsys.baselines.training_data import TrainingData, UnseenItems, history_matrix, known_rows, labelled
 from recsys.config import Config
 from recsys.model.retrieval import RetrievalScores
 
@@ -98,8 +98,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
 def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
     """Number users (U + 1, 1), then items (I + 1, 1); who has no training interaction has no number."""
-    has_any = np.zeros(data.num_users + 1, np.bool_)
-    has_any[data.train.users + 1] = True
+    has_any = np.append(False, data.train.lengths > 0)
     users = np.where(has_any, np.arange(data.num_users + 1), 0)
     items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
     return torch.from_numpy(users)[:, None], torch.from_numpy(items)[:, None]
@@ -147,7 +146,7 @@ def bpr_loss(machine: FactorizationMachine, users: Tensor, taken: Tensor, others
 
 def fit_pairwise(machine: FactorizationMachine, data: TrainingData, config: Config) -> FactorizationMachine:
     """Fit a machine by BPR; the validation targets choose the epoch."""
-    users, items = torch.from_numpy(data.train.users), torch.from_numpy(data.train.items)
+    users, items = torch.from_numpy(data.train.owners), torch.from_numpy(data.train.items)
     unseen, quality = UnseenItems(data), ValidationRanking(data)
 
     def loss(samples: Tensor) -> Tensor:
@@ -168,8 +167,8 @@ def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, co
     manifest = data.dataset.manifest
     is_binary = manifest.tasks[column].kind == "binary"
     criterion, penalty = (F.binary_cross_entropy_with_logits, BINARY_PENALTY) if is_binary else (F.mse_loss, VALUE_PENALTY)
-    users, items, labels = data.train.labeled(manifest, column)
-    other_users, other_items, other_labels = data.validation.labeled(manifest, column)
+    users, items, labels = labelled(data.train, manifest, column)
+    other_users, other_items, other_labels = labelled(data.validation, manifest, column)
 
     def loss(samples: Tensor) -> Tensor:
         scores, penalties = machine(users[samples] + 1, items[samples], penalty)

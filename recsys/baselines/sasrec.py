@@ -11,9 +11,10 @@ from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline, ValidationRanking, keep_best_epoch
 from recsys.baselines.training_data import TrainingData, join_histories
 from recsys.config import Config
+from recsys.data.batch import group_cost, map_tensors, pack
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.data.sequences import group_cost, pack
+from recsys.data.sequences import Sequences
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import RETRIEVAL, Recommender
 from recsys.model.retrieval import RetrievalScores
@@ -48,8 +49,8 @@ class SequentialRanking(Baseline):
         """Score every item for each user."""
         flat, offsets = join_histories(histories, self.max_history)
         lengths = np.diff(offsets)
-        packed, first_places = pack({"items": flat}, offsets[:-1], lengths, group_cost(self.device.type == "cuda"))
-        packed = packed.map(lambda tensor: tensor.to(self.device))
+        packed, first_places = pack(Sequences.of_offsets({"items": flat}, offsets), group_cost(self.device.type == "cuda"))
+        packed = map_tensors(packed, lambda tensor: tensor.to(self.device))
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
         last = torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(self.device)

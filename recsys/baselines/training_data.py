@@ -1,8 +1,8 @@
-"""The data that baselines are fitted on: training interactions as flat arrays, user attributes, and items a user does not have."""
+"""The data that baselines are fitted on: training interactions, user attributes, and items a user does not have."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -12,54 +12,14 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from recsys.arrays import Integers, Mask
-from recsys.data.batch import task_labels
+from recsys.arrays import Integers
 from recsys.data.items import ItemFeatures
+from recsys.data.labels import task_labels
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
-from recsys.data.sequences import SEQUENCES
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 
 MIN_USERS_OF_VALUE = 5
 """A value of a user attribute that fewer users have tells nothing that the user's id does not."""
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """N interactions, user after user and oldest first. `positions` count those of the same user from 0."""
-
-    users: Integers  # (N,)
-    items: Integers  # (N,)
-    events: Integers  # (N,)
-    timestamps: Integers  # (N,)
-    values: NDArray[np.float32]  # (N,) NaN where missing
-    positions: Integers  # (N,)
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> "Interactions":
-        """Read all interactions of a table of users."""
-        lists = {name: table[name].combine_chunks() for name in SEQUENCES}
-        lengths = lists["items"].value_lengths().to_numpy().astype(np.int64)
-        items, events, timestamps, values = (column.flatten().to_numpy(zero_copy_only=False) for column in lists.values())
-        positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        users = np.repeat(table[USER_INDEX].to_numpy(), lengths)
-        return cls(users, items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32), positions)
-
-    def where(self, mask: Mask) -> "Interactions":
-        """Keep some of them."""
-        return Interactions(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
-
-    def items_of(self, users: Integers) -> list[Integers]:
-        """Return the items of each of some users."""
-        starts, stops = np.searchsorted(self.users, users), np.searchsorted(self.users, users, side="right")
-        return [self.items[start:stop] for start, stop in zip(starts, stops, strict=True)]
-
-    def labeled(self, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return users, items and labels of those that have a label of a task, (M,) each; values are standardized."""
-        labels, masks = task_labels(manifest, torch.from_numpy(self.events), torch.from_numpy(self.values))
-        has_label = masks[:, column] > 0
-        return torch.from_numpy(self.users)[has_label], torch.from_numpy(self.items)[has_label], labels[has_label, column]
 
 
 @dataclass(frozen=True)
@@ -71,8 +31,8 @@ class TrainingData:
 
     dataset: Dataset
     catalogue: ItemFeatures
-    train: Interactions
-    validation: Interactions
+    train: Sequences  # (U,)
+    validation: Sequences  # (U,)
     num_users: int
     attributes: Integers  # (U, A) number of each user's value from 1 up, over all attributes; 0: none, or a rare one
     num_attribute_values: int
@@ -80,13 +40,11 @@ class TrainingData:
     @classmethod
     def read(cls, dataset: Dataset, catalogue: ItemFeatures) -> "TrainingData":
         """Read all users."""
-        table = dataset.read_users([USER_INDEX, *SEQUENCES, "num_train", "num_validation", "attributes"]).combine_chunks()
-        everything = Interactions.from_table(table)
-        num_train, num_validation = (table[name].to_numpy().astype(np.int64) for name in ("num_train", "num_validation"))
-        is_train = everything.positions < num_train[everything.users]
-        is_validation = ~is_train & (everything.positions < (num_train + num_validation)[everything.users])
-        train, validation = everything.where(is_train), everything.where(is_validation)
-        return cls(dataset, catalogue, train, validation, table.num_rows, *_attributes(table))
+        table = dataset.read_users([USER_INDEX, *HISTORY_COLUMNS, "num_train", "num_validation", "attributes"])
+        everything = Sequences.from_table(table).cast(items=np.int64, events=np.int64)
+        num_train, num_validation = everything.scalars["num_train"], everything.scalars["num_validation"]
+        train, validation = everything.within(0, num_train), everything.within(num_train, num_train + num_validation)
+        return cls(dataset, catalogue, train.compact(), validation.compact(), table.num_rows, *_attributes(table))
 
     @property
     def num_items(self) -> int:
@@ -97,7 +55,8 @@ class TrainingData:
     def matrix(self) -> csr_array:
         """Which items each user has in training, (U, I + 1) of zeros and ones."""
         shape = (self.num_users, self.num_items + 1)
-        matrix = csr_array((np.ones(len(self.train), np.float32), (self.train.users, self.train.items)), shape=shape)
+        owners, items = self.train.owners, self.train.items
+        matrix = csr_array((np.ones(len(items), np.float32), (owners, items)), shape=shape)
         matrix.sum_duplicates()
         matrix.data[:] = 1
         return matrix
@@ -114,7 +73,7 @@ class UnseenItems:
     def __init__(self, data: TrainingData) -> None:
         self._items = torch.from_numpy(np.flatnonzero(data.item_counts))
         self._num_rows = data.num_items + 1
-        self._taken = torch.from_numpy(np.unique(data.train.users * self._num_rows + data.train.items))
+        self._taken = torch.from_numpy(np.unique(data.train.owners * self._num_rows + data.train.items))
 
     def draw(self, users: Tensor) -> Tensor:
         """Draw an item for each user, uniformly; a user who has nearly all items may be given one of them."""
@@ -146,6 +105,13 @@ def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArr
 def known_rows(users: Integers, table: Tensor) -> Tensor:
     """Return the rows of users in a table (U + 1, ...) whose row 0 is a user that training did not have."""
     return torch.from_numpy(np.where((users >= 0) & (users < len(table) - 1), users + 1, 0))
+
+
+def labelled(interactions: Sequences, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return users, items and labels of the interactions that have a label of a task, (M,) each; values are standardised."""
+    labels, masks = task_labels(manifest, torch.from_numpy(interactions.events), torch.from_numpy(interactions.values))
+    has_label = masks[:, column] > 0
+    return torch.from_numpy(interactions.owners)[has_label], torch.from_numpy(interactions.items)[has_label], labels[has_label, column]
 
 
 def _attributes(table: pa.Table) -> tuple[Integers, int]:

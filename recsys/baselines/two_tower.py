@@ -59,20 +59,21 @@ def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
 
     The others are corrected for how often they are drawn, which is how often they occur (logQ: Yi et al. 2019).
     """
-    train, towers, quality = data.train, TwoTower(data, config), ValidationRanking(data)
-    places = np.flatnonzero(train.positions > 0)
-    log_frequency = torch.from_numpy(np.log(np.maximum(data.item_counts, 1) / len(train)).astype(np.float32))
+    towers, quality = TwoTower(data, config), ValidationRanking(data)
+    users_of, items_of, positions = data.train.owners, data.train.items, data.train.positions
+    places = np.flatnonzero(positions > 0)
+    log_frequency = torch.from_numpy(np.log(np.maximum(data.item_counts, 1) / len(items_of)).astype(np.float32))
 
     def loss(samples: Tensor) -> Tensor:
         chosen = places[samples.numpy()]
-        lengths = np.minimum(train.positions[chosen], config.data.max_history)
-        history = train.items[ranges(chosen - lengths, lengths)]
-        distinct, numbers = np.unique(np.concatenate([train.items[chosen], history]), return_inverse=True)
+        lengths = np.minimum(positions[chosen], config.data.max_history)
+        history = items_of[ranges(chosen - lengths, lengths)]
+        distinct, numbers = np.unique(np.concatenate([items_of[chosen], history]), return_inverse=True)
         vectors = towers.items(torch.from_numpy(distinct))
         targets, history_rows = torch.from_numpy(numbers).split([len(chosen), len(history)])
         starts = torch.from_numpy(np.cumsum(lengths) - lengths)
-        users = towers.users(torch.from_numpy(train.users[chosen] + 1), history_rows, starts, vectors)
-        positives, ids = F.embedding(targets, vectors), torch.from_numpy(train.items[chosen])
+        users = towers.users(torch.from_numpy(users_of[chosen] + 1), history_rows, starts, vectors)
+        positives, ids = F.embedding(targets, vectors), torch.from_numpy(items_of[chosen])
         total, _ = sampled_softmax(users, positives, ids, positives, ids, log_frequency[ids], torch.ones(len(ids)))
         return total / len(ids)
 

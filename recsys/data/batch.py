@@ -1,20 +1,122 @@
-"""A micro batch, and building one from samples."""
+"""A micro batch, and building one from samples: histories packed with next to no padding, targets, labels."""
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.arrays import Integers
+from recsys.arrays import Integers, Mask
 from recsys.data.draws import sample_draws, stable_hash
+from recsys.data.labels import UserGroups, keep_negatives, task_labels
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import CPU_GROUP_COST, Histories, Rows, map_tensors, pack, ranges
+from recsys.data.sequences import Sequences, cut_windows, ranges
 from recsys.data.text.queries import QueryDraws
-from recsys.data.user_groups import UserGroups
 from recsys.schema import PADDING_ITEM
+
+Groups = tuple[tuple[int, int], ...]
+"""(histories, places of each) of every group, in the order in which they lie."""
+
+CPU_GROUP_COST = 32
+GPU_GROUP_COST = 4096
+"""How many padded places one more group is worth: attention runs once per group, and that costs most on a GPU."""
+
+
+@dataclass(frozen=True)
+class PackedHistories:
+    """B histories in P places, oldest first; those of like length lie together, each as long as the longest of its group."""
+
+    items: Tensor  # (P,) 0 is padding
+    events: Tensor  # (P,) event kind, from 1; 0 is padding
+    times: Tensor  # (P,) seconds
+    values: Tensor  # (P,) NaN where there is none
+    groups: Groups
+    query_places: Tensor | None = None  # (Q,) the last places of the histories that a query follows; nothing else is known of them
+
+
+Record = TypeVar("Record")
+
+
+def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """Copy a dataclass with `change` applied to each of its tensors, and to those of the dataclasses in it."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else map_tensors(value, change) if is_dataclass(value) else value
+
+    return type(record)(**{field.name: changed(getattr(record, field.name)) for field in fields(record)})  # type: ignore[arg-type]
+
+
+def group_lengths(lengths: Integers, group_cost: int) -> tuple[Integers, Groups]:
+    """Choose groups with the fewest padded places, each group counting as `group_cost` more (dynamic programming over the lengths).
+
+    Args:
+        lengths: (B,) at least 1 each.
+
+    Returns:
+        The place at which each history begins (B,), and the groups.
+    """
+    distinct, counts = np.unique(lengths, return_counts=True)
+    up_to = np.concatenate([[0], np.cumsum(counts)])  # histories no longer than each length
+    cost, first = np.zeros(len(distinct) + 1), np.zeros(len(distinct) + 1, np.int64)
+    for last in range(1, len(cost)):
+        costs = cost[:last] + (up_to[last] - up_to[:last]) * distinct[last - 1] + group_cost
+        first[last] = np.argmin(costs)
+        cost[last] = costs[first[last]]
+    groups: list[tuple[int, int]] = []
+    last = len(distinct)
+    while last:
+        groups.append((int(up_to[last] - up_to[first[last]]), int(distinct[last - 1])))
+        last = int(first[last])
+    groups.reverse()
+    widths = np.repeat([length for _, length in groups], [number for number, _ in groups])
+    starts = np.empty(len(lengths), np.int64)
+    starts[np.argsort(lengths, kind="stable")] = np.cumsum(widths) - widths
+    return starts, tuple(groups)
+
+
+def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None) -> tuple[PackedHistories, Integers]:
+    """Pack histories of `items` and, where there are, `events`, `timestamps` and `values`; a history may be empty.
+
+    Args:
+        has_query: (B,) which histories get one more place, for a query; its time is that of the interaction before.
+
+    Returns:
+        The packed histories, and the place at which each begins (B,).
+    """
+    columns, lengths, source = histories.columns, histories.lengths, histories.places
+    first_places, groups = group_lengths(np.maximum(lengths if has_query is None else lengths + has_query, 1), group_cost)
+    places = ranges(first_places, lengths)
+    num_places = sum(number * length for number, length in groups)
+
+    def lay_out(name: str, empty: float, dtype: type) -> NDArray[Any]:
+        laid_out: NDArray[Any] = np.full(num_places, empty, dtype)
+        if name in columns:
+            laid_out[places] = columns[name][source]
+        return laid_out
+
+    events = np.zeros(num_places, np.int64)
+    events[places] = columns["events"][source].astype(np.int64) + 1 if "events" in columns else 1
+    times, query_places = lay_out("timestamps", 0, np.int64), None
+    if has_query is not None:
+        query_places = (first_places + lengths)[has_query]
+        times[query_places] = times[query_places - (lengths[has_query] > 0)]
+    packed = PackedHistories(
+        items=torch.from_numpy(lay_out("items", PADDING_ITEM, np.int64)),
+        events=torch.from_numpy(events),
+        times=torch.from_numpy(times),
+        values=torch.from_numpy(lay_out("values", np.nan, np.float32)),
+        groups=groups,
+        query_places=None if query_places is None else torch.from_numpy(query_places),
+    )
+    return packed, first_places
+
+
+def group_cost(is_gpu: bool) -> int:
+    """Return the cost of one more group, in padded places, on a GPU or a CPU."""
+    return GPU_GROUP_COST if is_gpu else CPU_GROUP_COST
 
 
 @dataclass(frozen=True)
@@ -28,7 +130,7 @@ class Batch:
     sample_ids: Tensor  # (B,)
     items: Tensor  # (D,)
     items_on_host: Integers  # (D,) the same, which stays on the CPU; where texts are kept, those of histories and targets alone
-    histories: Histories
+    histories: PackedHistories
     target_places: Tensor  # (N,) the place that each target comes after
     targets: Tensor  # (N,)
     labels: Tensor  # (N, T) of the target
@@ -40,13 +142,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device, without waiting where the memory is pinned."""
-        moved: Batch = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
-        return moved
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """Move to page-locked memory, from which a GPU copies in the background."""
-        pinned: Batch = map_tensors(self, Tensor.pin_memory)
-        return pinned
+        return map_tensors(self, Tensor.pin_memory)
 
     def valid_counts(self) -> Tensor:
         """Count retrieval targets, labels by task and targets by group, (1 + T + G,), in float64 since they are summed over ranks."""
@@ -54,72 +154,33 @@ class Batch:
         return counts.to(torch.float64)
 
 
-def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label of each task and whether there is one, both (..., T) float32.
-
-    `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
-    """
-    labels, masks = [], []
-    for task in manifest.tasks:
-        if task.event is not None:
-            labels.append((events >= manifest.event_kinds.index(task.event)).float())
-            masks.append(torch.ones_like(values))
-            continue
-        has_value = ~values.isnan()
-        known = torch.where(has_value, values, 0.0)
-        standardised = (known - manifest.value_mean) / manifest.value_std
-        labels.append(standardised if task.threshold is None else (known >= task.threshold).float())
-        masks.append(has_value.float())
-    if not labels:
-        nothing = torch.zeros((*values.shape, 0))
-        return nothing, nothing
-    return torch.stack(labels, -1), torch.stack(masks, -1)
+PADDING_SAMPLE = Sequences.of_offsets(
+    {"items": np.zeros(1, np.int32)}, np.array([0, 1]), sample_id=np.array([-1]), first_target=np.array([1])
+)
+"""What a rank without a sample trains on: it has no target."""
 
 
-def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
-    """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
-
-    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank; of shuffled
-    histories a place has another interaction in each epoch, and so others are kept.
-    """
-    kept = torch.ones_like(labels)
-    for task in torch.nonzero(rates < 1).flatten().tolist():
-        uniform = stable_hash(stable_hash(sample_ids, task) + places, 0).double() / 2**63
-        kept[:, task] = ((labels[:, task] > 0) | (uniform < rates[task])).float()
-    return kept
-
-
-def shuffle_histories(rows: Rows, seed: int, epoch: int) -> Rows:
+def shuffle_histories(samples: Sequences, seed: int, epoch: int) -> Sequences:
     """Put each row's interactions in an order of its own, which follows from the sample, the seed and the epoch alone."""
-    starts, lengths = rows.starts.astype(np.int64), rows.lengths.astype(np.int64)
-    source, owners = ranges(starts, lengths), np.repeat(np.arange(len(rows)), lengths)
-    draws = sample_draws(torch.from_numpy(rows.sample_ids), seed, epoch)[owners]
-    keys = stable_hash(draws + torch.from_numpy(source - starts[owners]), 3)  # by 0 to 2 the queries are drawn
-    order = source[np.lexsort((keys.numpy(), owners))]
-    flat = {name: column[order] for name, column in rows.flat.items()}
-    return dataclasses.replace(rows, starts=np.cumsum(lengths) - lengths, flat=flat)
+    samples = samples.compact()
+    owners = samples.owners
+    draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), seed, epoch)[owners]
+    keys = stable_hash(draws + torch.from_numpy(samples.positions), 3)  # by 0 to 2 the queries are drawn
+    order = np.lexsort((keys.numpy(), owners))
+    return replace(samples, columns={name: column[order] for name, column in samples.columns.items()})
 
 
-def cut_histories(rows: Rows, max_history: int, stride: int) -> Rows:
-    """Cut rows of more than `max_history` + 1 interactions as `cut_windows` cuts sequences: every target stays one, exactly once."""
-    lengths, first = rows.lengths.astype(np.int64), rows.first_target.astype(np.int64)
-    is_long = lengths > max_history + 1
-    if not is_long.any():
-        return rows
-    num_pieces = np.where(is_long, -(-(lengths - first) // stride), 1)
-    owners, numbers = np.repeat(np.arange(len(rows)), num_pieces), ranges(np.zeros_like(num_pieces), num_pieces)
-    ends = lengths[owners] - numbers * stride
-    begins = np.maximum(ends - (max_history + 1), 0)
-    first_targets = np.where(is_long[owners], np.maximum(ends - stride, first[owners]), first[owners]) - begins
-    starts = rows.starts.astype(np.int64)[owners] + begins
-    return Rows(rows.sample_ids[owners], first_targets.astype(np.int32), starts, ends - begins, rows.flat)
+def cut_histories(samples: Sequences, max_history: int, stride: int) -> Sequences:
+    """Cut samples of more than `max_history` + 1 interactions and leave the others whole: every target stays one, exactly once."""
+    is_long = samples.lengths > max_history + 1
+    return cut_windows(samples, max_history, np.where(is_long, stride, samples.lengths)) if is_long.any() else samples
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns rows of the training shards into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order.
+    """Turns training samples into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order.
 
-    Rows of a dataset that was prepared for longer histories than `max_history` are cut, the pieces `stride` targets apart.
+    Samples of a dataset that was prepared for longer histories than `max_history` are cut, the pieces `stride` targets apart.
     """
 
     manifest: DatasetManifest
@@ -133,37 +194,36 @@ class Collator:
     max_history: int | None = None
     stride: int | None = None
 
-    def __call__(self, rows: Rows, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
-        """Build a micro batch; no rows give one place of padding, so that every rank runs every step."""
-        if len(rows) == 0:
-            rows = Rows(np.array([-1]), np.array([1], np.int32), np.array([0]), np.array([1]), {"items": np.zeros(1, np.int32)})
+    def __call__(self, samples: Sequences, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
+        """Build a micro batch; no samples give one place of padding, so that every rank runs every step."""
+        if len(samples) == 0:
+            samples = PADDING_SAMPLE
         elif self.shuffle_seed is not None:
-            rows = shuffle_histories(rows, self.shuffle_seed, epoch)
-        sample_ids_of_rows = rows.sample_ids
+            samples = shuffle_histories(samples, self.shuffle_seed, epoch)
+        sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
-            rows = cut_histories(rows, self.max_history, self.stride or self.max_history)
-        lengths = rows.lengths.astype(np.int64) - 1  # the last interaction is a target alone
-        starts, first_target = rows.starts.astype(np.int64), rows.first_target.astype(np.int64)
-        num_targets = lengths + 1 - first_target
-        samples, after = np.repeat(np.arange(len(rows)), num_targets), ranges(first_target, num_targets)  # of each target
-        asked = None if self.queries is None else self.queries(rows, epoch)
-        all_starts, all_lengths, has_query = (starts, lengths, None) if asked is None else asked.histories(starts, lengths)
-        histories, first_places = pack(rows.flat, all_starts, all_lengths, self.group_cost, has_query)
-        target_places = torch.from_numpy(first_places[samples] + after - 1)
-        if asked is not None and histories.query_places is not None:
-            samples, after = np.append(samples, asked.samples), np.append(after, asked.targets)
-            target_places = torch.cat([target_places, histories.query_places])
-        sample_ids, places = rows.sample_ids[samples], starts[samples] + after
-        labels, label_mask = task_labels(self.manifest, *(self._column(rows, name, places) for name in ("events", "values")))
+            samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
+        first_target, histories = samples.scalars["first_target"], samples.within(0, samples.lengths - 1)  # the last is a target alone
+        num_targets = samples.lengths - first_target
+        owners, after = np.repeat(np.arange(len(samples)), num_targets), ranges(first_target, num_targets)  # of each target
+        asked = None if self.queries is None else self.queries(samples, epoch)
+        histories, has_query = (histories, None) if asked is None else asked.histories(histories)
+        packed, first_places = pack(histories, self.group_cost, has_query)
+        target_places = torch.from_numpy(first_places[owners] + after - 1)
+        if asked is not None and packed.query_places is not None:
+            owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
+            target_places = torch.cat([target_places, packed.query_places])
+        sample_ids, places = samples.scalars["sample_id"][owners], samples.starts[owners] + after
+        labels, label_mask = task_labels(self.manifest, *(_column(samples, name, places) for name in ("events", "values")))
         if self.negative_rates is not None:
             label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
-        wanted = self._column(rows, "items", places).long()
-        items, (history, targets, negatives) = self._index_items(histories.items, wanted, negatives)
+        wanted = _column(samples, "items", places).long()
+        items, (history, targets, negatives) = self._index_items(packed.items, wanted, negatives)
         return Batch(
-            sample_ids=torch.tensor(sample_ids_of_rows),
+            sample_ids=torch.tensor(sample_ids_before),
             items=items,
-            items_on_host=(torch.cat([histories.items, wanted]).unique() if self.keeps_texts else items).numpy(),
-            histories=dataclasses.replace(histories, items=history),
+            items_on_host=(torch.cat([packed.items, wanted]).unique() if self.keeps_texts else items).numpy(),
+            histories=replace(packed, items=history),
             target_places=target_places,
             targets=targets,
             labels=labels,
@@ -177,13 +237,14 @@ class Collator:
     def _group_mask(self, sample_ids: Integers) -> NDArray[np.float32]:
         return np.zeros((len(sample_ids), 0), np.float32) if self.groups is None else self.groups.mask(sample_ids)
 
-    def _column(self, rows: Rows, name: str, places: Integers) -> Tensor:
-        """Gather a column; one that was not read is zeros."""
-        return torch.from_numpy(rows.flat[name][places]) if name in rows.flat else torch.zeros(len(places))
-
     def _index_items(self, *indices: Tensor) -> tuple[Tensor, list[Tensor]]:
         """List the distinct items, padding first, and replace catalogue indices by positions in that list."""
         if self.takes_whole_catalogue:
             return torch.arange(self.manifest.num_items + 1), list(indices)
         items, positions = torch.unique(torch.cat([torch.tensor([PADDING_ITEM]), *indices]), return_inverse=True)
         return items, list(positions[1:].split([len(tensor) for tensor in indices]))
+
+
+def _column(samples: Sequences, name: str, places: Integers) -> Tensor:
+    """Gather a column; one that was not read is zeros."""
+    return torch.from_numpy(samples.columns[name][places]) if name in samples.columns else torch.zeros(len(places))

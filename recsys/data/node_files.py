@@ -25,12 +25,10 @@ from recsys.store import private_folder
 from recsys.store.backends import replacing
 
 logger = logging.getLogger(__name__)
-_KEPT_SHARE = 0.8
-_CHECKED_SHARE = 0.01
 
 
 class DiskCache:
-    """Least recently used entries are dropped; a full disk turns it off, with a warning.
+    """Bytes by key in a folder below a limit: the least recently used are dropped; a full disk turns it off, with a warning.
 
     Each process looks at the folder's size again after it has written a hundredth of the limit, and then frees a fifth, so that
     up to twenty processes together stay below the limit.
@@ -38,9 +36,10 @@ class DiskCache:
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = private_folder(folder)
-        self._max_bytes = max_bytes
+        self._bytes_between_checks = max_bytes / 100
+        self._limit = max_bytes - 20 * self._bytes_between_checks
         self._unchecked_bytes = max_bytes
-        self._is_on = max_bytes > 0
+        self._is_on = True
 
     def get(self, key: str) -> bytes | None:
         """Return what was put under a key, if it is still there."""
@@ -54,7 +53,7 @@ class DiskCache:
 
     def put(self, key: str, data: bytes) -> None:
         """Keep bytes under a key; an entry that alone is too large for the limit is not kept."""
-        if not self._is_on or len(data) > self._max_bytes * _CHECKED_SHARE * 10:
+        if not self._is_on or len(data) > 10 * self._bytes_between_checks:
             return
         try:
             self._make_room(len(data))
@@ -74,16 +73,14 @@ class DiskCache:
 
     def _make_room(self, num_bytes: int) -> None:
         self._unchecked_bytes += num_bytes
-        if self._unchecked_bytes < self._max_bytes * _CHECKED_SHARE:
+        if self._unchecked_bytes < self._bytes_between_checks:
             return
         self._unchecked_bytes = 0
-        with locked(self._folder / "entries"):  # one process at a time frees space
+        with locked(self._folder):  # one process at a time frees space
             entries = sorted(self._entries())
-            total = sum(size for _, size, _ in entries) + num_bytes
-            if total <= self._max_bytes * (1 - 20 * _CHECKED_SHARE):
-                return
-            for _, size, path in entries:
-                if total <= self._max_bytes * _KEPT_SHARE * (1 - 20 * _CHECKED_SHARE):
+            total = num_bytes + sum(size for _, size, _ in entries)
+            for _, size, path in entries if total > self._limit else ():
+                if total <= 0.8 * self._limit:
                     return
                 with suppress(FileNotFoundError):
                     os.unlink(path)
@@ -198,7 +195,7 @@ class Strings(Sequence[str]):
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     """Fill a folder under another name and rename it; the caller holds the entry's lock, so a leftover is a dead builder's."""
     _remove_unused(folder.parent)
-    new = _unfinished(folder)
+    new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         build(private_folder(new))
@@ -215,10 +212,6 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _unfinished(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.new")
 
 
 def _remove_unused(parent: Path) -> None:

@@ -14,17 +14,16 @@ import torch
 
 from recsys.arrays import Integers
 from recsys.config import Config
-from recsys.data.batch import Batch, Collator
+from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost
 from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
-from recsys.data.label_balance import negative_rates
+from recsys.data.labels import UserGroups, negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.node_files import DiskCache
 from recsys.data.plan import EpochPlan
-from recsys.data.sequences import Rows, group_cost
+from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource, WindowLoader
 from recsys.data.text.queries import QueryDraws
-from recsys.data.user_groups import UserGroups
 
 PREFETCHED_STEPS = 4
 _SPAN_ROWS = 8192
@@ -105,7 +104,7 @@ class Reader:
                     ready.not_full.notify_all()
                 thread.join(timeout=0.05)
 
-    def rows(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
+    def rows(self, epoch: int, first_step: int = 0) -> Iterator[Sequences]:
         """Yield this rank's rows of each step, uncollated and on the calling thread, decoded ahead on others."""
         plan, share = self.plan(epoch), self._share
         begin = first_step * plan.global_batch_size
@@ -119,7 +118,7 @@ class Reader:
                 rows = _gather(loader, numbers, plan.num_streams, share.world_size)
                 bounds = np.searchsorted(numbers, np.arange(first, last + 1) * plan.global_batch_size)
                 for start, stop in itertools.pairwise(bounds.tolist()):
-                    yield rows.slice(start, stop)
+                    yield rows[start:stop]
         finally:
             loader.close()
 
@@ -135,11 +134,9 @@ class Reader:
         except BaseException as error:
             ready.put(error)
 
-    def _collate_step(self, rows: Rows, negatives: torch.Tensor, log_q: torch.Tensor, epoch: int) -> list[Batch]:
+    def _collate_step(self, rows: Sequences, negatives: torch.Tensor, log_q: torch.Tensor, epoch: int) -> list[Batch]:
         num_micro_batches = self._share.accumulation_steps
-        places = np.arange(len(rows))
-        parts = [rows.take(places[number::num_micro_batches]) for number in range(num_micro_batches)]
-        batches = [self._collate(part, negatives, log_q, epoch) for part in parts]
+        batches = [self._collate(rows[number::num_micro_batches], negatives, log_q, epoch) for number in range(num_micro_batches)]
         return [batch.pin() for batch in batches] if self._is_pinned else batches
 
 
@@ -173,16 +170,18 @@ def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
     return min(step + num_steps, plan.num_steps)
 
 
-def _gather(loader: WindowLoader, numbers: Integers, num_streams: int, world_size: int) -> Rows:
+def _gather(loader: WindowLoader, numbers: Integers, num_streams: int, world_size: int) -> Sequences:
     """Get the rows of some consecutive samples of a rank, in order.
 
     Its numbers rise by the number of ranks, so they go round the rank's streams in one period, each time as far on in every stream.
     """
+    if not len(numbers):
+        return PADDING_SAMPLE[:0]
     common = math.gcd(num_streams, world_size)
     period, stride = num_streams // common, world_size // common
     rounds, turns = np.divmod(np.arange(len(numbers)), period)
     first = numbers[:period]
     extents = (np.bincount(turns) - 1) * stride + 1
     spans = zip((first % num_streams).tolist(), (first // num_streams).tolist(), extents.tolist(), strict=True)
-    rows = Rows.join([part for stream, start, extent in spans for part in loader.take(stream, start, start + extent)])
-    return rows.take((np.cumsum(extents) - extents)[turns] + rounds * stride)
+    rows = Sequences.join([part for stream, start, extent in spans for part in loader.take(stream, start, start + extent)])
+    return rows[(np.cumsum(extents) - extents)[turns] + rounds * stride]

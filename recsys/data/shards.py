@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,13 +17,11 @@ from recsys.arrays import Integers
 from recsys.data.manifest import Dataset, Shard
 from recsys.data.node_files import DiskCache
 from recsys.data.plan import EpochPlan, Window
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.store import ReplacedError, sha256_of
 
 logger = logging.getLogger(__name__)
-_FOOTER_BYTES = 64 << 10
-_JOINED_GAP_BYTES = 32 << 10
 _DECODE_ATTEMPTS = 3
 
 
@@ -37,10 +34,11 @@ class RowGroupSource:
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
-        self._files = [_ShardFile(dataset, shard, columns, cache) for shard in dataset.manifest.train_shards]
-        sizes = [len(shard.row_groups) for shard in dataset.manifest.train_shards]
-        self._file_of = np.repeat(np.arange(len(sizes)), sizes)
-        self._group_of = np.concatenate([np.arange(size) for size in sizes]) if sizes else np.zeros(0, np.int64)
+        files = [(_ShardFile(dataset, shard, columns, cache), shard) for shard in dataset.manifest.train_shards]
+        self._groups = [(file, group) for file, shard in files for group in range(len(shard.row_groups))]
+
+    def __len__(self) -> int:
+        return len(self._groups)
 
     def read(self, group: int) -> pa.Table:
         """Read one row group.
@@ -48,7 +46,8 @@ class RowGroupSource:
         Raises:
             UserError: the shard is missing, replaced or damaged; the line names it.
         """
-        return self._files[self._file_of[group]].read(int(self._group_of[group]))
+        file, number = self._groups[group]
+        return file.read(number)
 
 
 class _ShardFile:
@@ -88,43 +87,24 @@ class _ShardFile:
         return file.read_row_group(group, columns=self._columns, use_threads=False)
 
     def _read_remote(self, group: int) -> pa.Table:
-        footer = self._open()
-        ranges = self._ranges(footer, group)
-        source = _Parts(self._shard.num_bytes, {start: self._fetch(start, stop) for start, stop in ranges}, self._fetch)
-        try:
-            file = pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+        source = _RangeFile(self._shard.num_bytes, self._fetch)
+        try:  # with pre_buffer, columns that lie near each other are fetched as one range
+            file = pq.ParquetFile(source, metadata=self._open(), pre_buffer=True, page_checksum_verification=True)
             return file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError):
-            self._forget(ranges)
+            for start, stop in source.fetched:
+                if self._cache:
+                    self._cache.drop(self._key(start, stop))
             raise
 
     def _open(self) -> pq.FileMetaData:
         with self._opening:
-            if self._footer is None:
-                start = max(0, self._shard.num_bytes - _FOOTER_BYTES)
-                tail = self._fetch_from_store(start, self._shard.num_bytes)  # not from the cache: a footer has no checksum
-                footer = pq.read_metadata(_Parts(self._shard.num_bytes, {start: tail}, self._fetch_from_store))
-                found = tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups))
-                if found != self._shard.row_groups:
+            if self._footer is None:  # not from the cache: a footer has no checksum
+                footer = pq.read_metadata(_RangeFile(self._shard.num_bytes, self._fetch_from_store))
+                if tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups)) != self._shard.row_groups:
                     raise self._replaced("its row groups are not the manifest's")
                 self._footer = footer
             return self._footer
-
-    def _ranges(self, footer: pq.FileMetaData, group: int) -> list[tuple[int, int]]:
-        """Where the wanted columns of a row group lie; those that are near each other are fetched as one."""
-        spans = []
-        for index in range(footer.num_columns):
-            column = footer.row_group(group).column(index)
-            if column.path_in_schema.split(".")[0] in self._columns:
-                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-                spans.append((start, start + column.total_compressed_size))
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted(spans):
-            if joined and start - joined[-1][1] <= _JOINED_GAP_BYTES:
-                joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-            else:
-                joined.append((start, stop))
-        return joined
 
     def _fetch(self, start: int, stop: int) -> bytes:
         key = self._key(start, stop)
@@ -163,32 +143,19 @@ class _ShardFile:
             f"{self._uri}: was replaced since the dataset was made ({reason}); prepare the dataset again, or restore the shard"
         )
 
-    def _forget(self, ranges: list[tuple[int, int]]) -> None:
-        for start, stop in ranges:
-            if self._cache:
-                self._cache.drop(self._key(start, stop))
-
     def _key(self, start: int, stop: int) -> str:
         return f"{self._shard.sha256}-{start}-{stop}"
 
 
-class _Parts(io.RawIOBase):
-    """A file of which some parts are at hand, by where they start; others are fetched when they are read."""
+class _RangeFile(io.RawIOBase):
+    """A file of which every read is fetched as one range; `fetched` lists their ends."""
 
-    def __init__(self, size: int, parts: dict[int, bytes], fetch: Callable[[int, int], bytes]) -> None:
-        self._size = size
-        self._parts = parts
-        self._fetch = fetch
-        self._place = 0
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self._size, self._fetch, self._place = size, fetch, 0
+        self.fetched: list[tuple[int, int]] = []
 
     def readable(self) -> bool:
         return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
@@ -196,11 +163,11 @@ class _Parts(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         start, stop = self._place, self._size if size < 0 else min(self._place + size, self._size)
+        if stop <= start:
+            return b""
+        self.fetched.append((start, stop))
         self._place = stop
-        for begin, part in self._parts.items():
-            if begin <= start and stop <= begin + len(part):
-                return part[start - begin : stop - begin]
-        return self._fetch(start, stop) if stop > start else b""
+        return self._fetch(start, stop)
 
 
 _FIRST_BYTES_PER_SAMPLE = 1024.0
@@ -248,16 +215,16 @@ class WindowLoader:
         self._prefetch_bytes = prefetch_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._next = self._in_order_of_need(numbers)
-        self._ahead: deque[tuple[Window, Future[Rows]]] = deque()
-        self._loaded: defaultdict[int, deque[tuple[Window, Rows]]] = defaultdict(deque)
+        self._ahead: deque[tuple[Window, Future[Sequences]]] = deque()
+        self._loaded: defaultdict[int, deque[tuple[Window, Sequences]]] = defaultdict(deque)
         self._bytes_per_sample = _FIRST_BYTES_PER_SAMPLE
 
-    def take(self, stream: int, start: int, stop: int) -> Iterator[Rows]:
+    def take(self, stream: int, start: int, stop: int) -> Iterator[Sequences]:
         """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
         self._load_until(stream, start, stop)
         for window, rows in self._loaded[stream]:
             if window.begin < stop and window.end > start:
-                yield rows.slice(max(start - window.begin, 0), stop - window.begin)
+                yield rows[max(start - window.begin, 0) : stop - window.begin]
 
     def close(self) -> None:
         """Let the threads end; what is being loaded is not waited for."""
@@ -272,7 +239,7 @@ class WindowLoader:
             self._submit_ahead()
             window, loading = self._ahead.popleft()
             rows = loading.result()
-            self._bytes_per_sample = rows.num_bytes / max(1, len(rows))
+            self._bytes_per_sample = sum(column.nbytes for column in rows.columns.values()) / max(1, len(rows))
             self._loaded[window.stream].append((window, rows))
 
     def _submit_ahead(self) -> None:
@@ -286,11 +253,11 @@ class WindowLoader:
     def _bytes_ahead(self) -> float:
         return sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample
 
-    def _load(self, window: Window) -> Rows:
+    def _load(self, window: Window) -> Sequences:
         spans = zip(window.groups, window.starts, window.stops, strict=True)
         table = pa.concat_tables([self._groups.read(*span) for span in spans])
-        rows = Rows.from_table(table, self._plan.line_ids(window))
-        return rows.take(self._plan.shuffle(window)).compact() if self._plan.window else rows
+        rows = Sequences.from_table(table, sample_id=self._plan.line_ids(window))
+        return rows[self._plan.shuffle(window)].compact() if self._plan.window else rows
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:
         """Return the windows from the first place of each stream on, by the number of the sample that needs them first."""

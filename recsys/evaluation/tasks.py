@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from recsys.arrays import Floats, Integers
-from recsys.data.batch import task_labels
+from recsys.data.labels import task_labels
 from recsys.data.manifest import DatasetManifest
 from recsys.evaluation.significance import Interval, measure_intervals
 from recsys.evaluation.users import EvaluationUser, batches

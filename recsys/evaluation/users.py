@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from recsys.arrays import Integers
 from recsys.data.manifest import USER_INDEX, Dataset
-from recsys.data.sequences import SEQUENCES
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
-from recsys.predictor import History
 
 READ_ROWS = 4096
-_COLUMNS = [USER_INDEX, *SEQUENCES, "queries", "num_train", "num_validation", "attributes"]
+_COLUMNS = [USER_INDEX, *HISTORY_COLUMNS, "queries", "num_train", "num_validation", "attributes"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class EvaluationUser:
     """
 
     user_index: int
-    history: History
-    targets: History
+    history: Sequences
+    targets: Sequences
     attributes: dict[str, str]
     query: int
 
@@ -67,23 +66,24 @@ def _find_users(dataset: Dataset, split: str) -> Iterator[EvaluationUser]:
 
 def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
     """Cut some rows of the table; the users' arrays are views, so that no list of all interactions is made."""
-    items, events, timestamps, values = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in SEQUENCES)
-    queries = rows["queries"].flatten().to_numpy(zero_copy_only=False)
-    everything = History.of(items, events, timestamps, values)
-    stops = np.cumsum(rows["items"].value_lengths().to_numpy())
-    num_train, num_validation = (rows[name].to_numpy() for name in ("num_train", "num_validation"))
-    starts = np.concatenate([[0], stops[:-1]])
-    is_test = split == "test"
-    begins = starts + num_train + num_validation * is_test
-    ends = stops if is_test else begins + num_validation
+    everything = Sequences.from_table(pa.Table.from_batches([rows])).cast(items=np.int64, events=np.int64)
+    begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
+    if split == "test":
+        begins, ends = ends, everything.lengths
+    histories, targets = everything.within(0, begins), everything.within(begins, ends)
     attributes = rows["attributes"].to_pylist()
     for row, user_index in enumerate(rows[USER_INDEX].to_pylist()):
-        history = everything.take(slice(starts[row], begins[row]))
-        places = np.arange(begins[row], ends[row])
-        places = places[~np.isin(everything.items[places], history.items)]
-        if len(history.items) and len(places):
-            targets = everything.take(places)
-            yield EvaluationUser(user_index, history, targets, dict(attributes[row] or []), int(queries[places[0]]))
+        history, rest = histories[row : row + 1], targets[row : row + 1]
+        is_new = ~np.isin(rest.items, history.items)
+        if len(history.items) and is_new.any():
+            new = {name: rest.flat(name)[is_new] for name in rest.columns}
+            yield EvaluationUser(
+                user_index,
+                history,
+                Sequences.of_offsets(new, np.array([0, is_new.sum()])),
+                dict(attributes[row] or []),
+                int(new["queries"][0]),
+            )
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:

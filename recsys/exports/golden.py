@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from recsys.data.sequences import Sequences
 from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
 from recsys.errors import UserError
 from recsys.exports.profiles import ArrowProfiles, ProfileStore
-from recsys.predictor import History, Predictor
+from recsys.predictor import Predictor
 
 TOLERANCE = 1e-4
 
@@ -16,7 +17,7 @@ TOLERANCE = 1e-4
 def golden_answers(predictor: Predictor, profiles: ArrowProfiles, num_users: int, k: int = 10) -> list[dict[str, Any]]:
     """Answer for some users. A model that learned queries answers each once more, for words of the text of the item taken last."""
     users = list(islice(profiles.items(), num_users))
-    asked: list[tuple[str, str | None, History]] = [(user_id, None, history) for user_id, history in users]
+    asked: list[tuple[str, str | None, Sequences]] = [(user_id, None, history) for user_id, history in users]
     if predictor.query_encoder is not None:
         taken = [(user_id, item, history) for user_id, history in users for item in history.items[-1:].tolist()]
         texts = predictor.catalogue.texts

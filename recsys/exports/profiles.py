@@ -8,8 +8,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from recsys.data.sequences import SEQUENCES
-from recsys.predictor import History
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.schema import USER_ID
 
 HASH = "user_hash"
@@ -19,7 +18,7 @@ BATCH_ROWS = 1 << 16
 class ProfileStore(Protocol):
     """What is known of users."""
 
-    def find(self, user_id: str) -> History | None:
+    def find(self, user_id: str) -> Sequences | None:
         """Return what a user did; None for an unknown user."""
 
 
@@ -44,7 +43,7 @@ class ArrowProfiles:
     def __len__(self) -> int:
         return sum(len(columns.hashes) for columns in self._batches)
 
-    def find(self, user_id: str) -> History | None:
+    def find(self, user_id: str) -> Sequences | None:
         """Return what a user did; None for an unknown user."""
         user_hash = _hash(user_id)
         number = int(np.searchsorted(self._first_hashes, user_hash, side="right")) - 1
@@ -57,7 +56,7 @@ class ArrowProfiles:
             number = number - 1 if columns.hashes[0] == user_hash else -1
         return None
 
-    def items(self) -> Iterator[tuple[str, History]]:
+    def items(self) -> Iterator[tuple[str, Sequences]]:
         """Yield all users with their histories, in the order of the file."""
         for columns in self._batches:
             for row, user_id in enumerate(columns.user_ids.to_pylist()):
@@ -71,13 +70,15 @@ class _Columns:
         self.user_ids = batch.column(USER_ID)
         self.hashes = batch.column(HASH).to_numpy()
         self._offsets = batch.column("items").offsets.to_numpy()
-        items, events, timestamps, values = (batch.column(name).values for name in SEQUENCES)
+        items, events, timestamps, values = (batch.column(name).values for name in HISTORY_COLUMNS)
         self._items, self._events, self._timestamps = (column.to_numpy() for column in (items, events, timestamps))
         self._values = values
 
-    def history(self, row: int) -> History:
+    def history(self, row: int) -> Sequences:
         here = slice(self._offsets[row], self._offsets[row + 1])
-        return History.of(self._items[here], self._events[here], self._timestamps[here], self._values[here].to_numpy(zero_copy_only=False))
+        return Sequences.of(
+            self._items[here], self._events[here], self._timestamps[here], self._values[here].to_numpy(zero_copy_only=False)
+        )
 
 
 def write_profiles(users: pa.Table, path: Path) -> None:
@@ -89,7 +90,7 @@ def write_profiles(users: pa.Table, path: Path) -> None:
 
 def _sorted(users: pa.Table) -> pa.Table:
     hashes = np.fromiter((_hash(user_id) for user_id in users[USER_ID].to_pylist()), np.int64, users.num_rows)
-    table = users.select([USER_ID, *SEQUENCES]).append_column(HASH, pa.array(hashes))
+    table = users.select([USER_ID, *HISTORY_COLUMNS]).append_column(HASH, pa.array(hashes))
     return table.take(pa.array(np.argsort(hashes, kind="stable"))).combine_chunks()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from recsys.arrays import Integers
 from recsys.data.items import ITEM_INDEX, CatalogueSource
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import SEQUENCES
+from recsys.data.sequences import HISTORY_COLUMNS
 from recsys.exports.golden import golden_answers
 from recsys.exports.load import USERS_FILE
 from recsys.exports.profiles import ArrowProfiles, write_profiles
@@ -25,7 +25,7 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
-    write_profiles(dataset.read_users([USER_ID, *SEQUENCES]), folder / USERS_FILE)
+    write_profiles(dataset.read_users([USER_ID, *HISTORY_COLUMNS]), folder / USERS_FILE)
     if predictor.query_encoder is not None:
         predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}

@@ -37,15 +37,14 @@ from recsys.config.base import Fact
 from recsys.config.data import DataConfig
 from recsys.config.verb_settings import facts_of, refuse_contradictions
 from recsys.data.manifest import Dataset, last_rows
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.ingest.clean.pseudonyms import refuse_other_key
 from recsys.ingest.identity import Inputs, content_config
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue
-from recsys.ingest.write.sequence_tables import Sequences
-from recsys.ingest.write.sequences import gather_ranges
 from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order
-from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, SEQUENCE_COLUMNS, TIMESTAMP, USER_ID, USERS_SCHEMA, FeatureKind
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, USERS_SCHEMA, FeatureKind
 from recsys.store import Storage
 
 KNOWN_INDEX_NAME = "known_items.parquet"
@@ -143,19 +142,18 @@ def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Seq
     The users of `known` come first. `new_rows` is each user's row in `new`.
     """
     if not known.num_rows:
-        return new, np.ones(new.offsets[-1], bool)
-    lengths = _lengths(known)
-    num_known = np.concatenate([lengths, np.zeros(len(new_rows) - len(lengths), np.int64)])
-    ends = np.cumsum(num_known)
-    shift = int(lengths.sum())
-    history = {name: known[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in SEQUENCE_COLUMNS}
-    sizes = (known[name].to_numpy() for name in ("num_train", "num_validation"))
-    history[PART] = part_by_place(np.concatenate([[0], np.cumsum(lengths)]), *sizes)
-    starts = np.stack([ends - num_known, shift + new.offsets[:-1][new_rows]], axis=1).reshape(-1)
-    stops = np.stack([ends, shift + new.offsets[1:][new_rows]], axis=1).reshape(-1)
-    positions, offsets = gather_ranges(starts, stops)
-    columns = {name: np.concatenate([history[name], new.columns[name]])[positions] for name in history}
-    return Sequences(columns, offsets[::2]), positions >= shift
+        return new, np.ones(int(new.lengths.sum()), bool)
+    before = Sequences.from_table(known)
+    parts = part_by_place(before.offsets, before.scalars["num_train"], before.scalars["num_validation"])
+    both = Sequences.join([replace(before, columns={**before.columns, PART: parts}, scalars={}), new])
+    user = np.arange(len(new_rows))
+    is_unknown = user >= len(before)
+    rows = np.stack([np.where(is_unknown, 0, user), len(before) + new_rows], axis=1).reshape(-1)  # of each user, the known and the new row
+    lengths = both.lengths[rows]
+    lengths[::2][is_unknown] = 0
+    pairs = both[rows].within(0, lengths)
+    columns = {name: pairs.flat(name) for name in pairs.columns}
+    return Sequences.of_offsets(columns, pairs.offsets[::2]), pairs.owners % 2 == 1
 
 
 def _lengths(known: pa.Table) -> Integers:

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
+from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
 from recsys.ingest.clean.cleaning import drop_bots, drop_duplicates, notice_order
 from recsys.ingest.clean.overlap import Overlap
@@ -19,9 +20,9 @@ from recsys.ingest.shuffle import read_partition, read_table, write_table
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.staging import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.write.counts import Limits
-from recsys.ingest.write.sequence_tables import Sequences
+from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
-from recsys.ingest.write.statistics import Histories, Moments
+from recsys.ingest.write.statistics import Moments, read_histories
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE
 
 ITEM_INDEX_NAME = "item_index.parquet"
@@ -118,18 +119,18 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     queries, asked = _number_queries(events, task.first_query)
     columns = index_events(job, events, task.event_kinds) | {"queries": queries, PART: split_events(events, offsets, job.data)}
     new_rows = pc.index_in(user_ids, value_set=active_ids.combine_chunks()).to_numpy()
-    everything, is_new = join_known(known, Sequences(columns, offsets), new_rows)
+    everything, is_new = join_known(known, Sequences.of_offsets(columns, offsets), new_rows)
     parts = assign_parts(everything, is_new, job.data)
     parts = np.where((parts == TRAINING) & staged_withheld(job)[everything.columns["items"] - 1], WITHHELD, parts)
-    sequences, num_train, num_validation = everything.by_part(parts)
+    sequences, num_train, num_validation = by_part(everything, parts)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=1)
     attributes, listed, overlap = _staged_attributes(job, task.partition, user_ids, known[ATTRIBUTES].combine_chunks())
-    users = sequences.users_table(user_indices, user_ids, num_train, num_validation, attributes)
-    train = sequences.train_table(user_indices, first_targets, num_train, job.data)
-    values = sequences.within("values", np.zeros_like(num_train), num_train).astype(np.float64)
+    users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes)
+    train = train_table(sequences, user_indices, first_targets, num_train, job.data)
+    values = sequences.within(0, num_train).values.astype(np.float64)
     moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(len(new_ids), np.int64)])
-    counts = np.unique(sequences.within("items", num_trained, num_train), return_counts=True)
+    counts = np.unique(sequences.within(num_trained, num_train).items, return_counts=True)
     write_table(job.storage, job.staged("train-counts", 0, task.partition), pa.table(list(counts), schema=COUNTS_SCHEMA))
     return Written(
         rows=events.num_rows,
@@ -142,7 +143,7 @@ def write_shards(job: Job, task: WriteTask) -> Written:
         withheld=int((parts == WITHHELD).sum()),
         overlap=overlap,
         value_moments=(int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])),
-        limits=Limits.of(Histories.from_users(users), job.has_time),
+        limits=Limits.of(read_histories(users), job.has_time),
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from recsys.config import Config
+from recsys.data.labels import read_groups
 from recsys.data.manifest import Dataset
-from recsys.data.user_groups import read_groups
 from recsys.errors import UserError
 from recsys.evaluation.users import refuse_no_users
 from recsys.launch.head import connect

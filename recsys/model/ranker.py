@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config.model import ModelConfig, RankerConfig
+from recsys.data.batch import PackedHistories
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import Histories
 from recsys.errors import UserError
 from recsys.model.user_encoder import by_group, known_values
 from recsys.schema import Task
@@ -42,7 +42,7 @@ class ValueRegression(nn.Module):
         nn.init.zeros_(self.factors.bias)
         nn.init.zeros_(self.prior.weight)
 
-    def forward(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+    def forward(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return the mean of w (N, K) of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         is_known, values = known_values(histories, self.value_mean, self.value_std)
         factors, biases = self.read(vectors)
@@ -134,7 +134,7 @@ class Ranker(nn.Module):
             self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
-    def read_users(self, users: Tensor, vectors: Tensor, histories: Histories, places: Tensor) -> Tensor:
+    def read_users(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return what pairs are scored by of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         if self.regression is None:
             return users

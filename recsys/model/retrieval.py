@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from recsys.config.training import FairnessConfig
-from recsys.data.user_groups import UserGroups
+from recsys.data.labels import UserGroups
 
 Loss = tuple[Tensor, Tensor]
 

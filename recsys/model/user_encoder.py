@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recsys.config import Config
+from recsys.data.batch import PackedHistories
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import Histories
 
 NUM_TIME_BUCKETS = 32
 ROTARY_BASE = 10_000.0
@@ -39,7 +39,7 @@ class UserEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, manifest.has_time and model.use_gaps) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, item_vectors: Tensor, histories: Histories, query_vectors: Tensor | None = None) -> Tensor:
+    def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
         """Encode the item vector of each place (P, W), or its query's (Q, W); return the user after it (P, W)."""
         if self.query is not None and query_vectors is not None and histories.query_places is not None:
             item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
@@ -49,7 +49,7 @@ class UserEncoder(nn.Module):
         encoded: Tensor = self.norm_out(states)
         return encoded
 
-    def _context(self, item_vectors: Tensor, histories: Histories) -> Tensor:
+    def _context(self, item_vectors: Tensor, histories: PackedHistories) -> Tensor:
         """Sum what is known of each interaction besides its item, (P, W)."""
         context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
         if self.position is not None:
@@ -84,7 +84,7 @@ class Block(nn.Module):
         self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2)) if kind == "ligr" else None
         self.dropout = nn.Dropout(config.model.dropout)
 
-    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+    def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
         """Map (P, W) to (P, W); a place sees itself and those before it in its history."""
         states = self._add(0, states, self.attention(self.norm_attention(states), histories))
         if not self.has_feed_forward:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
             self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history + model.has_queries))
             self.time_bias = nn.Parameter(torch.zeros(model.num_heads, NUM_TIME_BUCKETS)) if has_time else None
 
-    def forward(self, states: Tensor, histories: Histories) -> Tensor:
+    def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
         """Map (P, W) to (P, W)."""
         projected = self.qkv(states)
         if self.is_pointwise:
@@ -163,13 +163,13 @@ def rotate(vectors: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine, vectors[..., 2 * half :]], -1)
 
 
-def by_group(values: Tensor, histories: Histories) -> list[Tensor]:
+def by_group(values: Tensor, histories: PackedHistories) -> list[Tensor]:
     """Split the values of places (P, ...) by group of histories, (B, L, ...) each."""
     parts = values.split([number * length for number, length in histories.groups])
     return [part.unflatten(0, group) for part, group in zip(parts, histories.groups, strict=True)]
 
 
-def known_values(histories: Histories, mean: float, std: float) -> tuple[Tensor, Tensor]:
+def known_values(histories: PackedHistories, mean: float, std: float) -> tuple[Tensor, Tensor]:
     """Return which places have a value (P,), and the standardized values (P,), 0 where there is none."""
     is_known = ~histories.values.isnan()
     return is_known, torch.where(is_known, (histories.values - mean) / std, 0.0)
@@ -181,7 +181,7 @@ def time_buckets(seconds: Tensor) -> Tensor:
     return (exponents - 1).clamp(max=NUM_TIME_BUCKETS - 1).long()
 
 
-def _gaps(histories: Histories) -> Tensor:
+def _gaps(histories: PackedHistories) -> Tensor:
     """Return the seconds since the interaction before, (P,), 0 for a history's first."""
     return torch.cat([F.pad(times.diff(), (1, 0)).flatten() for times in by_group(histories.times, histories)])
 

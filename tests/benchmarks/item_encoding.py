@@ -24,9 +24,8 @@ from torch import Tensor
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Batch, Collator
-from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.model.item_encoder import ItemText
 from recsys.model.recommender import Recommender
 from recsys.model.text.backbones import load_backbone, load_tokenizer
@@ -35,6 +34,7 @@ from recsys.schema import CATALOGUE_SCHEMA, TIE_RULE
 from recsys.store import Storage
 from tests.backbones import save_backbone
 from tests.benchmarks.tiny import add_tiny, write_movies
+from tests.datasets import features_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def build(config: Config, movies: Movies) -> tuple[Recommender, DatasetManifest]
     torch.manual_seed(config.training.seed)
     encoder = TextEncoder(load_backbone(folder, config.model.text), config.model.text.pooling)
     text = ItemText(tokens=tokens.int(), lengths=mask.sum(1).int(), encoder=encoder)
-    catalogue = ItemFeatures.from_table(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=0)
+    catalogue = features_of(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=0)
     return Recommender(config, dataset, catalogue, text), manifest
 
 
@@ -161,9 +161,8 @@ def sample_batches(manifest: DatasetManifest, config: Config, movies: Movies, ar
     batches = []
     for _ in range(1 + arguments.steps):
         chosen = generator.choice(len(long), arguments.users, replace=False)
-        starts = np.arange(arguments.users) * length
-        ones = np.ones(arguments.users, np.int32)
-        rows = Rows(chosen.astype(np.int64), ones, starts, ones.astype(np.int64) * length, {"items": long[chosen].reshape(-1)})
+        offsets, ones = np.arange(arguments.users + 1) * length, np.ones(arguments.users, np.int64)
+        rows = Sequences.of_offsets({"items": long[chosen].reshape(-1)}, offsets, sample_id=chosen.astype(np.int64), first_target=ones)
         negatives = torch.from_numpy(generator.integers(1, manifest.num_items + 1, num_negatives))
         batches.append(collate(rows, negatives, torch.full((num_negatives,), 1 / manifest.num_items).log()))
     return batches

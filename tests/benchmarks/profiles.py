@@ -17,9 +17,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from recsys.data.sequences import SEQUENCES
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.exports.profiles import ArrowProfiles, write_profiles
-from recsys.predictor import History
 from tests.benchmarks.reading import show
 from tests.benchmarks.tiny import add_tiny
 
@@ -58,7 +57,7 @@ def make_users(num_users: int, length: int) -> pa.Table:
         generator.random(total, np.float32),
     )
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in columns]
-    return pa.table([pa.array([f"user-{number}" for number in range(num_users)]), *lists], names=["user_id", *SEQUENCES])
+    return pa.table([pa.array([f"user-{number}" for number in range(num_users)]), *lists], names=["user_id", *HISTORY_COLUMNS])
 
 
 def in_process(kind: str, path: Path) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def measure(kind: str, path: str) -> dict[str, float]:
     before = process.memory_full_info()
     begin = time.perf_counter()
     profiles = ArrowProfiles.open(Path(path))
-    known: dict[str, History] = dict(profiles.items()) if kind == "dict" else {}
+    known: dict[str, Sequences] = dict(profiles.items()) if kind == "dict" else {}
     open_seconds = time.perf_counter() - begin
     generator = np.random.default_rng(1)
     wanted = [f"user-{number}" for number in generator.integers(0, len(profiles), NUM_LOOK_UPS)]

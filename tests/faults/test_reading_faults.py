@@ -13,11 +13,10 @@ from botocore.retries.standard import ExponentialBackoff
 
 from recsys.config import Config, load_config
 from recsys.data import reader as reader_module
-from recsys.data.batch import Batch
+from recsys.data.batch import Batch, map_tensors
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.data.sequences import map_tensors
 from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage, backends

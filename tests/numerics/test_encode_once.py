@@ -8,7 +8,7 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.batch import Collator
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.model.recommender import build_recommender
 from recsys.store import Storage
 from tests.benchmarks.item_encoding import encode_every_position
@@ -23,7 +23,7 @@ def test_gradients_are_those_of_encoding_every_position(tmp_path: Path, mode: st
     model = build_recommender(config, dataset, torch.device("cpu")).double().eval()  # dropout is drawn per encoded text
     table = dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12)
     negatives = torch.tensor([3, 9, 9, 40]), torch.full((4,), 1 / 40).log()
-    once = Collator(dataset.manifest, takes_whole_catalogue=False)(Rows.from_table(table, np.arange(12)), *negatives)
+    once = Collator(dataset.manifest, takes_whole_catalogue=False)(Sequences.from_table(table, sample_id=np.arange(12)), *negatives)
     every = encode_every_position(once)
     assert len(every.items) > 2 * len(once.items)
     results = []

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from recsys.config import Config
 from recsys.data.batch import Collator
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
 from recsys.model.text.catalogue_text import Ranks
@@ -44,10 +44,10 @@ def test_the_language_model_learns_from_the_items_of_the_micro_batch_alone(tmp_p
     config = config_of(tmp_path)
     dataset = open_dataset(config)
     model = build_recommender(config, dataset, torch.device("cpu")).double().eval()
-    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 3), np.arange(3))
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 3), sample_id=np.arange(3))
     nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     kept, whole = (Collator(dataset.manifest, takes_whole_catalogue=True, keeps_texts=keeps)(rows, *nothing) for keeps in (True, False))
-    occurring = set(rows.flat["items"][np.concatenate([np.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths, strict=True)])])
+    occurring = set(rows.columns["items"][np.concatenate([np.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths, strict=True)])])
     assert occurring <= set(kept.items_on_host.tolist()) <= occurring | {0}
     assert len(kept.items_on_host) < len(whole.items_on_host)
 

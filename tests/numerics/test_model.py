@@ -12,11 +12,11 @@ import torch
 from transformers import Qwen2Config, Qwen2Model
 
 from recsys.config import Config, load_config
-from recsys.data.batch import Batch, Collator
+from recsys.data.batch import Batch, Collator, PackedHistories, map_tensors
 from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Histories, Rows
+from recsys.data.sequences import Sequences
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model.text.encoder import _train_tokenizer
@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def batch(dataset: Dataset) -> Batch:
     rows = dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8)
     empty = torch.zeros(0, dtype=torch.long)
-    return Collator(dataset.manifest, takes_whole_catalogue=True)(Rows.from_table(rows, np.arange(8)), empty, torch.zeros(0))
+    return Collator(dataset.manifest, takes_whole_catalogue=True)(Sequences.from_table(rows, sample_id=np.arange(8)), empty, torch.zeros(0))
 
 
 def states(model: Recommender, batch: Batch) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_a_place_sees_its_own_history_up_to_itself(config: Config, dataset: Data
     before = states(model, batch)
     number, length = batch.histories.groups[-1]
     begin = len(before) - number * length  # the first history of the last group
-    changed = batch.histories.map(torch.clone)
+    changed = map_tensors(batch.histories, torch.clone)
     for column, value in (("items", 1), ("events", 1), ("times", 10**9), ("values", 1.0)):
         getattr(changed, column)[begin + 2] = value
     after = states(model, dataclasses.replace(batch, histories=changed))
@@ -73,7 +73,7 @@ def test_a_place_sees_its_own_history_up_to_itself(config: Config, dataset: Data
 def test_how_histories_are_grouped_changes_no_loss(config: Config, dataset: Dataset, attention: str, positions: str) -> None:
     shaped = config.with_values({"model.attention": attention, "model.positions": positions})
     model = build_recommender(shaped, dataset, torch.device("cpu")).eval()
-    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), np.arange(8))
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), sample_id=np.arange(8))
     empty = torch.zeros(0, dtype=torch.long), torch.zeros(0)
     together, apart = (Collator(dataset.manifest, True, cost)(rows, *empty) for cost in (10_000, 0))
     assert len(together.histories.groups) == 1 < len(apart.histories.groups)
@@ -116,7 +116,7 @@ def test_times_apart_are_in_logarithmic_buckets_and_never_negative() -> None:
 def test_gaps_begin_anew_with_each_history() -> None:
     times = torch.tensor([7, 3, 9, 50, 51, 0])
     nothing = torch.zeros(6)
-    histories = Histories(nothing, nothing, times, nothing, ((1, 1), (1, 2), (1, 3)))
+    histories = PackedHistories(nothing, nothing, times, nothing, ((1, 1), (1, 2), (1, 3)))
     assert _gaps(histories).tolist() == [0, 0, 6, 0, 1, -51]
 
 
@@ -131,7 +131,7 @@ def test_gaps_begin_anew_with_each_history() -> None:
 def test_every_loss_is_learned_from_the_distinct_items_of_a_batch(config: Config, dataset: Dataset, values: dict[str, object]) -> None:
     shaped = config.with_values(values)
     model = build_recommender(shaped, dataset, torch.device("cpu"))
-    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), np.arange(8))
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 8), sample_id=np.arange(8))
     drawn = NegativeSampler(ItemFeatures.read(dataset), shaped).draw(0, 0)
     batch = Collator(dataset.manifest, takes_whole_catalogue=False)(rows, *drawn)
     losses = []

@@ -15,7 +15,7 @@ from recsys.config.evaluation import EvaluationConfig
 from recsys.data.batch import Batch, Collator
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.data.text.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import MADE_PROTOCOL, TYPED_PROTOCOL, evaluate
@@ -23,13 +23,12 @@ from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
-from recsys.predictor import History
 from recsys.report.evaluation import evaluation_page
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
 from recsys.train.loop import Trainer
-from tests.datasets import make_dataset
+from tests.datasets import features_of, make_dataset
 from tests.distributed import run_distributed
 from tests.exports import users_of
 from tests.reporters import LocalReporter
@@ -63,8 +62,8 @@ def config(folder: Path, dataset: Dataset) -> Config:
     return load_config().with_values(values)
 
 
-def rows_and_batch(dataset: Dataset, recommender: Recommender) -> tuple[Rows, Batch]:
-    rows = Rows.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12), np.arange(12))
+def rows_and_batch(dataset: Dataset, recommender: Recommender) -> tuple[Sequences, Batch]:
+    rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12), sample_id=np.arange(12))
     draws = QueryDraws(0.999, 1, recommender.catalogue.has_text)
     return rows, Collator(dataset.manifest, True, queries=draws)(rows, *NOTHING)
 
@@ -118,9 +117,9 @@ def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, f
     expected = 0.0
     for number, (row, text) in enumerate(zip(asked.samples.tolist(), asked.texts.tolist(), strict=True)):
         begin, end = rows.starts[row], rows.starts[row] + own_lengths[number]
-        history = History(*(rows.flat[name][begin:end].astype(kind) for name, kind in COLUMNS.items()))
+        history = Sequences.of(*(rows.columns[name][begin:end].astype(kind) for name, kind in COLUMNS.items()))
         scores = predictor.score_catalogue([history], [texts[text]])[0]
-        target = int(rows.flat["items"][begin + asked.targets[number]])
+        target = int(rows.columns["items"][begin + asked.targets[number]])
         expected += F.cross_entropy(scores[1:], torch.tensor(target - 1)).item()
     with torch.no_grad():
         whole = model(batch)["retrieval"]
@@ -140,7 +139,7 @@ def test_a_catalogue_without_text_has_no_queries(config: Config, has_queries: bo
     dataset = make_dataset(Storage(config.storage.root), has_queries=has_queries)
     table = dataset.catalogue
     without = table.set_column(table.schema.get_field_index("text"), "text", [[""] * len(table)])
-    features = ItemFeatures.from_table(without, len(dataset.manifest.category_vocabulary))
+    features = features_of(without, len(dataset.manifest.category_vocabulary))
     monkeypatch.setattr(ItemFeatures, "read", lambda *_: features)
     with pytest.raises(UserError, match=r"model.query_rate = 0.999: the catalogue has no text"):
         build_recommender(config, dataset, CPU)
@@ -195,7 +194,7 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     assert MADE_PROTOCOL[1:] in html.unescape(page)
     assert f"{queries['with_query']['ndcg@10']:.4f}" in page
     asked = [drop_words(text, item, EVALUATION_VARIANT) for item, text in enumerate(predictor.catalogue.texts)][1:]
-    scores = predictor.score_catalogue([History.of([])] * 100, asked).numpy()[:, 1:]
+    scores = predictor.score_catalogue([Sequences.of([])] * 100, asked).numpy()[:, 1:]
     ranks = (scores > scores.diagonal()[:, None]).sum(1)
     assert np.median(ranks) <= 5  # of 100, by words that training did not ask with, and with no history
 
@@ -234,7 +233,7 @@ def test_an_export_answers_queries_as_the_model_did(trained: tuple[Config, Datas
     files = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {".json", ".safetensors", ".parquet", ".arrow", ".txt", ".jinja"}
     loaded = load_export(tmp_path).predictor
-    histories = [*users_of(dataset).values(), History.of([])]
+    histories = [*users_of(dataset).values(), Sequences.of([])]
     queries = [None if number % 3 == 0 else f"Story {number} drama" for number in range(len(histories) - 1)] + ["comedy"]
     expected = predictor.score_catalogue(histories, queries)
     torch.testing.assert_close(loaded.score_catalogue(histories, queries), expected, rtol=1e-5, atol=1e-5)

@@ -8,15 +8,15 @@ import torch
 
 from recsys.config import Config, load_config
 from recsys.config.model import ModelConfig
-from recsys.data.batch import keep_negatives
+from recsys.data.batch import CPU_GROUP_COST, pack
+from recsys.data.labels import keep_negatives
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import CPU_GROUP_COST, SEQUENCES, pack
+from recsys.data.sequences import Sequences
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.ranker import Ranker, TaskLosses
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
-from recsys.predictor import History
 from recsys.schema import Task
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
@@ -142,11 +142,11 @@ def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, 
 
 
 @torch.no_grad()
-def score_by_model(recommender: Recommender, history: History, items: torch.Tensor) -> np.ndarray:
+def score_by_model(recommender: Recommender, history: Sequences, items: torch.Tensor) -> np.ndarray:
     """Score as training does, from the item encoder on, calibrated by hand: p = q / (q + (1 - q) / w)."""
     recent = history.last(10)
     length = np.array([len(recent.items)])
-    packed, _ = pack({name: getattr(recent, name) for name in SEQUENCES}, np.zeros_like(length), length, CPU_GROUP_COST)
+    packed, _ = pack(recent, CPU_GROUP_COST)
     taken = recommender.item_encoder(packed.items)
     last = torch.from_numpy(length - 1)
     user = recommender.ranker.read_users(recommender.user_encoder(taken, packed)[last], taken, packed, last)

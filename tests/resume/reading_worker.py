@@ -36,8 +36,7 @@ def main() -> None:
     folder = Path(order["folder"])
     ledger = os.open(folder / f"ledger-{order['rank']}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     for step, rows in enumerate(reader.rows(0, order["first_step"]), start=order["first_step"]):
-        spans = zip(rows.sample_ids.tolist(), rows.starts.tolist(), rows.lengths.tolist(), strict=True)
-        samples = [[sample, rows.flat["items"][start : start + length].tolist()] for sample, start, length in spans]
+        samples = [[sample, row.tolist()] for sample, row in zip(rows.scalars["sample_id"].tolist(), rows.split("items"), strict=True)]
         line = {"attempt": order["attempt"], "step": step, "rank": order["rank"], "samples": samples}
         os.write(ledger, (json.dumps(line) + "\n").encode())
         if (step + 1) % POSITION_EVERY == 0:

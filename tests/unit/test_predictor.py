@@ -9,11 +9,12 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import Recommender, build_recommender
-from recsys.predictor import History, Predictor, top_k
+from recsys.predictor import Predictor, top_k
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
 from tests.datasets import make_dataset
@@ -68,7 +69,7 @@ def test_an_answer_does_not_depend_on_who_else_is_asked_for(predictor: Predictor
 
 
 def test_only_the_recent_history_counts(predictor: Predictor) -> None:
-    long = History.of([1] * 5 + list(range(2, 12)), timestamps=list(range(15)))
+    long = Sequences.of([1] * 5 + list(range(2, 12)), timestamps=list(range(15)))
     torch.testing.assert_close(predictor.encode([long]), predictor.encode([long.last(10)]))
 
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.evaluation.users import EvaluationUser
-from recsys.predictor import History
 from tests.benchmarks.sequence_training import BARE, OURS, RECTOOLS, metrics_of_lists, speed_rows, steps_within
 
 
 def user_of(index: int, seen: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(index, History.of(seen), History.of(targets), {}, 0)
+    return EvaluationUser(index, Sequences.of(seen), Sequences.of(targets), {}, 0)
 
 
 def test_lists_are_scored_by_the_place_of_the_target() -> None:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.arrays import Floats, Integers, Mask
+from recsys.data.batch import map_tensors
 from recsys.data.draws import stable_hash
 from recsys.data.items import ItemFeatures, node_folder
 from recsys.data.manifest import Dataset
 from recsys.data.node_files import create_array, map_array, shared_entry
-from recsys.data.sequences import map_tensors
 from recsys.data.text.pairs import Partners
 from recsys.errors import UserError
 from recsys.schema import PADDING_ITEM
@@ -62,11 +62,7 @@ class TextBatch:
 
     def to(self, device: torch.device) -> "TextBatch":
         """Copy to a device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return TextBatch(self.sample_ids, self.hidden and map_tensors(self.hidden, move), self.pairs and map_tensors(self.pairs, move))
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def valid_counts(self) -> Tensor:
         """Count the tokens to predict, then the pairs, as far as there are such parts; float64 since they are summed over ranks."""

@@ -118,7 +118,7 @@ def _sorted_pieces(dataset: Dataset, has_text: Mask, window: int, base: int) -> 
     """Read the training rows and give pairs in both directions as keys `item * base + partner`, sorted, with their counts."""
     source = RowGroupSource(dataset, ("items", "first_target"))
     pending: list[Integers] = []
-    for group in range(sum(len(shard.row_groups) for shard in dataset.manifest.train_shards)):
+    for group in range(len(source)):
         for earlier, later in near_pairs(source.read(group), window):
             has_both = has_text[earlier] & has_text[later]
             pending += [(earlier * base + later)[has_both], (later * base + earlier)[has_both]]

@@ -14,7 +14,7 @@ from recsys.data.draws import sample_draws, stable_hash
 from recsys.data.items import node_folder
 from recsys.data.manifest import Dataset
 from recsys.data.node_files import Strings, map_table, shared_entry, write_table
-from recsys.data.sequences import Rows, ranges
+from recsys.data.sequences import Sequences
 from recsys.schema import QUERIES_SCHEMA, QUERY
 
 _FORMAT = "v1"
@@ -95,12 +95,12 @@ class Asked:
         """How many queries follow a whole history."""
         return len(self.samples) - len(self.own_lengths)
 
-    def histories(self, starts: Integers, lengths: Integers) -> tuple[Integers, Integers, Mask]:
-        """Add the E others behind the samples' histories: where each starts, its length, and whether a query follows it."""
-        has_query = np.zeros(len(starts) + len(self.own_lengths), np.bool_)
+    def histories(self, of_samples: Sequences) -> tuple[Sequences, Mask]:
+        """Add the E others behind the samples' histories; return them all, and which of them a query follows."""
+        rows = np.append(np.arange(len(of_samples)), self.samples[self.num_whole :])
+        has_query = np.arange(len(rows)) >= len(of_samples)
         has_query[self.samples[: self.num_whole]] = True
-        has_query[len(starts) :] = True
-        return np.append(starts, starts[self.samples[self.num_whole :]]), np.append(lengths, self.own_lengths), has_query
+        return of_samples[rows].within(0, np.append(of_samples.lengths, self.own_lengths)), has_query
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ class QueryDraws:
     seed: int
     has_text: Tensor  # (I + 1,) bool
 
-    def __call__(self, rows: Rows, epoch: int) -> Asked:
+    def __call__(self, samples: Sequences, epoch: int) -> Asked:
         """Choose samples, and of each a target."""
-        last = rows.lengths.astype(np.int64) - 1
-        items = rows.flat["items"][rows.starts + last].astype(np.int64)
-        draws = sample_draws(torch.from_numpy(rows.sample_ids), self.seed, epoch)
+        last = samples.lengths - 1
+        items = samples.columns["items"][samples.starts + last].astype(np.int64)
+        draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), self.seed, epoch)
         chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
-        targets, typed = _draw_typed(rows, choice) if "queries" in rows.flat else (last, np.zeros(len(rows), np.int64))
+        targets, typed = _draw_typed(samples, choice) if "queries" in samples.columns else (last, np.zeros(len(samples), np.int64))
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))
         is_alone = alone[chosen] < ALONE_RATE * 2.0**63
         is_own = is_alone | (targets[chosen] < last[chosen])
@@ -133,14 +133,16 @@ class QueryDraws:
         return Asked(chosen, targets[chosen], texts, own_lengths)
 
 
-def _draw_typed(rows: Rows, draws: Integers) -> tuple[Integers, Integers]:
+def _draw_typed(samples: Sequences, draws: Integers) -> tuple[Integers, Integers]:
     """Draw one of each row's targets that a typed query led to; return their places and queries: the last place and 0 where none did."""
-    lengths, first = rows.lengths.astype(np.int64), rows.first_target.astype(np.int64)
-    owners, places = np.repeat(np.arange(len(rows)), lengths - first), ranges(first, lengths - first)
-    queries = rows.flat["queries"][rows.starts[owners] + places].astype(np.int64)
-    owners, places, queries = (column[queries > 0] for column in (owners, places, queries))
-    counts = np.bincount(owners, minlength=len(rows))
-    targets, typed = lengths - 1, np.zeros(len(rows), np.int64)
+    first = samples.scalars["first_target"]
+    candidates = samples.within(first, samples.lengths)
+    queries = candidates.flat("queries").astype(np.int64)
+    is_typed = queries > 0
+    owners, queries = candidates.owners[is_typed], queries[is_typed]
+    places = candidates.positions[is_typed] + first[owners]
+    counts = np.bincount(owners, minlength=len(samples))
+    targets, typed = samples.lengths - 1, np.zeros(len(samples), np.int64)
     has_some = counts > 0
     picked = (np.cumsum(counts) - counts + draws % np.maximum(counts, 1))[has_some]
     targets[has_some], typed[has_some] = places[picked], queries[picked]

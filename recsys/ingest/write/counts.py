@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
+from recsys.data.sequences import Sequences
 from recsys.ingest.write.splits import TEST, VALIDATION, part_by_place
-from recsys.ingest.write.statistics import Histories, session_lengths
+from recsys.ingest.write.statistics import session_lengths, training_part
 
 NUM_TIME_BINS = 60
 NUM_VALUE_BINS = 40
@@ -32,12 +33,12 @@ class Limits:
     values: tuple[float, float] | None
 
     @classmethod
-    def of(cls, histories: Histories, has_time: bool) -> "Limits":
+    def of(cls, histories: Sequences, has_time: bool) -> "Limits":
         """Find one partition's limits."""
         known = histories.values[np.isfinite(histories.values)]
         return cls(
             _range(histories.timestamps) if has_time else None,
-            _range(histories.training.timestamps) if has_time else None,
+            _range(training_part(histories).timestamps) if has_time else None,
             _range(known),
         )
 
@@ -57,14 +58,14 @@ def _join(ranges: Sequence[Any]) -> Any:
 
 
 def count_partition(
-    histories: Histories, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
+    histories: Sequences, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
 ) -> Counts:
     """Count what the report shows of one partition.
 
     `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` is by item index less one.
     """
-    splits = part_by_place(histories.offsets, histories.num_train, histories.num_validation)
-    lengths = np.diff(histories.offsets)
+    splits = part_by_place(histories.offsets, *(histories.scalars[name] for name in ("num_train", "num_validation")))
+    lengths = histories.lengths
     counts = {
         "splits": np.bincount(splits, minlength=3),
         "users_with": np.array([(np.bincount(histories.owners[splits == split]) > 0).sum() for split in range(3)]),
@@ -91,19 +92,20 @@ def value_edges(values: tuple[float, float]) -> Floats:
     return np.linspace(low, high, NUM_VALUE_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
 
-def _count_times(histories: Histories, splits: Integers, limits: Limits, session_gap_seconds: int) -> dict[str, Integers]:
+def _count_times(histories: Sequences, splits: Integers, limits: Limits, session_gap_seconds: int) -> dict[str, Integers]:
     if limits.times is None:
         return {}
     edges = time_edges(limits.times)
     counts = {f"times_{name}": np.histogram(histories.timestamps[splits == split], edges)[0] for split, name in enumerate(SPLITS)}
     # A row need not be in the order of time: it has what is held out at its end, and what an appended version adds late.
-    in_time = replace(histories, timestamps=histories.timestamps[np.lexsort((histories.timestamps, histories.owners))])
+    order = np.lexsort((histories.timestamps, histories.owners))
+    in_time = replace(histories, columns={"timestamps": histories.timestamps[order]})
     gaps = np.diff(in_time.timestamps)[np.diff(in_time.owners) == 0]
     _, lengths = session_lengths(in_time, session_gap_seconds)
     return {**counts, "gaps": _histogram(gaps, GAP_EDGES), "session_lengths": _histogram(lengths, LENGTH_EDGES)}
 
 
-def _count_values(histories: Histories, limits: Limits) -> dict[str, Integers]:
+def _count_values(histories: Sequences, limits: Limits) -> dict[str, Integers]:
     """Count values in bins, and those that are whole or half numbers of a short scale one by one."""
     if limits.values is None:
         return {}
@@ -125,16 +127,16 @@ def value_scale(values: tuple[float, float]) -> tuple[float, int]:
     return first, int(steps) if steps <= 2 * MOST_DISTINCT_VALUES else 0
 
 
-def _count_leaks(histories: Histories, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, Integers]:
+def _count_leaks(histories: Sequences, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, Integers]:
     """Count the targets (validation, test) that a clean split would not have; `check_split` judges them."""
     is_target = splits > 0
     owners, times, split = histories.owners[is_target], histories.timestamps[is_target], splits[is_target]
-    keys = {"user_index": histories.user_indices[owners], "item": histories.items[is_target], "time": times}
+    keys = {"user_index": histories.scalars["user_index"][owners], "item": histories.items[is_target], "time": times}
     targets = pa.table({**keys, "event": histories.events[is_target], "split": split})
     twice = targets.join(samples, ["user_index", "item", "time", "event"], join_type="left semi", use_threads=False)["split"].to_numpy()
-    latest = _latest(samples["user_index"].to_numpy(), samples["time"].to_numpy(), histories.user_indices)
+    latest = _latest(samples["user_index"].to_numpy(), samples["time"].to_numpy(), histories.scalars["user_index"])
     validation = splits == VALIDATION
-    latest_validation = _latest(histories.owners[validation], histories.timestamps[validation], np.arange(len(histories.num_train)))
+    latest_validation = _latest(histories.owners[validation], histories.timestamps[validation], np.arange(len(histories)))
     return {
         "targets": _by_split(split),
         "before_training": _by_split(split[times < latest[owners]]),
@@ -157,7 +159,7 @@ def _latest(users: Integers, times: Integers, wanted: Integers) -> Integers:
     return latest
 
 
-def _is_first(histories: Histories) -> Mask:
+def _is_first(histories: Sequences) -> Mask:
     """Return which interactions are their user's first with the item."""
     keys = histories.owners * (int(histories.items.max(initial=0)) + 1) + histories.items
     is_first = np.zeros(len(keys), bool)

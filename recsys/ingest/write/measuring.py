@@ -10,16 +10,16 @@ import pyarrow as pa
 from recsys.arrays import Integers
 from recsys.config.data import DataConfig
 from recsys.data.manifest import DatasetManifest, Shard, last_rows
+from recsys.data.sequences import Sequences
 from recsys.ingest.job import Job, Limited, Measured, Written, present
 from recsys.ingest.partitions import staged_withheld
 from recsys.ingest.shuffle import read_table, write_table
 from recsys.ingest.write.counts import Limits, count_partition, merge_counts
 from recsys.ingest.write.report_numbers import dataset_numbers
-from recsys.ingest.write.statistics import Histories, ItemTotals, TrainSpan, item_statistics, item_sums, user_statistics
+from recsys.ingest.write.statistics import USED_COLUMNS, ItemTotals, TrainSpan, item_statistics, item_sums, read_histories, user_statistics
 from recsys.report.pages import DATASET, write_report
 from recsys.store import join
 
-_SEQUENCE_COLUMNS = ["user_index", "items", "events", "timestamps", "values", "num_train", "num_validation"]
 _SUMS = "item-sums"
 
 
@@ -73,10 +73,10 @@ def _shards_of(job: Job, name: str, written: Shard | None, partition: int) -> tu
 
 
 def _find_limits(job: Job, users: tuple[str, ...]) -> Limited:
-    table = _read(job, users, _SEQUENCE_COLUMNS)
+    table = _read(job, users, USED_COLUMNS)
     if table is None:
         return Limited(rows=0, limits=Limits(None, None, None))
-    histories = Histories.from_users(last_rows(table, "user_index"))
+    histories = read_histories(last_rows(table, "user_index"))
     return Limited(rows=len(histories.items), limits=Limits.of(histories, job.has_time))
 
 
@@ -95,10 +95,10 @@ def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
 
 def measure_partition(job: Job, task: MeasureTask) -> Measured:
     """Write one partition's user statistics, stage its sums by item, and count for the report."""
-    users = _read(job, task.users, _SEQUENCE_COLUMNS)
+    users = _read(job, task.users, USED_COLUMNS)
     if users is None:
         return Measured(rows=0)
-    histories = Histories.from_users(last_rows(users, "user_index") if len(task.users) > 1 else users)
+    histories = read_histories(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
     write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
@@ -120,10 +120,9 @@ def _flat_samples(train: pa.Table | None) -> pa.Table:
     if train is None:
         nothing: Integers = np.zeros(0, np.int64)
         return pa.table({"user_index": nothing, "item": nothing, "time": nothing, "event": nothing})
-    lists = {name: train[name].combine_chunks() for name in ("items", "timestamps", "events")}
-    users = np.repeat(train["user_index"].to_numpy(), lists["items"].value_lengths().to_numpy())
-    item, time, event = (lists[name].flatten().cast(pa.int64()) for name in ("items", "timestamps", "events"))
-    return pa.table({"user_index": users, "item": item, "time": time, "event": event})
+    samples = Sequences.from_table(train).cast(items=np.int64, events=np.int64)
+    users = samples.scalars["user_index"][samples.owners]
+    return pa.table({"user_index": users, "item": samples.items, "time": samples.timestamps, "event": samples.events})
 
 
 def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:

@@ -9,11 +9,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
-from recsys.ingest.write.sequences import gather_ranges
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA
 
 NUM_PERIODS = 8
 NUMBER_PREFIX = "statistics."
+USED_COLUMNS = ["user_index", *HISTORY_COLUMNS, "num_train", "num_validation"]
 
 
 @dataclass(frozen=True)
@@ -71,49 +72,17 @@ def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
     return int(total.count[0]), float(total.mean[0]), float(total.variance[0]) ** 0.5 or 1.0
 
 
-@dataclass(frozen=True)
-class Histories:
-    """Users' interactions flat, as USERS_SCHEMA has them: user u's are `[offsets[u]:offsets[u + 1]]`, oldest first."""
-
-    user_indices: Integers
-    offsets: Integers
-    items: Integers
-    events: Integers
-    timestamps: Integers
-    values: Floats
-    num_train: Integers
-    num_validation: Integers
-
-    @classmethod
-    def from_users(cls, users: pa.Table) -> "Histories":
-        """Lay out a table of USERS_SCHEMA; attributes and ids are not needed."""
-        flat: dict[str, Any] = {name: users[name].combine_chunks().flatten() for name in ("items", "events", "timestamps", "values")}
-        lengths = users["items"].combine_chunks().value_lengths().to_numpy()
-        return cls(
-            user_indices=users["user_index"].to_numpy(),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            items=flat["items"].to_numpy().astype(np.int64),
-            events=flat["events"].to_numpy().astype(np.int64),
-            timestamps=flat["timestamps"].to_numpy(),
-            values=flat["values"].to_numpy(zero_copy_only=False).astype(np.float64),
-            num_train=users["num_train"].to_numpy().astype(np.int64),
-            num_validation=users["num_validation"].to_numpy().astype(np.int64),
-        )
-
-    @property
-    def owners(self) -> Integers:
-        """The position of each interaction's user."""
-        return np.repeat(np.arange(len(self.num_train)), np.diff(self.offsets))
-
-    @property
-    def training(self) -> "Histories":
-        """The training interactions alone."""
-        rows, offsets = gather_ranges(self.offsets[:-1], self.offsets[:-1] + self.num_train)
-        columns = (self.items[rows], self.events[rows], self.timestamps[rows], self.values[rows])
-        return Histories(self.user_indices, offsets, *columns, self.num_train, np.zeros_like(self.num_validation))
+def read_histories(users: pa.Table) -> Sequences:
+    """View the `USED_COLUMNS` of users (USERS_SCHEMA) as histories, in 64 bits since they are summed."""
+    return Sequences.from_table(users.select(USED_COLUMNS)).cast(items=np.int64, events=np.int64, values=np.float64)
 
 
-def session_lengths(histories: Histories, gap_seconds: int) -> tuple[Integers, Integers]:
+def training_part(histories: Sequences) -> Sequences:
+    """Return the training interactions alone."""
+    return histories.within(0, histories.scalars["num_train"]).compact()
+
+
+def session_lengths(histories: Sequences, gap_seconds: int) -> tuple[Integers, Integers]:
     """Cut each user's interactions where more than `gap_seconds` pass: (owner of each session, its interactions)."""
     owners = histories.owners
     if not len(owners):
@@ -123,23 +92,23 @@ def session_lengths(histories: Histories, gap_seconds: int) -> tuple[Integers, I
     return owners[positions], np.diff(np.append(positions, len(owners)))
 
 
-def user_statistics(histories: Histories, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
+def user_statistics(histories: Sequences, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
     """Measure users (USER_STATISTICS_SCHEMA); without a span there is no time. What is not training data is not looked at."""
-    training = histories.training
-    num_users, owners, count = len(training.num_train), training.owners, training.num_train
+    training = training_part(histories)
+    num_users, owners, count = len(training), training.owners, training.lengths
     moments = Moments.of(training.values, owners, num_users)
     kinds = np.bincount(owners * num_kinds + training.events, minlength=num_users * num_kinds).reshape(num_users, num_kinds)
     has_any = (count > 0) & (span is not None)
     gaps, recency, sessions = np.zeros(num_users), np.zeros(num_users, np.int64), np.zeros(num_users, np.int64)
     if span is not None:
-        lasts, firsts = training.offsets[1:][has_any] - 1, training.offsets[:-1][has_any]
-        elapsed = training.timestamps[lasts] - training.timestamps[firsts]
-        gaps[has_any] = elapsed / np.maximum(count[has_any] - 1, 1)
-        recency[has_any] = span.end - training.timestamps[lasts]
+        firsts, num_gaps = training.starts[has_any], count[has_any] - 1
+        first, last = training.timestamps[firsts], training.timestamps[firsts + num_gaps]
+        gaps[has_any] = (last - first) / np.maximum(num_gaps, 1)
+        recency[has_any] = span.end - last
         sessions = np.bincount(session_lengths(training, session_gap_seconds)[0], minlength=num_users)
     return pa.table(
         [
-            pa.array(training.user_indices, pa.int64()),
+            pa.array(training.scalars["user_index"], pa.int64()),
             pa.array(count, pa.int64()),
             *_moment_columns(moments),
             _where(gaps, has_any & (count > 1), pa.float64()),
@@ -152,9 +121,9 @@ def user_statistics(histories: Histories, num_kinds: int, span: TrainSpan | None
     )
 
 
-def item_sums(histories: Histories, span: TrainSpan | None) -> pa.Table:
+def item_sums(histories: Sequences, span: TrainSpan | None) -> pa.Table:
     """Sum one partition's training interactions by the items that occur, for `ItemTotals.add`."""
-    training = histories.training
+    training = training_part(histories)
     items, groups = np.unique(training.items, return_inverse=True)
     moments = Moments.of(training.values, groups, len(items))
     first, last = np.full(len(items), np.iinfo(np.int64).max), np.full(len(items), np.iinfo(np.int64).min)

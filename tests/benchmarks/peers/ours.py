@@ -33,7 +33,7 @@ class Ours:
             return
         for rows in reader.rows(0, self._num_steps):
             self._num_steps += 1
-            yield Step(len(rows), rows.sample_ids.tolist() if form == "ids" else [])
+            yield Step(len(rows), rows.scalars["sample_id"].tolist() if form == "ids" else [])
 
     def position(self) -> int:
         return self._num_steps

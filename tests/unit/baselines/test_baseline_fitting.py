@@ -41,7 +41,7 @@ def test_fit_finds_the_least_squares() -> None:
 
 def test_training_data_is_each_users_first_interactions(data: TrainingData) -> None:
     for row in data.dataset.read_users().to_pylist():
-        (items,), (held_out,) = data.train.items_of(np.array([row["user_index"]])), data.validation.items_of(np.array([row["user_index"]]))
+        (items,), (held_out,) = (part[np.array([row["user_index"]])].split("items") for part in (data.train, data.validation))
         begin, end = row["num_train"], row["num_train"] + row["num_validation"]
         assert items.tolist() == row["items"][:begin]
         assert held_out.tolist() == row["items"][begin:end]
@@ -53,7 +53,7 @@ def test_training_data_is_each_users_first_interactions(data: TrainingData) -> N
 
 
 def test_drawn_items_are_ones_the_user_does_not_have(data: TrainingData) -> None:
-    users = torch.from_numpy(data.train.users).repeat(20)
+    users = torch.from_numpy(data.train.owners).repeat(20)
     drawn = UnseenItems(data).draw(users).numpy()
     assert not data.matrix.toarray()[users.numpy(), drawn].any()
     trained = np.flatnonzero(data.item_counts)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from recsys.data.batch import Batch, Collator, cut_histories, shuffle_histories
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.schema import TRAIN_SCHEMA
 from recsys.store import Storage
 from tests.datasets import make_dataset
@@ -41,7 +41,7 @@ def collate(
     dataset: Dataset, rows: pa.Table, takes_whole_catalogue: bool, negatives: tuple[torch.Tensor, torch.Tensor] = NO_NEGATIVES
 ) -> Batch:
     collator = Collator(dataset.manifest, takes_whole_catalogue, group_cost=0)
-    return collator(Rows.from_table(rows, np.arange(rows.num_rows)), *negatives)
+    return collator(Sequences.from_table(rows, sample_id=np.arange(rows.num_rows)), *negatives)
 
 
 def test_whole_catalogue_batch(dataset: Dataset) -> None:
@@ -57,7 +57,7 @@ def test_whole_catalogue_batch(dataset: Dataset) -> None:
 
 
 def test_one_group_pads_the_shorter_histories(dataset: Dataset) -> None:
-    batch = Collator(dataset.manifest, True, group_cost=100)(Rows.from_table(ROWS, np.arange(3)), *NO_NEGATIVES)
+    batch = Collator(dataset.manifest, True, group_cost=100)(Sequences.from_table(ROWS, sample_id=np.arange(3)), *NO_NEGATIVES)
     assert batch.histories.groups == ((3, 2),)
     assert batch.histories.items.tolist() == [7, 0, 3, 4, 4, 9]
     assert batch.histories.events.tolist() == [2, 0, 1, 2, 1, 1]
@@ -86,7 +86,7 @@ def test_distinct_items_are_listed_once_and_indexed(dataset: Dataset) -> None:
 
 
 def test_columns_that_were_not_read_are_empty(dataset: Dataset) -> None:
-    rows = Rows.from_table(ROWS.select(["items", "first_target"]), np.arange(3))
+    rows = Sequences.from_table(ROWS.select(["items", "first_target"]), sample_id=np.arange(3))
     batch = Collator(dataset.manifest, True)(rows, *NO_NEGATIVES)
     assert batch.histories.events.tolist() == (batch.histories.items != 0).long().tolist()
     assert not batch.histories.times.any()
@@ -121,21 +121,20 @@ def test_moving_a_batch_moves_its_histories(dataset: Dataset) -> None:
 def test_shuffled_histories_keep_each_interaction_whole_and_change_with_the_epoch() -> None:
     lengths = np.array([6, 1, 9, 9])
     numbers = np.arange(lengths.sum() + 4)  # row 0 begins at 4: what lies before it belongs to none of these rows
-    rows = Rows(
-        np.array([7, 8, 9, 10]), np.ones(4, np.int32), np.cumsum(lengths) - lengths + 4, lengths, {"items": numbers, "values": numbers / 2}
-    )
+    columns, scalars = {"items": numbers, "values": numbers / 2}, {"sample_id": np.array([7, 8, 9, 10]), "first_target": np.ones(4, int)}
+    rows = Sequences(columns, np.cumsum(lengths) - lengths + 4, lengths, scalars)
     orders = {}
     for epoch in range(3):
         shuffled = shuffle_histories(rows, seed=1, epoch=epoch)
-        np.testing.assert_array_equal(shuffled.flat["values"], shuffled.flat["items"] / 2)
-        parts = [shuffled.flat["items"][start : start + length] for start, length in zip(shuffled.starts, shuffled.lengths, strict=True)]
+        np.testing.assert_array_equal(shuffled.columns["values"], shuffled.columns["items"] / 2)
+        parts = [shuffled.columns["items"][start : start + length] for start, length in zip(shuffled.starts, shuffled.lengths, strict=True)]
         assert [sorted(part) for part in parts] == [list(range(4, 10)), [10], list(range(11, 20)), list(range(20, 29))]
         orders[epoch] = [part.tolist() for part in parts]
         assert np.argsort(parts[2]).tolist() != np.argsort(parts[3]).tolist()
     assert orders[0][2] != orders[1][2] != orders[2][2]
-    alone = shuffle_histories(rows.take(np.array([2])), seed=1, epoch=0)
-    assert alone.flat["items"].tolist() == orders[0][2], "the order must not depend on which samples a rank has"
-    assert shuffle_histories(rows.take(np.array([2])), seed=2, epoch=0).flat["items"].tolist() != orders[0][2]
+    alone = shuffle_histories(rows[np.array([2])], seed=1, epoch=0)
+    assert alone.columns["items"].tolist() == orders[0][2], "the order must not depend on which samples a rank has"
+    assert shuffle_histories(rows[np.array([2])], seed=2, epoch=0).columns["items"].tolist() != orders[0][2]
 
 
 @settings(deadline=None)
@@ -148,19 +147,19 @@ def test_cut_rows_have_every_target_once_with_the_history_that_fits(rows: list[t
     stride = min(stride, max_history)
     lengths, first = (np.array(column) for column in zip(*rows, strict=True))
     starts = np.cumsum(lengths) - lengths
-    whole = Rows(np.arange(len(rows)), first.astype(np.int32), starts, lengths, {"items": np.arange(lengths.sum())})
+    whole = Sequences({"items": np.arange(lengths.sum())}, starts, lengths, {"sample_id": np.arange(len(rows)), "first_target": first})
     cut = cut_histories(whole, max_history, stride)
 
-    def targets(of: Rows) -> list[int]:
-        spans = zip(of.starts.tolist(), of.lengths.tolist(), of.first_target.tolist(), strict=True)
+    def targets(of: Sequences) -> list[int]:
+        spans = zip(of.starts.tolist(), of.lengths.tolist(), of.scalars["first_target"].tolist(), strict=True)
         return sorted(place for start, length, target in spans for place in range(start + target, start + length))
 
     assert targets(cut) == targets(whole)
     assert (cut.lengths <= max_history + 1).all()
     for row, (length, target) in enumerate(rows):
-        own = cut.sample_ids == row
+        own = cut.scalars["sample_id"] == row
         if length <= max_history + 1:
-            assert (cut.lengths[own].tolist(), cut.first_target[own].tolist()) == ([length], [target])
+            assert (cut.lengths[own].tolist(), cut.scalars["first_target"][own].tolist()) == ([length], [target])
         else:  # each piece reaches as far back as it may
             stops = (cut.starts + cut.lengths)[own] - starts[row]
             assert cut.lengths[own].tolist() == np.minimum(max_history + 1, stops).tolist()

@@ -18,7 +18,7 @@ from recsys.data.manifest import Dataset, Shard
 from recsys.errors import UserError
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.store import Storage, join
-from tests.datasets import make_dataset
+from tests.datasets import features_of, make_dataset
 
 ARRAYS = ("categories", "numbers", "has_number", "vectors", "train_count", "has_text")
 STRINGS = ("item_ids", "titles", "texts")
@@ -44,7 +44,7 @@ def assert_equal(left: ItemFeatures, right: ItemFeatures) -> None:
     assert left.num_categories == right.num_categories
 
 
-def test_every_feature_of_every_item_is_where_its_index_says() -> None:
+def test_every_feature_of_every_item_is_where_its_index_says(dataset: Dataset, tmp_path: Path) -> None:
     table = rows(
         [
             {
@@ -60,7 +60,9 @@ def test_every_feature_of_every_item_is_where_its_index_says() -> None:
             {"item_index": 3, "item_id": "c", "categories": [], "numbers": [0, 0], "vector": [0, 0], "train_count": 7},
         ]
     )
-    features = ItemFeatures.from_table(table, 3)
+    described = {"num_items": 3, "category_vocabulary": ("x", "y", "z"), "number_columns": ("p", "q"), "vector_size": 2}
+    pq.write_table(table, tmp_path / "catalogue.parquet")
+    features = ItemFeatures.read_file(tmp_path / "catalogue.parquet", dataset.manifest.model_copy(update=described))
     assert features.num_items == 3
     assert list(features.item_ids) == ["", "a", "b", "c"]
     assert list(features.titles) == ["", "A", "", ""]
@@ -76,7 +78,7 @@ def test_every_feature_of_every_item_is_where_its_index_says() -> None:
 
 @pytest.mark.parametrize("part_rows", [7, 10_000])
 def test_mapped_features_equal_those_in_memory(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int) -> None:
-    whole = ItemFeatures.from_table(dataset.catalogue, len(dataset.manifest.category_vocabulary))
+    whole = features_of(dataset.catalogue, len(dataset.manifest.category_vocabulary))
     monkeypatch.setattr(catalogue_source, "PART_ROWS", part_rows)
     assert_equal(ItemFeatures.read(dataset, tmp_path / "scratch"), whole)
     assert_equal(ItemFeatures.read(dataset), whole)
@@ -130,7 +132,7 @@ def test_of_an_appended_dataset_the_last_row_of_an_item_counts(
     counts = pa.table({"item_index": pa.array([3, 1, 42], pa.int32()), "count": pa.array([5, 6, 7], pa.int64())})
     appended = append(dataset, [rows(changed), rows(newest)], counts, 42)
     features = ItemFeatures.read(appended, tmp_path / "scratch")
-    assert_equal(features, ItemFeatures.from_table(appended.catalogue, len(appended.manifest.category_vocabulary)))
+    assert_equal(features, features_of(appended.catalogue, len(appended.manifest.category_vocabulary)))
     assert features.texts[3] == "changed 3"
     assert features.titles[16] == "newest"
     assert features.texts[16] == ""

@@ -148,7 +148,7 @@ def test_going_on_late_reads_as_much_as_starting_and_nothing_of_what_was_passed(
     for step in (plan.num_steps // 100, plan.num_steps * 9 // 10):
         groups_read.clear()
         rows = next(reader.rows(0, step))
-        assert rows.sample_ids.tolist() == plan.step_ids(step).tolist()
+        assert rows.scalars["sample_id"].tolist() == plan.step_ids(step).tolist()
         counts.append(len(groups_read))
         passed = {group for stream in range(12) for window in plan.windows(stream) for group in window.groups if window.end <= step * 4}
         needed = {group for stream in range(12) for window in plan.windows(stream) for group in window.groups if window.end > step * 4}
@@ -196,6 +196,8 @@ def test_any_number_of_ranks_reads_the_plan_also_where_it_does_not_divide_the_st
             plan = reader.plan(0)
             first_step = 3 * rank
             for step, rows in enumerate(reader.rows(0, first_step), start=first_step):
-                assert rows.sample_ids.tolist() == plan.step_ids(step, rank, world_size).tolist()
+                assert rows.scalars["sample_id"].tolist() == plan.step_ids(step, rank, world_size).tolist()
                 spans = zip(rows.starts, rows.starts + rows.lengths, strict=True)
-                assert [rows.flat["items"][slice(*span)].tolist() for span in spans] == [content[sample] for sample in rows.sample_ids]
+                assert [rows.columns["items"][slice(*span)].tolist() for span in spans] == [
+                    content[sample] for sample in rows.scalars["sample_id"]
+                ]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from recsys.data.labels import UserGroups
 from recsys.data.manifest import Dataset
-from recsys.data.user_groups import UserGroups
 from recsys.errors import UserError
 from recsys.store import Storage
 from tests.datasets import make_dataset

@@ -9,12 +9,12 @@ from scipy.sparse import csr_array
 
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.items import ItemFeatures
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.metrics import intra_list_diversity
 from recsys.evaluation.ranking import rank_users
 from recsys.evaluation.users import EvaluationUser, target_items
-from recsys.predictor import History
 from recsys.store import Storage
 from tests.datasets import make_dataset
 
@@ -30,7 +30,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> ItemFeatures:
 def users() -> list[EvaluationUser]:
     generator = np.random.default_rng(0)
     items = [generator.permutation(np.arange(1, NUM_ITEMS + 1)).tolist() for _ in range(40)]
-    return [EvaluationUser(number, History.of(row[:4]), History.of(row[4:6]), {}, 0) for number, row in enumerate(items)]
+    return [EvaluationUser(number, Sequences.of(row[:4]), Sequences.of(row[4:6]), {}, 0) for number, row in enumerate(items)]
 
 
 def score(batch: list[EvaluationUser]) -> np.ndarray:
@@ -62,7 +62,7 @@ def plain_ndcg(lists: np.ndarray, users: list[EvaluationUser]) -> float:
 
 
 def test_users_with_fewer_items_than_the_list_is_long(catalogue: ItemFeatures) -> None:
-    few = [EvaluationUser(0, History.of(range(4, NUM_ITEMS + 1)), History.of([2]), {}, 0)]
+    few = [EvaluationUser(0, Sequences.of(range(4, NUM_ITEMS + 1)), Sequences.of([2]), {}, 0)]
     config = EvaluationConfig(diversity=(0.5,))
     curve = diversity_curve(rank_users(score, few, config), target_items(few), content_vectors(catalogue), config)
     assert [point["coverage@10"] for point in curve] == [3 / NUM_ITEMS] * 2

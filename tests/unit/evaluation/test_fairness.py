@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.evaluation.slices import MIN_GROUP_USERS, fairness_gaps
 from recsys.evaluation.users import EvaluationUser
-from recsys.predictor import History
 
 
 def users_of(groups: list[str]) -> list[EvaluationUser]:
-    nothing = History.of([])
+    nothing = Sequences.of([])
     return [
         EvaluationUser(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}, 0) for number, group in enumerate(groups)
     ]

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.sequences import Sequences
 from recsys.evaluation.ranking import Ranked, rank_users, summarise, target_ranks
 from recsys.evaluation.users import EvaluationUser
-from recsys.predictor import History
 
 
 def user(history: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(0, History.of(history), History.of(targets), {}, 0)
+    return EvaluationUser(0, Sequences.of(history), Sequences.of(targets), {}, 0)
 
 
 @pytest.mark.parametrize(

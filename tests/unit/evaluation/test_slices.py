@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.sequences import Sequences
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, rank_users
 from recsys.evaluation.slices import (
@@ -17,7 +18,6 @@ from recsys.evaluation.slices import (
     popularity_deciles,
 )
 from recsys.evaluation.users import EvaluationUser
-from recsys.predictor import History
 
 NUM_ITEMS = 40
 TRAIN_COUNT = np.array([0, *([0] * 8), *range(1, NUM_ITEMS - 7)])  # items 1 to 8 are cold
@@ -33,7 +33,7 @@ def make_users(num_users: int = 60) -> list[EvaluationUser]:
         history = [*warm[: int(generator.integers(1, 20))], *cold[: index % 2]]
         targets = [warm[25], cold[5] if index % 3 == 0 else warm[26]]
         attributes = {"shop": "a" if index % 2 else "b", "zip": str(index)} if index % 5 else {}
-        users.append(EvaluationUser(index, History.of(history), History.of(targets), attributes, 0))
+        users.append(EvaluationUser(index, Sequences.of(history), Sequences.of(targets), attributes, 0))
     return users
 
 

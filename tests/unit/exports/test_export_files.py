@@ -9,7 +9,7 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Shard
-from recsys.data.sequences import SEQUENCES
+from recsys.data.sequences import HISTORY_COLUMNS
 from recsys.exports.load import load_export
 from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
@@ -27,7 +27,7 @@ def test_an_export_of_release_0_1_is_read(tmp_path: Path) -> None:
     (folder := tmp_path / "export").mkdir()
     write_export(build_predictor(config, dataset, recommender), recommender.state_dict(), dataset, folder, num_golden=2)
     (folder / "users.arrow").unlink()
-    pq.write_table(dataset.read_users(["user_id", *SEQUENCES]), folder / "users.parquet")
+    pq.write_table(dataset.read_users(["user_id", *HISTORY_COLUMNS]), folder / "users.parquet")
     users = dict(load_export(folder).profiles.items())
     assert {user_id: history.items.tolist() for user_id, history in users.items()} == {
         user_id: history.items.tolist() for user_id, history in users_of(dataset).items()

@@ -6,16 +6,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.exports import profiles as module
 from recsys.exports.profiles import ArrowProfiles, write_profiles
-from recsys.predictor import History
 from recsys.schema import USERS_SCHEMA
 from recsys.store import Storage
 from tests.datasets import make_dataset
 from tests.exports import users_of
 
 
-def assert_equal(found: History | None, expected: History) -> None:
+def assert_equal(found: Sequences | None, expected: Sequences) -> None:
     assert found is not None
     for name in ("items", "events", "timestamps", "values"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
@@ -47,7 +47,7 @@ def test_users_with_equal_hashes_are_told_apart(batch_rows: int, monkeypatch: py
     ]
     profiles = ArrowProfiles.of_users(pa.Table.from_pylist(rows, USERS_SCHEMA))
     for row in rows:
-        assert_equal(profiles.find(row["user_id"]), History.of(row["items"], row["events"], row["timestamps"], [np.nan]))
+        assert_equal(profiles.find(row["user_id"]), Sequences.of(row["items"], row["events"], row["timestamps"], [np.nan]))
     assert profiles.find("gg") is None
     assert profiles.find("longer") is None
 

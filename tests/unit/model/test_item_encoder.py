@@ -22,7 +22,7 @@ from recsys.model.text.encoder import TextEncoder
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.store import Storage
 from recsys.train.engine import Engine
-from tests.datasets import make_dataset
+from tests.datasets import features_of, make_dataset
 from tests.distributed import run_distributed
 
 VALUES = [
@@ -119,7 +119,7 @@ LENGTHS = torch.tensor([1, 2, 4, 1, 6, 1], dtype=torch.int32)
 def features() -> ItemFeatures:
     """Five items that have and lack one thing or another; the categories are attributes of a knowledge graph, several per item."""
     rows = [{"item_index": index, "item_id": f"item-{index}", "title": "", **row} for index, row in enumerate(ROWS, start=1)]
-    return ItemFeatures.from_table(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=5)
+    return features_of(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=5)
 
 
 def frozen_text() -> ItemText:

@@ -8,12 +8,13 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
+from recsys.data.sequences import Sequences
 from recsys.evaluation.ranking import rank_users, score_by
 from recsys.evaluation.users import EvaluationUser
 from recsys.exports.profiles import ArrowProfiles
 from recsys.model.recommender import build_recommender
 from recsys.model.retrieval import RetrievalScores
-from recsys.predictor import History, Predictor
+from recsys.predictor import Predictor
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
 from serve.answering import Answerer
@@ -59,11 +60,11 @@ def predictor(tmp_path: Path) -> Predictor:
 
 
 def test_evaluation_and_service_rank_them_last(predictor: Predictor) -> None:
-    histories = [History.of([1, 5, 9]), History.of([2])]
+    histories = [Sequences.of([1, 5, 9]), Sequences.of([2])]
     for ranking in predictor.recommend(histories, 40, [np.zeros(0, np.int64)] * 2):
         assert ranking.items[-2:].tolist() == list(COLD)
         assert len(ranking.items) == 40
-    user = EvaluationUser(0, histories[0], History.of([COLD[0], 7]), {}, 0)
+    user = EvaluationUser(0, histories[0], Sequences.of([COLD[0], 7]), {}, 0)
     ranked = rank_users(score_by(predictor), [user], load_config().evaluation)
     assert ranked.ranks[0, 0] == 40 - 3 - 1
     info = ModelInfo(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from recsys.config.model import ModelConfig, RankerConfig
+from recsys.data.batch import CPU_GROUP_COST, PackedHistories, map_tensors, pack
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import CPU_GROUP_COST, Histories, pack
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.model.ranker import LEVEL_VARIANCE, NOISE_VARIANCE, Ranker, ValueRegression, build_regression
 from recsys.schema import Task
@@ -34,14 +35,13 @@ def regression(dataset: Dataset) -> ValueRegression:
     return built
 
 
-def draw_histories() -> tuple[Histories, np.ndarray, Tensor, Tensor]:
+def draw_histories() -> tuple[PackedHistories, np.ndarray, Tensor, Tensor]:
     """Pack histories of which a third of the values is unknown; return them, their first places, and vectors and states of all places."""
     generator = np.random.default_rng(0)
     values = generator.integers(1, 6, LENGTHS.sum()).astype(np.float32)
     values[generator.random(len(values)) < 0.3] = np.nan
-    packed, first_places = pack(
-        {"items": np.arange(1, 1 + len(values)), "values": values}, np.cumsum(LENGTHS) - LENGTHS, LENGTHS, CPU_GROUP_COST
-    )
+    columns = {"items": np.arange(1, 1 + len(values)), "values": values}
+    packed, first_places = pack(Sequences(columns, np.cumsum(LENGTHS) - LENGTHS, LENGTHS), CPU_GROUP_COST)
     vectors, states = torch.randn(2, len(packed.items), WIDTH, generator=torch.Generator().manual_seed(1))
     return packed, first_places, vectors, states
 
@@ -75,7 +75,7 @@ def test_the_weights_after_each_place_are_those_of_a_plain_regression_on_the_val
 
 def test_without_values_the_sequence_alone_counts(regression: ValueRegression) -> None:
     packed, first_places, vectors, states = draw_histories()
-    blank = packed.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
+    blank = map_tensors(packed, lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
     places = torch.from_numpy(first_places)
     torch.testing.assert_close(regression(states[places], vectors, blank, places), states[places] @ regression.prior.weight.T)
 

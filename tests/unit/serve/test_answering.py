@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.exports.load import Export
 from recsys.exports.registry import Registry
-from recsys.predictor import History
 from recsys.store import Storage
 from serve.answering import Answerer
 from serve.protocol import Answer, RecommendRequest, ScoreRequest
@@ -45,7 +45,7 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answ
     assert [item["rank"] for item in body_of(first)["items"]] == [1, 2, 3]
     assert body_of(first)["items"][0]["title"].startswith("Story")
     assert body_of(first)["fallback"] is None
-    popular = export.predictor.popular(2, History.of([]).items)
+    popular = export.predictor.popular(2, Sequences.of([]).items)
     assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
     assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
     assert wrong.status == 422
@@ -136,7 +136,7 @@ def published_with_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ex
 def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[Export, Answerer]) -> None:
     export, answerer = published_with_queries
     assert answerer.info.takes_queries
-    known, nobody = export.profiles.find("user-3"), History.of([])
+    known, nobody = export.profiles.find("user-3"), Sequences.of([])
     plain, asking, stranger, anybody, unheard = (
         body_of(answer)
         for answer in answerer.recommend(
@@ -186,4 +186,4 @@ def test_a_version_without_queries_refuses_them(published: tuple[Export, Answere
 
 
 def _indices(*values: int) -> Any:
-    return History.of(values).items
+    return Sequences.of(values).items

@@ -12,9 +12,8 @@ from recsys.data.manifest import Dataset
 from recsys.data.text import pairs
 from recsys.data.text.pairs import Partners, near_pairs
 from recsys.errors import UserError
-from recsys.ingest.write.sequences import cut_windows
 from recsys.store import Storage
-from tests.datasets import make_dataset
+from tests.datasets import make_dataset, windows_of
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_windows_that_overlap_give_each_pair_once(stride: int, window: int) -> N
     rows = [
         {"items": sequence[cut.start : cut.stop], "first_target": cut.first_target}
         for sequence in sequences
-        for cut in cut_windows(len(sequence), max_history, stride)
+        for cut in windows_of(len(sequence), max_history, stride)
     ]
     table = pa.Table.from_pylist(rows, pa.schema([("items", pa.list_(pa.int32())), ("first_target", pa.int32())]))
     found = Counter(pair for part in near_pairs(table, window) for pair in zip(*(side.tolist() for side in part), strict=True))

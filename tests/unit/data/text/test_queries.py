@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from recsys.config import load_config
-from recsys.data.batch import Batch, Collator
+from recsys.data.batch import PADDING_SAMPLE, Batch, Collator
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.data.text.queries import (
     ALONE_RATE,
     EVALUATION_VARIANT,
@@ -112,9 +112,8 @@ def test_the_queries_of_an_epoch_are_the_same_on_any_number_of_ranks(tmp_path: P
 
 def test_as_many_samples_are_asked_as_the_rate_says() -> None:
     number = 20_000
-    rows = Rows(
-        np.arange(number), np.ones(number, np.int32), np.zeros(number, np.int64), np.full(number, 2), {"items": np.array([3, 1], np.int32)}
-    )
+    scalars = {"sample_id": np.arange(number), "first_target": np.ones(number, np.int64)}
+    rows = Sequences({"items": np.array([3, 1], np.int32)}, np.zeros(number, np.int64), np.full(number, 2), scalars)
     has_text = torch.tensor([False, True, True, True])
     asked = QueryDraws(0.3, 7, has_text)(rows, 2)
     assert len(asked.samples) / number == pytest.approx(0.3, abs=0.02)
@@ -125,7 +124,7 @@ def test_as_many_samples_are_asked_as_the_rate_says() -> None:
     assert len(QueryDraws(1.0, 7, ~has_text)(rows, 2).samples) == 0
 
 
-def rows_of(items: list[list[int]], first_targets: list[int], queries: list[list[int]] | None = None) -> Rows:
+def rows_of(items: list[list[int]], first_targets: list[int], queries: list[list[int]] | None = None) -> Sequences:
     table = [
         {
             "user_index": row,
@@ -138,7 +137,7 @@ def rows_of(items: list[list[int]], first_targets: list[int], queries: list[list
         }
         for row, (sequence, first) in enumerate(zip(items, first_targets, strict=True))
     ]
-    return Rows.from_table(pa.Table.from_pylist(table, TRAIN_SCHEMA), np.arange(len(items)))
+    return Sequences.from_table(pa.Table.from_pylist(table, TRAIN_SCHEMA), sample_id=np.arange(len(items)))
 
 
 @pytest.mark.parametrize("group_cost", [0, 1000])
@@ -179,7 +178,7 @@ def test_what_was_typed_is_asked_where_it_was_typed() -> None:
     queries = np.array([9, 5, 0, 7] + [0] * 4 + [0, 8, 0, 0] + [0, 0, 0, 6], np.int32)
     starts, first = np.resize(np.arange(4) * 4, number), np.resize([1, 1, 2, 1], number).astype(np.int32)
     flat = {"items": np.arange(1, 17, dtype=np.int32), "queries": queries}
-    rows = Rows(np.arange(number), first, starts, np.full(number, 4), flat)
+    rows = Sequences(flat, starts, np.full(number, 4), {"sample_id": np.arange(number), "first_target": first})
     has_text = torch.arange(17) > 0
     asked = QueryDraws(0.5, 3, has_text)(rows, 1)
     kinds, typed = asked.samples % 4, asked.texts - NUM_VARIANTS * 17 + 1
@@ -239,7 +238,7 @@ def test_typed_queries_are_rows_behind_those_made_of_texts(tmp_path: Path) -> No
 
 
 def test_a_rank_without_samples_has_no_query(dataset: Dataset) -> None:
-    nobody = Rows.join([])
+    nobody = PADDING_SAMPLE[:0]
     batch = Collator(dataset.manifest, True, queries=QueryDraws(1.0, 0, torch.arange(41) > 0))(nobody, *NOTHING)
     assert batch.query_texts is not None
     assert len(batch.query_texts) == len(batch.targets) == 0

@@ -10,7 +10,7 @@ import pytest
 from recsys.config import load_config
 from recsys.data.manifest import Dataset, Shard, last_rows
 from recsys.ingest.prepare import prepare
-from recsys.ingest.write.statistics import Histories, TrainSpan, item_numbers, join_moments, user_statistics
+from recsys.ingest.write.statistics import TrainSpan, item_numbers, join_moments, read_histories, user_statistics
 from recsys.report.pages import DATASET
 from recsys.schema import ITEM_STATISTICS_SCHEMA
 from recsys.store import Storage, join
@@ -73,7 +73,7 @@ def test_the_shards_hold_the_statistics_of_every_user_and_item(tmp_path: Path) -
     train = [time for row in users.to_pylist() for time in row["timestamps"][: row["num_train"]]]
     span = TrainSpan(min(train), max(train), max(train))
     found = read_rows(dataset, dataset.manifest.user_statistics_shards, "user_index")
-    assert found.equals(user_statistics(Histories.from_users(users), 2, span, dataset.manifest.data_config["session_gap_seconds"]))
+    assert found.equals(user_statistics(read_histories(users), 2, span, dataset.manifest.data_config["session_gap_seconds"]))
     items = read_rows(dataset, dataset.manifest.item_statistics_shards, "item_index")
     assert items.schema == ITEM_STATISTICS_SCHEMA
     assert items["train_count"].to_pylist() == dataset.catalogue["train_count"].to_pylist()

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.ingest.write.counts import (
     GAP_EDGES,
     LENGTH_EDGES,
@@ -16,7 +17,6 @@ from recsys.ingest.write.counts import (
     value_scale,
 )
 from recsys.ingest.write.report_numbers import check_split
-from recsys.ingest.write.statistics import Histories
 
 USERS = [  # (user_index, num_train, num_validation, [(item, time, kind, value)])
     (7, 3, 1, [(1, 0, 0, 1.0), (2, 10, 1, None), (3, 5000, 0, 5.0), (4, 5001, 0, 2.0), (5, 9000, 1, 2.5)]),
@@ -24,16 +24,13 @@ USERS = [  # (user_index, num_train, num_validation, [(item, time, kind, value)]
 ]
 
 
-def histories_of(users: list[tuple] = USERS) -> Histories:
+def histories_of(users: list[tuple] = USERS) -> Sequences:
     rows = [row for user in users for row in user[3]]
     item, time, kind, value = (list(column) for column in zip(*rows, strict=True))
-    return Histories(
-        user_indices=np.array([user[0] for user in users]),
-        offsets=np.cumsum([0, *(len(user[3]) for user in users)]),
-        items=np.array(item),
-        events=np.array(kind),
-        timestamps=np.array(time),
-        values=np.array(value, float),
+    return Sequences.of_offsets(
+        {"items": np.array(item), "events": np.array(kind), "timestamps": np.array(time), "values": np.array(value, float)},
+        np.cumsum([0, *(len(user[3]) for user in users)]),
+        user_index=np.array([user[0] for user in users]),
         num_train=np.array([user[1] for user in users]),
         num_validation=np.array([user[2] for user in users]),
     )

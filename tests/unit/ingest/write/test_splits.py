@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.config.data import DataConfig
-from recsys.ingest.write.sequence_tables import Sequences
+from recsys.data.sequences import Sequences
+from recsys.ingest.write.sequence_tables import by_part
 from recsys.ingest.write.splits import TEST, TRAINING, VALIDATION, WITHHELD, part_by_place, split_events, split_in_order, withheld
 from recsys.schema import DEFAULT_EVENT, EVENTS_SCHEMA
 
@@ -104,7 +105,7 @@ def test_about_the_share_of_the_items_is_withheld_and_a_larger_catalogue_keeps_t
 def test_rows_have_training_first_then_validation_then_test_each_in_order(users: list[list[int]]) -> None:
     offsets = np.cumsum([0, *map(len, users)])
     flat = np.array([part for parts in users for part in parts], np.int64)
-    rows, num_train, num_validation = Sequences({"items": np.arange(len(flat))}, offsets).by_part(flat)
+    rows, num_train, num_validation = by_part(Sequences.of_offsets({"items": np.arange(len(flat))}, offsets), flat)
     expected = [
         [offsets[user] + place for part in range(3) for place, own in enumerate(parts) if own == part] for user, parts in enumerate(users)
     ]

@@ -9,15 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recsys.data.sequences import Sequences
 from recsys.ingest.write.statistics import (
     NUM_PERIODS,
-    Histories,
     ItemTotals,
     Moments,
     TrainSpan,
     item_numbers,
     item_statistics,
     item_sums,
+    read_histories,
     session_lengths,
     user_statistics,
 )
@@ -49,8 +50,8 @@ def make_users(num_users: int, seed: int, num_items: int = 30) -> Rows:
     return users
 
 
-def histories_of(users: Rows) -> Histories:
-    return Histories.from_users(pa.Table.from_pylist(users, USERS_SCHEMA))
+def histories_of(users: Rows) -> Sequences:
+    return read_histories(pa.Table.from_pylist(users, USERS_SCHEMA))
 
 
 def span_of(users: Rows) -> TrainSpan:

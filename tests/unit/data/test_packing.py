@@ -3,11 +3,11 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.data.sequences import group_lengths, pack, ranges
+from recsys.data.batch import group_lengths, pack
+from recsys.data.sequences import Sequences, ranges
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 20))
@@ -46,15 +46,10 @@ def test_packed_columns_are_the_rows_own() -> None:
         "events": np.array([0, 0, 1, 0, 1, 0, 1, 0], np.int8),
         "values": np.arange(8, dtype=np.float32),
     }
-    histories, starts = pack(columns, np.array([5, 2, 0]), np.array([3, 2, 0]), group_cost=0)
+    histories, starts = pack(Sequences(columns, np.array([5, 2, 0]), np.array([3, 2, 0])), group_cost=0)
     assert histories.groups == ((1, 1), (1, 2), (1, 3))
     assert starts.tolist() == [3, 1, 0]
     assert histories.items.tolist() == [0, 1, 2, 4, 5, 6]
     assert histories.events.tolist() == [0, 2, 1, 1, 2, 1]
     assert histories.times.tolist() == [0] * 6
     np.testing.assert_array_equal(histories.values, [np.nan, 2, 3, 5, 6, 7])
-
-
-@pytest.mark.parametrize(("starts", "lengths", "expected"), [([4, 0], [2, 3], [4, 5, 0, 1, 2]), ([7], [0], []), ([], [], [])])
-def test_ranges(starts: list[int], lengths: list[int], expected: list[int]) -> None:
-    assert ranges(np.array(starts, np.int64), np.array(lengths, np.int64)).tolist() == expected

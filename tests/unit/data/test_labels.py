@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from recsys.config.model import RankerConfig
-from recsys.data import label_balance
-from recsys.data.batch import Collator, keep_negatives
-from recsys.data.label_balance import count_labels, negative_rates
+from recsys.data import labels
+from recsys.data.batch import Collator
+from recsys.data.labels import count_labels, keep_negatives, negative_rates
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Rows
+from recsys.data.sequences import Sequences
 from recsys.store import Storage
 from tests.datasets import make_dataset
 
@@ -44,9 +44,9 @@ def test_labels_are_those_of_the_training_targets(dataset: Dataset) -> None:
 
 def test_a_large_dataset_is_sampled_evenly(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    read_group = label_balance.RowGroupSource.read
-    monkeypatch.setattr(label_balance, "MAX_ROW_GROUPS", 3)
-    monkeypatch.setattr(label_balance.RowGroupSource, "read", lambda self, group: read.append(group) or read_group(self, group))
+    read_group = labels.RowGroupSource.read
+    monkeypatch.setattr(labels, "MAX_ROW_GROUPS", 3)
+    monkeypatch.setattr(labels.RowGroupSource, "read", lambda self, group: read.append(group) or read_group(self, group))
     count_labels(dataset)
     last = sum(len(shard.row_groups) for shard in dataset.manifest.train_shards) - 1
     assert read == [0, last // 2, last]
@@ -81,7 +81,7 @@ def test_kept_negatives_are_a_share_and_depend_on_the_target_alone() -> None:
 def test_a_batch_counts_the_kept_labels_alone(dataset: Dataset) -> None:
     rates = torch.tensor([1.0, 1.0, 0.4])
     table = dataset.read_shard(dataset.manifest.train_shards[0])
-    rows = Rows.from_table(table, np.arange(table.num_rows))
+    rows = Sequences.from_table(table, sample_id=np.arange(table.num_rows))
     whole, kept = (Collator(dataset.manifest, True, negative_rates=rate)(rows, *NO_NEGATIVES) for rate in (None, rates))
     assert float(kept.labels[kept.label_mask[:, 2] == 0, 2].sum()) == 0
     assert 0.3 < float(kept.label_mask[whole.labels[:, 2] == 0, 2].mean()) < 0.5
@@ -89,6 +89,6 @@ def test_a_batch_counts_the_kept_labels_alone(dataset: Dataset) -> None:
     counts = kept.valid_counts()
     assert counts[3] == kept.label_mask[:, 2].sum() < whole.valid_counts()[3]
     assert counts[0] == whole.valid_counts()[0]
-    part = Collator(dataset.manifest, True, negative_rates=rates)(rows.slice(3, 4), *NO_NEGATIVES)
-    begin = int(sum(rows.lengths[:3] - rows.first_target[:3]))
+    part = Collator(dataset.manifest, True, negative_rates=rates)(rows[3:4], *NO_NEGATIVES)
+    begin = int(sum(rows.lengths[:3] - rows.scalars["first_target"][:3]))
     torch.testing.assert_close(part.label_mask, kept.label_mask[begin : begin + len(part.label_mask)])

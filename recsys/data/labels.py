@@ -1,0 +1,133 @@
+"""What is known of a target besides its item: the labels of the tasks, which negatives are kept, and the group of its user."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recsys.arrays import Integers
+from recsys.config.model import RankerConfig
+from recsys.data.draws import stable_hash
+from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
+from recsys.data.sequences import Sequences
+from recsys.data.shards import RowGroupSource
+from recsys.errors import UserError
+
+MAX_GROUPS = 25
+NO_GROUP = -1
+
+MAX_ROW_GROUPS = 64
+"""Labels are counted in at most this many row groups, spread evenly over the shards."""
+
+
+def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the label of each task and whether there is one, both (..., T) float32.
+
+    `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
+    """
+    labels, masks = [torch.zeros((*values.shape, 0))], [torch.zeros((*values.shape, 0))]
+    has_value = ~values.isnan()
+    known = torch.where(has_value, values, 0.0)
+    for task in manifest.tasks:
+        if task.event is not None:
+            label = events >= manifest.event_kinds.index(task.event)
+        elif task.threshold is not None:
+            label = known >= task.threshold
+        else:
+            label = (known - manifest.value_mean) / manifest.value_std
+        labels.append(label.float().unsqueeze(-1))
+        masks.append((has_value if task.event is None else torch.ones_like(has_value)).float().unsqueeze(-1))
+    return torch.cat(labels, -1), torch.cat(masks, -1)
+
+
+def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
+    """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
+
+    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank; of shuffled
+    histories a place has another interaction in each epoch, and so others are kept.
+    """
+    kept = torch.ones_like(labels)
+    for task in torch.nonzero(rates < 1).flatten().tolist():
+        uniform = stable_hash(stable_hash(sample_ids, task) + places, 0).double() / 2**63
+        kept[:, task] = ((labels[:, task] > 0) | (uniform < rates[task])).float()
+    return kept
+
+
+def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:
+    """Return how much training sees of each task's negatives, as against its positives, (T,) float32.
+
+    `sample` keeps the share of them that leaves `negatives_per_positive`; `weight` weighs positives by negatives / positives, which is
+    to weigh negatives by the inverse. Regression has no negatives: 1, as with no balance asked for.
+    """
+    tasks = dataset.manifest.tasks
+    is_binary = torch.tensor([task.kind == "binary" for task in tasks], dtype=torch.bool)
+    if ranker.imbalance == "none" or not is_binary.any():
+        return torch.ones(len(tasks))
+    positives, labels = count_labels(dataset)
+    odds = positives.clamp(min=1) / (labels - positives).clamp(min=1)
+    rates = odds if ranker.imbalance == "weight" else (odds * ranker.negatives_per_positive).clamp(max=1)
+    return torch.where(is_binary, rates, 1.0).float()
+
+
+def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Count the positive and all labels of each task in some row groups of the training data, (T,) float64 each."""
+    source = RowGroupSource(dataset, ["items", "events", "values", "first_target"])
+    positives, labels = torch.zeros(2, len(dataset.manifest.tasks), dtype=torch.float64)
+    for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
+        samples = Sequences.from_table(source.read(group))
+        targets = samples.within(samples.scalars["first_target"], samples.lengths)
+        label, mask = task_labels(dataset.manifest, torch.from_numpy(targets.events), torch.from_numpy(targets.values))
+        positives += (label * mask).sum(0, dtype=torch.float64)
+        labels += mask.sum(0, dtype=torch.float64)
+    return positives, labels
+
+
+def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], list[str]]:
+    """Read the users with `num_train`, their values of one attribute, empty where not known, and the groups' names.
+
+    Raises:
+        UserError: no user has the attribute, or it has too many values to be groups.
+    """
+    users = dataset.read_users([USER_INDEX, "attributes", "num_train"])
+    values = [dict(attributes or []).get(attribute) or "" for attributes in users["attributes"].to_pylist()]
+    names = sorted(set(values) - {""})
+    if not 1 < len(names) <= MAX_GROUPS:
+        known = sorted({name for attributes in users["attributes"].to_pylist() for name, _ in attributes or []})
+        raise UserError(
+            f"fairness.attribute = {attribute}: has {len(names)} values in the users table, where 2 to {MAX_GROUPS} make groups; "
+            f"attributes: {', '.join(known) or 'none'}"
+        )
+    return users, values, names
+
+
+@dataclass(frozen=True)
+class UserGroups:
+    """The values of a user attribute, and which of them each training sample's user has."""
+
+    names: tuple[str, ...]
+    of_sample: NDArray[np.int8]  # (samples,) index into `names`, NO_GROUP where the attribute is not known
+    shares: tuple[float, ...]  # of the training targets, by group
+
+    @classmethod
+    def read(cls, dataset: Dataset, attribute: str) -> "UserGroups":
+        """Read one attribute of all users; a byte per training sample stays in memory.
+
+        Raises:
+            UserError: no user has the attribute, or it has too many values to be groups.
+        """
+        users, values, names = read_groups(dataset, attribute)
+        number = {"": NO_GROUP} | {name: index for index, name in enumerate(names)}
+        indices = users[USER_INDEX].to_numpy()
+        of_user = np.full(int(indices.max()) + 1, NO_GROUP, np.int8)
+        of_user[indices] = [number[value] for value in values]
+        owners = [dataset.read_shard(shard, [USER_INDEX])[USER_INDEX].to_numpy() for shard in dataset.manifest.train_shards]
+        num_targets = np.maximum(users["num_train"].to_numpy() - 1, 0)
+        shares = [num_targets[of_user[indices] == group].sum() / num_targets.sum() for group in range(len(names))]
+        return cls(tuple(names), of_user[np.concatenate(owners)], tuple(map(float, shares)))
+
+    def mask(self, sample_ids: Integers) -> NDArray[np.float32]:
+        """Return the group of each sample (N,) as a mask (N, G) of ones and zeros; a sample without a group has no one."""
+        return (self.of_sample[sample_ids][:, None] == np.arange(len(self.names))).astype(np.float32)
