@@ -1,4 +1,4 @@
-"""The data that baselines are fitted on: training interactions as flat arrays, user attributes, and items a user does not have."""
+"""The data that baselines are fitted on: interactions as flat arrays, user attributes, and draws of items a user does not have."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import SEQUENCES
 
 MIN_USERS_OF_VALUE = 5
-"""A value of a user attribute that fewer users have tells nothing that the user's id does not."""
+"""A rarer value of a user attribute adds nothing to the user's id."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Interactions:
         return cls(users, items.astype(np.int64), events.astype(np.int64), timestamps, values.astype(np.float32), positions)
 
     def where(self, mask: Mask) -> "Interactions":
-        """Keep some of them."""
+        """Keep the interactions of a mask (N,)."""
         return Interactions(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
 
     def items_of(self, users: Integers) -> list[Integers]:
@@ -64,7 +64,7 @@ class Interactions:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a baseline may see. `validation` may choose between epochs or settings, and trains nothing; test targets are not here.
+    """What a baseline may use. `validation` may choose between epochs or settings, and trains nothing; test targets are left out.
 
     Shapes: U users, I items, A attributes.
     """
@@ -90,12 +90,12 @@ class TrainingData:
 
     @property
     def num_items(self) -> int:
-        """Items, the padding item not counted."""
+        """Number of items without padding."""
         return self.catalogue.num_items
 
     @cached_property
     def matrix(self) -> csr_array:
-        """Which items each user has in training, (U, I + 1) of zeros and ones."""
+        """Items of each user in training, (U, I + 1) of zeros and ones."""
         shape = (self.num_users, self.num_items + 1)
         matrix = csr_array((np.ones(len(self.train), np.float32), (self.train.users, self.train.items)), shape=shape)
         matrix.sum_duplicates()
