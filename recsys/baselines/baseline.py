@@ -1,4 +1,4 @@
-"""What a baseline is, and how one is fitted: mini-batches of gradient steps, and the best epoch by validation targets."""
+"""The interface of a baseline, and fitting: gradient steps on mini-batches, and the best epoch by validation targets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,10 +18,7 @@ FINAL_FRACTION = 0.1
 
 
 class Baseline(ABC):
-    """Answers for users given by their histories and their numbers. Shapes: B users, P pairs, I items.
-
-    A user that training did not have is answered for as well as the history, or nothing at all, allows.
-    """
+    """Scores items for users given by their histories and indices, also for users not in training. Shapes: B users, P pairs, I items."""
 
     @abstractmethod
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
@@ -34,7 +31,7 @@ class Baseline(ABC):
         return scores
 
     def score_tasks(self, user_indices: Sequence[int], items: Integers, histories: Sequence[Integers]) -> dict[str, Scores] | None:
-        """Predict for P pairs the tasks that it can: probabilities, and values in their own units; None where it can none."""
+        """Predict tasks for P pairs: probabilities, and values in their own units; None where it predicts no task."""
         return None
 
 
@@ -48,7 +45,7 @@ class ValidationRanking:
         self._users = [user for user in zip(users.tolist(), histories, targets, strict=True) if len(user[2])]
 
     def __call__(self, baseline: Baseline) -> float:
-        """Return the mean reciprocal rank of the targets not seen before; of equal scores the target comes last."""
+        """Return the mean reciprocal rank of the targets not seen before; ties rank the target last."""
         reciprocals = [np.zeros(0)]
         for begin in range(0, len(self._users), USERS_AT_ONCE):
             users, histories, targets = zip(*self._users[begin : begin + USERS_AT_ONCE], strict=True)
@@ -66,9 +63,9 @@ def fit(
     epochs: int,
     learning_rate: float,
 ) -> None:
-    """Fit by Adam, its rate falling from epoch to epoch; `loss` gives the mean loss of the samples whose numbers it gets.
+    """Fit by Adam with a learning rate that falls from epoch to epoch; `loss` returns the mean loss of samples, given their indices.
 
-    An epoch is all samples, shuffled, or `MAX_EPOCH_SAMPLES` of them.
+    An epoch is all samples, shuffled, at most `MAX_EPOCH_SAMPLES`.
     """
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_FRACTION, epochs)
@@ -84,7 +81,7 @@ def fit(
 
 
 def keep_best_epoch(module: nn.Module, epochs: int, train: Callable[[int], None], quality: Callable[[], float]) -> None:
-    """Train for all epochs and leave the module with the weights of the best, of equals the last."""
+    """Train for all epochs and leave the module with the weights of the best; the last of equal ones."""
     best, weights = -np.inf, module.state_dict()
     for epoch in range(epochs):
         module.train()

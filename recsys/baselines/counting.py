@@ -39,7 +39,7 @@ def fit_popularity(data: TrainingData, config: Config) -> Popularity:
 def fit_recent_popularity(data: TrainingData, config: Config) -> Popularity:
     """Count the last tenth of the training interactions by time, or without time the last tenth of each user's.
 
-    Of equal counts the item that is taken more in all the training data comes first.
+    Ties are broken by the counts over all training data.
     """
     train = data.train
     if data.dataset.manifest.has_time:
@@ -53,13 +53,10 @@ def fit_recent_popularity(data: TrainingData, config: Config) -> Popularity:
 
 @dataclass(frozen=True)
 class ItemNeighbors(Baseline):
-    """Scores an item by its similarity to those of the history; an interaction `half_life` before the last weighs half as much.
+    """Scores an item by its similarity to those of the history; an interaction `half_life` before the last weighs half as much."""
 
-    `popularity` (I + 1,), below every similarity, orders what is similar to nothing in the history.
-    """
-
-    similarity: csr_array  # (I + 1, I + 1) of each item its neighbors
-    popularity: Scores
+    similarity: csr_array  # (I + 1, I + 1) each item's neighbors
+    popularity: Scores  # (I + 1,) below every similarity, it orders items without neighbors in the history
     half_life: float
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:

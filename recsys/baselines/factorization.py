@@ -36,10 +36,10 @@ PredictTask = Callable[[Integers, Integers], Scores]
 
 
 class FactorizationMachine(nn.Module, Baseline):
-    """The sum of the features' biases and of the products of all pairs of their vectors (Rendle 2010); a feature is there or it is not.
+    """The sum of binary features' biases and of the products of all pairs of their vectors (Rendle 2010).
 
     By Rendle's identity the sum over pairs is (|sum v|^2 - sum |v|^2) / 2, which costs O(W F). It is taken for user and item apart: only
-    the product of their two sums needs both, and so a catalogue is ranked. Users are numbered from 1 here; 0 is a user not known.
+    the product of their two sums needs both, so a catalogue is ranked by one matrix product. Row 0 of users is a user not in training.
     """
 
     user_features: Tensor  # (U + 1, F) rows of the table, 0 where there is none
@@ -59,12 +59,12 @@ class FactorizationMachine(nn.Module, Baseline):
 
     @classmethod
     def of_ids(cls, data: TrainingData, width: int) -> "FactorizationMachine":
-        """Know users and items by their ids alone; one without a training interaction has none."""
+        """Build one over ids alone; without a training interaction a user or an item has none."""
         return cls(*_id_features(data), width)
 
     @classmethod
     def of_features(cls, data: TrainingData, width: int) -> "FactorizationMachine":
-        """Know users by their ids and attributes, items by their ids and categories."""
+        """Build one over ids, user attributes and item categories."""
         users, items = _id_features(data)
         attributes, categories = F.pad(torch.from_numpy(data.attributes), (0, 0, 1, 0)), data.catalogue.categories.long()
         first_attribute = data.num_users + data.num_items
@@ -89,7 +89,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Score every item for each user, without what the user's features alone add: it changes no order."""
+        """Score every item for each user, without the terms of the user alone, which change no order."""
         user, _, _ = self.side(self.user_features[known_rows(users, self.user_features)])
         item, alone, _ = self.side(self.item_features)
         scores: Scores = (user @ item.T + alone).numpy()
@@ -97,7 +97,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
 
 def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Number users (U + 1, 1), then items (I + 1, 1); who has no training interaction has no number."""
+    """Number users (U + 1, 1), then items (I + 1, 1); 0 without a training interaction."""
     has_any = np.append(False, data.train.lengths > 0)
     users = np.where(has_any, np.arange(data.num_users + 1), 0)
     items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
@@ -106,7 +106,7 @@ def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Factorization(Baseline):
-    """Ranks by one model, and predicts each task of the data by one of its own."""
+    """Ranks by one model, and predicts each task of the data by another."""
 
     ranking: Baseline
     tasks: dict[str, PredictTask]
@@ -127,7 +127,7 @@ def fit_bpr(data: TrainingData, config: Config) -> Baseline:
 
 
 def fit_matrix_factorization(data: TrainingData, config: Config) -> Baseline:
-    """Fit biases and vectors of ids to each task; rank by the factorization of what was taken at all."""
+    """Fit biases and vectors of ids to each task; rank by the factorization of the binary matrix."""
     return Factorization(fit_implicit(data, config), _fit_tasks(FactorizationMachine.of_ids, data, config))
 
 
@@ -138,7 +138,7 @@ def fit_factorization_machine(data: TrainingData, config: Config) -> Baseline:
 
 
 def bpr_loss(machine: FactorizationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
-    """Return -log sigmoid(score of the item taken - score of another) (N,), with penalties (Rendle et al. 2009)."""
+    """Return -log sigmoid(score of the item taken - score of the other) (N,), with penalties (Rendle et al. 2009)."""
     high, penalty = machine(users, taken, RANKING_PENALTY)
     low, other_penalty = machine(users, others, RANKING_PENALTY)
     return -F.logsigmoid(high - low) + penalty + other_penalty
@@ -163,7 +163,7 @@ def _fit_tasks(build: Callable[[TrainingData, int], FactorizationMachine], data:
 
 
 def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, config: Config) -> PredictTask:
-    """Fit a machine to a task, by squared error or cross-entropy; that of the validation labels chooses the epoch."""
+    """Fit a machine to a task, by squared error or cross-entropy; the loss of the validation labels chooses the epoch."""
     manifest = data.dataset.manifest
     is_binary = manifest.tasks[column].kind == "binary"
     criterion, penalty = (F.binary_cross_entropy_with_logits, BINARY_PENALTY) if is_binary else (F.mse_loss, VALUE_PENALTY)
@@ -193,7 +193,7 @@ def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, co
 
 @dataclass(frozen=True)
 class ImplicitFactors(Baseline):
-    """Ranks by item vectors and the user vector that fits the history best, whoever the user is."""
+    """Ranks by item vectors and the user vector that fits the history best."""
 
     items: NDArray[np.float32]  # (I + 1, W)
     weight: float

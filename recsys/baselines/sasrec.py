@@ -33,7 +33,7 @@ ONLY_IDS = {
     "model.ranker": {},
     "fairness": {},
 }
-"""What makes a configured model SASRec; width, depth, dropout and loss stay what they are."""
+"""Settings that make a configured model SASRec; width, depth, dropout and loss stay as configured."""
 
 
 @dataclasses.dataclass(frozen=True)

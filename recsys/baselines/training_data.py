@@ -19,12 +19,12 @@ from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 
 MIN_USERS_OF_VALUE = 5
-"""A value of a user attribute that fewer users have tells nothing that the user's id does not."""
+"""A rarer value of a user attribute adds nothing to the user's id."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a baseline may see. `validation` may choose between epochs or settings, and trains nothing; test targets are not here.
+    """What a baseline may use. `validation` may choose between epochs or settings, and trains nothing; test targets are left out.
 
     Shapes: U users, I items, A attributes.
     """
@@ -48,12 +48,12 @@ class TrainingData:
 
     @property
     def num_items(self) -> int:
-        """Items, the padding item not counted."""
+        """Number of items without padding."""
         return self.catalogue.num_items
 
     @cached_property
     def matrix(self) -> csr_array:
-        """Which items each user has in training, (U, I + 1) of zeros and ones."""
+        """Items of each user in training, (U, I + 1) of zeros and ones."""
         shape = (self.num_users, self.num_items + 1)
         owners, items = self.train.owners, self.train.items
         matrix = csr_array((np.ones(len(items), np.float32), (owners, items)), shape=shape)

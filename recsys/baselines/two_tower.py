@@ -19,12 +19,12 @@ LEARNING_RATE = 0.005
 
 
 class TwoTower(nn.Module, Baseline):
-    """Ranks by the product of the towers; of a user not known only the history counts.
+    """Ranks by the product of the towers; a user not in training is the history alone.
 
     Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width.
     """
 
-    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not known, column 0 is none, so that there is a column
+    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not in training, column 0 is always 0, so that there is a column
 
     def __init__(self, data: TrainingData, config: Config) -> None:
         super().__init__()

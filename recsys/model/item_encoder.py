@@ -18,12 +18,12 @@ ENCODE_CHUNK = 256
 """Texts that a refresh encodes at once."""
 
 PRESENCE = {"id": "train_count", "text": "has_text", "categories": "categories", "numbers": "has_number", "vector": "vectors"}
-"""The buffer whose row says, by anything but zeros, that an item has something of a source."""
+"""The buffer that is not zero in the rows of items that have a source."""
 
 
 @dataclass(frozen=True)
 class ItemText:
-    """What the item encoder gets of the text: frozen vectors, or tokens and the backbone to train. Row 0 is padding.
+    """Text inputs of the item encoder: frozen vectors, or tokens and the backbone to train. Row 0 is padding.
 
     Shapes: I items, H the language model's width, T most tokens of one text.
     """
@@ -74,8 +74,8 @@ class ItemEncoder(nn.Module):
         self.register_buffer("tokens", text.tokens, persistent=False)
         self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,) on the CPU
         self.group_widths = group_widths(self.token_counts)
-        is_kept = config.keeps_texts and text.encoder is not None
-        self.register_buffer("kept_text", torch.zeros(catalogue.num_items + 1, text.encoder.width) if is_kept and text.encoder else None)
+        kept = torch.zeros(catalogue.num_items + 1, text.encoder.width) if config.keeps_texts and text.encoder else None
+        self.register_buffer("kept_text", kept)
 
     def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
         """Encode items (D,), or the whole catalogue in its order where they are not given; return (D, W), zero for padding.
@@ -95,24 +95,20 @@ class ItemEncoder(nn.Module):
         return self._join(vectors, present), vectors.get("text") if self.is_text_asked else None
 
     def _has(self, name: str, items: Tensor | None) -> Tensor:
-        """Return which items have anything of a source (D,); padding has nothing."""
+        """Return which items have a source (D,); padding has none."""
         has = _rows(self.get_buffer(PRESENCE[name]), items) != 0
         return has if has.dim() == 1 else has.any(1)
 
     def _encode_source(self, name: str, items: Tensor | None, on_host: Tensor | None, present: Tensor) -> Tensor:
         """Return a source's vectors (D, W), zero where not present (D,)."""
-        source = self.sources[name]
-        if name == "id":
-            return source(items, present)
-        if name == "categories":
-            return source(_rows(self.categories, items))
+        features = items
         if name == "text":
             features = self._text(items, on_host)
         elif name == "numbers":
             features = torch.cat([_rows(self.numbers, items), _rows(self.has_number, items).float()], 1)
-        else:
-            features = _rows(self.vectors, items)
-        vectors: Tensor = source(features)
+        elif name != "id":
+            features = _rows(self.categories if name == "categories" else self.vectors, items)
+        vectors: Tensor = self.sources[name](features)
         return vectors * present.unsqueeze(1).to(vectors.dtype)
 
     def _text(self, items: Tensor | None, on_host: Tensor | None = None) -> Tensor:
@@ -143,7 +139,7 @@ class ItemEncoder(nn.Module):
         self.kept_text.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Weight the sources' vectors; an only one stands for itself."""
+        """Sum the sources' vectors, weighted by the gate; a single source is taken as it is."""
         if len(vectors) == 1:
             return next(iter(vectors.values()))
         logits = reduce(torch.add, [self.gates[name](vector) for name, vector in vectors.items()])  # (D, S)
@@ -181,10 +177,9 @@ class IdTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_items + 1, width) * width**-0.5)  # (I + 1, W)
 
-    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
-        """Return vectors (D, W), zero where not present (D,); without `items` those of the whole catalogue, and gather nothing."""
-        rows = self.weight if items is None else F.embedding(items, self.weight)
-        return rows * present.unsqueeze(1).to(rows.dtype)
+    def forward(self, items: Tensor | None) -> Tensor:
+        """Return vectors (D, W); without `items` those of the whole catalogue, and gather nothing."""
+        return self.weight if items is None else F.embedding(items, self.weight)
 
 
 class HashedIds(nn.Module):
@@ -200,11 +195,10 @@ class HashedIds(nn.Module):
         self.num_items, self.num_hashes = num_items, num_hashes
         self.weight = nn.Parameter(torch.randn(num_buckets, width) * (num_hashes * width) ** -0.5)  # (B, W)
 
-    def forward(self, items: Tensor | None, present: Tensor) -> Tensor:
+    def forward(self, items: Tensor | None) -> Tensor:
         """Return vectors as `IdTable` does."""
-        rows, signs = self.pick(torch.arange(self.num_items + 1, device=present.device) if items is None else items)
-        weights = (signs * present.unsqueeze(1)).to(self.weight.dtype)
-        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=weights)
+        rows, signs = self.pick(torch.arange(self.num_items + 1, device=self.weight.device) if items is None else items)
+        return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=signs.to(self.weight.dtype))
 
     def pick(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of items (D,) and their signs, both (D, H)."""
@@ -213,7 +207,7 @@ class HashedIds(nn.Module):
 
 
 class Projection(nn.Module):
-    """Brings features (D, F) to the model's width (D, W), at the length of an id vector, per dimension and learned."""
+    """Projects features to the model's width, normalized, with a learned scale that starts at the length of an id vector."""
 
     def __init__(self, num_features: int, width: int) -> None:
         super().__init__()

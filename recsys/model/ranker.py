@@ -70,7 +70,7 @@ class ValueRegression(nn.Module):
 
 
 def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueRegression | None:
-    """Build it where the config wants it.
+    """Build the regression, or None where the ranker is of another kind.
 
     Raises:
         UserError: the data has no values.
@@ -94,8 +94,8 @@ class Ranker(nn.Module):
     item's text alone as the item encoder projects it, zero where there is none; history is u . v, the score that retrieval ranks by.
     Both gates are a number per task and start at 0.
 
-    `regression`: tasks made of values are a x r + c, a and c learned per task, r being what `regression` expects the user to say of the
-    item; the others are f_P as in `concatenation`. A user is then the state and the weights of the regression beside it.
+    `regression`: tasks made of values are a x r + c, a and c learned per task, r being the value that `regression` predicts;
+    the others are f_P as in `concatenation`. A user is then the state, joined with the weights of the regression.
     """
 
     log_negative_rates: Tensor  # (T,)
@@ -135,7 +135,7 @@ class Ranker(nn.Module):
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
     def read_users(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
-        """Return what pairs are scored by of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
+        """Return the ranker's input for users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
         if self.regression is None:
             return users
         return torch.cat([users, self.regression(users, vectors, histories, places).to(users.dtype)], 1)

@@ -33,8 +33,8 @@ LARGEST_DUAL_SUM = 0.9
 class RetrievalScores:
     """Scores items for users by the product of their vectors. Shapes: B users, I items, C candidates.
 
-    An item without interactions in training that has neither text nor features for the model to go by, has a vector of zeros. Its score
-    of 0 would beat every negative one, so it is given one below all others of the user: such items rank last, by index among themselves.
+    An item without training interactions, text and features has a vector of zeros. Its score of 0 would beat every negative one, so it
+    gets one below all others of the user: such items rank last, by index among themselves.
     """
 
     def __init__(self, items: Tensor) -> None:
@@ -92,7 +92,7 @@ def gbce(
 ) -> Loss:
     """Sum binary cross-entropy with a calibrated positive (gBCE: Petrov and Macdonald 2023), over uniform negatives.
 
-    With a = K / (num_items - 1), the positive's log probability is weighed by b = 1 - calibration (1 - a); each target's loss is the
+    With a = K / (num_items - 1), the positive's log probability is weighted by b = 1 - calibration (1 - a); each target's loss is the
     mean over its K + 1 terms. Shapes as in `sampled_softmax`.
     """
     rate = min(1.0, len(negatives) / max(1, num_items - 1))
@@ -116,12 +116,15 @@ def gather_from_ranks(rows: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    numbers = [int(size) for size in sizes]
+    numbers = _stack_ranks(torch.tensor([len(rows)], device=rows.device)).flatten().tolist()
     padded = torch.cat([rows, rows.new_zeros(max(numbers) - len(rows), *rows.shape[1:])])
-    gathered = _gather(padded)
-    return torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
+    return torch.cat([part[:number] for part, number in zip(_gather(padded), numbers, strict=True)])
+
+
+def _stack_ranks(tensor: Tensor) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
 
 
 class _Gather(torch.autograd.Function):
@@ -129,9 +132,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.stack(parts)
+        return _stack_ranks(tensor)
 
     @staticmethod
     @once_differentiable
