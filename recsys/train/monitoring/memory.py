@@ -143,10 +143,9 @@ def _num_elements(part: object) -> int:
 
 
 def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
-    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and gradients kept before.
+    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and earlier gradients.
 
-    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away as soon as it is there counts
-    as long as it is there.
+    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away at once counts until then.
     """
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     state = {name: _without_content(parameter, dtype) for name, parameter in module.named_parameters()}
