@@ -32,7 +32,8 @@ def run(config: Config) -> dict[str, Any]:
         recompute_activations(objective.module)
     plan = plan_step(objective.module, next(iter(objective.steps(0))), training, training.min_workers)
     logger.info("memory of each of %d workers, by part:\n%s", training.min_workers, plan.table())
-    return {"num_workers": training.min_workers, "zero_stage": training.zero_stage, "peak_bytes": plan.peak_bytes, **plan.as_dict()}
+    of = {"num_workers": training.min_workers, "zero_stage": training.zero_stage}
+    return {**of, "peak_bytes": plan.peak_bytes, "parts": plan.parts, **plan.phases}
 
 
 if __name__ == "__main__":

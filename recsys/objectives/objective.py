@@ -69,8 +69,10 @@ MakeObjective = Callable[[Config, Dataset, torch.device, Ranks], Objective]
 """Builds a rank's objective; its initial weights depend on the config's seed alone. All of `Ranks` must call this."""
 
 
-def shapes_of(batch: object) -> str:
-    """List the shapes of a batch's tensors, such as `targets (640,)`."""
-    parts = vars(batch).items() if dataclasses.is_dataclass(batch) else ()
-    shapes = [f"{name} {tuple(part.shape)}" if isinstance(part, Tensor) else shapes_of(part) for name, part in parts]
-    return ", ".join(filter(None, shapes))
+def tensors_of(part: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch, or of a dataclass in it, with the names of their fields."""
+    if isinstance(part, Tensor):
+        yield name, part
+    elif dataclasses.is_dataclass(part):
+        for field, value in vars(part).items():
+            yield from tensors_of(value, field)

@@ -15,7 +15,7 @@ from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.model.text.catalogue_text import Ranks
 from recsys.model.user_encoder import recompute_activations
-from recsys.objectives.objective import MakeObjective, MicroBatch, shapes_of
+from recsys.objectives.objective import MakeObjective, MicroBatch, tensors_of
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.engine import Engine, learning_rate_factor
 from recsys.train.failures import Attempt, NonFiniteError, StoppedError, TrainingError, describe
@@ -74,8 +74,8 @@ class Trainer:
                     self._train_epoch()
                     self._end_epoch()
         except Exception as error:
-            size = self.config.training.micro_batch_size
-            raise TrainingError(describe(error, self.rank, self.state.step, shapes_of(self._batch), size)) from error
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors_of(self._batch))
+            raise TrainingError(describe(error, self.rank, self.state.step, shapes, self.config.training.micro_batch_size)) from error
         return self.state
 
     def _check_memory(self) -> None:

@@ -12,8 +12,8 @@ from recsys.train.failures import Failure
 class Incident(BaseModel, frozen=True, extra="forbid"):
     """A return to a checkpoint: why, to which step, and what it cost.
 
-    `seconds` runs from that checkpoint to the end of the first new step: work that was lost, and the parts of the restart that follow. If
-    the process that trained was lost too, the time between its last sign of life and the next one's start is not among them.
+    `seconds` runs from that checkpoint to the end of the first new step: lost work, and the parts of the restart that follow. If the
+    owner was lost too, the time between its last sign of life and the next one's start is not included.
     """
 
     causes: tuple[Failure, ...]
@@ -25,7 +25,7 @@ class Incident(BaseModel, frozen=True, extra="forbid"):
 
 
 class Epoch(BaseModel, frozen=True, extra="forbid"):
-    """What came of an epoch: up to which step it went, the means of its losses, its validation by the main metric, its speed."""
+    """An epoch's last step, mean losses, validation by the main metric, and speed."""
 
     step: int
     losses: dict[str, float]
@@ -35,12 +35,11 @@ class Epoch(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrainingState(BaseModel, extra="forbid"):
-    """Where a run is: everything the loop needs to resume besides the engine's and the random generators' state.
+    """Where a run is.
 
-    `history` has an entry per epoch that came to its end; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
+    `history` has an entry per finished epoch; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
     `skipped_steps` are those (from 0) whose samples made no update, since their loss was not finite. Seconds are those of steps that
-    count: what a kill took back is not among them, but in `wall_seconds`. `saved_at` is seconds since 1970.
-    `objective` is the objective's own state.
+    count; `wall_seconds` includes what a kill took back. `saved_at` is seconds since 1970. `objective` is the objective's own state.
     """
 
     step: int = 0
@@ -86,7 +85,7 @@ class TrainingState(BaseModel, extra="forbid"):
             self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss * num_samples
 
     def record_validation(self, metrics: dict[str, float], metric: str) -> None:
-        """Note an epoch's validation, what its steps came to, and whether it is the best so far."""
+        """Record an epoch's validation, the means over its steps, and whether it is the best so far."""
         self.validation = metrics
         losses = {name: total / max(1, self.epoch_samples) for name, total in self.loss_sums.items()}
         speed = self.epoch_samples / max(self.epoch_seconds, 1e-9)

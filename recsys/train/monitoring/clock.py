@@ -16,19 +16,21 @@ class Clock:
         self.attempt, self._world_size = attempt, world_size
         self._constructed_at = self._loaded_at = time.time()
         self._resumed: CheckpointManifest | None = None
+        self._is_same_owner = False  # the process that made this attempt was there when the checkpoint was saved
         self._since, self._wall_seconds, self._has_stepped = attempt.owned_since, 0.0, False
         self._lost_seconds = 0.0  # from the checkpoint to the end of the owner before
 
     def loaded(self, resumed: CheckpointManifest | None) -> None:
         """Note that the model is built and its state loaded, from a checkpoint or from nothing."""
         self._loaded_at, self._resumed = time.time(), resumed
-        if resumed is not None:
-            self._wall_seconds = resumed.state.wall_seconds
-            if self._is_same_owner:
-                self._since = resumed.state.saved_at
-            elif self.attempt.lost_at is not None:
-                self._lost_seconds = max(0.0, self.attempt.lost_at - resumed.state.saved_at)
-                self._wall_seconds += self._lost_seconds
+        if resumed is None:
+            return
+        self._is_same_owner = resumed.token == self.attempt.token > 0
+        if self._is_same_owner:
+            self._since = resumed.state.saved_at
+        elif self.attempt.lost_at is not None:
+            self._lost_seconds = max(0.0, self.attempt.lost_at - resumed.state.saved_at)
+        self._wall_seconds = resumed.state.wall_seconds + self._lost_seconds
 
     @contextmanager
     def stall(self, state: TrainingState) -> Iterator[None]:
@@ -63,8 +65,3 @@ class Clock:
             seek_seconds=wait_seconds,
         )
         state.incidents.append(incident)
-
-    @property
-    def _is_same_owner(self) -> bool:
-        """Whether the process that made this attempt was there when the checkpoint was saved, and all the time since."""
-        return self._resumed is not None and self._resumed.token == self.attempt.token > 0

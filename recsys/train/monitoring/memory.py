@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from recsys.config.training import TrainingConfig
 from recsys.errors import UserError
-from recsys.objectives.objective import MicroBatch
+from recsys.objectives.objective import MicroBatch, tensors_of
 from recsys.train.engine import BUCKET_ELEMENTS
 from recsys.train.torch_internals import TorchDispatchMode, replaced, storage_id, tree_leaves
 
@@ -57,10 +57,6 @@ class MemoryPlan:
     def peak_bytes(self) -> int:
         """The most that is held at once."""
         return sum(self.parts.values()) + max(sum(phase.values()) for phase in self.phases.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the parts in bytes."""
-        return {"parts": dict(self.parts), **{phase: dict(parts) for phase, parts in self.phases.items()}}
 
     def table(self) -> str:
         """Return a line per part, in MiB."""
@@ -129,24 +125,18 @@ def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: Traini
     """Predict the bytes on one of `world_size` workers from the largest micro batch of a step of its own, which sets training mode."""
     module.train()
     try:
-        activation_bytes = _trace_activations(module, max(batches, key=_num_elements), training, len(batches) > 1)
+        largest = max(batches, key=lambda batch: sum(tensor.numel() for _, tensor in tensors_of(batch)))
+        activation_bytes = _trace_activations(module, largest, training, len(batches) > 1)
     except (NotImplementedError, RuntimeError) as error:
         logger.warning("memory: how much this model's activations take cannot be told in advance (%s)", " ".join(str(error).split())[:200])
         activation_bytes = 0
     return plan_memory(ModelSize.of(module), training, world_size, activation_bytes)
 
 
-def _num_elements(part: object) -> int:
-    if isinstance(part, Tensor):
-        return part.numel()
-    return sum(_num_elements(each) for each in vars(part).values()) if dataclasses.is_dataclass(part) else 0
-
-
 def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
-    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and gradients kept before.
+    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and earlier gradients.
 
-    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away as soon as it is there counts
-    as long as it is there.
+    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away at once counts until then.
     """
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     state = {name: _without_content(parameter, dtype) for name, parameter in module.named_parameters()}

@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from recsys.train.deepspeed_internals import import_deepspeed
-from recsys.train.torch_internals import TorchDispatchMode, storage_id, tree_leaves
+from recsys.train.torch_internals import TorchDispatchMode, replaced, storage_id, tree_leaves, tree_map_only
 
 
 def test_a_storage_id_tells_memory_apart_also_without_addresses() -> None:
@@ -26,6 +26,24 @@ def test_a_dispatch_mode_sees_operators_and_leaves_are_flat() -> None:
         torch.ones(2) + 1
     assert any("add" in name for name in seen)
     assert tree_leaves(([1, {"a": 2}], {"b": (3,)})) == [1, 2, 3]
+
+
+def test_containers_are_mapped_and_what_is_a_leaf_may_be_chosen() -> None:
+    tree = {"sizes": [torch.Size((2, 3))], "number": 1.5}
+    mapped = tree_map_only(int, lambda number: number + 1, tree, is_leaf=lambda part: isinstance(part, torch.Size))
+    assert mapped == tree
+    assert isinstance(mapped["sizes"][0], torch.Size)
+    assert tree_map_only(int, lambda number: number + 1, ({"a": 1}, "b")) == ({"a": 2}, "b")
+
+
+def test_what_is_replaced_comes_back_after_an_error() -> None:
+    before = torch.compile
+    try:
+        with replaced(torch, "compile", None):
+            assert torch.compile is None
+            raise KeyError
+    except KeyError:
+        assert torch.compile is before
 
 
 def test_deepspeed_still_has_what_is_set_and_read() -> None:
