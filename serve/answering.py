@@ -10,7 +10,7 @@ import torch
 from recsys.arrays import Integers
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
-from recsys.exports.load import load_export
+from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import ExportManifest, Registry
 from recsys.predictor import Predictor, Ranking

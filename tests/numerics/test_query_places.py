@@ -21,8 +21,7 @@ from recsys.errors import UserError
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.queries import MADE_PROTOCOL, TYPED_PROTOCOL
 from recsys.evaluation.report.page import make_report
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
