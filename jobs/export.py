@@ -49,7 +49,7 @@ def version_of(checkpoint: "CheckpointManifest") -> str:
 
 def _publish(config: Config, storage: Storage, registry: Registry, version: str) -> ExportManifest:
     from recsys.evaluation.evaluator import evaluate
-    from recsys.exports.write import write_export
+    from recsys.exports.files import write_export
     from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
 
     checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)

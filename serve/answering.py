@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from recsys.arrays import Integers
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
-from recsys.exports.load import load_export
+from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
 from recsys.predictor import Predictor, Ranking

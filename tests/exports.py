@@ -12,10 +12,9 @@ from recsys import __version__
 from recsys.config import Config, load_config
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
-from recsys.exports.load import Export
+from recsys.exports.files import Export, write_export
 from recsys.exports.profiles import ArrowProfiles
 from recsys.exports.registry import Registry
-from recsys.exports.write import write_export
 from recsys.model.recommender import build_recommender
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor

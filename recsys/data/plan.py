@@ -10,9 +10,11 @@ one sample at most, and each stream is shuffled within windows of some row group
 - every sample occurs once: the last step is smaller, and no rank's share of a step differs from another's by over one.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 
 import numpy as np
 
@@ -84,26 +86,18 @@ class EpochPlan:
             is_here = numbers % self.num_streams == stream
             places = numbers[is_here] // self.num_streams
             windows = self.windows(stream)[self.window_at(stream, places[0]) : self.window_at(stream, places[-1]) + 1]
-            ids[is_here] = np.concatenate([self.window_ids(window) for window in windows])[places - windows[0].begin]
+            ids[is_here] = np.concatenate([self.line_ids(window)[self.shuffle(window)] for window in windows])[places - windows[0].begin]
         return ids
 
     def windows(self, stream: int) -> tuple[Window, ...]:
         """Cut a stream into the windows that are shuffled, in the order in which they are read."""
         if stream not in self._cut:
-            windows = tuple(self._cut_stream(stream))
-            self._cut[stream] = windows, np.array([window.begin for window in windows])
-        return self._cut[stream][0]
+            self._cut[stream] = tuple(self._cut_stream(stream))
+        return self._cut[stream]
 
     def window_at(self, stream: int, place: int) -> int:
         """Return the number of the window that holds a place of a stream; of a place past its end, how many windows there are."""
-        windows = self.windows(stream)
-        if not windows or place >= windows[-1].end:
-            return len(windows)
-        return int(np.searchsorted(self._cut[stream][1], place, side="right")) - 1
-
-    def window_ids(self, window: Window) -> Integers:
-        """Return the sample ids of a window, in the plan's order."""
-        return self.line_ids(window)[self.shuffle(window)]
+        return bisect_right(self.windows(stream), place, key=attrgetter("end"))
 
     def line_ids(self, window: Window) -> Integers:
         """Return the sample ids of a window's spans, laid end to end."""
@@ -136,7 +130,7 @@ class EpochPlan:
             yield window
 
     @cached_property
-    def _cut(self) -> dict[int, tuple[tuple[Window, ...], Integers]]:
+    def _cut(self) -> dict[int, tuple[Window, ...]]:
         return {}
 
     @cached_property

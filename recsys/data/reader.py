@@ -3,9 +3,10 @@
 import itertools
 import math
 import os
-import queue
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,28 +84,27 @@ class Reader:
         return EpochPlan(self._row_group_sizes, training.global_batch_size, self._num_streams, window, training.seed, epoch)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield the micro batches of each step from `first_step` to the epoch's end.
+        """Yield the micro batches of each step from `first_step` to the epoch's end, built on another thread.
 
-        An error on the reading thread is raised here, at the step that it belongs to.
+        An error there is raised here, at the step that it belongs to.
         """
-        ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(maxsize=PREFETCHED_STEPS)
-        is_closed = threading.Event()
-        thread = threading.Thread(target=self._fill, args=(epoch, first_step, ready, is_closed), daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            is_closed.set()
-            while thread.is_alive():
-                with ready.mutex:
-                    ready.queue.clear()
-                    ready.not_full.notify_all()
-                thread.join(timeout=0.05)
+        last_step, rows = self.plan(epoch).num_steps, self.rows(epoch, first_step)
 
-    def rows(self, epoch: int, first_step: int = 0) -> Iterator[Sequences]:
+        def read(step: int) -> list[Batch]:
+            return self._collate_step(next(rows), *self._negatives.draw(epoch, step), epoch)
+
+        with closing(rows), ThreadPoolExecutor(1, thread_name_prefix="collate") as thread:
+            ahead = deque(thread.submit(read, step) for step in range(first_step, min(first_step + PREFETCHED_STEPS, last_step)))
+            try:
+                for step in range(first_step + PREFETCHED_STEPS, last_step + PREFETCHED_STEPS):
+                    batches = ahead.popleft().result()
+                    if step < last_step:
+                        ahead.append(thread.submit(read, step))
+                    yield batches
+            finally:
+                thread.shutdown(wait=False, cancel_futures=True)
+
+    def rows(self, epoch: int, first_step: int = 0) -> Generator[Sequences, None, None]:
         """Yield this rank's rows of each step, uncollated and on the calling thread, decoded ahead on others."""
         plan, share = self.plan(epoch), self._share
         begin = first_step * plan.global_batch_size
@@ -121,18 +121,6 @@ class Reader:
                     yield rows[start:stop]
         finally:
             loader.close()
-
-    def _fill(
-        self, epoch: int, first_step: int, ready: "queue.Queue[list[Batch] | BaseException | None]", is_closed: threading.Event
-    ) -> None:
-        try:
-            for step, rows in enumerate(self.rows(epoch, first_step), start=first_step):
-                if is_closed.is_set():
-                    return
-                ready.put(self._collate_step(rows, *self._negatives.draw(epoch, step), epoch))
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
 
     def _collate_step(self, rows: Sequences, negatives: torch.Tensor, log_q: torch.Tensor, epoch: int) -> list[Batch]:
         num_micro_batches = self._share.accumulation_steps

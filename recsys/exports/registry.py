@@ -22,6 +22,11 @@ MANIFEST_NAME = "manifest.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LOWER_IS_BETTER = ("logloss", "rmse")
 
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
@@ -46,7 +51,7 @@ class ExportManifest(_Record):
     format_version: Literal[1] = 1
     name: Name
     version: Name
-    created_at: str
+    created_at: str = Field(default_factory=_now)
     attempt: Name
     files: tuple[ExportFile, ...]
     metadata: dict[str, Any]
@@ -59,7 +64,7 @@ class AliasEntry(_Record):
     version: Name
     action: Literal["promote", "roll_back"]
     reason: str
-    created_at: str
+    created_at: str = Field(default_factory=_now)
 
 
 class Registry:
@@ -84,7 +89,6 @@ class Registry:
         manifest = ExportManifest(
             name=self._name,
             version=version,
-            created_at=_now(),
             attempt=f"files-{uuid.uuid4().hex}",
             files=tuple(
                 ExportFile(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path))
@@ -93,11 +97,11 @@ class Registry:
             metadata=metadata,
         )
         for file in manifest.files:
-            self._storage.upload(folder / file.path, self._file_uri(manifest, file))
-        if self._storage.create(self._manifest_uri(version), manifest.model_dump_json(indent=1).encode()):
-            return self.manifest(version), True
-        self._storage.delete_tree(join(self._root, "versions", version, manifest.attempt))
-        return self.manifest(version), False
+            self._storage.upload(folder / file.path, self._file_uri(manifest, file.path))
+        is_new = self._storage.create(self._manifest_uri(version), manifest.model_dump_json(indent=1).encode())
+        if not is_new:
+            self._storage.delete_tree(join(self.uri(version), manifest.attempt))
+        return self.manifest(version), is_new
 
     def uri(self, version: str) -> str:
         """Return the folder of a version."""
@@ -138,7 +142,7 @@ class Registry:
             local = Path(join(str(target), file.path))
             if _find_damage(local, file) is None:
                 continue
-            uri = self._file_uri(manifest, file)
+            uri = self._file_uri(manifest, file.path)
             self._storage.download(uri, local)
             damage = _find_damage(local, file)
             if damage is not None:
@@ -148,7 +152,7 @@ class Registry:
 
     def read(self, manifest: ExportManifest, path: str) -> bytes:
         """Read one small file of a version, unverified."""
-        return self._storage.read_bytes(join(self._root, "versions", manifest.version, manifest.attempt, path))
+        return self._storage.read_bytes(self._file_uri(manifest, path))
 
     def history(self, alias: str) -> list[AliasEntry]:
         """Read all generations of an alias, oldest first."""
@@ -181,9 +185,7 @@ class Registry:
                 return False
             if latest and latest.version == version:
                 return True
-            if self._append(
-                alias, AliasEntry(generation=generation + 1, version=version, action="promote", reason=reason, created_at=_now())
-            ):
+            if self._append(alias, AliasEntry(generation=generation + 1, version=version, action="promote", reason=reason)):
                 return True
 
     def roll_back(self, alias: str, reason: str) -> str:
@@ -198,18 +200,16 @@ class Registry:
             raise UserError(
                 f"alias {alias} of export {self._name} has no earlier version; promote one of: {', '.join(self.versions()) or 'none'}"
             )
-        generation = history[-1].generation + 1
-        if not self._append(
-            alias, AliasEntry(generation=generation, version=version, action="roll_back", reason=reason, created_at=_now())
-        ):
+        entry = AliasEntry(generation=history[-1].generation + 1, version=version, action="roll_back", reason=reason)
+        if not self._append(alias, entry):
             raise UserError(f"alias {alias} of export {self._name} was moved by somebody else just now; look at it and roll back again")
         return version
 
     def _manifest_uri(self, version: str) -> str:
-        return join(self._root, "versions", _checked("version", version), MANIFEST_NAME)
+        return join(self.uri(version), MANIFEST_NAME)
 
-    def _file_uri(self, manifest: ExportManifest, file: ExportFile) -> str:
-        return join(self._root, "versions", manifest.version, manifest.attempt, file.path)
+    def _file_uri(self, manifest: ExportManifest, path: str) -> str:
+        return join(self.uri(manifest.version), manifest.attempt, path)
 
     def _alias_uri(self, alias: str) -> str:
         return join(self._root, "aliases", _checked("alias", alias))
@@ -240,10 +240,9 @@ def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, flo
     """
     if metric not in candidate:
         raise UserError(f"evaluation.metric = '{metric}': is not among the candidate's metrics; {', '.join(candidate) or 'it has none'}")
-    given = candidate[metric]
-    value = math.nan if given is None else given
-    if incumbent is None or math.isnan(value):
-        return not math.isnan(value)
+    value = candidate[metric]
+    if value is None or math.isnan(value) or incumbent is None:
+        return value is not None and not math.isnan(value)
     if metric not in incumbent:
         raise UserError(
             f"evaluation.metric = '{metric}': the promoted version was published without it; export.promote = 'always' would work"
@@ -270,8 +269,7 @@ def _find_damage(path: Path, file: ExportFile) -> str | None:
     """Say how a local file differs from what was published; None if it does not."""
     if not path.is_file():
         return "is not there"
-    num_bytes = path.stat().st_size
-    if num_bytes != file.num_bytes:
+    if (num_bytes := path.stat().st_size) != file.num_bytes:
         return f"has {num_bytes} bytes where the manifest says {file.num_bytes}"
     return None if sha256_of(path) == file.sha256 else "has another sha256 than the manifest says"
 
@@ -280,7 +278,3 @@ def _checked(kind: str, name: str) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
         raise UserError(f"export {kind} '{name}': must be letters, digits, '.', '_' and '-', beginning with a letter or digit")
     return name
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

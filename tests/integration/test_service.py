@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from recsys.config import Config
-from recsys.exports.load import Export
+from recsys.exports.files import Export
 from recsys.launch.head import Head, free_port, start_head, stop_head
 from tests.exports import METRICS, publish_damaged_export, publish_export, service_config
 

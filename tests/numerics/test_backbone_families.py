@@ -12,8 +12,7 @@ import torch
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.text.backbones import check_backbone
 from recsys.objectives.next_item import NextItem
 from recsys.predictor import Predictor

@@ -19,8 +19,7 @@ from recsys.data.sequences import Sequences
 from recsys.data.text.queries import EVALUATION_VARIANT, QueryDraws, QueryTexts, drop_words, read_queries
 from recsys.errors import UserError
 from recsys.evaluation.evaluator import MADE_PROTOCOL, TYPED_PROTOCOL, evaluate
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem
 from recsys.report.evaluation import evaluation_page

@@ -12,8 +12,7 @@ from recsys.data.batch import CPU_GROUP_COST, pack
 from recsys.data.labels import keep_negatives
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.ranker import Ranker, TaskLosses
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.objectives.next_item import NextItem

@@ -11,8 +11,7 @@ from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.predictor import Predictor, top_k
 from recsys.store import Storage

@@ -79,7 +79,7 @@ def test_streams_share_the_samples_to_the_row_and_windows_tile_them(plan: EpochP
         assert [window.begin for window in windows] == np.cumsum([0, *(window.num_samples for window in windows)])[: len(windows)].tolist()
         assert all(len(window.groups) <= max(1, plan.window) for window in windows)
         lengths.append(sum(window.num_samples for window in windows))
-        rows += [sample for window in windows for sample in plan.window_ids(window).tolist()]
+        rows += [sample for window in windows for sample in plan.line_ids(window)[plan.shuffle(window)].tolist()]
     assert max(lengths) - min(lengths) <= 1
     assert sorted(rows) == list(range(plan.num_samples))
 

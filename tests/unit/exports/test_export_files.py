@@ -10,8 +10,7 @@ import torch
 from recsys.config import load_config
 from recsys.data.manifest import Shard
 from recsys.data.sequences import HISTORY_COLUMNS
-from recsys.exports.load import load_export
-from recsys.exports.write import write_export
+from recsys.exports.files import load_export, write_export
 from recsys.model.recommender import build_recommender
 from recsys.schema import CATALOGUE_SCHEMA
 from recsys.store import Storage

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from recsys.data.sequences import Sequences
-from recsys.exports.load import Export
+from recsys.exports.files import Export
 from recsys.exports.registry import Registry
 from recsys.store import Storage
 from serve.answering import Answerer

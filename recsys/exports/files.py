@@ -1,0 +1,129 @@
+"""An export's files, in formats that run no code when they are loaded: written, loaded, and held against golden answers."""
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recsys.arrays import Integers
+from recsys.config import Config
+from recsys.data.items import ITEM_INDEX, CatalogueSource, ItemFeatures
+from recsys.data.manifest import Dataset, DatasetManifest
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
+from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
+from recsys.errors import UserError
+from recsys.exports.profiles import ArrowProfiles, ProfileStore, write_profiles
+from recsys.model.ranker import Ranker, build_regression
+from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
+from recsys.model.user_encoder import UserEncoder
+from recsys.predictor import Predictor
+from recsys.schema import CATALOGUE_SCHEMA, USER_ID
+
+PROJECTION = "item_encoder.sources.text."
+USERS_FILE = "users.arrow"
+USERS_FILE_0_1 = "users.parquet"
+"""What release 0.1 wrote; it is read into memory."""
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Export:
+    """A version that is loaded to answer: its predictor, and what its users did."""
+
+    predictor: Predictor
+    profiles: ArrowProfiles
+
+
+def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Dataset, folder: Path, num_golden: int) -> None:
+    """Write the files that `load_export` reads."""
+    (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
+    (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
+    _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
+    write_profiles(dataset.read_users([USER_ID, *HISTORY_COLUMNS]), folder / USERS_FILE)
+    if predictor.query_encoder is not None:
+        predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}
+    save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    vectors = {"item_vectors": predictor.item_vectors, "text_vectors": predictor.text_vectors}
+    save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")
+    golden = golden_answers(predictor, ArrowProfiles.open(folder / USERS_FILE), num_golden)
+    (folder / "golden.json").write_text(json.dumps(golden), encoding="utf-8")
+
+
+def _write_catalogue(dataset: Dataset, train_count: Integers, path: Path) -> None:
+    """Write the catalogue part by part, with the training interactions of all versions counted, (I + 1,)."""
+    column = CATALOGUE_SCHEMA.get_field_index("train_count")
+    with pq.ParquetWriter(path, CATALOGUE_SCHEMA) as writer:
+        for part in CatalogueSource.of_dataset(dataset).sorted_rows(CATALOGUE_SCHEMA.names[1:]):
+            counts = pa.array(train_count[part[ITEM_INDEX].to_numpy()], pa.int64())
+            writer.write_table(part.set_column(column, "train_count", counts).cast(CATALOGUE_SCHEMA))
+
+
+def load_export(folder: Path, scratch: Path | None = None) -> Export:
+    """Load a version, whose files the registry has verified; with `scratch` the processes of a node share the catalogue.
+
+    Raises:
+        UserError: the export is of another format, or the loaded model does not give the golden scores that it was published with.
+    """
+    config = Config.model_validate_json((folder / "config.json").read_bytes())
+    manifest = DatasetManifest.parse((folder / "dataset.json").read_bytes(), str(folder / "dataset.json"))
+    catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)
+    vectors, weights = load_file(folder / "item_vectors.safetensors"), load_file(folder / "model.safetensors")
+
+    def weights_of(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): weight.float() for name, weight in weights.items() if name.startswith(prefix)}
+
+    user_encoder = UserEncoder(config, manifest)
+    ranker = Ranker(config.model, manifest.tasks, "text_vectors" in vectors, regression=build_regression(config.model, manifest))
+    user_encoder.load_state_dict(weights_of("user_encoder."))
+    ranker.load_state_dict(weights_of("ranker."))
+    has_queries = config.model.has_queries
+    queries = QueryEncoder.load(folder / TOKENIZER_AND_BACKBONE, config, weights_of(PROJECTION)) if has_queries else None
+    predictor = Predictor(config, manifest, catalogue, user_encoder.eval(), ranker.eval(), **vectors, query_encoder=queries)
+    if (folder / USERS_FILE).exists():
+        profiles = ArrowProfiles.open(folder / USERS_FILE)
+    else:
+        profiles = ArrowProfiles.of_users(pq.read_table(folder / USERS_FILE_0_1))
+    check_golden(predictor, profiles, json.loads((folder / "golden.json").read_bytes()))
+    return Export(predictor, profiles)
+
+
+def golden_answers(predictor: Predictor, profiles: ArrowProfiles, num_users: int, k: int = 10) -> list[dict[str, Any]]:
+    """Answer for some users. A model that learned queries answers each once more, for words of the text of the item taken last."""
+    users = list(islice(profiles.items(), num_users))
+    asked: list[tuple[str, str | None, Sequences]] = [(user_id, None, history) for user_id, history in users]
+    if predictor.query_encoder is not None:
+        taken = [(user_id, item, history) for user_id, history in users for item in history.items[-1:].tolist()]
+        texts = predictor.catalogue.texts
+        asked += [(user_id, drop_words(texts[item], item, EVALUATION_VARIANT), history) for user_id, item, history in taken]
+    if not asked:
+        return []
+    user_ids, queries, histories = zip(*asked, strict=True)
+    rankings = predictor.recommend(histories, k, [history.items for history in histories], queries)
+    return [
+        {"user_id": user_id, "query": query, "items": ranking.items.tolist(), "scores": ranking.scores.tolist()}
+        for user_id, query, ranking in zip(user_ids, queries, rankings, strict=True)
+    ]
+
+
+def check_golden(predictor: Predictor, profiles: ProfileStore, golden: list[dict[str, Any]]) -> None:
+    """Compare with the published answers.
+
+    Raises:
+        UserError: a user is missing, or a score differs by more than `TOLERANCE`.
+    """
+    for row in golden:
+        history = profiles.find(str(row["user_id"]))
+        if history is None:
+            raise UserError(f"export: user {row['user_id']} of its golden answers is missing; publish it again")
+        scores = predictor.score_catalogue([history], [row.get("query")]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
+        if not np.allclose(scores, row["scores"], rtol=TOLERANCE, atol=TOLERANCE):
+            raise UserError(f"export: user {row['user_id']} gets other scores than when it was published; publish it again")
