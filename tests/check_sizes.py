@@ -15,20 +15,21 @@ MAX_PACKAGE_FILES = 12
 PRODUCT = ("recsys/", "jobs/", "tune/", "serve/")
 SPINE = (
     "recsys/config/",
-    "recsys/data/",
+    "recsys/data/plan.py",
+    "recsys/data/reader.py",
+    "recsys/data/batch.py",
     "recsys/model/",
     "recsys/objectives/",
     "recsys/train/loop.py",
     "recsys/train/engine.py",
-    "recsys/train/state.py",
     "recsys/train/checkpoints/",
     "recsys/predictor.py",
     "recsys/exports/",
     "serve/",
 )
-"""What a reader follows from a dataset to a served answer."""
+"""What a reader follows from the config and the plan to a served answer."""
 
-LIMITS = {"product": (PRODUCT, 21_970), "spine": (SPINE, 9_350), "recsys/data": (("recsys/data/",), 2_600)}
+LIMITS = {"product": (PRODUCT, 20_320), "spine": (SPINE, 6_920), "recsys/data": (("recsys/data/",), 2_380)}
 """Most lines of each part; they only ever go down."""
 
 
