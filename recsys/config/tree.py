@@ -94,11 +94,14 @@ class Config(Section):
 
 
 def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a config, such as an older checkpoint's, with the keys of earlier releases under their present names."""
+    """Return a config, such as an older checkpoint's, with the keys and baselines of earlier releases under their present names."""
     evaluation = tree.get("evaluation")
-    if not isinstance(evaluation, dict) or "curve" not in evaluation:
+    if not isinstance(evaluation, dict):
         return tree
-    return {**tree, "evaluation": {"fairness_curve" if key == "curve" else key: value for key, value in evaluation.items()}}
+    present = {"fairness_curve" if key == "curve" else key: value for key, value in evaluation.items()}
+    if isinstance(present.get("baselines"), (list, tuple)):
+        present["baselines"] = [name.replace("factorisation", "factorization") for name in map(str, present["baselines"])]
+    return {**tree, "evaluation": present}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -83,6 +83,8 @@ def test_a_key_under_its_former_name_is_read(tmp_path: Path) -> None:
     saved["evaluation"]["curve"] = [*saved["evaluation"].pop("fairness_curve"), "s3://other"]
     assert Config.model_validate(saved).evaluation.fairness_curve == ("s3://other",)
     assert Config.model_validate_json(json.dumps(saved)).evaluation.fairness_curve == ("s3://other",)
+    saved["evaluation"]["baselines"] = ["matrix_factorisation", "sasrec"]
+    assert Config.model_validate(saved).evaluation.baselines == ("matrix_factorization", "sasrec")
     path = tmp_path / "former.toml"
     path.write_text("[evaluation]\ncurve = ['s3://other']\n")
     config = load_config(path)
