@@ -1,6 +1,7 @@
 """What is hidden of the texts and which pairs are drawn: the rules, and that a draw depends on seed, epoch and item alone."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,7 @@ def test_partners_are_drawn_by_how_often_they_were_taken_together_and_never_from
 
 def test_the_texts_are_split_by_a_hash(dataset: Dataset, tmp_path: Path) -> None:
     catalogue = ItemFeatures.read(dataset)
+    catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[torch.tensor([5, 6])] = False
     split = TextSplit.read(dataset, catalogue, tmp_path)
     told = set(range(1, 121)) - {5, 6}
@@ -125,6 +127,7 @@ def test_the_texts_are_split_by_a_hash(dataset: Dataset, tmp_path: Path) -> None
 
 def test_a_catalogue_without_texts_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     catalogue = ItemFeatures.read(dataset)
+    catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[5:] = False
     with pytest.raises(UserError, match="has 4 items with text; pretraining needs 5 or more"):
         TextSplit.read(dataset, catalogue, tmp_path)

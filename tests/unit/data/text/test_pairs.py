@@ -1,6 +1,7 @@
 """Pairs of items that users took near one another: against a plain count over whole sequences, in one block or many."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,7 @@ def test_the_most_frequent_partners_are_those_of_a_plain_count(
 
 def test_an_item_without_text_is_nobodys_partner(dataset: Dataset, tmp_path: Path) -> None:
     catalogue = ItemFeatures.read(dataset)
+    catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[7] = False
     found = Partners.read(dataset, catalogue, 2, tmp_path / "scratch")
     assert found.items.size
@@ -87,6 +89,7 @@ def test_an_item_without_text_is_nobodys_partner(dataset: Dataset, tmp_path: Pat
 
 def test_where_there_are_no_pairs_the_error_says_what_would_work(dataset: Dataset, tmp_path: Path) -> None:
     catalogue = ItemFeatures.read(dataset)
+    catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[:] = False
     with pytest.raises(UserError, match=r"pretraining.objectives=\['masked'\] would work"):
         Partners.read(dataset, catalogue, 2, tmp_path / "scratch")
