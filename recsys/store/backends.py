@@ -21,6 +21,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, HTTPClientError, IncompleteReadError
 from pyarrow import fs
+from s3transfer.exceptions import S3DownloadFailedError
 
 from recsys.errors import UserError
 from recsys.store.errors import is_temporary, status_of
@@ -241,11 +242,15 @@ class S3Store:
     def download(self, path: str, target: Path) -> None:
         def fetch() -> None:
             before = self.stat(path)
+            replaced = ClientError({"Error": {"Code": "PreconditionFailed", "Message": "replaced while it was read"}}, "GetObject")
             with target.open("wb") as file:
-                self._client.download_fileobj(*_split_key(path), file)
+                try:
+                    self._client.download_fileobj(*_split_key(path), file)
+                except S3DownloadFailedError as error:  # a part with another ETag than the first
+                    raise replaced from error
             # After a body that broke off, boto3 writes over what it has: of an object replaced meanwhile, an old tail stays.
             if before is not None and target.stat().st_size != before.num_bytes:
-                raise ClientError({"Error": {"Code": "PreconditionFailed", "Message": "replaced while it was read"}}, "GetObject")
+                raise replaced
 
         _repeat_if_damaged(fetch)
 

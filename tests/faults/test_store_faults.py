@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from recsys.errors import UserError
+from recsys.errors import StoreError, UserError
 from recsys.store import ReplacedError, Storage, backends
 from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 
@@ -103,6 +103,15 @@ def test_a_file_of_several_parts_goes_up_and_comes_down(
         assert target.read_bytes() == LARGE
 
     assert run_until_struck(s3_proxy, copy) >= 3
+
+
+@pytest.mark.parametrize("s3_proxy", ["moto"], indirect=True)  # rclone ignores If-Match
+def test_parts_that_never_have_one_etag_end_a_download_in_one_line(faulty_storage: Storage, s3_proxy: FaultProxy, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(LARGE)
+    faulty_storage.upload(tmp_path / "source", faulty_storage.uri("large"))
+    s3_proxy.faults = Faults({"wrong_etag": 1})
+    with pytest.raises(StoreError, match=r"cannot download .*large: PreconditionFailed"):
+        faulty_storage.download(faulty_storage.uri("large"), tmp_path / "target")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
