@@ -37,36 +37,24 @@ class Ranking:
     scores: NDArray[np.float32]  # (k,)
 
 
+@dataclass(eq=False)
 class Predictor:
-    """Answers for users given by their histories and, of a model that learned queries, by what they ask. Shapes: B users, I items, W width.
+    """Answers for users given by their histories and, of a model that learned queries, by what they ask. Shapes: B users, I items, W width."""
 
-    Args:
-        item_vectors: (I + 1, W), row 0 for padding.
-        text_vectors: the same of the text alone, where the ranker matches it.
-    """
+    config: Config
+    manifest: DatasetManifest
+    catalogue: ItemFeatures
+    user_encoder: UserEncoder
+    ranker: Ranker
+    item_vectors: Tensor  # (I + 1, W) row 0 for padding
+    text_vectors: Tensor | None = None  # (I + 1, W) of the text alone, where the ranker matches it
+    query_encoder: QueryEncoder | None = None
 
-    def __init__(
-        self,
-        config: Config,
-        manifest: DatasetManifest,
-        catalogue: ItemFeatures,
-        user_encoder: UserEncoder,
-        ranker: Ranker,
-        item_vectors: Tensor,
-        text_vectors: Tensor | None = None,
-        query_encoder: QueryEncoder | None = None,
-    ) -> None:
-        self.config = config
-        self.manifest = manifest
-        self.catalogue = catalogue
-        self.event_index = {kind: index for index, kind in enumerate(manifest.event_kinds)}
-        self._user_encoder = user_encoder
-        self._ranker = ranker
-        self.item_vectors = item_vectors
-        self._retrieval = RetrievalScores(item_vectors)
-        self.text_vectors = text_vectors
-        self.query_encoder = query_encoder
-        self.popularity = popularity_scores(catalogue)
+    def __post_init__(self) -> None:
+        self.event_index = {kind: index for index, kind in enumerate(self.manifest.event_kinds)}
+        self.popularity = self.catalogue.train_count.float()  # (I + 1,)
+        self.popularity[0] = -torch.inf
+        self._retrieval = RetrievalScores(self.item_vectors)
 
     @cached_property
     def item_index(self) -> dict[str, int]:
@@ -87,19 +75,16 @@ class Predictor:
         recent = Sequences.join([history.last(self.config.data.max_history) for history in histories])
         device = self.item_vectors.device
         typed = [query for query in queries or () if query is not None]
-        has_query = np.array([query is not None for query in queries]) if queries is not None and typed else None
+        if typed and self.query_encoder is None:
+            raise UserError("model.query_rate = 0: this model was trained without queries; ask without, or train with model.query_rate=0.5")
+        has_query = np.array([query is not None for query in queries or ()]) if typed else None
         packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query)
         packed = map_tensors(packed, lambda tensor: tensor.to(device))
-        vectors = F.embedding(packed.items, self.item_vectors).to(self._user_encoder.norm_in.weight.dtype)
-        states = self._user_encoder(vectors, packed, self._encode_queries(typed) if typed else None)
+        vectors = F.embedding(packed.items, self.item_vectors).to(self.user_encoder.norm_in.weight.dtype)
+        states = self.user_encoder(vectors, packed, self.query_encoder(typed) if self.query_encoder is not None and typed else None)
         num_places = recent.lengths if has_query is None else recent.lengths + has_query
         places = torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
         return F.embedding(places, states), vectors, packed, places
-
-    def _encode_queries(self, queries: Sequence[str]) -> Tensor:
-        if self.query_encoder is None:
-            raise UserError("model.query_rate = 0: this model was trained without queries; ask without, or train with model.query_rate=0.5")
-        return self.query_encoder(queries)
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
@@ -129,14 +114,14 @@ class Predictor:
             Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
         """
         encoded = self._encode(histories, queries)
-        users, ranked_users = encoded[0].float(), self._ranker.read_users(*encoded)
-        dtype = self._ranker.heads.weight.dtype
+        users, ranked_users = encoded[0].float(), self.ranker.read_users(*encoded)
+        dtype = self.ranker.heads.weight.dtype
         results = []
         for user, ranked_user, chosen in zip(users, ranked_users, candidates, strict=True):
             indices = torch.from_numpy(chosen).to(users.device)
             items = self.item_vectors[indices]
             texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
-            ranked = self._ranker.calibrate(self._ranker(ranked_user.expand(len(items), -1), items.to(dtype), texts).float())
+            ranked = self.ranker.calibrate(self.ranker(ranked_user.expand(len(items), -1), items.to(dtype), texts).float())
             scores = {"retrieval": self._retrieval(user.unsqueeze(0), indices)[0].float().cpu().numpy()}
             for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
                 is_value = task.kind == "regression"
@@ -144,13 +129,6 @@ class Predictor:
                 scores[task.name] = value.cpu().numpy()
             results.append(scores)
         return results
-
-
-def popularity_scores(catalogue: ItemFeatures) -> Tensor:
-    """Return each item's number of training interactions (I + 1,), -inf for padding."""
-    scores = catalogue.train_count.float()
-    scores[0] = -torch.inf
-    return scores
 
 
 def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
@@ -166,14 +144,9 @@ def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
     return Ranking(order, scores[order])
 
 
-def encode_catalogue(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> Tensor:
-    """Encode every item in chunks, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
-    return encode_with_text(item_encoder, num_items, device)[0]
-
-
 @torch.no_grad()
-def encode_with_text(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Encode as `encode_catalogue` does, and return beside it what the ranker matches of the text, (I + 1, W), if it does."""
+def encode_catalogue(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Encode all items, and the text that the ranker matches, if it does, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
     was_training = item_encoder.training
     item_encoder.eval()
     chunks = [item_encoder.with_text(indices.to(device), indices) for indices in torch.arange(num_items + 1).split(ENCODE_CHUNK)]

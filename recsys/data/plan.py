@@ -23,24 +23,18 @@ from recsys.arrays import Integers
 
 @dataclass(frozen=True)
 class Window:
-    """What is shuffled together: spans of row groups, and the place in its stream at which they begin."""
+    """What is shuffled together: spans of row groups, at the places from `begin` to `end` of a stream."""
 
     stream: int
     number: int
     begin: int
-    groups: tuple[int, ...]
-    starts: tuple[int, ...]  # first row in each row group
-    stops: tuple[int, ...]
+    end: int
+    spans: tuple[tuple[int, int, int], ...]  # row group, and from which of its rows to which
 
     @property
     def num_samples(self) -> int:
         """Rows over all spans."""
-        return sum(self.stops) - sum(self.starts)
-
-    @property
-    def end(self) -> int:
-        """The place in its stream behind its last one."""
-        return self.begin + self.num_samples
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -101,8 +95,7 @@ class EpochPlan:
 
     def line_ids(self, window: Window) -> Integers:
         """Return the sample ids of a window's spans, laid end to end."""
-        spans = zip(window.groups, window.starts, window.stops, strict=True)
-        return np.concatenate([np.arange(start, stop) + self._group_begins[group] for group, start, stop in spans])
+        return np.concatenate([np.arange(start, stop) + self._group_begins[group] for group, start, stop in window.spans])
 
     def shuffle(self, window: Window) -> Integers:
         """Return the order in which a window's rows, laid end to end, are taken."""
@@ -124,10 +117,10 @@ class EpochPlan:
                 spans.append((group, start, stop))
         place, width = 0, max(1, self.window)
         for number, index in enumerate(range(0, len(spans), width)):
-            groups, starts, stops = zip(*spans[index : index + width], strict=True)
-            window = Window(stream, number, place, groups, starts, stops)
-            place = window.end
-            yield window
+            of_window = tuple(spans[index : index + width])
+            end_place = place + sum(stop - start for _, start, stop in of_window)
+            yield Window(stream, number, place, end_place, of_window)
+            place = end_place
 
     @cached_property
     def _cut(self) -> dict[int, tuple[Window, ...]]:

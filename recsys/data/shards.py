@@ -4,7 +4,7 @@ import heapq
 import io
 import logging
 import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -173,35 +173,6 @@ class _RangeFile(io.RawIOBase):
 _FIRST_BYTES_PER_SAMPLE = 1024.0
 
 
-class CutRowGroups:
-    """The row groups that the cuts between streams divide: each is decoded once for all its streams, if not too many are in use."""
-
-    def __init__(self, source: RowGroupSource, plan: EpochPlan) -> None:
-        self._source = source
-        self._sizes = plan.row_groups
-        self._tables: OrderedDict[int, Future[pa.Table]] = OrderedDict()
-        self._capacity = 2 * plan.num_streams
-        self._lock = threading.Lock()
-
-    def read(self, group: int, start: int, stop: int) -> pa.Table:
-        """Read rows of one row group."""
-        if stop - start == self._sizes[group]:
-            return self._source.read(group)
-        with self._lock:
-            reading = self._tables.get(group)
-            is_first = reading is None
-            if reading is None:
-                reading = self._tables[group] = Future()
-                if len(self._tables) > self._capacity:
-                    self._tables.popitem(last=False)
-        if is_first:
-            try:
-                reading.set_result(self._source.read(group))
-            except BaseException as error:
-                reading.set_exception(error)
-        return reading.result().slice(start, stop - start)
-
-
 class WindowLoader:
     """One rank's windows of one epoch, in the order in which its steps need them; one thread may ask at a time.
 
@@ -211,7 +182,9 @@ class WindowLoader:
 
     def __init__(self, plan: EpochPlan, source: RowGroupSource, numbers: Integers, prefetch_bytes: int, num_threads: int) -> None:
         self._plan = plan
-        self._groups = CutRowGroups(source, plan)
+        self._source = source
+        self._cut_groups: dict[int, Future[pa.Table]] = {}
+        self._lock = threading.Lock()
         self._prefetch_bytes = prefetch_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._next = self._in_order_of_need(numbers)
@@ -221,17 +194,6 @@ class WindowLoader:
 
     def take(self, stream: int, start: int, stop: int) -> Iterator[Sequences]:
         """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
-        self._load_until(stream, start, stop)
-        for window, rows in self._loaded[stream]:
-            if window.begin < stop and window.end > start:
-                yield rows[max(start - window.begin, 0) : stop - window.begin]
-
-    def close(self) -> None:
-        """Let the threads end; what is being loaded is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _load_until(self, stream: int, start: int, stop: int) -> None:
-        """Wait until a stream is there up to a place, and drop its windows that are passed."""
         mine = self._loaded[stream]
         while mine and mine[0][0].end <= start:
             mine.popleft()
@@ -241,23 +203,42 @@ class WindowLoader:
             rows = loading.result()
             self._bytes_per_sample = sum(column.nbytes for column in rows.columns.values()) / max(1, len(rows))
             self._loaded[window.stream].append((window, rows))
+        for window, rows in mine:
+            if window.begin < stop:
+                yield rows[max(start - window.begin, 0) : stop - window.begin]
+
+    def close(self) -> None:
+        """Let the threads end; what is being loaded is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _submit_ahead(self) -> None:
         """Start loading until the limit, one window at least."""
-        while not self._ahead or self._bytes_ahead() < self._prefetch_bytes:
+        while not self._ahead or sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample < self._prefetch_bytes:
             window = next(self._next, None)
             if window is None:
                 return
             self._ahead.append((window, self._threads.submit(self._load, window)))
 
-    def _bytes_ahead(self) -> float:
-        return sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample
-
     def _load(self, window: Window) -> Sequences:
-        spans = zip(window.groups, window.starts, window.stops, strict=True)
-        table = pa.concat_tables([self._groups.read(*span) for span in spans])
+        table = pa.concat_tables([self._read(*span) for span in window.spans])
         rows = Sequences.from_table(table, sample_id=self._plan.line_ids(window))
         return rows[self._plan.shuffle(window)].compact() if self._plan.window else rows
+
+    def _read(self, group: int, start: int, stop: int) -> pa.Table:
+        """Read rows of one row group; one that a cut between streams divides is decoded once for them, if not too many are in use."""
+        if stop - start == self._plan.row_groups[group]:
+            return self._source.read(group)
+        fresh: Future[pa.Table] = Future()
+        with self._lock:
+            reading = self._cut_groups.setdefault(group, fresh)
+            if len(self._cut_groups) > 2 * self._plan.num_streams:
+                del self._cut_groups[next(iter(self._cut_groups))]
+        if reading is fresh:
+            try:
+                fresh.set_result(self._source.read(group))
+            except BaseException as error:
+                fresh.set_exception(error)
+        return reading.result().slice(start, stop - start)
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:
         """Return the windows from the first place of each stream on, by the number of the sample that needs them first."""

@@ -74,7 +74,7 @@ class NextItem(Objective):
         """Rank the validation users over the whole catalogue, each rank its share."""
         module, evaluation = self.module, self._config.evaluation
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        item_vectors = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
+        item_vectors, _ = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
         predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, item_vectors)
         own = self._users[rank::world_size]
         # Under ZeRO-3 a forward is collective, so every rank ranks equally many users, some for nothing.

@@ -12,7 +12,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.model.recommender import Recommender, build_recommender
 from recsys.model.text.queries import query_encoder_of
-from recsys.predictor import Predictor, encode_with_text
+from recsys.predictor import Predictor, encode_catalogue
 from recsys.store import Storage, private_folder
 from recsys.train.checkpoints.manifest import CheckpointManifest, fetch_files, read_manifest
 from recsys.train.engine import consolidate
@@ -39,7 +39,7 @@ def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scrat
 
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
     """Make a predictor of a trained module, its catalogue encoded anew."""
-    vectors = encode_with_text(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
+    vectors = encode_catalogue(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
     queries = query_encoder_of(config, dataset, recommender.item_encoder)
     return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
 

@@ -77,7 +77,7 @@ def test_streams_share_the_samples_to_the_row_and_windows_tile_them(plan: EpochP
     for stream in range(plan.num_streams):
         windows = plan.windows(stream)
         assert [window.begin for window in windows] == np.cumsum([0, *(window.num_samples for window in windows)])[: len(windows)].tolist()
-        assert all(len(window.groups) <= max(1, plan.window) for window in windows)
+        assert all(len(window.spans) <= max(1, plan.window) for window in windows)
         lengths.append(sum(window.num_samples for window in windows))
         rows += [sample for window in windows for sample in plan.line_ids(window)[plan.shuffle(window)].tolist()]
     assert max(lengths) - min(lengths) <= 1
@@ -90,7 +90,7 @@ def test_a_rank_touches_its_own_row_groups_and_shares_only_those_that_a_cut_divi
     readers: dict[int, set[int]] = {}
     for stream in range(48):
         for window in plan.windows(stream):
-            for group in window.groups:
+            for group, *_ in window.spans:
                 readers.setdefault(group, set()).add(stream % world_size)
     assert sum(len(ranks) > 1 for ranks in readers.values()) <= 47
     assert len(readers) == 960
