@@ -39,7 +39,7 @@ class Ranking:
 
 @dataclass(eq=False)
 class Predictor:
-    """Answers for users given by their histories and, of a model that learned queries, by what they ask. Shapes: B users, I items, W width."""
+    """Answers for users given by their histories and, where the model learned queries, by what they ask. B users, I items, W width."""
 
     config: Config
     manifest: DatasetManifest

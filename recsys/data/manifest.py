@@ -24,14 +24,16 @@ FORMAT_VERSION: Final = 5
 USER_INDEX = "user_index"
 
 
-class Shard(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
     """One Parquet file; `path` is relative to the folder of its dataset.
 
     `dataset` names the sibling folder of the version that wrote it, empty for this one. `etag` is the store's own mark of the content
     when it was written.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     row_groups: tuple[int, ...]
@@ -46,13 +48,11 @@ class Shard(BaseModel):
         return sum(self.row_groups)
 
 
-class ColumnUse(BaseModel):
+class ColumnUse(_Record):
     """A column of an input table and what it is used as: an id, an event's part, an attribute or a feature's kind; empty: it is not used.
 
     `type` is what the file declares, `reason` why it is not used, or what else there is to say of it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     table: str
     name: str
@@ -61,29 +61,21 @@ class ColumnUse(BaseModel):
     reason: str = ""
 
 
-class Example(BaseModel):
+class Example(_Record):
     """A refused row: its file, its number in it from 1 (a header is no row), and the value that the rule is about."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
     row: int
     value: str
 
 
-class DatasetManifest(BaseModel):
+class DatasetManifest(_Record):
     """Everything that a reader needs to know of a dataset without opening a shard.
 
-    A version above 1 was appended to the dataset named `base`, a sibling folder: its shards lists name the older versions' shards too,
-    oldest first, its totals count them all, and `inputs`, `rejected` and `noticed` tell of what was appended. Of users, catalogue and
-    statistics the last row of an index counts; `count_shards` hold the training interactions that a later version adds to the
-    catalogue's `train_count`; `query_shards` hold what users typed, in the order of its indices. `noticed` counts what was kept but is
-    odd, `rejected_examples` are up to three rows of each rule, `columns` say what became of each input column, `warnings` what to look
-    at in the input, `time_unit` what times that are numbers were read as. `number_moments` are mean and standard deviation of each
-    number column before it was standardised.
+    A version above 1 was appended to `base`, a sibling folder: its lists of shards begin with the older versions' shards, its totals
+    count them all, `inputs`, `rejected` and `noticed` are of what was appended. Of users, catalogue and statistics the last row of an
+    index counts.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[5] = FORMAT_VERSION
     fingerprint: str
@@ -97,12 +89,12 @@ class DatasetManifest(BaseModel):
     num_interactions: int
     num_targets: int
     num_queries: int = 0
-    rejected: dict[str, int]
-    noticed: dict[str, int] = {}
-    rejected_examples: dict[str, tuple[Example, ...]] = {}
+    rejected: dict[str, int]  # rows dropped, by rule
+    noticed: dict[str, int] = {}  # what was kept but is odd
+    rejected_examples: dict[str, tuple[Example, ...]] = {}  # up to three of each rule
     columns: tuple[ColumnUse, ...] = ()
     warnings: tuple[str, ...] = ()
-    time_unit: str = ""
+    time_unit: str = ""  # what times that are numbers were read as
     items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -112,15 +104,15 @@ class DatasetManifest(BaseModel):
     num_streams: int
     category_vocabulary: tuple[str, ...]
     number_columns: tuple[str, ...]
-    number_moments: tuple[tuple[float, float], ...] = ()
+    number_moments: tuple[tuple[float, float], ...] = ()  # mean and standard deviation of each before it was standardised
     vector_size: int
     train_shards: tuple[Shard, ...]
     users_shards: tuple[Shard, ...]
     catalogue_shards: tuple[Shard, ...]
-    count_shards: tuple[Shard, ...] = ()
+    count_shards: tuple[Shard, ...] = ()  # what later versions add to the catalogue's `train_count`
     user_statistics_shards: tuple[Shard, ...] = ()
     item_statistics_shards: tuple[Shard, ...] = ()
-    query_shards: tuple[Shard, ...] = ()
+    query_shards: tuple[Shard, ...] = ()  # what users typed, in the order of its indices
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Self:
@@ -153,16 +145,14 @@ _NOT_CONTENT = ("fingerprint", "inputs", "base", "rejected_examples", "columns",
 
 
 def content_fingerprint(fields: dict[str, Any]) -> str:
-    """Hash what a dataset contains: the manifest but for the fingerprint, where something lies, and what is told of the input."""
-    content = {key: _without_place(value) for key, value in fields.items() if key not in _NOT_CONTENT}
+    """Hash what a dataset contains: the manifest without its fingerprint, descriptions of the input, and the places of shards."""
+
+    def without_place(value: Any) -> Any:
+        is_shards = isinstance(value, (list, tuple)) and value and isinstance(value[0], dict) and "sha256" in value[0]
+        return [{key: shard[key] for key in shard if key not in ("etag", "dataset")} for shard in value] if is_shards else value
+
+    content = {key: without_place(value) for key, value in fields.items() if key not in _NOT_CONTENT}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _without_place(value: Any) -> Any:
-    """Leave out of a list of shards which folder holds each and the store's own mark of it; `sha256` tells the content."""
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], dict) and "sha256" in value[0]:
-        return [{key: entry for key, entry in shard.items() if key not in ("etag", "dataset")} for shard in value]
-    return value
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ class Dataset:
     uri: str
     manifest: DatasetManifest
 
-    def __reduce__(self) -> tuple[type["Dataset"], tuple[Storage, str, DatasetManifest]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.storage, self.uri, self.manifest)  # tables that were read stay behind
 
     @classmethod
@@ -221,12 +211,9 @@ class Dataset:
     def catalogue(self) -> pa.Table:
         """The items, sorted by `item_index` (CATALOGUE_SCHEMA), with the training interactions of all versions counted."""
         rows = self.catalogue_rows
-        added = [self.read_shard(shard) for shard in self.manifest.count_shards]
-        if not added:
-            return rows
         counts = rows["train_count"].to_numpy().copy()
-        for table in added:
-            np.add.at(counts, table["item_index"].to_numpy() - 1, table["count"].to_numpy())
+        for added in map(self.read_shard, self.manifest.count_shards):
+            np.add.at(counts, added["item_index"].to_numpy() - 1, added["count"].to_numpy())
         return rows.set_column(rows.column_names.index("train_count"), "train_count", pa.array(counts, pa.int64()))
 
     @cached_property
@@ -237,11 +224,10 @@ class Dataset:
 
     def read_users(self, columns: list[str] | None = None) -> pa.Table:
         """Read all users, sorted by `user_index` (USERS_SCHEMA), each as the newest version with a row of that user has it."""
-        if self.manifest.version == 1:
-            return pa.concat_tables([self.read_shard(shard, columns) for shard in self.manifest.users_shards]).combine_chunks()
-        with_index = columns if columns is None or USER_INDEX in columns else [USER_INDEX, *columns]
-        users = last_rows(pa.concat_tables([self.read_shard(shard, with_index) for shard in self.manifest.users_shards]), USER_INDEX)
-        return (users if columns is None else users.select(columns)).combine_chunks()
+        with_index = columns and list(dict.fromkeys([*columns, USER_INDEX]))
+        users = pa.concat_tables([self.read_shard(shard, with_index) for shard in self.manifest.users_shards])
+        users = users if self.manifest.version == 1 else last_rows(users, USER_INDEX)
+        return users.select(columns or users.column_names).combine_chunks()
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
         """Read one shard whole, or some of its columns."""

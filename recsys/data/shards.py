@@ -92,8 +92,8 @@ class _ShardFile:
             file = pq.ParquetFile(source, metadata=self._open(), pre_buffer=True, page_checksum_verification=True)
             return file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError):
-            for start, stop in source.fetched:
-                if self._cache:
+            if self._cache:
+                for start, stop in source.fetched:
                     self._cache.drop(self._key(start, stop))
             raise
 
