@@ -1,7 +1,7 @@
 """The users of an evaluation: those with a target in the split."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -70,20 +70,17 @@ def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
     begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
     if split == "test":
         begins, ends = ends, everything.lengths
-    histories, targets = everything.within(0, begins), everything.within(begins, ends)
-    attributes = rows["attributes"].to_pylist()
-    for row, user_index in enumerate(rows[USER_INDEX].to_pylist()):
-        history, rest = histories[row : row + 1], targets[row : row + 1]
-        is_new = ~np.isin(rest.items, history.items)
-        if len(history.items) and is_new.any():
-            new = {name: rest.flat(name)[is_new] for name in rest.columns}
-            yield EvaluationUser(
-                user_index,
-                history,
-                Sequences.of_offsets(new, np.array([0, is_new.sum()])),
-                dict(attributes[row] or []),
-                int(new["queries"][0]),
-            )
+    interactions = replace(everything, scalars={})  # of which each user would keep an array
+    histories, rest = interactions.within(0, begins), interactions.within(begins, ends)
+    attributes, user_indices = rows["attributes"].to_pylist(), rows[USER_INDEX].to_pylist()
+    for row, (seen, items) in enumerate(zip(histories.split("items"), rest.split("items"), strict=True)):
+        is_new = ~np.isin(items, seen)
+        if len(seen) and is_new.any():
+            places = rest.starts[row] + np.flatnonzero(is_new)
+            columns = {name: column[places] for name, column in rest.columns.items()}
+            targets = Sequences(columns, np.zeros(1, np.int64), np.array([len(places)]))
+            query = int(columns["queries"][0])
+            yield EvaluationUser(user_indices[row], histories[row : row + 1], targets, dict(attributes[row] or []), query)
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:
