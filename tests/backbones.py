@@ -1,4 +1,4 @@
-"""Tiny language models with random weights, one of each family, saved as their users find them."""
+"""Tiny language models with random weights, one per family, saved in the format of Hugging Face models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 
 
 def save_backbone(folder: Path, family: str) -> str:
-    """Save a model of a family with a tokenizer trained on `TEXTS`; return the folder."""
+    """Save a model of a family, with a tokenizer trained on `TEXTS`, and return the folder."""
     tokenizer = _train_tokenizer(TEXTS)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng(devices=[]):

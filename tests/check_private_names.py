@@ -1,4 +1,4 @@
-"""Fails where a private name of a library is used outside the files that collect them, `*_internals.py`.
+"""Check that private names of libraries are used only in the files `*_internals.py`.
 
 python -m tests.check_private_names
 """
@@ -10,16 +10,16 @@ from pathlib import Path
 
 OWN = ("recsys", "jobs", "tune", "serve")
 PUBLIC = ("_exit",)
-"""Documented names that begin with an underscore all the same."""
+"""Documented names that begin with an underscore."""
 
 
 def is_private(name: str) -> bool:
-    """Return whether a name is private: one underscore first, not two on both sides."""
+    """Return whether a name begins with an underscore, except dunder names and `PUBLIC`."""
     return name.startswith("_") and name not in PUBLIC and not (name.startswith("__") and name.endswith("__"))
 
 
 def foreign_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield line and name of what is private and not defined in the file itself."""
+    """Yield line and name of each private name that the file does not define itself."""
     own = {
         node.attr
         for node in ast.walk(tree)
@@ -38,7 +38,7 @@ def foreign_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def main() -> None:
-    """Print each use and fail if there is one."""
+    """Print each use; exit with 1 if there is any."""
     found = [
         f"{path}:{line}: {name} is private; move its use to the library's *_internals.py"
         for folder in OWN

@@ -1,4 +1,4 @@
-"""Fails where the code grows beyond what a reader takes in: long files, long functions, crowded packages, the product as a whole.
+"""Check the limits on file length, function length, files per package, and total size of the product.
 
 python -m tests.check_sizes
 """
@@ -27,14 +27,14 @@ SPINE = (
     "recsys/exports/",
     "serve/",
 )
-"""What a reader follows from the config and the plan to a served answer."""
+"""The modules on the path from config and plan to a served answer."""
 
 LIMITS = {"product": (PRODUCT, 20_325), "spine": (SPINE, 6_925), "recsys/data": (("recsys/data/",), 2_380)}
-"""Most lines of each part; they only ever go down."""
+"""Maximum number of lines of each part; these limits may only be lowered."""
 
 
 def main() -> None:
-    """Print the sizes and what is too large; exit with 1 if anything is."""
+    """Print the sizes and every exceeded limit; exit with 1 if there is any."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     files = {path: Path(path).read_text(encoding="utf-8") for path in listing if Path(path).exists()}
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def long_functions(text: str) -> list[tuple[str, int, int]]:
-    """List name, line and length of the functions that are too long."""
+    """Return name, line and length of the functions that are too long."""
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     sizes = [(node.name, node.lineno, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
     return [size for size in sizes if size[2] > MAX_FUNCTION_LINES]

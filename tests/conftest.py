@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: real S3 servers on loopback, and storages on them."""
+"""Shared fixtures: real S3 servers on loopback, and storages on them."""
 
 import os
 import subprocess
@@ -26,13 +26,11 @@ SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running S3 server."""
-
     name: str
     endpoint: str
 
     def fresh_storage(self) -> Storage:
-        """Make a bucket of its own and a storage in it."""
+        """Create a new bucket and return a storage in it."""
         bucket = f"test-{uuid.uuid4().hex}"
         client = boto3.Session().client(
             "s3", endpoint_url=self.endpoint, region_name="us-east-1", config=Config(s3={"addressing_style": "path"})
@@ -42,7 +40,7 @@ class S3Server:
 
 
 def kill_descendants(verb: str) -> None:
-    """Kill what this process has started, at any depth, to run a verb."""
+    """Kill all descendants of this process whose command line contains `verb`."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if verb in " ".join(child.cmdline()):
@@ -51,11 +49,11 @@ def kill_descendants(verb: str) -> None:
 
 @contextmanager
 def local_ray(folder: Path) -> Iterator[None]:
-    """Run a Ray in the test's process; all of a process have one token, since Ray keeps the first that it reads."""
+    """Run Ray in the test's process; all instances use the same token, since Ray keeps the first one that it reads."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # without one Ray writes one to the home folder
+        patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # otherwise Ray writes a token to the home folder
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=str(folder))
         try:
             yield
@@ -65,7 +63,7 @@ def local_ray(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def aws_environment() -> Iterator[None]:
-    """Set the credentials of the test servers, and shut out those of whoever runs the tests."""
+    """Set the credentials of the test servers and hide the user's own AWS settings."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
@@ -107,7 +105,7 @@ def _run_server(name: str, arguments: list[str], port: int, folder: Path) -> Ite
 
 @pytest.fixture(scope="session")
 def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """Run moto's server, which keeps objects in memory and honours `If-None-Match`."""
+    """Run moto's server, which keeps objects in memory and supports `If-None-Match`."""
     port = free_port()
     arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     yield from _run_server("moto", arguments, port, tmp_path_factory.mktemp("moto"))
@@ -115,7 +113,7 @@ def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def rclone_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """Run rclone over a folder, which checks signatures and ignores `If-None-Match`."""
+    """Run rclone on a folder; it checks signatures and ignores `If-None-Match`."""
     port = free_port()
     folder = tmp_path_factory.mktemp("rclone")
     (folder / "buckets").mkdir()
@@ -136,7 +134,7 @@ def rclone_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(params=["moto", "rclone"])
 def s3_proxy(request: pytest.FixtureRequest) -> Iterator[FaultProxy]:
-    """Run a proxy before each S3 server; nothing goes wrong before a test sets its faults."""
+    """Run a proxy in front of each S3 server; it injects no faults until a test sets them."""
     server: S3Server = request.getfixturevalue(f"{request.param}_server")
     with FaultProxy(server.endpoint) as proxy:
         yield proxy
@@ -144,7 +142,7 @@ def s3_proxy(request: pytest.FixtureRequest) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def faulty_storage(s3_proxy: FaultProxy) -> Storage:
-    """Give an empty storage behind the proxy."""
+    """Return an empty storage behind the proxy."""
     return S3Server("proxy", s3_proxy.endpoint).fresh_storage()
 
 
@@ -157,17 +155,17 @@ def _storage_on(kind: str, request: pytest.FixtureRequest) -> Storage:
 
 @pytest.fixture(params=["moto", "rclone"])
 def s3_storage(request: pytest.FixtureRequest) -> Storage:
-    """Give an empty storage on each S3 server."""
+    """Return an empty storage on each S3 server."""
     return _storage_on(request.param, request)
 
 
 @pytest.fixture(params=["local", "moto", "rclone"])
 def any_storage(request: pytest.FixtureRequest) -> Storage:
-    """Give an empty storage in a folder and on each S3 server."""
+    """Return an empty storage in a folder and on each S3 server."""
     return _storage_on(request.param, request)
 
 
 @pytest.fixture(params=["local", "moto"])
 def create_once_storage(request: pytest.FixtureRequest) -> Storage:
-    """Give an empty storage wherever creating is atomic; rclone ignores `If-None-Match`."""
+    """Return an empty storage on each backend with atomic create-once writes (not rclone, which ignores `If-None-Match`)."""
     return _storage_on(request.param, request)

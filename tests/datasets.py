@@ -1,4 +1,4 @@
-"""Small datasets for tests, written straight by the schema: no Ray and no preparation in between."""
+"""Small datasets for tests, written directly in the dataset's schema, without Ray and preparation."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ KINDS = ("view", "purchase")
 
 
 class Window(NamedTuple):
-    """A sample `sequence[start:stop]`; from `first_target` on (counted from `start`) its interactions are targets."""
+    """A sample `sequence[start:stop]`; its interactions from `first_target` on (relative to `start`) are targets."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 def windows_of(length: int, max_history: int, stride: int, first: int = 1) -> list[Window]:
-    """Cut one sequence into the windows that samples are made of."""
+    """Cut one sequence into the windows that become samples."""
     whole = Sequences.of_offsets({"items": np.arange(length)}, np.array([0, length]), first_target=np.array([first]))
     cut = cut_windows(whole, max_history, np.array([stride]))
     return list(map(Window, cut.starts.tolist(), (cut.starts + cut.lengths).tolist(), cut.scalars["first_target"].tolist()))
@@ -37,9 +37,9 @@ def windows_of(length: int, max_history: int, stride: int, first: int = 1) -> li
 def make_dataset(
     storage: Storage, num_users: int = 60, num_items: int = 40, max_history: int = 10, seed: int = 0, has_queries: bool = False
 ) -> Dataset:
-    """Write a dataset in which each user walks through the items of one genre in order, with some noise.
+    """Write a dataset in which each user goes through the items of one genre in order, with some noise.
 
-    With queries, two interactions in three came after a word that is in no item's text (see `wish`).
+    With queries, two of three interactions follow a query word that occurs in no item's text (see `wish`).
     """
     generator = np.random.default_rng(seed)
     users = [_make_user(generator, index, num_items) for index in range(num_users)]
@@ -92,7 +92,7 @@ def make_dataset(
 
 
 def small_settings(dataset: Dataset, folder: Path, **values: object) -> dict[str, object]:
-    """Return the settings of a small run on a dataset of `make_dataset`; `values` are spelled `section__key`, and win."""
+    """Return the settings of a small run on a dataset of `make_dataset`; `values` override them, with keys spelled `section__key`."""
     return {
         "storage.root": dataset.storage.root,
         "run.scratch": str(folder / "scratch"),
@@ -108,17 +108,16 @@ def small_settings(dataset: Dataset, folder: Path, **values: object) -> dict[str
 
 
 def small_config(dataset: Dataset, folder: Path, **values: object) -> Config:
-    """Return the config of these settings."""
+    """Return the config with `small_settings`."""
     return load_config().with_values(small_settings(dataset, folder, **values))
 
 
 def open_dataset(config: Config) -> Dataset:
-    """Open the dataset that a config names."""
     return Dataset.open(Storage.from_config(config.storage), config.data.dataset)
 
 
 def wish(item: int) -> str:
-    """What users of `make_dataset` type when they look for an item; query i is that for item `num_items` + 1 - i."""
+    """Return the query that users of `make_dataset` type to find an item; query i is for item `num_items` + 1 - i."""
     return " ".join("bcfgjklpqv"[int(digit)] * 2 for digit in str(item))
 
 
@@ -172,7 +171,7 @@ def _write(storage: Storage, uri: str, path: str, rows: list[dict[str, Any]], sc
 
 
 def features_of(table: pa.Table, num_categories: int) -> ItemFeatures:
-    """Lay a table of CATALOGUE_SCHEMA out as tensors, item by item."""
+    """Convert a table of CATALOGUE_SCHEMA to tensors, item by item."""
     items = table.sort_by("item_index").to_pylist()
     assert [item["item_index"] for item in items] == list(range(1, len(items) + 1))
 

@@ -1,4 +1,4 @@
-"""Runs a function on several real processes with a gloo group between them: distributed tests without Ray."""
+"""Run a function on several real processes in a gloo group: distributed tests without Ray."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from recsys.launch.head import free_port
 
 
 def _start_ranks(function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """Start the ranks, forked from a process that has imported what each would import for seconds; return them and their answers' queue."""
+    """Start the ranks, forked from a process with the slow imports done; return the processes and the queue of their answers."""
     context: Any = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     results, port = context.Queue(), free_port()
@@ -32,7 +32,7 @@ def _start_ranks(function: Callable[..., Any], world_size: int, arguments: tuple
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 300) -> list[Any]:
-    """Call `function(*arguments)` on every rank and return the results by rank; a rank's error is raised here."""
+    """Call `function(*arguments)` on every rank and return the results by rank; raise the error of a rank that fails."""
     processes, results = _start_ranks(function, world_size, arguments)
     try:
         answers: dict[int, Any] = {}
@@ -56,7 +56,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
 
 
 class RankError(RuntimeError):
-    """What went wrong on a rank, with its traceback."""
+    """An error on a rank, with its traceback."""
 
 
 def _run_rank(
@@ -69,7 +69,7 @@ def _run_rank(
     parent: int,
     environment: dict[str, str],
 ) -> None:
-    for descriptor in (1, 2):  # those of the process that forks are as they were when it was started
+    for descriptor in (1, 2):  # the fork server's own stdout and stderr are those of the time when it was started
         os.dup2(os.open(f"/proc/{parent}/fd/{descriptor}", os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ |= environment | {
         "MASTER_ADDR": "127.0.0.1",
@@ -89,7 +89,7 @@ def _run_rank(
 
 
 def run_until_killed(function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 120) -> None:
-    """Call `function(*arguments)` on every rank, one of which kills itself; the others are then killed too, as a scheduler would."""
+    """Call `function(*arguments)` on every rank until one kills itself, then kill the others, as a scheduler would."""
     processes, results = _start_ranks(function, world_size, arguments)
     try:
         died = connection.wait([process.sentinel for process in processes], timeout_seconds)

@@ -1,4 +1,4 @@
-"""Small published exports for tests: a model with random weights over a small dataset, so nothing is trained."""
+"""Small published exports for tests: models with random weights on a small dataset, without training."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ METRICS = {"ndcg@10": 0.25}
 
 
 def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[str, Any] | None = None) -> Export:
-    """Publish a version of `service.export`, let `service.alias` name it, and return the predictor and the users it was written from."""
+    """Publish a version of `service.export`, point `service.alias` to it, and return its predictor and users."""
     storage = Storage.from_config(config.storage)
     dataset = make_dataset(storage, num_users=120, num_items=60)
     trained = config.with_values(
@@ -48,7 +48,7 @@ def publish_export(config: Config, version: str, seed: int = 0, values: Mapping[
 
 
 def publish_damaged_export(config: Config, version: str, source: str) -> None:
-    """Publish a version whose golden answers are not what its model gives, and let `service.alias` name it."""
+    """Publish a version whose golden answers differ from its model's answers, and point `service.alias` to it."""
     registry = Registry(Storage.from_config(config.storage), config.served_export)
     with TemporaryDirectory() as folder:
         files = registry.fetch(source, Path(folder))
@@ -60,12 +60,12 @@ def publish_damaged_export(config: Config, version: str, source: str) -> None:
 
 
 def service_config(folder: Path, **service: object) -> Config:
-    """Make a config whose store and scratch lie below `folder`."""
+    """Return a config whose store and scratch are in `folder`."""
     values = {f"service.{key}": value for key, value in service.items()}
     return load_config().with_values({"storage.root": str(folder / "store"), "run.scratch": str(folder / "scratch"), **values})
 
 
 def users_of(dataset: Dataset) -> dict[str, Sequences]:
-    """Return what each user of a dataset did."""
+    """Return the interactions of each user of a dataset."""
     columns = (dataset.read_users()[name].to_pylist() for name in ("user_id", "items", "events", "timestamps", "values"))
     return {user_id: Sequences.of(*sequence) for user_id, *sequence in zip(*columns, strict=True)}

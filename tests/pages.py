@@ -1,4 +1,4 @@
-"""What tests ask of a report in a real browser: that it opens alone, and that every plot is there and can be read."""
+"""Checks of a report in a real browser: it loads no other files, and all plots are present and readable."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ BOXES = """() => [...document.querySelectorAll('figure')].map(figure => {
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Run a browser, or skip the test where there is none."""
+    """Run a browser, or skip the test if there is none."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium on PATH")
     with sync_playwright() as playwright:
@@ -32,7 +32,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def opened(browser: Browser, address: str, width: int = 1200, scheme: Any = "light") -> Page:
-    """Open a report; what it asks for and what the browser has to say of it end the test."""
+    """Open a report and assert that it causes no further requests and no console messages."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -44,7 +44,7 @@ def opened(browser: Browser, address: str, width: int = 1200, scheme: Any = "lig
 
 
 def assert_readable(page: Page, names: set[str], said: set[str]) -> None:
-    """Every figure has its size, its labels lie within it and apart, those `said` are a sentence; nothing needs scrolling sideways."""
+    """Assert that every figure is large enough, labels fit and do not overlap, figures in `said` are text, and nothing scrolls sideways."""
     figures = {figure["id"]: figure for figure in page.evaluate(BOXES)}
     assert figures.keys() == names
     for name, figure in figures.items():
@@ -67,8 +67,8 @@ def assert_readable(page: Page, names: set[str], said: set[str]) -> None:
 
 
 def overlap(first: list[float], second: list[float]) -> bool:
-    """Tell whether two boxes meet."""
-    slack = 2.0  # boxes of text are taller than its letters
+    """Return whether two boxes (left, top, right, bottom) overlap."""
+    slack = 2.0  # text boxes are taller than the glyphs
     wide = min(first[2], second[2]) - max(first[0], second[0])
     high = min(first[3], second[3]) - max(first[1], second[1])
     return wide > slack and high > slack

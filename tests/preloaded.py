@@ -1,4 +1,4 @@
-"""What every rank of a test would import for seconds; `distributed.py` forks its ranks from a process that has imported this."""
+"""The slow imports of the ranks; `distributed.py` forks its ranks from a process that has imported this module."""
 
 import importlib
 import os

@@ -1,6 +1,6 @@
-"""A reverse proxy before a real S3 server whose answers go wrong at given rates, with counts of what went wrong; no S3 server of its own.
+"""A reverse proxy in front of a real S3 server that injects faults at given rates and counts them.
 
-It hands the client's Host header on as it came, so that a signature made for the proxy's address still holds behind it.
+It forwards the client's Host header unchanged, so that a signature made for the proxy's address stays valid.
 """
 
 import http.client
@@ -19,8 +19,9 @@ from typing import Any, Literal, Self, get_args
 from urllib.parse import parse_qs, urlsplit
 
 Fault = Literal["error", "slow_down", "reset", "stall", "stall_in_body", "cut", "wrong_etag"]
-"""HTTP 500; HTTP 503 SlowDown; the request is carried out, but its connection reset (RST); no byte for `stall_seconds` before the
-headers, or after half of the body; half of the body, then the end; an ETag of other content on what GET and HEAD answer."""
+"""In this order: HTTP 500; HTTP 503 SlowDown; execute the request but reset the connection (RST); send nothing for `stall_seconds` before
+the headers; the same after half of the body; close after half of the body; send a wrong ETag in answers to GET and HEAD.
+"""
 
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 BLOCK_BYTES = 1 << 16
@@ -43,14 +44,14 @@ CODES: dict[Fault, str] = {
     "stall_in_body": "ReadTimeoutError",
     "cut": "ResponseStreamingError",
 }
-"""What a client says of a fault that stays."""
+"""The error that the client reports for a permanent fault."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong from now on. A rate is the share of requests that a fault strikes; where it does not apply, all goes well.
+    """The faults to inject. A rate is the share of requests that get a fault; a fault that does not apply to a request has no effect.
 
-    Stray names are in listings whose prefix ends with `stray_prefix`.
+    Stray names are added to listings whose prefix ends with `stray_prefix`.
     """
 
     rates: Mapping[Fault, float] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Faults:
     stray_prefix: str = ""
 
     def draw(self, number: float) -> Fault | None:
-        """Tell which fault a number from 0 to 1 stands for."""
+        """Return the fault for a random number in [0, 1)."""
         for fault, rate in self.rates.items():
             if number < rate:
                 return fault
@@ -70,10 +71,10 @@ class Faults:
 
 
 class FaultProxy:
-    """A proxy on loopback for the time of a `with`; set `faults` at any time.
+    """A proxy on loopback, active within `with`; `faults` can be set at any time.
 
-    Faults are drawn in the order in which requests arrive, from one seeded generator: with one connection a run can be repeated.
-    `counts` has the requests under "requests" and each fault that really struck under its name.
+    Faults are drawn in the order of requests from one seeded generator, so a run with one connection is reproducible.
+    `counts` has the number of requests under "requests", and of each injected fault under its name.
     """
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
@@ -99,27 +100,24 @@ class FaultProxy:
 
     @property
     def num_faults(self) -> int:
-        """Faults that struck so far, of all kinds."""
+        """Return the number of injected faults of all kinds."""
         return sum(self.counts[fault] for fault in FAULTS)
 
     def draw(self) -> Fault | None:
-        """Count a request and draw its fault."""
         with self._lock:
             self.counts["requests"] += 1
             return self.faults.draw(self._generator.random())
 
     def count(self, name: str) -> None:
-        """Count a fault that strikes."""
         with self._lock:
             self.counts[name] += 1
 
     def shuffle(self, entries: list[ET.Element]) -> None:
-        """Shuffle in place."""
         with self._lock:
             self._generator.shuffle(entries)
 
     def pace(self, num_bytes: int) -> None:
-        """Wait until this many bytes may pass under the limit that all connections share."""
+        """Wait until this many bytes may pass under the bandwidth limit that all connections share."""
         speed = self.faults.bytes_per_second
         if speed is None:
             return
@@ -130,7 +128,7 @@ class FaultProxy:
         self.is_closing.wait(wait)
 
     def stall(self) -> None:
-        """Let no byte pass for a while."""
+        """Wait for `stall_seconds`, or until the proxy closes."""
         self.is_closing.wait(self.faults.stall_seconds)
 
 
@@ -139,12 +137,12 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def shutdown_request(self, request: Any) -> None:
-        """Close without a FIN of its own before, which would take a reset's place."""
+        """Close without the usual shutdown, whose FIN would prevent a reset (RST)."""
         self.close_request(request)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One client connection, with a connection of its own to the server behind."""
+    """One client connection, with its own connection to the upstream server."""
 
     proxy: FaultProxy
     protocol_version = "HTTP/1.1"
@@ -164,15 +162,14 @@ class _Handler(BaseHTTPRequestHandler):
         except (
             OSError,
             http.client.HTTPException,
-        ):  # a client that gave up, or a server that went away: the client sees a closed connection
+        ):  # the client gave up or the server closed: the client sees a closed connection
             self.close_connection = True
             self._drop_upstream()
 
     def log_message(self, format: str, *_: object) -> None:
-        """Say nothing: pytest shows what goes to stderr."""
+        """Log nothing, since pytest shows stderr."""
 
     def answer(self) -> None:
-        """Answer one request of any method."""
         fault = self.proxy.draw()
         if fault in _REFUSALS:
             self._drain()
@@ -219,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         return connection.getresponse()
 
     def _connection(self) -> http.client.HTTPConnection:
-        """Give the connection behind, anew where the server closed it meanwhile: it is readable then."""
+        """Return the upstream connection; reconnect if the server has closed it (it is readable then)."""
         if self._upstream is not None and (self._upstream.sock is None or select.select([self._upstream.sock], [], [], 0)[0]):
             self._drop_upstream()
         if self._upstream is None:
@@ -254,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_body(answer, int(headers["Content-Length"]), fault)
 
     def _whole_body(self, answer: http.client.HTTPResponse) -> bytes | None:
-        """Read a listing, which may be changed, and a body of unknown length; leave what must be streamed."""
+        """Return the whole body of a listing to be changed or of a body of unknown length; None if the body is streamed."""
         is_listing = self.command == "GET" and answer.status == 200 and "list-type" in parse_qs(urlsplit(self.path).query)
         faults = self.proxy.faults
         if is_listing and (faults.shuffles_listings or faults.stray_names):
@@ -312,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(block)
 
     def _reset(self) -> None:
-        """Close with RST instead of FIN: what a crashed server or a full connection table does."""
+        """Close with RST instead of FIN, as a crashed server or a full connection table does."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self._drop_upstream()

@@ -1,4 +1,4 @@
-"""Runs a verb as its users do, and measures what it takes by the processor's time, which other tests beside do not stretch."""
+"""Run a command in a subprocess and measure its CPU time, which does not depend on other load."""
 
 import resource
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_verb(verb: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run `python -m VERB` from the root; return how it ended, and its seconds of processor time."""
+    """Run `python -m VERB` from the root; return the finished process and its seconds of CPU time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     finished = subprocess.run([sys.executable, "-m", verb, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -17,7 +17,7 @@ def run_verb(verb: str, *arguments: str) -> tuple[subprocess.CompletedProcess[st
 
 
 def refusal_of(verb: str, *arguments: str) -> tuple[str, float]:
-    """Run a verb that must refuse: exit status 2, one line besides warnings of keys, no result; return the line and the seconds."""
+    """Run a command that must fail with exit status 2, no result and one error line; return that line and the seconds of CPU time."""
     finished, seconds = run_verb(verb, *arguments)
     assert finished.returncode == 2, finished.stderr
     assert finished.stdout == ""

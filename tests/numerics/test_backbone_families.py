@@ -1,4 +1,4 @@
-"""Every family of language models, frozen, with LoRA and whole: trained, published, and served as it scores offline.
+"""Language models of every family, frozen, with LoRA and fully fine-tuned: exports give the same scores as the trained model.
 
 All cells: python -m pytest tests/numerics/test_backbone_families.py. The quick suite has each family in one mode and pooling.
 """
@@ -40,7 +40,7 @@ def run(config: Config) -> tuple[str, list[float]]:
 
 
 def published(config: Config, checkpoint: str, folder: Path) -> tuple[Predictor, Predictor]:
-    """Load a checkpoint as a predictor, publish it, and load that."""
+    """Load a checkpoint as a predictor and export it; return both the predictor and the loaded export."""
     storage = Storage.from_config(config.storage)
     _, trained, dataset, recommender = load_trained(storage, checkpoint, config.run.scratch)
     offline = build_predictor(trained, dataset, recommender)

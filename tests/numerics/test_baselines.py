@@ -1,4 +1,4 @@
-"""The baselines' formulas against plain loops over them."""
+"""The baselines' formulas compared with plain loops."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from recsys.baselines.factorization import BIAS_PENALTY, RANKING_PENALTY, Factor
 
 @pytest.fixture
 def machine() -> FactorizationMachine:
-    """Three users and four items of one to three features each."""
+    """Return a machine with three users and four items, with one to three features each."""
     torch.manual_seed(0)
     users = torch.tensor([[0, 0], [1, 4], [2, 0], [3, 4]])
     items = torch.tensor([[0, 0, 0], [5, 9, 10], [6, 9, 0], [7, 0, 0], [0, 10, 0]])
@@ -67,7 +67,7 @@ def test_the_bpr_loss_and_its_gradient_are_the_formula(machine: FactorizationMac
     assert machine.table.weight.grad is not None
     margin = plain_score(machine, 1, 1) - plain_score(machine, 1, 3)
     bias = machine.table.weight[5, -1].item()
-    expected = -1 / (1 + math.exp(margin)) + 2 * BIAS_PENALTY * bias  # of the bias of feature 5, which the taken item alone has
+    expected = -1 / (1 + math.exp(margin)) + 2 * BIAS_PENALTY * bias  # derivative by the bias of feature 5, which only the taken item has
     assert machine.table.weight.grad[5, -1].item() == pytest.approx(expected, abs=1e-5)
 
 

@@ -20,7 +20,7 @@ def test_gradients_are_those_of_encoding_every_position(tmp_path: Path, mode: st
     dataset = make_dataset(Storage(str(tmp_path / "store")))
     values = ["model.width=16", "data.max_history=10", f"model.text.mode={mode}", "model.text.backbone=tiny", "model.text.max_tokens=16"]
     config = load_config(None, [*values, "model.loss.kind=sampled", f"run.scratch={tmp_path / 'scratch'}"])
-    model = build_recommender(config, dataset, torch.device("cpu")).double().eval()  # dropout is drawn per encoded text
+    model = build_recommender(config, dataset, torch.device("cpu")).double().eval()  # eval mode, since dropout is drawn per encoded text
     table = dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 12)
     negatives = torch.tensor([3, 9, 9, 40]), torch.full((4,), 1 / 40).log()
     once = Collator(dataset.manifest, takes_whole_catalogue=False)(Sequences.from_table(table, sample_id=np.arange(12)), *negatives)

@@ -1,4 +1,4 @@
-"""The bound in training: the group that is behind on validation gains weight, and a run that was killed goes on with its duals."""
+"""The fairness bound in training: the group that is behind on validation gains weight, and a killed run resumes with its duals."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def config(folder: Path, name: str, **values: object) -> Config:
 
 
 class Dying(LocalReporter):
-    """Ends the process group's run in the middle of a step."""
+    """Interrupts the run at step 17, within an epoch."""
 
     def step(self, step: int, losses: dict[str, float], batches: Sequence[MicroBatch]) -> None:
         super().step(step, losses, batches)
@@ -73,8 +73,8 @@ def test_the_group_behind_gains_weight_and_what_is_reported_is_not_weighed(folde
     assert set(GROUPS).isdisjoint(free_losses[0])
     first = losses[0]
     share = (free_losses[0]["retrieval"] - first[GROUPS[1]]) / (first[GROUPS[0]] - first[GROUPS[1]])
-    assert 0 < share < 1  # before any dual the loss is the mean over both groups
-    assert state.step_in_epoch > 0  # the last validation is in the middle of an epoch and raises nothing
+    assert 0 < share < 1  # while all duals are 0, the loss is the mean over both groups
+    assert state.step_in_epoch > 0  # the run ends within an epoch, and its last validation raises no dual
     duals = [0.0, 0.0]
     for epoch in history[:-1]:
         assert epoch["ndcg@10"] == pytest.approx(sum(epoch[name] for name in METRICS) / 2, rel=0.1)

@@ -1,4 +1,4 @@
-"""Texts that a micro batch has not keep the vectors of the last refresh: whose gradients there are, and that a kill changes nothing."""
+"""Cached text embeddings of items outside the micro batch: gradients, refreshes shared by ranks, and resuming after a kill."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def gradients_of(model: Recommender, batch: object) -> dict[str, torch.Tensor]:
 
 
 def refreshed(config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return what a refresh by all ranks keeps, and what one alone would."""
+    """Return the cached embeddings after a refresh by all ranks, and those that one rank computes alone."""
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier)
     encoder = build_recommender(config, open_dataset(config), torch.device("cpu"), ranks).item_encoder
     encoder.refresh_texts(ranks.rank, ranks.world_size)
@@ -96,7 +96,7 @@ def test_the_ranks_share_a_refresh(tmp_path: Path) -> None:
 
 
 def trained(config: Config) -> tuple[list[int], dict[str, str]]:
-    """Train; return at which steps this rank refreshed, and the hashes of the last checkpoint."""
+    """Train; return the steps at which this rank refreshed, and the hashes of the last checkpoint's files."""
     trainer = Trainer(config, open_dataset(config), LocalReporter(), NextItem)
     assert isinstance(trainer.objective, NextItem)
     encoder, steps = trainer.objective.module.item_encoder, []

@@ -1,4 +1,4 @@
-"""The losses against plain references: values, gradients, chunks, ranks, and the sampled ones against the full one that they estimate."""
+"""Losses compared with plain references: values, gradients, chunks, ranks; sampled losses compared with the full loss they estimate."""
 
 import math
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def calibrated(chunk_bytes: int) -> Loss:
 
 def plain_calibrated(users: Tensor, items: Tensor) -> Tensor:
     alpha = 4 / 10
-    beta = alpha * (0.75 * (1 - 1 / alpha) + 1 / alpha)  # as the paper writes it
+    beta = alpha * (0.75 * (1 - 1 / alpha) + 1 / alpha)  # in the form of the paper
     losses = []
     for user, target in zip(users, TARGETS, strict=True):
         others = [torch.log(1 - torch.sigmoid(user @ items[item])) for item in NEGATIVES if item != target]

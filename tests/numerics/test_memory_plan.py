@@ -1,4 +1,4 @@
-"""The planned memory of a worker against the most that its tensors took, which PyTorch's allocator noted in real steps under DeepSpeed."""
+"""A worker's planned memory compared with the peak of its tensors in real steps under DeepSpeed, measured by PyTorch's allocator."""
 
 import gc
 from pathlib import Path
@@ -51,7 +51,7 @@ def config_of(folder: Path, values: dict[str, Any]) -> Config:
 
 
 def planned_and_measured(config: Config) -> tuple[int, int]:
-    """Return the planned peak and the most bytes of tensors alive at once in two steps, of this rank."""
+    """Return the planned peak and the measured peak of bytes of live tensors in two steps, for this rank."""
     trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
     assert trainer.memory_plan is not None
     gc.collect()
@@ -59,7 +59,7 @@ def planned_and_measured(config: Config) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for number, batches in enumerate(trainer.objective.steps(0)):
             trainer._step(batches)
-            gc.collect()  # what DeepSpeed leaves in cycles is freed some time, sooner or later
+            gc.collect()  # free DeepSpeed's reference cycles now rather than at some later time
             if number == 1:
                 break
             trainer.engine.snapshot()
@@ -138,7 +138,7 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
 
 
 def refused(config: Config) -> str:
-    """Return the line with which a run ends that finds a machine too small, and check that no step was made."""
+    """Return the error that ends a run on a machine with too little memory, and check that no step was made."""
     import recsys.train.monitoring.memory
 
     recsys.train.monitoring.memory.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")

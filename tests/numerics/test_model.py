@@ -1,4 +1,4 @@
-"""The model: causal, blind to padding, cold items carried by their features, each distinct item encoded once."""
+"""The model: causal, independent of padding; features represent cold items; each distinct item is encoded once."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ def test_a_place_sees_its_own_history_up_to_itself(config: Config, dataset: Data
         torch.nn.init.normal_(parameter, std=0.3)
     before = states(model, batch)
     number, length = batch.histories.groups[-1]
-    begin = len(before) - number * length  # the first history of the last group
+    begin = len(before) - number * length  # start of the first history of the last group
     changed = map_tensors(batch.histories, torch.clone)
     for column, value in (("items", 1), ("events", 1), ("times", 10**9), ("values", 1.0)):
         getattr(changed, column)[begin + 2] = value

@@ -1,4 +1,4 @@
-"""A checkpoint of any ZeRO stage, precision and text mode, joined to a whole model, ranks as the training's own validation did."""
+"""A checkpoint of any ZeRO stage, precision and text mode, loaded as a whole model, gives the metrics of the training's own validation."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_offline_equals_training(folder: Path, zero_stage: int, precision: str, 
         build_predictor(trained, dataset, recommender), dataset, config.evaluation.model_copy(update={"split": "validation"})
     )
     for name, metric in state.validation.items():
-        # In bf16 the training ranks with rounded weights, and the checkpoint keeps the full ones.
+        # In bf16, training ranks with rounded weights, while the checkpoint holds the full-precision weights.
         assert offline["metrics"][name] == pytest.approx(metric, abs=1e-6 if precision == "fp32" else 0.06), name
 
 

@@ -1,4 +1,4 @@
-"""Pretraining in the training loop: ranks and resuming change nothing, it learns of texts unseen, and what it learned is published."""
+"""Pretraining in the training loop: equal results for any ranks and after resuming, progress on unseen texts, published weights."""
 
 import shutil
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from tests.reporters import LocalReporter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hold a dataset, and the tiny backbone with dropout and without."""
+    """Return a folder with a dataset and the tiny backbone without dropout."""
     path = tmp_path_factory.mktemp("pretraining")
     dataset = make_dataset(Storage(str(path / "store")), num_users=200, num_items=200, max_history=30)
     tiny = load_config().with_values({"model.text.backbone": "tiny"}).model.text
@@ -53,7 +53,7 @@ def make_config(folder: Path, name: str, **values: Any) -> Config:
 
 
 class DyingReporter(LocalReporter):
-    """Ends the run at a step, as a crash would."""
+    """Raises an error at step 7, like a crash."""
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
         super().step(step, losses, batches)

@@ -1,4 +1,4 @@
-"""Queries in the model: who sees them, that training and answering compute the same, and that a model learns to heed them."""
+"""Queries in the model: attention, equal results in training and serving, and a model that learns to use them."""
 
 import html
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, f
     rows, batch = rows_and_batch(dataset, model)
     asked = QueryDraws(0.999, 1, model.catalogue.has_text)(rows, 0)
     own_lengths = np.append(asked.targets[: asked.num_whole], asked.own_lengths)
-    assert (own_lengths == 0).any()  # or the empty history is not tested
+    assert (own_lengths == 0).any()  # some queries have an empty history
     assert has_queries == bool((asked.targets < rows.lengths[asked.samples] - 1).any())
     texts = QueryTexts(model.catalogue.texts, read_queries(dataset, Path(config.run.scratch)))
     expected = 0.0
@@ -195,11 +195,11 @@ def test_a_trained_model_finds_what_is_asked_for(config: Config) -> None:
     asked = [drop_words(text, item, EVALUATION_VARIANT) for item, text in enumerate(predictor.catalogue.texts)][1:]
     scores = predictor.score_catalogue([Sequences.of([])] * 100, asked).numpy()[:, 1:]
     ranks = (scores > scores.diagonal()[:, None]).sum(1)
-    assert np.median(ranks) <= 5  # of 100, by words that training did not ask with, and with no history
+    assert np.median(ranks) <= 5  # of 100 items, with words that training did not use and an empty history
 
 
 def test_what_users_typed_is_learned_and_evaluated(config: Config) -> None:
-    """The words of a query are in no item's text, so that what they mean can be known from the events alone."""
+    """The words of a query occur in no item's text, so the model can learn their meaning only from the events."""
     data = make_dataset(Storage(config.storage.root), num_users=300, num_items=30, has_queries=True)
     values = {"model.width": 32, "optimizer.learning_rate": 1e-2, "model.text.mode": "full", "optimizer.backbone_learning_rate": 1e-2}
     run = run_of(config.with_values(values), "typed", data__dataset=data.uri, training__epochs=15, training__micro_batch_size=32)
@@ -207,7 +207,7 @@ def test_what_users_typed_is_learned_and_evaluated(config: Config) -> None:
     found = evaluate(build_predictor(trained, dataset, model), dataset, EvaluationConfig())
     queries = found["queries"]
     assert queries["protocol"] == TYPED_PROTOCOL
-    assert 0 < queries["num_users"] < found["num_users"]  # a target in three came without words
+    assert 0 < queries["num_users"] < found["num_users"]  # one target in three has no query
     assert queries["with_query"]["ndcg@10"] > queries["without_query"]["ndcg@10"] + 0.2
 
 

@@ -1,4 +1,4 @@
-"""The ranking tasks end to end: balanced labels are calibrated back, sharding changes nothing, served scores are offline scores."""
+"""The ranking tasks end to end: calibration of balanced labels, equal results with sharding, served scores equal offline scores."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def config_of(dataset: Dataset, values: dict[str, object]) -> Config:
 
 @pytest.mark.parametrize(("imbalance", "rate"), [("none", 1.0), ("weight", 0.04), ("sample", 0.12)])
 def test_balanced_training_gives_back_the_probabilities_of_the_data(imbalance: str, rate: float) -> None:
-    """Plant logits that are linear in a known vector, 4 % positives; each way of training must find them, not only their order."""
+    """With labels drawn from logits linear in known vectors (4 % positives), each kind of training must recover the logits themselves."""
     generator = torch.Generator().manual_seed(0)
     users, items = torch.randn(2, 30_000, 4, generator=generator)
     planted = items @ torch.tensor([1.0, -0.5, 0.5, 0.0]) - 3.8
@@ -142,7 +142,7 @@ def test_a_served_score_is_the_offline_one_and_the_models_own(dataset: Dataset, 
 
 @torch.no_grad()
 def score_by_model(recommender: Recommender, history: Sequences, items: torch.Tensor) -> np.ndarray:
-    """Score as training does, from the item encoder on, calibrated by hand: p = q / (q + (1 - q) / w)."""
+    """Compute scores as in training, starting at the item encoder, with explicit calibration: p = q / (q + (1 - q) / w)."""
     recent = history.last(10)
     length = np.array([len(recent.items)])
     packed, _ = pack(recent, CPU_GROUP_COST)

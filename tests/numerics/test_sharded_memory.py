@@ -1,4 +1,4 @@
-"""What ZeRO-3 keeps on each worker: its share of weights, gradients and optimizer, and nothing that does not shrink with more workers."""
+"""Tensors that ZeRO-3 keeps on each worker: only its share of weights, gradients and optimizer state."""
 
 import gc
 from pathlib import Path
@@ -32,7 +32,7 @@ def config_of(folder: Path, num_workers: int) -> Config:
 
 
 def bytes_after_training(config: Config) -> tuple[int, int, int]:
-    """Return the bytes of weights and optimizer on this worker, of all large tensors alive, and of the whole model in float32."""
+    """Return bytes of weights and optimizer on this worker, of all its large tensors, and of the whole model in float32."""
     trainer = Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), LocalReporter(), NextItem)
     trainer.run()
     gc.collect()
@@ -45,7 +45,7 @@ def bytes_after_training(config: Config) -> tuple[int, int, int]:
 
 
 def storages(tensors: list[torch.Tensor]) -> dict[int, int]:
-    """Return the bytes of what tensors lie in, each once, by address."""
+    """Return the bytes of each distinct storage of the tensors, by address."""
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
@@ -57,5 +57,5 @@ def test_weights_and_optimizer_shrink_with_more_workers(tmp_path: Path) -> None:
         model_bytes = found[0][2]
         own[num_workers], alive[num_workers] = max(each[0] for each in found), max(each[1] for each in found)
         assert own[num_workers] == pytest.approx(4 * model_bytes / num_workers, rel=0.1)  # weights, their copy, two moments
-        assert alive[num_workers] < 6 * model_bytes / num_workers + 2 * model_bytes  # and gradients, and what is sent at once
+        assert alive[num_workers] < 6 * model_bytes / num_workers + 2 * model_bytes  # plus gradients and communication buffers
     assert own[2] / own[4] == pytest.approx(2, rel=0.1)

@@ -1,4 +1,4 @@
-"""ZeRO must not change what is learned: one loss curve for every stage, number of workers and micro batch."""
+"""ZeRO must not change training: the same loss curve for every stage, number of workers and micro batch size."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> np.ndarray:
-    """One worker, no sharding, doubled micro batch."""
+    """Return the loss curve of one worker with ZeRO-0 and a doubled micro batch."""
     return loss_curve(folder, "reference", num_workers=1, zero_stage=0, micro_batch_size=16)
 
 
@@ -53,7 +53,7 @@ def test_accumulation_is_a_large_batch(folder: Path, reference: np.ndarray) -> N
 def loss_curve(
     folder: Path, name: str, num_workers: int, zero_stage: int, micro_batch_size: int, values: dict[str, Any] | None = None
 ) -> np.ndarray:
-    """Train 50 steps without dropout; return the losses, (steps, losses)."""
+    """Train 50 steps without dropout and return the losses, (steps, losses)."""
     base = {
         "storage.root": str(folder / "store"),
         "run.scratch": str(folder / "scratch"),

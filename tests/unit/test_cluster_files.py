@@ -1,4 +1,4 @@
-"""The declarations in `cluster/`: each parses as its reader parses it, none is open, and all name the pinned Ray. No cluster is started."""
+"""The files in `cluster/`: each is valid for its reader, none allows open access, all name the pinned Ray. No cluster is started."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The predictor: ranking with ties, exclusions, export and back, golden scores."""
+"""The predictor: ranking with ties, exclusions, export and reload, golden scores."""
 
 import json
 from pathlib import Path

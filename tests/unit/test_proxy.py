@@ -1,4 +1,4 @@
-"""The proxy that injects faults: what goes through it unharmed, what each fault looks like to a client, and that the counts are true."""
+"""The fault-injecting proxy: unchanged requests, each fault as the client sees it, and correct counts."""
 
 import socket
 import time
@@ -33,7 +33,7 @@ def client(bucket: str, s3_proxy: FaultProxy) -> Iterator[Any]:
 
 
 def _client(proxy: FaultProxy, patience_seconds: float) -> Any:
-    """Give a client that repeats nothing, so that it meets each fault."""
+    """Return a client without retries, so that it sees each fault."""
     config = Config(
         retries={"total_max_attempts": 1},
         read_timeout=patience_seconds,
@@ -92,7 +92,7 @@ def test_refusals_carry_a_code_and_leave_the_connection_usable(
         client.put_object(Bucket=bucket, Key=KEY, Body=b"other")
     assert error.value.response["Error"]["Code"] == code
     s3_proxy.faults = Faults()
-    assert _get(client, bucket) == BODY  # what was refused has not happened
+    assert _get(client, bucket) == BODY  # the refused request was not executed
 
 
 def test_a_reset_comes_after_the_work(client: Any, bucket: str, s3_proxy: FaultProxy) -> None:
@@ -143,7 +143,7 @@ def test_all_connections_share_one_bandwidth(client: Any, bucket: str, s3_proxy:
     begin = time.monotonic()
     with ThreadPoolExecutor(4) as pool:
         assert all(body == BODY for body in pool.map(lambda _: _get(client, bucket), range(4)))
-    assert 0.9 < time.monotonic() - begin < 15  # 1,024,000 bytes
+    assert 0.9 < time.monotonic() - begin < 15  # four objects, 1,024,000 bytes in total
 
 
 def test_a_listing_is_shuffled_and_has_strays(client: Any, bucket: str, s3_proxy: FaultProxy) -> None:

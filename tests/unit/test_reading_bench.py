@@ -1,4 +1,4 @@
-"""What the reading bench says of kills: a ledger counted against one epoch."""
+"""The ledger of the reading benchmark: rows lost and repeated by kills, compared with one epoch."""
 
 from tests.benchmarks.peers.processes import count_ledger
 

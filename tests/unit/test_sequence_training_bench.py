@@ -1,4 +1,4 @@
-"""The arithmetic of the bench of sequence training: metrics of given lists, rounds summed up, steps within a time."""
+"""The arithmetic of the sequence training benchmark: metrics of given lists, summary of rounds, steps within a time."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A verb's terminal has this project's lines and nothing else; its log file has everything."""
+"""A command's terminal shows only this project's lines; its log file has all output."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ def test_the_terminal_has_own_lines_and_the_log_everything(tmp_path: Path) -> No
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == '{"answer": 1}\n'
     *lines, at_the_end = finished.stderr.splitlines()
-    assert at_the_end == "printed at the end"  # the result stays the last line of stdout
+    assert at_the_end == "printed at the end"  # goes to stderr, so that stdout ends with the result
     lines = [line[9:] for line in lines]
     assert sorted(lines[:2]) == ["I told by a worker", "I told by the driver"]
     (last,) = lines[2:]
@@ -102,7 +102,7 @@ def test_on_a_terminal_progress_is_replaced_and_other_lines_are_kept(tmp_path: P
     terminal.show("I ███· step 3")
     terminal.show("")
     read = b""
-    while not read.endswith(b"step 3\r\n"):  # it arrives when the kernel gets to it
+    while not read.endswith(b"step 3\r\n"):  # the kernel may deliver it in parts
         read += os.read(reader, 10_000)
     shown = read.decode()
     assert [part[-6:].strip() for part in shown.replace("\r\n", "\n").split("\n")] == ["step 2", "k here", "step 3", ""]

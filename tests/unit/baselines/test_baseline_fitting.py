@@ -1,4 +1,4 @@
-"""Choosing epochs and drawing negatives, apart from any baseline."""
+"""Choosing epochs and drawing negatives, without a baseline."""
 
 import numpy as np
 import pytest

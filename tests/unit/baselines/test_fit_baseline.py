@@ -1,4 +1,4 @@
-"""Every baseline: it finds what was planted, sees nothing that is held out, repeats itself, and answers whoever asks."""
+"""Every baseline finds planted structure, ignores held-out data, is deterministic, and scores every user."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +24,11 @@ PREDICTING: tuple[BaselineName, ...] = ("matrix_factorization", "factorization_m
 
 @dataclass(frozen=True)
 class WithUsers(Dataset):
-    """A dataset with another table of users."""
+    """A dataset with a replaced table of users."""
 
     users: pa.Table
 
     def read_users(self, columns: list[str] | None = None) -> pa.Table:
-        """Give the table."""
         return self.users if columns is None else self.users.select(columns)
 
 
@@ -64,7 +63,7 @@ def fit(name: BaselineName, dataset: Dataset, config: Config) -> Baseline:
 
 
 def ask(baseline: Baseline, dataset: Dataset) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Score the catalogue, and every task of every user with the first ten items."""
+    """Score the catalogue for each user, and every task for each user with the first ten items."""
     rows = dataset.read_users().to_pylist()
     histories = [np.array(row["items"][: row["num_train"]]) for row in rows]
     users = [row["user_index"] for row in rows]
@@ -116,7 +115,7 @@ def test_validation_interactions_train_nothing(name: BaselineName, dataset: Data
         begin = row["num_train"]
         return row | {"items": [*row["items"][:begin], *(1 for _ in row["items"][begin:])], "values": [1.0 for _ in row["values"]]}
 
-    only_epoch = config.with_values({"evaluation.baseline_epochs": 1})  # so that there is none to choose
+    only_epoch = config.with_values({"evaluation.baseline_epochs": 1})  # fixes the number of epochs, so that there is nothing to choose
     scores, _ = ask(fit(name, dataset, only_epoch), dataset)
     others, _ = ask(fit(name, with_users(dataset, change), only_epoch), dataset)
     np.testing.assert_array_equal(scores, others)
@@ -163,7 +162,7 @@ def test_interactions_may_have_no_values_and_users_no_attributes(name: BaselineN
 
 
 def with_tastes(dataset: Dataset) -> Dataset:
-    """Plant values: an even user likes the even items' genres, an odd one the others; some users are generous."""
+    """Plant values: even users like genres with an even number, odd users the others; every third user rates higher."""
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
         likes = np.array(row["items"]) % 5 % 2 == row["user_index"] % 2
@@ -198,7 +197,7 @@ def test_a_factorization_machine_tells_a_new_item_by_its_categories_and_a_new_us
     planted = with_tastes(dataset)
 
     def is_new(item: int) -> bool:
-        return item % 10 in (3, 4)  # such as 24, whose categories even users like, and 13, whose odd users like
+        return item % 10 in (3, 4)  # item 24, for example, has categories that even users like; item 13 those that odd users like
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
         num = row["num_train"] if row["user_index"] < 250 else 0
@@ -224,7 +223,7 @@ def test_recent_popularity_counts_what_is_taken_lately(dataset: Dataset, config:
     (scores,) = fit("popularity", planted, config).score_catalogue([np.zeros(0, np.int64)], [0])
     assert scores[1] > scores[2] > scores[3]
     (scores,) = fit("recent_popularity", timeless, config).score_catalogue([np.zeros(0, np.int64)], [0])
-    assert scores[2] == pytest.approx(300, abs=1)  # each user's last tenth, which is one
+    assert scores[2] == pytest.approx(300, abs=1)  # the last tenth of each user's interactions, here one
     times = np.concatenate([row["timestamps"][: row["num_train"]] for row in dataset.read_users().to_pylist()])
     latest = np.quantile(times, 0.9)
     expected = np.zeros(dataset.manifest.num_items + 1)

@@ -1,4 +1,4 @@
-"""The config tree: defaults, files, overrides, and one clear line for every mistake."""
+"""The config tree: defaults, files, overrides, and a one-line error for every mistake."""
 
 import json
 import resource

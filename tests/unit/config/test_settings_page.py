@@ -1,4 +1,4 @@
-"""Every setting is explained, and the explanations reach `--help` and the settings page."""
+"""Every setting has a docstring, which is shown by `--help` and on the settings page."""
 
 import resource
 import subprocess
@@ -35,7 +35,7 @@ def seconds_of_children() -> float:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_lists_what_a_verb_reads_within_a_second(verb: str) -> None:
     seconds = []
-    for _ in range(2):  # the first may have to compile the modules
+    for _ in range(2):  # the first run may have to compile the modules
         before = seconds_of_children()
         result = subprocess.run([sys.executable, "-m", verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds.append(seconds_of_children() - before)

@@ -1,4 +1,4 @@
-"""No setting is passed over in silence: every key of the tree with every verb is read, compared with what is carried, or named."""
+"""No setting is ignored silently: every command reads each key, compares it with the artifact's config, or reports it."""
 
 import json
 import logging
@@ -38,11 +38,11 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 
 KEYS = sorted(keys())
 INACTIVE = ("data.synthetic.", "data.test_f", "data.validation_f")
-"""Of `data`, what its defaults make meaningless: other splits' keys, and the generator's."""
+"""Keys of `data` that have no effect with its defaults: those of other splits and of the generator."""
 
 
 def given(key: str) -> Config:
-    """Return a config for which one key was given, with its default."""
+    """Return the default config with one key marked as given."""
     return load_config().as_given(frozenset({key}))
 
 

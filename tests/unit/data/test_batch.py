@@ -120,7 +120,7 @@ def test_moving_a_batch_moves_its_histories(dataset: Dataset) -> None:
 
 def test_shuffled_histories_keep_each_interaction_whole_and_change_with_the_epoch() -> None:
     lengths = np.array([6, 1, 9, 9])
-    numbers = np.arange(lengths.sum() + 4)  # row 0 begins at 4: what lies before it belongs to none of these rows
+    numbers = np.arange(lengths.sum() + 4)  # row 0 begins at 4; the values before it belong to no row
     columns, scalars = {"items": numbers, "values": numbers / 2}, {"sample_id": np.array([7, 8, 9, 10]), "first_target": np.ones(4, int)}
     rows = Sequences(columns, np.cumsum(lengths) - lengths + 4, lengths, scalars)
     orders = {}
@@ -160,6 +160,6 @@ def test_cut_rows_have_every_target_once_with_the_history_that_fits(rows: list[t
         own = cut.scalars["sample_id"] == row
         if length <= max_history + 1:
             assert (cut.lengths[own].tolist(), cut.scalars["first_target"][own].tolist()) == ([length], [target])
-        else:  # each piece reaches as far back as it may
+        else:  # each piece has the longest possible history
             stops = (cut.starts + cut.lengths)[own] - starts[row]
             assert cut.lengths[own].tolist() == np.minimum(max_history + 1, stops).tolist()

@@ -1,4 +1,4 @@
-"""The disk cache: what was put is got back, the limit holds for several processes, a full disk is no error."""
+"""The disk cache: entries are read back, the limit holds for several processes, a full disk is not an error."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The stable hash: splitmix64 in whole numbers of any size, spread evenly, unlike for each seed."""
+"""The stable hash: splitmix64 of integers of any size, evenly distributed, different for each seed."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_it_is_splitmix64(seed: int) -> None:
 
 
 def test_its_first_value_is_the_one_that_the_authors_print() -> None:
-    assert plain_hash(1234567, 0) == 6457827717110365317  # of splitmix64 seeded with 1234567
+    assert plain_hash(1234567, 0) == 6457827717110365317  # the first output of splitmix64 with seed 1234567
 
 
 def test_buckets_are_filled_evenly_and_seeds_differ() -> None:
@@ -30,4 +30,4 @@ def test_buckets_are_filled_evenly_and_seeds_differ() -> None:
     first, second = stable_hash(numbers, 0), stable_hash(numbers, 1)
     for hashes in (first, second, first ^ second):
         counts = torch.bincount(hashes % 100, minlength=100).double()
-        assert float((counts - 1000).square().sum() / 1000) < 150  # chi-squared of 99 degrees of freedom
+        assert float((counts - 1000).square().sum() / 1000) < 150  # chi-squared with 99 degrees of freedom

@@ -99,7 +99,7 @@ def test_the_files_are_built_once(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def append(dataset: Dataset, tables: list[pa.Table], counts: pa.Table, num_items: int) -> Dataset:
-    """Make a version of the dataset with more catalogue shards and counts, in a folder of its own."""
+    """Write a version of the dataset with more catalogue shards and counts, in a separate folder."""
     uri = join(dataset.uri.rpartition("/")[0], "appended")
 
     def write(path: str, table: pa.Table) -> Shard:
@@ -176,7 +176,7 @@ def hold_catalogue(dataset: Dataset, scratch: Path, barrier: Any, results: Any) 
     barrier.wait(60)
     features = ItemFeatures.read(dataset, scratch)
     encoder = ItemEncoder(load_config(None, ["model.use_ids=false", "model.width=16"]).model, features, ItemText()).to("cpu")
-    total = sum(float(buffer.float().sum()) for buffer in encoder.buffers() if buffer.numel())  # each page is touched
+    total = sum(float(buffer.float().sum()) for buffer in encoder.buffers() if buffer.numel())  # touches every page
     total += sum(len(text) for column in (features.item_ids, features.titles, features.texts) for text in column)
     barrier.wait(60)
     results.put(pss_bytes() - before)

@@ -1,4 +1,4 @@
-"""How rare positives are: counted in the training data's targets; and the negatives that are left out, the same each time."""
+"""Rates of positives, counted over the training targets, and the negatives that are left out, the same each time."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def plain_counts(dataset: Dataset) -> tuple[list[float], list[float]]:
-    """Count purchases, ratings (a value's sum, standardised) and likes among the training targets, sample by sample."""
+    """Count purchases, standardised ratings (summed) and likes over the training targets, sample by sample."""
     positives, labels = np.zeros(3), np.zeros(3)
     for shard in dataset.manifest.train_shards:
         for row in dataset.read_shard(shard).to_pylist():

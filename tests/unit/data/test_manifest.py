@@ -1,4 +1,4 @@
-"""Reading a dataset of several versions: addresses, last rows, added counts; and manifests that are none."""
+"""Reading a dataset of several versions: addresses, newest rows, summed counts; and invalid manifests."""
 
 import pickle
 
@@ -19,7 +19,7 @@ def shard_of(storage: Storage, uri: str, path: str, table: pa.Table, dataset: st
 
 
 def two_versions(storage: Storage) -> tuple[Dataset, Dataset]:
-    """A dataset, and one in which user 3 has another history, item 2 another title, and items 1 and 2 other counts."""
+    """Return a dataset, and a version with a new history of user 3, a new title of item 2, and more counts for items 1 and 2."""
     base = make_dataset(storage, num_users=20)
     uri = storage.uri("datasets", "second")
     manifest = base.manifest

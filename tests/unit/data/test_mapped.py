@@ -1,4 +1,4 @@
-"""Entries that the processes of a node share: built once, never read half, removed when unused; and what is mapped from them."""
+"""Entries shared by the processes of a node: built once, never read half-written, removed when unused; and memory-mapped arrays."""
 
 import errno
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Packing: every interaction in a place of its own, groups with the least padding, checked against all ways to group."""
+"""Packing: one position per interaction, groups with the least padding, compared with all possible groupings."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The plan: every sample once per epoch, the same samples per step for any number of ranks, a position in O(1)."""
+"""The plan: every sample once per epoch, the same samples per step for any number of ranks, seeking in O(1)."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def check_every_sample_once_and_every_step_the_same(plan: EpochPlan, world_size:
     assert sorted(sample for step in steps for sample in step) == list(range(plan.num_samples))
     assert all(len(step) == plan.global_batch_size for step in steps[:-1])
     step = data.draw(st.integers(0, plan.num_steps - 1))
-    fresh = replace(plan)  # knows nothing of the steps before
+    fresh = replace(plan)  # a copy without state of earlier steps
     shares = [fresh.step_ids(step, rank, world_size).tolist() for rank in range(world_size)]
     assert sorted(sample for share in shares for sample in share) == sorted(steps[step])
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,4 +1,4 @@
-"""Rows of unlike length: what is chosen, cut and joined is what it says; windows: each target once, no window too long."""
+"""Rows of different lengths: selecting, cutting and joining; windows: each target once, none too long."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Row groups from the store: only what is wanted is fetched, the cache spares requests, damage in it is found."""
+"""Row groups from the store: only the needed bytes are fetched, the cache saves requests, and damage in it is detected."""
 
 import logging
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ LENGTH = 8
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Note the size of every range that is fetched."""
+    """Record the size of every fetched range."""
     sizes: list[int] = []
     read_range = Storage.read_range
 
@@ -43,7 +43,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture
 def groups_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Note every row group that is decoded."""
+    """Record every decoded row group."""
     groups: list[int] = []
     read = RowGroupSource.read
 
@@ -57,7 +57,7 @@ def groups_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.fixture
 def dataset(moto_server: S3Server, tmp_path: Path) -> Dataset:
-    """Give a dataset on S3 with one shard of many row groups."""
+    """Return a dataset on S3 with one shard of many row groups."""
     small = make_dataset(moto_server.fresh_storage())
     random = np.random.default_rng(0)
     num_rows = NUM_GROUPS * GROUP_ROWS
@@ -121,7 +121,7 @@ def test_what_is_cached_is_not_fetched_again(dataset: Dataset, fetched: list[int
     fetched.clear()
     again = RowGroupSource(dataset, COLUMNS, DiskCache(tmp_path / "cache", 1 << 30)).read(3)
     assert again.equals(first)
-    assert len(fetched) == 1  # the footer
+    assert len(fetched) == 1  # only the footer
 
 
 def test_a_damaged_cache_is_found_by_the_pages_checksums(dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

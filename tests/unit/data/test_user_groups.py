@@ -1,4 +1,4 @@
-"""Groups of users: every sample in its user's group, unknown values in none, and what cannot make groups refused."""
+"""Groups of users: every sample is in its user's group, unknown values are in none, unusable attributes are refused."""
 
 import numpy as np
 import pytest

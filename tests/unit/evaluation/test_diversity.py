@@ -1,4 +1,4 @@
-"""The curve of diversity: what re-ranked lists are worth, and by which vectors items are alike."""
+"""The diversity curve: quality of re-ranked lists, and the vectors that define item similarity."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def users() -> list[EvaluationUser]:
 
 
 def score(batch: list[EvaluationUser]) -> np.ndarray:
-    """Give targets good scores, and all else noise."""
+    """Return random scores, with higher ones for targets."""
     scores = np.stack([np.random.default_rng(user.user_index).random(NUM_ITEMS + 1) for user in batch]).astype(np.float32)
     for row, user in zip(scores, batch, strict=True):
         row[user.targets.items] += 0.6
@@ -51,7 +51,7 @@ def test_more_weight_gives_more_diverse_lists_and_costs_quality(catalogue: ItemF
     assert diversities == sorted(diversities)
     assert diversities[-1] > diversities[0] + 0.1
     assert curve[-1]["ndcg@5"] < curve[0]["ndcg@5"]
-    # Without weight the lists are the model's own.
+    # With weight 0 the lists are the model's own.
     assert curve[0]["ndcg@5"] == pytest.approx(plain_ndcg(ranked.top[:, :5], users))
     assert curve[0]["intra_list_diversity@5"] == pytest.approx(intra_list_diversity(ranked.top[:, :5], vectors).mean())
 
@@ -78,13 +78,13 @@ def test_items_are_described_by_categories_else_vectors_else_text(catalogue: Ite
         own, other = (set(catalogue.categories[item].tolist()) - {0} for item in (first, second))
         expected = len(own & other) / np.sqrt(len(own) * len(other)) if own and other else 0
         assert by_category[first, second] == pytest.approx(expected)
-    assert by_category[0, 0] == by_category[11, 11] == 0  # padding; an item without categories
+    assert by_category[0, 0] == by_category[11, 11] == 0  # padding, and an item without categories
     given = torch.randn(NUM_ITEMS + 1, 3, generator=torch.manual_seed(0))
     plain = replace(catalogue, categories=torch.zeros_like(catalogue.categories), vectors=given)
     assert cosines(content_vectors(plain))[3, 5] == pytest.approx(torch.cosine_similarity(given[3], given[5], dim=0).item(), abs=1e-6)
     by_text = cosines(content_vectors(replace(plain, vectors=torch.zeros(NUM_ITEMS + 1, 0))))
     assert by_text[1, 1] == pytest.approx(1)
-    assert by_text[2, 7] > by_text[2, 8] > 0  # of one genre; of two
+    assert by_text[2, 7] > by_text[2, 8] > 0  # same genre; different genres
     assert content_vectors(replace(plain, vectors=torch.zeros(NUM_ITEMS + 1, 0), has_text=torch.zeros_like(plain.has_text))) is None
 
 

@@ -1,4 +1,4 @@
-"""The whole evaluation of a model with random weights: what it says of itself, of others beside it, and what it refuses."""
+"""The whole evaluation of a model with random weights: its own results, baselines and comparisons, and refusals."""
 
 import numpy as np
 import pytest
@@ -136,7 +136,7 @@ def test_baselines_are_judged_as_the_model_is(dataset: Dataset, predictor: Predi
     users = read_evaluation_users(dataset, "test")
     baseline = fit_baseline("item_knn", dataset, predictor.catalogue, predictor.config)
     hits = []
-    for user in users:  # one by one
+    for user in users:  # one user at a time
         scores = baseline.score_catalogue([user.history.items], [user.user_index])
         hits.append(user.targets.items[0] in top_k(scores[0], 10, user.history.items).items)
     assert found["baselines"]["item_knn"]["hr@10"] == pytest.approx(np.mean(hits))

@@ -1,4 +1,4 @@
-"""Gaps between groups of users: by hand, with what is left out counted, and an interval that knows of noise."""
+"""Gaps between groups of users: compared by hand, with counts of what is left out, and an interval that reflects noise."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ GROUPS = [name for name, size in SIZES.items() for _ in range(size)]
 def test_gap_by_hand() -> None:
     values = np.array([{"a": 0.5, "b": 0.2, "c": 0.3}.get(group, 0.9) for group in GROUPS])
     found = fairness_gaps(values, users_of(GROUPS), [])
-    assert found.keys() == {"shop"}  # ids are too many to be groups
+    assert found.keys() == {"shop"}  # "id" has too many values to be groups
     shop = found["shop"]
     assert {name: (group["num_users"], group["mean"]) for name, group in shop["groups"].items()} == {
         "a": (40, pytest.approx(0.5)),
@@ -32,7 +32,7 @@ def test_gap_by_hand() -> None:
     }
     assert shop["gap"] == pytest.approx(0.3)
     assert shop["relative_gap"] == pytest.approx(0.3 / ((40 * 0.5 + 50 * 0.2 + 30 * 0.3) / 120))
-    assert shop["interval_95"] == pytest.approx((0.3, 0.3))  # within a group all are alike
+    assert shop["interval_95"] == pytest.approx((0.3, 0.3))  # all users of a group are equal
     assert (shop["num_groups_left_out"], shop["num_users_left_out"]) == (2, 2 * MIN_GROUP_USERS + 4)
 
 

@@ -1,4 +1,4 @@
-"""The metrics against values worked out by hand and against slow, plain computations."""
+"""Metrics compared with values computed by hand and with slow, plain implementations."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def test_several_targets_per_user_are_divided_by_the_best_that_is_possible() -> 
 
 def test_random_ranks_against_a_plain_computation() -> None:
     generator = np.random.default_rng(0)
-    ranks = np.array([generator.choice(40, 4, replace=False) for _ in range(50)])  # 0 is: no target
+    ranks = np.array([generator.choice(40, 4, replace=False) for _ in range(50)])  # rank 0 means no target
     ranks[:, 0] += ranks.sum(1) == 0
     for k in (1, 5, 20):
         metrics = ranking_metrics(ranks, (k,))
@@ -52,7 +52,7 @@ def test_random_ranks_against_a_plain_computation() -> None:
 @pytest.mark.parametrize(("num_targets", "num_candidates"), [(1, 7), (2, 6), (3, 3), (1, 1), (2, 4)])
 def test_the_expectation_of_a_random_order_is_the_mean_over_all_orders(num_targets: int, num_candidates: int) -> None:
     cutoffs = (1, 3, 5)
-    orders = itertools.combinations(range(1, num_candidates + 1), num_targets)  # all ranks that the targets can have, equally likely
+    orders = itertools.combinations(range(1, num_candidates + 1), num_targets)  # all possible ranks of the targets, equally likely
     over_all = ranking_metrics(np.array(list(orders)), cutoffs)
     expected = random_metrics(np.array([num_targets]), np.array([num_candidates]), cutoffs)
     assert expected.keys() == over_all.keys()
@@ -66,7 +66,7 @@ def test_coverage_counts_distinct_items_and_no_padding() -> None:
 
 def test_gini_is_half_the_mean_difference_of_counts_over_their_mean() -> None:
     lists = np.array([[1, 2, 3], [1, 2, 0], [1, 4, 2]])
-    counts = np.array([3, 3, 1, 1, 0])  # item 5 is never recommended, padding does not count
+    counts = np.array([3, 3, 1, 1, 0])  # item 5 is never recommended; padding does not count
     plain = np.abs(counts[:, None] - counts).sum() / (2 * len(counts) ** 2 * counts.mean())
     assert gini(lists, 5) == pytest.approx(plain)
     assert gini(np.array([[1], [2]]), 2) == 0
@@ -74,7 +74,7 @@ def test_gini_is_half_the_mean_difference_of_counts_over_their_mean() -> None:
 
 
 def test_novelty_of_items_by_hand() -> None:
-    news = information(np.array([0, 3, 0, 1]))  # 4 interactions, 3 items: shares of 4/7, 1/7, 2/7
+    news = information(np.array([0, 3, 0, 1]))  # 4 interactions, 3 items, smoothed shares of 4/7, 1/7, 2/7
     assert news[1:].tolist() == pytest.approx([-math.log2(4 / 7), -math.log2(1 / 7), -math.log2(2 / 7)])
     assert list_mean(news, np.array([[1, 2], [3, 0], [0, 0]])).tolist() == pytest.approx([news[1:3].mean(), news[3], 0])
 
@@ -86,7 +86,7 @@ def test_popularity_percentiles_by_hand() -> None:
 def test_intra_list_diversity_against_all_pairs() -> None:
     generator = np.random.default_rng(0)
     dense = generator.random((12, 5)) * (generator.random((12, 5)) < 0.5)
-    dense[[0, 4]] = 0  # padding, and an item of which nothing is known
+    dense[[0, 4]] = 0  # padding, and an item without content
     norms = np.linalg.norm(dense, axis=1, keepdims=True)
     dense = np.divide(dense, norms, out=np.zeros_like(dense), where=norms > 0)
     lists = np.array([[1, 2, 3, 4], [5, 6, 0, 0], [7, 0, 0, 0], [8, 9, 10, 11]])

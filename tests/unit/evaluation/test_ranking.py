@@ -1,4 +1,4 @@
-"""Full ranking: seen items removed, ties by index, cold items among themselves."""
+"""Full ranking: seen items removed, ties broken by index, cold items ranked among themselves."""
 
 import numpy as np
 import pytest
@@ -18,16 +18,16 @@ def user(history: list[int], targets: list[int]) -> EvaluationUser:
     [
         ([5, 4, 3, 2, 1], [], [1], [1]),
         ([5, 4, 3, 2, 1], [], [4], [4]),
-        ([5, 4, 3, 2, 1], [1, 2], [4], [2]),  # what was seen is not ranked
-        ([3, 3, 3, 3, 3], [], [4], [4]),  # equal scores: the lower index first
+        ([5, 4, 3, 2, 1], [1, 2], [4], [2]),  # seen items are not ranked
+        ([3, 3, 3, 3, 3], [], [4], [4]),  # equal scores: the lower index is first
         ([3, 3, 3, 3, 3], [2], [4], [3]),
         ([5, 4, 3, 2, 1], [], [2, 4], [2, 4]),
-        ([5, 4, 3, 2, 1], [], [4, 4], [4]),  # twice the same target is one
-        ([5, -np.inf, -np.inf, 1, 0], [], [3], [5]),  # a score of -inf is the worst, and no sign of anything
+        ([5, 4, 3, 2, 1], [], [4, 4], [4]),  # a repeated target counts once
+        ([5, -np.inf, -np.inf, 1, 0], [], [3], [5]),  # a score of -inf is the worst; it does not exclude the item
     ],
 )
 def test_target_ranks(scores: list[float], history: list[int], targets: list[int], ranks: list[int]) -> None:
-    row = np.array([np.inf, *scores], np.float32)  # padding is no candidate, whatever its score
+    row = np.array([np.inf, *scores], np.float32)  # padding is never a candidate, even with the highest score
     assert target_ranks(row, user(history, targets))[0].tolist() == ranks
 
 
@@ -36,7 +36,7 @@ def test_targets_are_ranked_among_the_unseen_items_of_their_like_too() -> None:
     is_cold = np.array([False, False, True, True, True, False, True])
     ranks, like_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
     assert ranks.tolist() == [3, 4, 5]
-    assert like_ranks.tolist() == [2, 3, 2]  # of the cold items 6 is seen; 2 ties with 3 and comes first; of the warm ones 1 is before 5
+    assert like_ranks.tolist() == [2, 3, 2]  # cold: 6 is seen, 2 ties with 3 and is first; warm: 1 is before 5
 
 
 def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:

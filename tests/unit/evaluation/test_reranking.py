@@ -1,4 +1,4 @@
-"""Re-ranking against plain greedy searches that take the definition word by word."""
+"""Re-ranking compared with plain greedy searches that follow the definition literally."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def relevance() -> Floats:
 @pytest.fixture(scope="module")
 def similarity() -> Floats:
     vectors = np.random.default_rng(1).normal(size=(NUM_USERS, NUM_CANDIDATES, WIDTH))
-    vectors[:, 3] = vectors[:, 2]  # two items that are the same
+    vectors[:, 3] = vectors[:, 2]  # two identical items
     vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
     return vectors @ vectors.transpose(0, 2, 1)
 
@@ -48,7 +48,7 @@ def plain_dpp(relevance: Floats, similarity: Floats, weight: float, k: int) -> l
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize(("fast", "plain"), [(mmr, plain_mmr), (dpp, plain_dpp)])
 def test_greedy_choice(relevance: Floats, similarity: Floats, weight: float, fast, plain) -> None:
-    found = fast(relevance, similarity, weight, NUM_CANDIDATES)  # longer than the vectors are wide
+    found = fast(relevance, similarity, weight, NUM_CANDIDATES)  # more candidates than dimensions
     for user in range(NUM_USERS):
         assert found[user].tolist() == plain(relevance[user], similarity[user], weight, NUM_CANDIDATES)
 

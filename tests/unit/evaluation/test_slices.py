@@ -1,4 +1,4 @@
-"""Slices: whose and which targets count, against plain loops over the users."""
+"""Slices: which users and targets belong to each, compared with plain loops over the users."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ TRAIN_COUNT = np.array([0, *([0] * 8), *range(1, NUM_ITEMS - 7)])  # items 1 to 
 
 
 def make_users(num_users: int = 60) -> list[EvaluationUser]:
-    """Each has two targets: a cold one in a third of the cases, and others."""
+    """Return users with two targets; for every third user one of them is cold."""
     generator = np.random.default_rng(0)
     users = []
     for index in range(num_users):
@@ -87,7 +87,7 @@ def test_warm_targets_are_the_others() -> None:
     assert not (slices[WARM].is_target & slices[COLD].is_target).any()
     no_cold = find_slices(users, TRAIN_COUNT + 1)
     assert WARM in no_cold
-    assert not {COLD, COLD_AMONG_COLD, WARM_AMONG_WARM} & no_cold.keys()  # nothing to tell apart
+    assert not {COLD, COLD_AMONG_COLD, WARM_AMONG_WARM} & no_cold.keys()  # without cold items these slices are omitted
 
 
 def test_users_by_history_and_attribute() -> None:
@@ -97,7 +97,7 @@ def test_users_by_history_and_attribute() -> None:
     assert slices["history 1-10"].is_member.tolist() == short
     assert slices["shop a"].is_member.tolist() == [user.attributes.get("shop") == "a" for user in users]
     assert slices["shop unknown"].is_member.sum() == 12
-    assert not [name for name in slices if name.startswith(("zip", "history over"))]  # many values; no users
+    assert not [name for name in slices if name.startswith(("zip", "history over"))]  # too many values; no users
     assert all(each.is_member.sum() >= MIN_SLICE_USERS for each in slices.values())
 
 
@@ -105,7 +105,7 @@ def test_deciles_hold_a_tenth_of_the_interactions_each() -> None:
     deciles = popularity_deciles(TRAIN_COUNT)
     assert deciles[TRAIN_COUNT == 0].tolist() == [0] * 9
     warm = np.argsort(-TRAIN_COUNT, kind="stable")[: NUM_ITEMS - 8]
-    assert deciles[warm].tolist() == sorted(deciles[warm])  # the most popular first
+    assert deciles[warm].tolist() == sorted(deciles[warm])  # the most popular items first
     shares = np.bincount(deciles, TRAIN_COUNT, 11)[1:] / TRAIN_COUNT.sum()
     assert np.abs(shares - 0.1).max() < TRAIN_COUNT.max() / TRAIN_COUNT.sum()
     users = make_users()

@@ -1,4 +1,4 @@
-"""The metrics of tasks against scikit-learn and values worked out by hand."""
+"""Task metrics compared with scikit-learn and with values computed by hand."""
 
 import math
 
@@ -19,7 +19,7 @@ def metrics_of(kind: str, labels: Values, predictions: Values, owners: Values) -
 
 @pytest.fixture
 def answers() -> tuple[Values, Values, Values]:
-    """Labels, predictions with ties, and their owners."""
+    """Return labels, predictions with ties, and the user of each."""
     generator = np.random.default_rng(0)
     owners = generator.integers(0, 30, 200)
     return (generator.random(200) < 0.4).astype(float), generator.integers(0, 9, 200) / 8, owners
@@ -42,7 +42,7 @@ def test_auc_and_log_loss_are_those_of_scikit_learn_for_any_weights(answers: tup
     measures = task_measures("binary", labels, predictions, owners)
     for counts in (np.ones(30), np.random.default_rng(1).integers(0, 4, 30).astype(float)):
         assert measures["auc"](counts) == pytest.approx(roc_auc_score(labels, predictions, sample_weight=counts[owners]))
-        expected = log_loss(labels, predictions.astype(np.float32), sample_weight=counts[owners])  # sure and wrong costs -log(eps)
+        expected = log_loss(labels, predictions.astype(np.float32), sample_weight=counts[owners])  # a sure but wrong one costs -log(eps)
         assert measures["logloss"](counts) == pytest.approx(expected, rel=1e-5)
 
 

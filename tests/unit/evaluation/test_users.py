@@ -1,4 +1,4 @@
-"""Who is evaluated: users with a new target in the split, cut where the split cuts them."""
+"""Users to evaluate: those with a new target in the split, with the history before it."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_leave_one_out_targets(dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_query_is_that_of_the_first_new_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's first target of each split is an item that the history has."""
+    """The user's first target of each split is already in the history."""
     patch_run_tasks(monkeypatch, run_once)
     (tmp_path / "events.csv").write_text(
         "user_id,item_id,timestamp,query\n"

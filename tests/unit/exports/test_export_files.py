@@ -1,4 +1,4 @@
-"""The files of an export: the catalogue with all versions' counts, in a form that any reader of Parquet takes."""
+"""The files of an export: the catalogue with the counts of all versions, as plain Parquet."""
 
 import dataclasses
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_an_export_holds_the_catalogue_of_all_versions(tmp_path: Path) -> None:
     write_export(predictor, recommender.state_dict(), appended, folder, num_golden=2)
     written = pq.read_table(folder / "catalogue.parquet")
     assert written.schema.equals(CATALOGUE_SCHEMA)
-    assert written.drop_columns("numbers").equals(appended.catalogue.drop_columns("numbers"))  # NaN equals nothing
+    assert written.drop_columns("numbers").equals(appended.catalogue.drop_columns("numbers"))  # NaN is not equal to itself
     shared, alone = (load_export(folder, scratch).predictor for scratch in (tmp_path / "served", None))
     histories = list(users_of(appended).values())
     torch.testing.assert_close(shared.score_catalogue(histories), predictor.score_catalogue(histories), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Users by id in a memory-mapped file: what a plain dict says, also where hashes are equal, ids odd and values missing."""
+"""Users in a memory-mapped file equal those of a plain dict, also with equal hashes, unusual ids and missing values."""
 
 from pathlib import Path
 

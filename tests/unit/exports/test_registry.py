@@ -1,4 +1,4 @@
-"""The registry over a folder and real S3 servers: whole versions or none, verified on the way back, aliases with a history."""
+"""The registry on a folder and real S3 servers: complete versions or none, verified when fetched, aliases with a history."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def registry(any_storage: Storage) -> Registry:
 
 @pytest.fixture
 def versions(registry: Registry, tmp_path: Path) -> Registry:
-    """Give a registry with the versions v1, v2 and v3."""
+    """Return a registry with the versions v1, v2 and v3."""
     folder = _write_export(tmp_path / "export", {"model": b"m"})
     for version in ("v1", "v2", "v3"):
         assert registry.publish(folder, version, {})[1]
@@ -41,7 +41,7 @@ def versions(registry: Registry, tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def published(any_storage: Storage, tmp_path: Path) -> tuple[Storage, Registry, str]:
-    """Give a storage, a registry with version v1, and the stored address of its model."""
+    """Return a storage, a registry with version v1, and the stored address of its model."""
     registry = Registry(any_storage, "recommender")
     manifest, _ = registry.publish(_write_export(tmp_path / "export"), "v1", {})
     return any_storage, registry, any_storage.uri("exports/recommender/versions/v1", manifest.attempt, "model.safetensors")
@@ -117,7 +117,7 @@ def test_two_publishers_of_one_version_never_mix(create_once_storage: Storage, t
         assert won.count(True) == 1
         assert _read_export(registry.fetch(version, tmp_path / "cache")) == _read_export(exports[won.index(True)])
         stored = create_once_storage.list(create_once_storage.uri("exports/recommender/versions", version))
-        assert len(stored) == 3 + 1  # the winner's files and the manifest: the loser has cleaned up
+        assert len(stored) == 3 + 1  # the winner's files and the manifest; the loser's files were deleted
 
 
 @pytest.mark.parametrize(

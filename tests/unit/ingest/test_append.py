@@ -1,4 +1,4 @@
-"""Appended versions without Ray: exact tables by hand, properties over random logs cut into days, and what is refused."""
+"""Appended versions without Ray: exact tables by hand, properties of random logs split into days, and refusals."""
 
 import shutil
 import tempfile
@@ -30,7 +30,7 @@ FIRST: list[Event] = [
 SECOND: list[Event] = [
     ("ann", "i9", 50, "click", "2"),
     ("ann", "i1", 10, "view", "1"),  # known
-    ("ann", "i2", 35, "view", ""),  # late
+    ("ann", "i2", 35, "view", ""),  # late: before ann's newest known interaction
     ("ann", "i2", 60, "view", ""),
     ("cid", "i1", 5, "view", ""),
     ("cid", "i9", 6, "view", ""),
@@ -75,7 +75,7 @@ def users_by_id(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def own_targets(dataset: Dataset) -> list[tuple[Any, ...]]:
-    """The targets in the shards that this version wrote."""
+    """Return the targets in the shards that this version wrote."""
     users = {row["user_index"]: user for user, row in users_by_id(dataset).items()}
     ids = dataset.catalogue["item_id"].to_pylist()
     rows = [row for shard in dataset.manifest.train_shards if not shard.dataset for row in dataset.read_shard(shard).to_pylist()]
@@ -110,7 +110,7 @@ def test_a_day_gives_exactly_this_version_and_touches_nothing_of_its_base(tmp_pa
     assert users["ann"]["timestamps"] == [10, 20, 30, 40, 35, 50, 60]
     assert (users["ann"]["num_train"], users["ann"]["num_validation"]) == (5, 1)
     assert users["ann"]["attributes"] == [("age", "30")]
-    assert (users["bob"]["num_train"], users["cid"]["num_train"]) == (2, 2)  # bob's second was trained on
+    assert (users["bob"]["num_train"], users["cid"]["num_train"]) == (2, 2)  # bob's second interaction was a training target already
     assert {user: users[user]["user_index"] for user in ("ann", "bob")} == {
         user: row["user_index"] for user, row in users_by_id(base).items()
     }
@@ -231,7 +231,7 @@ def check_days_add_up(rows: list[tuple[str, int, int, str]], num_days: int, is_s
     trained_on = Counter(item for row in users.values() for item in row["items"][: row["num_train"]])
     assert {item: count for item, count in train_counts(version).items() if count} == trained_on
     for user, row in users_by_id(whole).items() if is_sorted else ():
-        num_train = max(row["num_train"], trained[user])  # by the rule, but for what an older version trained on
+        num_train = max(row["num_train"], trained[user])  # the split rule, except for interactions that an older version trained on
         assert (users[user]["num_train"], users[user]["num_train"] + users[user]["num_validation"]) == (
             num_train,
             row["num_train"] + row["num_validation"],
@@ -242,7 +242,7 @@ def check_days_add_up(rows: list[tuple[str, int, int, str]], num_days: int, is_s
 on_drawn_days = given(
     rows=events_of_a_log, num_days=st.integers(1, 4), is_sorted=st.booleans(), split=st.sampled_from(["leave_one_out", "time", "random"])
 )
-phases = [Phase.explicit, Phase.reuse, Phase.generate]  # what fails is not made smaller: each try takes seconds
+phases = [Phase.explicit, Phase.reuse, Phase.generate]  # no shrinking of failing examples, since each attempt takes seconds
 
 
 @settings(max_examples=4, deadline=None, phases=phases)
@@ -261,10 +261,10 @@ def test_so_do_many_more_days(rows: list[tuple[str, int, int, str]], num_days: i
 
 
 def targets_of(known: dict[str, dict[str, Any]], version: Dataset) -> list[tuple[Any, ...]]:
-    """What should be a target in the shards of a version, told from its users and those that were known before it."""
+    """Return the expected targets in a version's shards, from its users and those known before."""
     found = []
     for user, row in users_by_id(version).items():
-        # Where parts are drawn, what is new for training stands behind what was trained on; else behind all that was known.
+        # In a random split, new training interactions follow the former training interactions; otherwise all known interactions.
         is_drawn = version.manifest.data_config["split"] == "random"
         begin = max(1, (known[user]["num_train"] if is_drawn else len(known[user]["items"])) if user in known else 0)
         found += [(user, row["items"][place], row["timestamps"][place], row["events"][place]) for place in range(begin, row["num_train"])]

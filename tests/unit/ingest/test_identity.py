@@ -1,4 +1,4 @@
-"""How many partitions an input gets: from its size alone, and at least four."""
+"""The number of partitions of an input: at least four, chosen from its size."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The passes of prepare_data one after another in this process, without Ray: exact tables of a small hand-made input."""
+"""The passes of prepare_data run in this process, without Ray: exact tables of a small hand-made input."""
 
 from pathlib import Path
 from typing import Any

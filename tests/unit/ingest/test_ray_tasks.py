@@ -1,4 +1,4 @@
-"""Records of finished tasks, and progress: lines without a terminal, a live bar on one. Tasks themselves run in the integration tests."""
+"""Records of finished tasks, and progress: lines without a terminal, a live bar on one. The integration tests run the tasks themselves."""
 
 import logging
 import os
@@ -49,7 +49,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch, caplog
             progress.add(1000)
             progress.add(500)
         shown = ""
-        while "1,500 rows" not in shown:  # it arrives when the kernel gets to it
+        while "1,500 rows" not in shown:  # the kernel may deliver it in parts
             shown += os.read(reader, 10_000).decode()
     os.close(reader)
     assert "shards: 100%" in shown

@@ -1,4 +1,4 @@
-"""The external shuffle: every row reaches its partition once, in order, also when a task runs twice."""
+"""The external shuffle: every row reaches its partition once, in input order, also if a task runs twice."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""When an export takes over production: by the rule of the config and the metrics that were published."""
+"""When an export is promoted to production: the config's rule applied to the published metrics."""
 
 import math
 from pathlib import Path

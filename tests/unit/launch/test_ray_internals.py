@@ -1,4 +1,4 @@
-"""The private names of Ray are still where `ray_internals` finds them, and mean what it takes them for."""
+"""Ray's private names in `ray_internals` still exist and have the expected meaning."""
 
 import dataclasses
 import inspect

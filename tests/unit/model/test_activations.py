@@ -1,4 +1,4 @@
-"""Activations that are computed again: the same losses and gradients to the bit, dropout included, with less kept in between."""
+"""Recomputed activations: bit-identical losses and gradients, including dropout, with less memory for the backward pass."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ def config_of(folder: Path, attention: str) -> Config:
 
 
 def step(model: Recommender, batch: Batch) -> tuple[dict[str, float], dict[str, Tensor], int]:
-    """Return losses, gradients, and the bytes that the forward pass keeps for the backward pass."""
+    """Return losses, gradients, and the bytes that the forward pass saves for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bound on groups: weights that count every target once on average, duals that rise only where the bound is broken."""
+"""The fairness bound: weights with a mean of 1 per target, and duals that rise only if the bound is broken."""
 
 import numpy as np
 import pytest

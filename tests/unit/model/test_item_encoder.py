@@ -1,4 +1,4 @@
-"""The item encoder: what its sources and gate give, ids that training never saw, and the catalogue's files, which it reads in place."""
+"""The item encoder: sources and gate, ids that training never saw, and memory-mapped catalogue files."""
 
 import dataclasses
 import hashlib
@@ -117,7 +117,7 @@ LENGTHS = torch.tensor([1, 2, 4, 1, 6, 1], dtype=torch.int32)
 
 @pytest.fixture
 def features() -> ItemFeatures:
-    """Five items that have and lack one thing or another; the categories are attributes of a knowledge graph, several per item."""
+    """Return five items with different missing attributes; an item can have several categories, as in a knowledge graph."""
     rows = [{"item_index": index, "item_id": f"item-{index}", "title": "", **row} for index, row in enumerate(ROWS, start=1)]
     return features_of(pa.Table.from_pylist(rows, CATALOGUE_SCHEMA), num_categories=5)
 
@@ -142,7 +142,7 @@ def build(features: ItemFeatures, text: ItemText, **values: object) -> ItemEncod
 
 
 def plain_vector(encoder: ItemEncoder, features: ItemFeatures, text: ItemText, item: int) -> torch.Tensor:
-    """Encode one item as the page of formulas has it."""
+    """Encode one item by the documented formulas."""
 
     def project(name: str, values: torch.Tensor) -> torch.Tensor:
         linear, scale = encoder.sources[name].linear, encoder.sources[name].scale

@@ -1,4 +1,4 @@
-"""The tasks' losses: what counts, how uncertainty weighs them, and how rare positives are weighed."""
+"""The tasks' losses: which labels count, weighting by uncertainty, and weighting of rare positives."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_no_target_gives_zeros_that_can_be_differentiated() -> None:
 
 
 def test_uncertainty_is_the_formula_and_so_are_its_gradients() -> None:
-    """Kendall et al. 2018: binary L / s^2 + log s, regression L / (2 s^2) + log s, with log s^2 learned and L the mean."""
+    """Kendall et al. 2018: binary L / s^2 + log s, regression L / (2 s^2) + log s, with log s^2 learned and L the mean loss."""
     weigh = build(weighting="uncertainty")
     with torch.no_grad():
         weigh.log_variances.copy_(torch.tensor([0.3, -0.8]))
@@ -63,7 +63,7 @@ def test_uncertainty_may_be_summed_in_shares() -> None:
 
 
 def test_learned_weights_settle_where_each_loss_is_its_own_scale() -> None:
-    """At the optimum exp(s) is twice the mean loss of a binary task, and the mean squared error of a regression."""
+    """At the optimum exp(log s^2) is twice the mean loss of a binary task, and the mean squared error of a regression."""
     weigh = build(weighting="uncertainty")
     optimizer = torch.optim.Adam(weigh.parameters(), lr=0.05)
     for _ in range(500):

@@ -1,4 +1,4 @@
-"""The ranker's forms against plain loops, pair by pair, task by task and expert by expert."""
+"""The ranker's forms compared with plain loops over pairs, tasks and experts."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def build(kind: str, num_experts: int = 1, has_text: bool = True, num_tasks: int
 
 
 def plain_score(ranker: Ranker, num_experts: int, user: Tensor, item: Tensor, text: Tensor | None, task: int) -> Tensor:
-    """Score one pair for one task."""
+    """Score one user-item pair for one task."""
     pair = torch.cat([user, item, user * item])
     experts = []
     for expert in range(num_experts):

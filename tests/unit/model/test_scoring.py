@@ -1,4 +1,4 @@
-"""Items of which nothing is known rank after all others, wherever items are scored."""
+"""Items without any known attributes rank last wherever items are scored."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_known_items_score_by_the_product_and_unknown_ones_below_all() -> None:
 
 @pytest.fixture
 def predictor(tmp_path: Path) -> Predictor:
-    """A model of ids alone over a catalogue of which two items were never taken in training."""
+    """Return a model with ids only, on a catalogue with two items that do not occur in training."""
     dataset = make_dataset(Storage(str(tmp_path / "store")))
     rows = dataset.catalogue_rows
     counts = rows["train_count"].to_numpy().copy()

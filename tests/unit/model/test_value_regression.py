@@ -1,4 +1,4 @@
-"""The regression against a plain one, place by place, and what it gives where it knows nothing."""
+"""The regression compared with a plain implementation at each position, and its output without any values."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def regression(dataset: Dataset) -> ValueRegression:
 
 
 def draw_histories() -> tuple[PackedHistories, np.ndarray, Tensor, Tensor]:
-    """Pack histories of which a third of the values is unknown; return them, their first places, and vectors and states of all places."""
+    """Pack histories with about a third of the values unknown; return them, their first positions, and random vectors and states."""
     generator = np.random.default_rng(0)
     values = generator.integers(1, 6, LENGTHS.sum()).astype(np.float32)
     values[generator.random(len(values)) < 0.3] = np.nan
@@ -47,7 +47,7 @@ def draw_histories() -> tuple[PackedHistories, np.ndarray, Tensor, Tensor]:
 
 
 def plain_weights(regression: ValueRegression, values: Tensor, vectors: Tensor, state: Tensor) -> Tensor:
-    """Regress the values of one history, in order, on its items' factors."""
+    """Return the weights of a regression of one history's values, one by one, on the factors of its items."""
     precision = NOISE_VARIANCE * torch.eye(FACTORS + 1)
     prior = regression.prior.weight @ state
     evidence = NOISE_VARIANCE * prior

@@ -1,4 +1,4 @@
-"""Every page is drawn again from its JSON alone, and nothing that comes from data becomes markup."""
+"""Every page is generated from its JSON alone, and all data is escaped."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +22,7 @@ EVIL = '<evil onload="x"> & \' " onload="x"'
 
 
 class Elements(HTMLParser):
-    """The names of a page's elements and attributes, and its text."""
+    """Names of elements and attributes of a page, and its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_what_comes_from_data_is_no_markup_in_a_datasets_page(tmp_path: Path, mo
 
 
 def test_what_comes_from_data_is_no_markup_in_the_page_of_a_run() -> None:
-    assert_harmless(TRAINING.draw(training(EVIL)), 7)  # title, run, metric, plot, its label, and two causes
+    assert_harmless(TRAINING.draw(training(EVIL)), 7)  # title, run, metric, plot, plot label, and two causes
 
 
 def test_what_comes_from_data_is_no_markup_in_the_page_of_an_evaluation() -> None:

@@ -1,4 +1,4 @@
-"""The report of a training run: every curve of its state, readable in a real browser, and nothing run of what a cause says."""
+"""The report of a training run: every curve of its state, readable in a real browser, and no code from error messages is executed."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answers: a mixed batch, times and ties, unknown items, and what the model says of itself."""
+"""Answers: mixed batches, timestamps and ties, unknown items, and the model's description."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Building the application: token, version, arguments, and the declarations kept beside the code."""
+"""Building the application: token, version, arguments, and the declarations next to the code."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The HTTP side before a scorer that answers at once, never, or with an exception."""
+"""The HTTP layer with a scorer that answers at once, never, or with an exception."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class FakeResponse:
-    """What a call of a deployment handle returns."""
+    """Stands in for the response of a deployment handle."""
 
     def __init__(self, outcome: Any) -> None:
         self.outcome = outcome
@@ -42,7 +42,7 @@ class FakeResponse:
 
 
 class FakeScorer:
-    """A deployment handle whose every method gives the outcomes in order, the last one for ever."""
+    """Stands in for a deployment handle; every method returns the outcomes in order and then repeats the last one."""
 
     def __init__(self, *outcomes: Any) -> None:
         self.outcomes = list(outcomes) or [Answer(200, b'{"version":"v"}')]

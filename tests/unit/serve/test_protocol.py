@@ -1,4 +1,4 @@
-"""What a request may be, and the one line that answers one that may not."""
+"""Valid requests, and the one-line error for invalid ones."""
 
 import json
 from typing import Any

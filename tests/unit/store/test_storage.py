@@ -1,4 +1,4 @@
-"""The storage adapter over a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
+"""The storage adapter on a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
 
 import os
 import pickle
@@ -93,7 +93,7 @@ def test_bytes_come_back_as_written_and_are_overwritten_whole(any_storage: Stora
     any_storage.write_bytes(uri, b"second")
     assert any_storage.exists(uri)
     assert any_storage.read_bytes(uri) == b"second"
-    assert not any_storage.exists(any_storage.uri("a"))  # a folder is no object
+    assert not any_storage.exists(any_storage.uri("a"))  # a folder is not an object
 
 
 def test_readers_see_the_old_or_the_new_content_never_half(create_once_storage: Storage) -> None:
@@ -108,7 +108,7 @@ def test_readers_see_the_old_or_the_new_content_never_half(create_once_storage: 
 
 
 class _CuttingHandler(BaseHTTPRequestHandler):
-    """Answers every GET with the same object, but closes the connection in the middle of the first `num_cuts`."""
+    """Answers every GET with the same object, but closes the connection in the middle of the first `num_cuts` answers."""
 
     num_cuts = 0
     body = b"0123456789" * 1000
@@ -279,7 +279,7 @@ def test_create_is_won_when_only_the_answer_was_lost(moto_server: S3Server) -> N
         if lost:
             return None
         lost.append(response[0].status_code)
-        return 0  # seconds to wait before the same request is sent again
+        return 0  # seconds to wait before the retry
 
     storage._s3._client.meta.events.register_first("needs-retry.s3.PutObject", lose_the_first_answer)
     assert storage.create(storage.uri("once"), b"mine")

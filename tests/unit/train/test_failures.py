@@ -1,4 +1,4 @@
-"""Telling failures apart: what is the cause among several ranks' errors, whether starting again may help, and when."""
+"""Classifying failures: the cause among the errors of several ranks, whether a restart may help, and when."""
 
 import pickle
 

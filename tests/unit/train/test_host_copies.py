@@ -1,4 +1,4 @@
-"""Copies of a state in host memory: what is copied, what is shared, and that the memory is used again."""
+"""Copies of a state in host memory: what is copied, what is shared, and that memory is reused."""
 
 from collections import OrderedDict
 

@@ -1,4 +1,4 @@
-"""The private names of PyTorch and DeepSpeed are still where the adapters find them, and mean what they take them for."""
+"""Private names of PyTorch and DeepSpeed still exist and have the meaning that the adapters expect."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Which trial wins, and how many may run at a time."""
+"""Choosing the best trial, and the number of concurrent trials."""
 
 import math
 

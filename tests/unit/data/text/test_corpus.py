@@ -1,4 +1,4 @@
-"""What is hidden of the texts and which pairs are drawn: the rules, and that a draw depends on seed, epoch and item alone."""
+"""Masking rules and sampled pairs of texts; a draw depends only on seed, epoch and item."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Pairs of items that users took near one another: against a plain count over whole sequences, in one block or many."""
+"""Pairs of items that users took close together: compared with a plain count over whole sequences, in one block or many."""
 
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +23,6 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def plain_pairs(sequence: list[int], window: int) -> Counter[tuple[int, int]]:
-    """Count the pairs of a whole sequence."""
     return Counter(
         (sequence[before], sequence[after])
         for after in range(len(sequence))

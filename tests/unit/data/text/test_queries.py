@@ -1,4 +1,4 @@
-"""Queries: which words are kept, which samples are asked, and how a batch with queries is laid out."""
+"""Queries: which words are kept, which samples get a query, and the layout of a batch with queries."""
 
 from collections import Counter
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_rows_are_variant_by_variant() -> None:
 
 
 def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: int, rate: float = 0.5) -> list[tuple[int, int, int]]:
-    """List (sample, row of its query, whether without history) of an epoch, by the batches of all ranks."""
+    """Return (target item, row of its query, whether without history) for an epoch, from the batches of all ranks."""
     values = {"training.global_batch_size": 24, "training.micro_batch_size": micro_batch_size, "training.num_workers": world_size}
     config = load_config().with_values({**values, "model.query_rate": rate})
     catalogue, found = ItemFeatures.read(dataset), []
@@ -93,7 +93,7 @@ def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: in
 
 
 def _start(batch: Batch, place: int) -> int:
-    """Find where the history of a place begins."""
+    """Return the position where the history of `place` begins."""
     begin = 0
     for number, length in batch.histories.groups:
         if place < begin + number * length:
@@ -142,11 +142,11 @@ def rows_of(items: list[list[int]], first_targets: list[int], queries: list[list
 
 @pytest.mark.parametrize("group_cost", [0, 1000])
 def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Dataset, group_cost: int) -> None:
-    sequences = [[1, 2, 3], [4, 5], list(range(1, 12)), [6, 7, 8, 9]]  # the third is as long as histories get
+    sequences = [[1, 2, 3], [4, 5], list(range(1, 12)), [6, 7, 8, 9]]  # the third has the maximum length
     rows = rows_of(sequences, [1, 1, 5, 3])
     has_text = torch.ones(41, dtype=torch.bool)
     plain = Collator(dataset.manifest, True, group_cost)(rows, *NOTHING)
-    draws = QueryDraws(0.9999, 1, has_text)  # of these four, one is asked without its history
+    draws = QueryDraws(0.9999, 1, has_text)  # gives a query to all four samples, one of them without history
     asked = draws(rows, 3)
     batch = Collator(dataset.manifest, True, group_cost, queries=draws)(rows, *NOTHING, 3)
     num_plain = len(plain.targets)
@@ -173,7 +173,7 @@ def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Da
 
 
 def test_what_was_typed_is_asked_where_it_was_typed() -> None:
-    """Row 0 has two typed targets of three, row 1 none, row 2 one that is context only, row 3 a typed last one."""
+    """Row 0 has queries at two of three targets, row 1 none, row 2 one at a non-target, row 3 one at the last target."""
     number = 6000
     queries = np.array([9, 5, 0, 7] + [0] * 4 + [0, 8, 0, 0] + [0, 0, 0, 6], np.int32)
     starts, first = np.resize(np.arange(4) * 4, number), np.resize([1, 1, 2, 1], number).astype(np.int32)

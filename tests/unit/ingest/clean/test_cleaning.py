@@ -1,4 +1,4 @@
-"""Cleaning: exact tables and counts for every reason to reject, and the tie rule."""
+"""Cleaning: exact tables and counts for every rejection rule, and the tie rule."""
 
 import math
 from datetime import UTC, date, datetime
@@ -91,7 +91,7 @@ def test_position_stands_in_for_time() -> None:
 
 
 def clean_events(rows: list[tuple]) -> pa.Table:
-    """Lay out rows of EVENTS_SCHEMA that nobody typed anything for."""
+    """Build a table of EVENTS_SCHEMA from rows without queries."""
     names = [name for name in EVENTS_SCHEMA.names if name != "query"]
     return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], schema=EVENTS_SCHEMA)
 
@@ -162,7 +162,7 @@ def test_only_one_end_of_a_range_may_be_given() -> None:
 
 
 def test_a_bot_goes_whole_and_minutes_are_those_of_the_clock() -> None:
-    bot = [("bot", f"i{number}", 60 + 29 * number, "view", None, number) for number in range(3)]  # 60, 89 and 118: one minute
+    bot = [("bot", f"i{number}", 60 + 29 * number, "view", None, number) for number in range(3)]  # 60, 89 and 118 s are in the same minute
     fast = [("fast", f"i{number}", time, "view", None, 10 + number) for number, time in enumerate((58, 59, 60, 61))]
     early = [("early", f"i{number}", -1 - number, "view", None, 20 + number) for number in range(2)]
     events = clean_events([*bot, ("bot", "i9", 9999, "view", None, 9), *fast, *early])

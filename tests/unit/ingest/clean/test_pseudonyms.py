@@ -1,4 +1,4 @@
-"""Pseudonyms: the keyed hash itself, what a key must be, and that one key can be told from another."""
+"""Pseudonyms: the keyed hash, the rules for a key, and the identity that distinguishes keys."""
 
 import hashlib
 import hmac

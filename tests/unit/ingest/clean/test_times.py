@@ -1,4 +1,4 @@
-"""Times: every zone, unit and spelling to whole seconds, and units told by the digits."""
+"""Timestamps: every time zone, unit and format becomes whole seconds, and units are recognized by the number of digits."""
 
 import math
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""CSV dialects: what was written comes back, or one line says where it cannot."""
+"""CSV dialects: the written values are read back, or a one-line error says where this fails."""
 
 import csv
 import io
@@ -56,7 +56,7 @@ def test_any_dialect_is_told_from_the_file(
 ) -> None:
     quotes = {"doublequote": False, "escapechar": "\\"} if has_backslash else {"doublequote": True}
     content = write([NAMES, *rows], encoding, delimiter=separator, quoting=quoting, lineterminator=line_end, **quotes)
-    # What stands for a backslash is told from one before a quote alone.
+    # A backslash is detected as an escape only if one precedes a quote.
     assume(
         not has_backslash or not any("\\" in field for row in rows for field in row) or any('"' in field for row in rows for field in row)
     )

@@ -1,4 +1,4 @@
-"""Importers: every format gives the same rows, and a file that cannot be used gives one line that says why."""
+"""Importers: every format gives the same rows, and an unusable file gives a one-line error with the reason."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Which files a table has: patterns, folders, hidden and stray files, and the known names in a folder of several tables."""
+"""The files of each table: patterns, folders, hidden and stray files, and known names in a folder with several tables."""
 
 import json
 from pathlib import Path

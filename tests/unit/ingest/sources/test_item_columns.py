@@ -1,4 +1,4 @@
-"""What each column of a catalogue is used as, or why it is not."""
+"""The use of each catalogue column, or the reason why it is not used."""
 
 import json
 from datetime import UTC, date, datetime, time, timedelta

@@ -1,4 +1,4 @@
-"""MovieLens's and Amazon's own files as they come, hive folders, units of time: the same house columns from each."""
+"""MovieLens and Amazon files in their original formats, hive folders, time units: all give the same standard columns."""
 
 import gzip
 import json

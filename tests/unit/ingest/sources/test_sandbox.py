@@ -1,4 +1,4 @@
-"""The child with the memory limit: results and errors come back, it is used again, and nothing that happens to it harms this process."""
+"""The child process with a memory limit: it returns results and errors, is reused, and its failures do not affect this process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Scalars: one spelling for every value, whatever type, file and format carries it."""
+"""Scalars: one spelling per value, for any type, file and format."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""The generator: blocks depend on seed and number alone, and the world has the structure that it promises."""
+"""The generator: blocks depend only on seed and number, and the data has the documented structure."""
 
 from collections import Counter
 

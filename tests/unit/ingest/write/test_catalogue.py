@@ -106,7 +106,7 @@ def test_vectors_must_be_numbers_of_one_length() -> None:
 
 
 def bytes_as_strings(*texts: bytes) -> pa.Array:
-    """Strings that Arrow holds although they are not UTF-8, as a careless writer leaves them in a Parquet file."""
+    """Return an Arrow string array that is not valid UTF-8, as careless writers leave in Parquet files."""
     raw = pa.array(texts, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
 

@@ -1,4 +1,4 @@
-"""Statistics of a prepared dataset: what its shards hold, what becomes of them in the catalogue, and versions measured whole."""
+"""Statistics of a prepared dataset: contents of its shards, their use in the catalogue, and statistics of appended versions."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What users typed, from the events to the shards, without Ray: rows against a plain reference, in one preparation and by days."""
+"""Users' queries from the events to the shards, without Ray: rows compared with a plain reference, prepared at once and by days."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from recsys.store import Storage
 from tests.without_ray import patch_run_tasks, run_once
 
 Event = tuple[str, str, int, str]  # user, item, time, query
-Asked = dict[tuple[str, int], str | None]  # (user, time) -> what was typed
+Asked = dict[tuple[str, int], str | None]  # (user, time) -> query
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_events() -> list[Event]:
-    """Distinct times over all; users ask with each other's words, and some with none."""
+    """Return events with distinct timestamps; users share some queries, and some events have none."""
     generator = np.random.default_rng(0)
     rows = [(f"u{user}", f"i{generator.integers(12)}") for user in range(20) for _ in range(generator.integers(2, 15))]
     words = ["", "red shoes", "green tea", "tent", "", *(f"word {number}" for number in range(40))]
@@ -44,7 +44,7 @@ def prepared(folder: Path, events: Sequence[Event], *overrides: str, name: str =
 
 
 def asked(dataset: Dataset, scratch: Path) -> Asked:
-    """Read the queries by the users' rows, and hold the training rows against them."""
+    """Return the queries in the users' rows, and check that the training rows agree."""
     texts = [None, *read_queries(dataset, scratch)]
     users = dataset.read_users().to_pylist()
     ids = {row["user_index"]: row["user_id"] for row in users}

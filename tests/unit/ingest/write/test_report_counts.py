@@ -1,4 +1,4 @@
-"""The report's counts: bins that hold what they say, sums over partitions, and leaks that are put in and found."""
+"""The report's counts: correct bins, sums over partitions, and detection of planted leaks."""
 
 from typing import Any
 
@@ -69,7 +69,7 @@ def test_every_interaction_is_counted_in_its_split_kind_and_bins() -> None:
 
 
 def test_pairs_are_counted_once() -> None:
-    assert count()["pairs"] == [6]  # of seven interactions, two are of user 9 with item 1
+    assert count()["pairs"] == [6]  # user 9 takes item 1 twice
     assert merge_counts([count(), count()])["pairs"].tolist() == [12]
 
 

@@ -1,4 +1,4 @@
-"""Splits and withheld items: by hand, against plain references, and the same in any order, partition and version."""
+"""Splits and withheld items: by hand, compared with plain references, and independent of order, partition and version."""
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ RANDOM = DataConfig(split="random", test_fraction=0.25, validation_fraction=0.2)
 
 
 def events_of(rows: list[tuple[str, str, int]]) -> tuple[pa.Table, np.ndarray]:
-    """Lay out (user, item, time) as events sorted by user, with the users' offsets."""
+    """Build events sorted by user from (user, item, time), and the users' offsets."""
     rows = sorted(rows, key=lambda row: row[0])
     columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], []]
     extra = [[DEFAULT_EVENT] * len(rows), [None] * len(rows), [None] * len(rows), list(range(len(rows)))]
@@ -70,7 +70,7 @@ def test_the_drawn_shares_are_those_of_the_config_and_the_seed_draws_anew() -> N
     shares = np.bincount(list(drawn.values()), minlength=3) / len(rows)
     deviation = np.sqrt(0.25 / len(rows))
     np.testing.assert_allclose(shares, [0.75 * 0.8, 0.75 * 0.2, 0.25], atol=4 * deviation)
-    for axis in (0, 1):  # no user and no item has all or nothing held out
+    for axis in (0, 1):  # held-out interactions are spread over all users and items
         tested = {name: np.mean([part == TEST for row, part in drawn.items() if row[axis] == name]) for name in {row[axis] for row in rows}}
         assert 0.0 < min(tested.values()) < max(tested.values()) < 0.6
     again = parts_of(rows, RANDOM.model_copy(update={"split_seed": 1}))
@@ -83,7 +83,7 @@ def test_another_validation_share_leaves_the_test_targets_what_they_are() -> Non
 
 
 def test_a_draw_is_the_same_in_every_release() -> None:
-    """Another hash would move what published datasets hold out."""
+    """Another hash would change the held-out interactions of published datasets."""
     assert list(parts_of([("u", "i", time) for time in range(12)], RANDOM).values()) == [0, 1, 0, 1, 0, 0, 2, 2, 2, 2, 2, 0]
     ids = pa.array([f"i{number}" for number in range(40)])
     assert np.flatnonzero(withheld(ids, DataConfig(withheld_items=0.1))).tolist() == [13, 14, 15, 37]

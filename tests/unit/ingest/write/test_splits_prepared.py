@@ -1,4 +1,4 @@
-"""Datasets of drawn splits and with withheld items, without Ray: rows against a plain reference, in one preparation and by days."""
+"""Datasets with each split and with withheld items, without Ray: rows compared with a plain reference, prepared at once and by days."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_events(num_users: int = 25, least: int = 3) -> list[Event]:
-    """Distinct times over all, so that days may be cut anywhere; some users come back to an item."""
+    """Return events with distinct timestamps, so that the log can be cut anywhere; some users repeat an item."""
     generator = np.random.default_rng(0)
     rows = [(f"u{user}", int(generator.integers(30))) for user in range(num_users) for _ in range(generator.integers(least, 25))]
     times = generator.permutation(1000)[: len(rows)]
@@ -63,7 +63,7 @@ def rows_of(dataset: Dataset) -> Rows:
 
 
 def expected_rows(events: Sequence[Event], data: DataConfig) -> Rows:
-    """The rows as the rules say, user by user."""
+    """Return the expected rows by the split rules, user by user."""
     rows = {}
     for user in {event[0] for event in events}:
         own = sorted((event for event in events if event[0] == user), key=lambda event: event[2])
@@ -85,7 +85,7 @@ def expected_rows(events: Sequence[Event], data: DataConfig) -> Rows:
 
 
 def check_manifest(dataset: Dataset, events: Sequence[Event]) -> None:
-    """Totals, counts by item and training samples follow from the rows; nothing that is withheld is in a sample."""
+    """Check that totals, item counts and training samples follow from the rows, and that no sample contains a withheld item."""
     manifest, rows, ids = dataset.manifest, rows_of(dataset), dataset.catalogue["item_id"]
     assert manifest.num_interactions == sum(len(row) for row, _, _ in rows.values())
     training = Counter(item for row, num_train, _ in rows.values() for _, item, _ in row[:num_train])
@@ -153,7 +153,7 @@ def test_k_core_counts_before_items_are_withheld(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overrides", [(*SPLITS[split], *COLD) for split in SPLITS], ids=list(SPLITS))
 def test_days_add_up_to_one_preparation(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     events = make_events()
-    # Nobody has fewer than three on the first day, since leave_one_out counts what the rows have; each day repeats all before it.
+    # The first day has at least three events per user, since leave_one_out counts events; each later day repeats all earlier events.
     position: Counter[str] = Counter()
     early, later = [], []
     for event in events:

@@ -1,4 +1,4 @@
-"""Statistics against plain loops over Python numbers: one pass per group, whatever the partitions are."""
+"""Statistics compared with plain Python loops, for any partitioning."""
 
 import itertools
 import statistics as plain

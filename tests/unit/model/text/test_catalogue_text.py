@@ -1,4 +1,4 @@
-"""A catalogue's tokens and frozen vectors: made once, in chunks that ranks share, continued after a kill, the same however they are cut."""
+"""A catalogue's tokens and frozen vectors: computed once, in chunks shared by ranks, resumed after a kill, equal for any chunk size."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The losses of the pretraining against plain references, and the heads that predict tokens against Hugging Face's own models."""
+"""Pretraining losses compared with plain references, and token prediction heads compared with Hugging Face's models."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SHAPE: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attenti
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hold a backbone of each kind, with a tokenizer."""
+    """Return a folder with a backbone of each kind and its tokenizer."""
     path = tmp_path_factory.mktemp("backbones")
     tokenizer = _train_tokenizer(TEXTS)
     torch.manual_seed(0)

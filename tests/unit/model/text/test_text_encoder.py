@@ -1,4 +1,4 @@
-"""The language model over item text: encoders and decoders, their pooling and what of them is trained; the tiny backbone."""
+"""The language model over item text: encoders and decoders, pooling, trained parameters, and the tiny backbone."""
 
 import itertools
 from pathlib import Path
@@ -41,7 +41,7 @@ BACKBONES: dict[str, Any] = {
 
 @pytest.fixture(params=sorted(BACKBONES))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Save a backbone with random weights and a tokenizer that pads on the left, as those of decoders do."""
+    """Return a folder with a backbone with random weights and a tokenizer that pads on the left, as is usual for decoders."""
     tokenizer = _train_tokenizer(TEXTS * 50)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(tmp_path)
@@ -63,7 +63,7 @@ def test_padding_changes_no_vector(folder: str, pooling: str) -> None:
     for text, vector in zip(TEXTS, together, strict=True):
         tokens, mask = tokenize(tokenizer, [text], 16)
         assert bool(mask.all())
-        hidden = encoder.backbone(input_ids=tokens).last_hidden_state[0]  # (T, H), no padding and no mask
+        hidden = encoder.backbone(input_ids=tokens).last_hidden_state[0]  # (T, H), without padding and mask
         expected = {"mean": hidden.mean(0), "first": hidden[0], "last": hidden[-1]}[pooling]
         torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encode_texts(encoder, tokenizer, TEXTS, 16, CPU), together.detach(), rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ def test_a_step_changes_the_adapters_alone_or_all(folder: str, mode: str) -> Non
     encoder = load(folder, mode)
     before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
     optimizer = torch.optim.SGD([parameter for parameter in encoder.parameters() if parameter.requires_grad], lr=0.1)
-    for _ in range(2):  # an adapter's first half moves once its second is no longer zero
+    for _ in range(2):  # LoRA's A moves only after B, which starts at zero
         optimizer.zero_grad()
         (encoder(*tokenize(load_tokenizer(folder), TEXTS, 16)) * torch.arange(32.0)).sum().backward()
         optimizer.step()
@@ -113,7 +113,7 @@ def padded(lengths: torch.Tensor, widths: list[int]) -> int:
 
 
 def locate_in_turn(dataset: Dataset, scratch: Path) -> dict[str, bytes]:
-    """Let the last rank come first."""
+    """Locate the backbone on the last rank first."""
     if dist.get_rank() == 0:
         dist.barrier()
     folder = Path(locate_backbone(TEXT, dataset, scratch))

@@ -1,4 +1,4 @@
-"""What is kept, what may change on a resume, when a run is finished, and the learning rate: pure functions."""
+"""Pure functions: which checkpoints are kept, what may change when a run resumes, when a run is finished, and the learning rate."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""One live owner per run: who is refused, who takes over, and what an owner that lost the run may still do."""
+"""One live owner per run: refusal, takeover, and what a superseded owner may still do."""
 
 import multiprocessing
 import os
@@ -78,7 +78,7 @@ def test_an_owner_of_another_machine_is_followed_when_it_gives_no_sign_of_life(s
     with first.held(LEASE):
         with pytest.raises(UserError, match="on elsewhere"), Lease(storage, "run").held(LEASE):
             pass
-        monkeypatch.setattr(Lease, "_last_beat", lambda self, token: b"0")  # its beats no longer arrive
+        monkeypatch.setattr(Lease, "_last_beat", lambda self, token: b"0")  # its heartbeats no longer arrive
         second = Lease(storage, "run")
         begin = time.monotonic()
         with second.held(LEASE) as token:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the line's parts, what it says of a GPU, and the profile's files."""
+"""Monitoring of a run: the progress line, peak FLOPs of a GPU, and the profile's files."""
 
 import gzip
 import json
@@ -93,7 +93,7 @@ def test_a_profile_has_a_trace_and_a_table_of_the_steps_parts(tmp_path: Path) ->
     folder = Path(dataset.storage.uri("runs", "profiled", "profile"))
     trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
-    assert (names.count("forward"), names.count("backward"), names.count("update")) == (6, 6, 6)  # of three steps of two micro batches
+    assert (names.count("forward"), names.count("backward"), names.count("update")) == (6, 6, 6)  # three steps of two micro batches
     assert {"forward", "backward", "update"} <= set((folder / "table.txt").read_text().split())
 
 

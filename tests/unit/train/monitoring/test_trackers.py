@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases as they are: the one with a folder for a server, the other offline."""
+"""Real MLflow with a folder as its store, and Weights & Biases offline."""
 
 import importlib.util
 import logging
@@ -40,7 +40,7 @@ def test_mlflow_has_one_record_of_a_run_that_was_started_twice(tmp_path: Path, m
 
 
 def records_of(log: bytes) -> Iterator[bytes]:
-    """Split the log that is kept offline, which has LevelDB's format: blocks of 32 KiB with parts of records, after 7 bytes of its own."""
+    """Yield the records of the offline log, in LevelDB's format: blocks of 32 KiB with parts of records, after a header of 7 bytes."""
     position, record = 7, b""
     while position + 7 <= len(log):
         if (room := BLOCK - position % BLOCK) < 7:
@@ -60,7 +60,7 @@ def test_weights_and_biases_gets_values_by_step(tmp_path: Path, monkeypatch: pyt
     for step in (5, 9):
         trackers.send({"loss/retrieval": 10.0 / step}, step)
     trackers.close()
-    wandb.teardown()  # its own process writes the log's end a little after a run has finished
+    wandb.teardown()  # its own process finishes the log a little after the run
     (file,) = (tmp_path / "wandb").rglob("*.wandb")
     found: dict[int, float] = {}
     for data in records_of(file.read_bytes()):

@@ -1,4 +1,4 @@
-"""What follows from a failure, with a real store: another start that workers read of, or the end."""
+"""Reactions to failures, with a real store: a restart whose cause workers can read, or the end of the run."""
 
 import pickle
 import time
@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Note how long it would be waited."""
+    """Record the waiting times instead of sleeping."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     return waited

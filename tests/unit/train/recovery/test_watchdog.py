@@ -1,4 +1,4 @@
-"""A process that falls silent is killed and named; one that beats, rests or ends is not."""
+"""A process without heartbeat is killed and reported; one that beats, rests or ends is not."""
 
 import os
 import signal
