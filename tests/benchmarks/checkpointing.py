@@ -1,7 +1,7 @@
-"""What a checkpoint costs the training that it is taken of: how long it is held up, beside a save that is waited for, of the same bytes.
+"""Cost of a checkpoint: how long it blocks training, compared with a synchronous save of the same bytes.
 
-`python -m tests.benchmarks.checkpointing DATASET` with the `dataset` that `python -m jobs.prepare_data` printed. Every 50 steps the loop
-saves: in turn as it does in a run, and waited for until it is published. Then the same on a real S3 server whose answers are 50 ms late.
+`python -m tests.benchmarks.checkpointing DATASET` with the `dataset` that `python -m jobs.prepare_data` printed. The loop saves every 50
+steps and, for every second checkpoint, waits until it is published. This is repeated on a real S3 server whose answers are 50 ms late.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LATE_SECONDS = 0.05
 
 
 def main() -> None:
-    """Measure with both stores; a table on stderr, one JSON line on stdout."""
+    """Measure with both stores; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?")
     add_tiny(parser)
@@ -58,13 +58,13 @@ def main() -> None:
 
 @contextlib.contextmanager
 def in_folder(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
-    """Train where the dataset is; checkpoints go there too."""
+    """Train from the dataset's own store and write the checkpoints to it."""
     yield {"run.scratch": str(folder), "storage.root": dataset.rpartition("/datasets/")[0], "data.dataset": dataset}
 
 
 @contextlib.contextmanager
 def on_slow_s3(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
-    """Copy the dataset to an S3 server, and train from there, with answers that are late."""
+    """Copy the dataset to an S3 server with delayed answers, and train from there."""
     held = Dataset.open(Storage(dataset.rpartition("/datasets/")[0]), dataset)
     with served_copy(held, folder / "server") as copy, FaultProxy(str(copy.storage.endpoint)) as proxy:
         proxy.faults = Faults(rates={"stall": 1.0}, stall_seconds=LATE_SECONDS)
@@ -77,7 +77,7 @@ def on_slow_s3(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
 
 
 def config_of(arguments: argparse.Namespace, values: dict[str, Any]) -> Config:
-    """Take the recipe as it is, but for where it runs and how long."""
+    """Return the recipe with another location, duration and number of workers."""
     config = load_config(arguments.config, arguments.overrides)
     return config.with_values(
         {
@@ -93,7 +93,7 @@ def config_of(arguments: argparse.Namespace, values: dict[str, Any]) -> Config:
 
 
 def measure(config: Config) -> dict[str, float]:
-    """Train with saves of both kinds in turn; every rank must call this."""
+    """Train with alternating kinds of saves; every rank must call this."""
     dataset, timer = Dataset.open(Storage.from_config(config.storage), config.data.dataset), StepTimer()
     trainer = Trainer(dataset.adopt(config), dataset, timer, NextItem)
     saves = Saves(trainer, config.checkpoint.every_steps)
@@ -113,7 +113,7 @@ def measure(config: Config) -> dict[str, float]:
 
 
 class StepTimer(LocalReporter):
-    """Notes how long each step took, from the end of the one before, without what lay between."""
+    """Records the seconds between the ends of consecutive steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,14 +121,13 @@ class StepTimer(LocalReporter):
         self._last = time.perf_counter()
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
-        """Note a step."""
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
 
 
 class Saves:
-    """Times the trainer's saves within an epoch: every second one is waited for until it is published."""
+    """Times the trainer's saves within an epoch; for every second one it waits until the checkpoint is published."""
 
     def __init__(self, trainer: Trainer, every_steps: int) -> None:
         self.seconds: dict[str, list[float]] = {"blocked": [], "waited": []}
@@ -145,7 +144,7 @@ class Saves:
     def _timed_publish(self, state: TrainingState) -> None:
         number = state.step // self._every
         self._publish(state)
-        if state.step % self._every or state.step_in_epoch == 0 or state.step == self._last:  # an end, validated between the two
+        if state.step % self._every or state.step_in_epoch == 0 or state.step == self._last:  # a validation comes in between
             return
         if number % 2:
             self._store.wait()

@@ -1,8 +1,8 @@
-"""A decoder of 0.6 billion weights as the text encoder, trained in bf16 on one GPU: tokens per second, use of the GPU, waiting.
+"""A decoder with 0.6 billion weights as text encoder, trained in bf16 on one GPU: tokens per second, MFU, waiting times.
 
-`python -m tests.benchmarks.gpu_training`. The backbone is a Qwen3 by its config, with random weights; it is trained by LoRA, then whole.
-Ours is the whole loop; between blocks of its steps the same engine runs bare on the batches that ours has just had. Without a GPU it says
-so and measures nothing; `--tiny` runs it all on a CPU, with a decoder of two small layers, to see that the bench itself works.
+`python -m tests.benchmarks.gpu_training`. The backbone has the shape of a Qwen3 and random weights; it is trained with LoRA, then fully.
+Ours is the complete loop; between blocks of its steps, the bare engine runs on the same batches. Without a GPU it measures nothing and
+reports that; `--tiny` runs everything on a CPU with a decoder of two small layers, to test the benchmark itself.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CHECKPOINT_EVERY = 100
 
 
 def main() -> None:
-    """Measure both modes; a table on stderr, one JSON line on stdout."""
+    """Measure both modes; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--users", type=int, default=16, help="of a step; with it the tokens of a batch of items grow")
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def make_decoder(folder: Path, shape: dict[str, int]) -> None:
-    """Save a Qwen3 with random weights, and a tokenizer that gives a token for each byte."""
+    """Save a Qwen3 with random weights, and a tokenizer with one token per byte."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
@@ -97,7 +97,7 @@ def make_decoder(folder: Path, shape: dict[str, int]) -> None:
 
 
 def config_of(arguments: argparse.Namespace, folder: Path, dataset: Dataset, mode: str) -> Config:
-    """Train for as many steps as the blocks have."""
+    """Return the config of a run with as many steps as all blocks together."""
     values = {
         "storage.root": dataset.storage.root,
         "run.scratch": str(folder / "scratch"),
@@ -123,7 +123,7 @@ def config_of(arguments: argparse.Namespace, folder: Path, dataset: Dataset, mod
 
 
 def measure(config: Config, dataset: Dataset, steps_per_block: int) -> dict[str, float | None]:
-    """Train, with the bare engine between."""
+    """Train, with the bare engine between blocks of steps."""
     beside = Beside(config, dataset, steps_per_block)
     trainer = Trainer(config, dataset, beside, NextItem)
     beside.trainer = trainer
@@ -146,7 +146,7 @@ def measure(config: Config, dataset: Dataset, steps_per_block: int) -> dict[str,
 
 
 class Beside(LocalReporter):
-    """Times blocks of our steps, and as many of the bare engine on the same batches."""
+    """Times blocks of our steps, and as many steps of the bare engine on the same batches."""
 
     trainer: Trainer
 
@@ -155,7 +155,7 @@ class Beside(LocalReporter):
         self._device = torch.device("cuda", torch.cuda.current_device()) if config.training.use_gpu else torch.device("cpu")
         bare = NextItem(config, dataset, self._device, Ranks(0, 1, dist.barrier))
         counts = bare.module.item_encoder.token_counts.double()
-        self.mean_tokens = float(counts.square().sum() / counts.sum())  # as many does a token see in its text, on average
+        self.mean_tokens = float(counts.square().sum() / counts.sum())  # length of a token's text, averaged over all tokens
         self._engine = Engine(bare.module, config, self._device)
         self._engine.train()
         self._num_tokens, self._steps_per_block = bare.num_tokens, steps_per_block
@@ -167,7 +167,7 @@ class Beside(LocalReporter):
         self._begin = time.perf_counter()
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
-        """Hold the step's batches; after a block, time the bare engine on them."""
+        """Keep the step's batches; after each block, time the bare engine on them."""
         self._batches.append(batches)
         stalled = self.trainer.state.checkpoint_stall_seconds
         if stalled > self._stalled:

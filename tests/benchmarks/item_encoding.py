@@ -1,8 +1,8 @@
-"""Steps per second of a language model that is trained by LoRA: each distinct item of a step encoded once, beside every position encoded.
+"""Steps per second of a language model trained with LoRA: each distinct item of a step encoded once, compared with every position.
 
-`python -m tests.benchmarks.item_encoding ML_100K`, where ML_100K is a folder with MovieLens 100K in RecBole's files. Both are the same
-model over the same samples, in turn; a step is forward, backward and AdamW. The gradients are compared without dropout, in the
-precision of training and in float64, where a difference would not be rounding.
+`python -m tests.benchmarks.item_encoding ML_100K`, where ML_100K is a folder with MovieLens 100K in RecBole's files. Both variants use the
+same model and samples, alternating; a step is forward, backward and AdamW. The gradients are compared without dropout, in training
+precision and in float64, where a difference would not be rounding.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from tests.datasets import features_of
 
 @dataclasses.dataclass(frozen=True)
 class Movies:
-    """The titles by catalogue index less one, and each user's items, oldest first."""
+    """Titles by catalogue index minus one, and each user's items, oldest first."""
 
     titles: list[str]
     histories: list[list[int]]
 
 
 def main() -> None:
-    """Print a table for people on stderr and one JSON line for programs on stdout."""
+    """Print a table to stderr and one JSON line to stdout."""
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Measure both forms and print what was found."""
+    """Measure both variants and print the results."""
     values = ["model.text.mode=lora", "model.loss.kind=sampled", f"model.text.backbone={arguments.backbone}", *arguments.overrides]
     config = load_config(None, [*values, f"data.max_history={arguments.positions}"])
     movies = read_movies(Path(arguments.folder))
@@ -82,7 +82,6 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?")
     add_tiny(parser)
@@ -95,7 +94,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_movies(folder: Path) -> Movies:
-    """Read RecBole's files."""
     items, events = (_read_columns(folder / f"{folder.name}.{kind}") for kind in ("item", "inter"))
     index = {item: number for number, item in enumerate(items["item_id"], start=1)}
     histories: dict[str, list[int]] = {}
@@ -112,7 +110,7 @@ def _read_columns(path: Path) -> dict[str, list[str]]:
 
 
 def build(config: Config, movies: Movies) -> tuple[Recommender, DatasetManifest]:
-    """Build a model of ids and titles over a dataset that has no files."""
+    """Build a model with ids and titles, and the manifest of a dataset without files."""
     counts = np.bincount([item for history in movies.histories for item in history], minlength=len(movies.titles) + 1)
     empty = {"categories": [], "numbers": [], "vector": []}
     rows = [
@@ -153,7 +151,7 @@ def build(config: Config, movies: Movies) -> tuple[Recommender, DatasetManifest]
 
 
 def sample_batches(manifest: DatasetManifest, config: Config, movies: Movies, arguments: argparse.Namespace) -> list[Batch]:
-    """Draw a batch per step, and one to warm up with: users whose history fills all positions, from where it begins."""
+    """Draw one batch per step and one for warm-up: users with full histories, cut from their beginning."""
     length = arguments.positions + 1
     generator = np.random.default_rng(0)
     long = np.array([history[:length] for history in movies.histories if len(history) >= length], np.int32)
@@ -169,9 +167,9 @@ def sample_batches(manifest: DatasetManifest, config: Config, movies: Movies, ar
 
 
 def encode_every_position(batch: Batch) -> Batch:
-    """Give every place of a history an item of its own to encode, and every negative and last target; the losses stay what they are.
+    """Replace each history position, negative and last target by a separate item to encode, without changing the losses.
 
-    A target that is the item of the place after is taken from there, as a plain sequence model would.
+    A target that equals the next item of its history shares that position's vector, as in a plain sequence model.
     """
     places = batch.histories.items
     after = (batch.target_places + 1).clamp(max=len(places) - 1)
@@ -193,7 +191,7 @@ def encode_every_position(batch: Batch) -> Batch:
 
 
 def gradient_differences(model: Recommender, batch: Batch) -> dict[str, float]:
-    """Compare the two gradients with each other, in float32 and in float64, and each in float32 with the exact one."""
+    """Compare the gradients of both variants in float32 and in float64, and each float32 gradient with the float64 gradient."""
     variants, exact = (batch, encode_every_position(batch)), copy.deepcopy(model).double()
     once, every = (_gradients(model, variant) for variant in variants)
     exact_once, exact_every = (_gradients(exact, variant) for variant in variants)
@@ -213,7 +211,7 @@ def _gradients(model: Recommender, batch: Batch) -> dict[str, Tensor]:
 
 
 def _difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Return the largest difference, as a share of the greatest entry of the parameter's gradient."""
+    """Return the largest difference relative to the largest entry of each parameter's gradient."""
     return max(float((ours[name] - other).abs().max() / other.abs().max().clamp(min=1e-12)) for name, other in theirs.items())
 
 
@@ -222,7 +220,7 @@ def _loss(model: Recommender, batch: Batch) -> Tensor:
 
 
 def time_in_turn(model: Recommender, batches: Sequence[Batch], config: Config) -> dict[str, list[float]]:
-    """Return the seconds of each step of both; the first is not counted."""
+    """Return the seconds of each step of both variants, without the first."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optimizer.backbone_learning_rate)
     seconds: dict[str, list[float]] = {"once": [], "every_position": []}

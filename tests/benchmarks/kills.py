@@ -1,7 +1,7 @@
-"""Runs that are killed again and again: whether they end as the undisturbed one, how much of their time was of use, what each kill cost.
+"""Repeatedly killed runs: equality with the undisturbed run, goodput, and the cost of each kill.
 
-`python -m tests.benchmarks.kills [--kills 20] [--ends 10]`: workers of one run are killed at random steps; of another, everything
-(the workers and the process that started them), so that the same command is given again each time.
+`python -m tests.benchmarks.kills [--kills 20] [--ends 10]`: in one run, workers are killed at random steps; in another, the workers and the
+process that started them are killed, and the same command is run again each time.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from tests.resume.ledger import order_kills
 from tests.resume.runs import Run, assert_same, steps_per_epoch, workers_of
 
 PACE_SECONDS = 0.05
-"""So long takes a step at least: with steps of milliseconds a run would be nothing but its restarts."""
+"""Minimum duration of a step; with steps of milliseconds, restarts would take most of a run."""
 
 
 def main() -> None:
-    """Run them all; each's row as it comes and a table on stderr, one JSON line on stdout."""
+    """Run all; print the results as they come and a table to stderr, and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ends", type=int, default=10)
@@ -61,18 +61,18 @@ def main() -> None:
 
 
 def run_to_the_end(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
-    """Disturb nothing."""
+    """Run without kills."""
     return run.finish()
 
 
 def kill_workers(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
-    """Kill one of the two workers at so many random steps."""
+    """Kill one of the two workers at each of `num_kills` random steps."""
     order_kills(run.scratch, [(generator.randrange(2), step) for step in generator.sample(range(1, run_steps(run)), num_kills)])
     return run.finish(timeout_seconds=60 * (num_kills + 5))
 
 
 def kill_everything(run: Run, num_kills: int, generator: random.Random) -> dict[str, Any]:
-    """Kill workers and the driver some time after each new checkpoint, and give the same command again."""
+    """Kill workers and driver some time after each new checkpoint, and run the same command again."""
     for number in range(num_kills):
         process = run.start()
         run.wait_for_checkpoint(process, above_step=number * run_steps(run) // (num_kills + 1))
@@ -84,17 +84,17 @@ def kill_everything(run: Run, num_kills: int, generator: random.Random) -> dict[
 
 
 def run_steps(run: Run) -> int:
-    """Return the steps of a whole run."""
+    """Return the number of steps of a complete run."""
     return 4 * steps_per_epoch(run.dataset)
 
 
 def row_of(result: dict[str, Any], num_kills: int) -> dict[str, Any]:
-    """Sum up what a run printed.
+    """Summarise a run's result.
 
     Raises:
-        RuntimeError: not every kill is among its incidents.
+        RuntimeError: the incidents do not have one cause per kill.
     """
-    incidents = result["incidents"]  # two kills without a new checkpoint between are two causes of one
+    incidents = result["incidents"]  # two kills without a new checkpoint in between are two causes of one incident
     if (found := sum(len(incident["causes"]) for incident in incidents)) != num_kills:
         raise RuntimeError(f"{num_kills} kills, but {found} causes of incidents")
     row: dict[str, Any] = {"run": result["run"], "kills": num_kills, "steps": result["steps"], "goodput": result["goodput"]}

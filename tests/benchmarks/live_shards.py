@@ -1,4 +1,4 @@
-"""What reading costs a run: epochs on live shards beside epochs on the same batches held in memory, on one worker and on two.
+"""Cost of reading in training: epochs on live shards compared with epochs on the same batches in memory, with one and two workers.
 
 `python -m tests.benchmarks.live_shards DATASET` with the `dataset` that `python -m jobs.prepare_data` printed.
 """
@@ -27,7 +27,7 @@ from tests.reporters import LocalReporter
 
 
 def main() -> None:
-    """Measure both numbers of workers; a table on stderr, one JSON line on stdout."""
+    """Measure with one and two workers; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", nargs="?")
     add_tiny(parser)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(uri: str, scratch: str, num_workers: int, rounds: int, num_steps: int) -> dict[str, float]:
-    """Time both kinds of epoch in turn, each first in every second round; every rank must call this."""
+    """Time both kinds of epoch, alternating which one is first; every rank must call this."""
     values = {
         "run.scratch": scratch,
         "storage.root": uri.rpartition("/datasets/")[0],

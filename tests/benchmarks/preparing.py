@@ -1,4 +1,4 @@
-"""Memory and speed of prepare_data over synthetic logs of growing size, and what a kill half-way costs; each run a process of its own.
+"""Memory and speed of prepare_data on synthetic logs of growing size, and the cost of a kill halfway; each run in a separate process.
 
 `python -m tests.benchmarks.preparing --millions 2 20 --kill-halfway`
 """
@@ -26,7 +26,7 @@ SAMPLE_SECONDS = 0.5
 
 
 class MemorySampler(threading.Thread):
-    """Sums the memory of a process and of everything that it started, twice a second; keeps the peaks and who held them."""
+    """Sums the memory of a process and its descendants twice per second; keeps the peaks, and the processes' shares at the peak."""
 
     def __init__(self, process_id: int) -> None:
         super().__init__(daemon=True)
@@ -36,7 +36,6 @@ class MemorySampler(threading.Thread):
         self.holders: dict[str, int] = {}
 
     def run(self) -> None:
-        """Sample until `stop`."""
         while not self._is_over.wait(SAMPLE_SECONDS):
             found = [(name, memory) for name, memory in map(_measure, _family(self._root)) if memory is not None]
             pss, uss = (sum(getattr(memory, kind) for _, memory in found) for kind in ("pss", "uss"))
@@ -47,13 +46,13 @@ class MemorySampler(threading.Thread):
             self.peak = {"pss": max(self.peak["pss"], pss), "uss": max(self.peak["uss"], uss)}
 
     def stop(self) -> None:
-        """End the sampling."""
+        """Stop sampling."""
         self._is_over.set()
         self.join()
 
 
 def _family(process_id: int) -> list[psutil.Process]:
-    """The program, its head of Ray and their children: the head is in a session of its own, but stays a child."""
+    """Return the program, its Ray head and their children; the head has its own session, but remains a child process."""
     try:
         process = psutil.Process(process_id)
         return [process, *process.children(recursive=True)]
@@ -77,7 +76,7 @@ def _describe(process: psutil.Process) -> str:
 
 
 def start(folder: Path, millions: float, overrides: Sequence[str]) -> "subprocess.Popen[str]":
-    """Start prepare_data on a synthetic log, in a process group of its own."""
+    """Start prepare_data on a synthetic log, in a new process group."""
     settings = [
         f"storage.root={folder / 'store'}",
         f"run.scratch={folder / 'scratch'}",
@@ -94,7 +93,7 @@ def start(folder: Path, millions: float, overrides: Sequence[str]) -> "subproces
 
 
 def finish(process: "subprocess.Popen[str]", folder: Path) -> dict[str, Any]:
-    """Wait for the program and return the JSON that it ends with."""
+    """Wait for the program and return the JSON that it prints last."""
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(f"prepare_data ended with {process.returncode}: {(folder / 'log').read_text()[-2000:]}")
@@ -103,7 +102,7 @@ def finish(process: "subprocess.Popen[str]", folder: Path) -> dict[str, Any]:
 
 
 def measure(millions: float, overrides: Sequence[str]) -> dict[str, Any]:
-    """Prepare one log, its generation included, and sample the memory of all processes."""
+    """Prepare one log, including its generation, and sample the memory of all processes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         begin = time.monotonic()
@@ -128,7 +127,7 @@ def measure(millions: float, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def kill_halfway(whole: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Kill the whole process group at half the time that the run takes, run it again and compare the fingerprints."""
+    """Kill the process group after half of the uninterrupted time, run it again and compare the fingerprints."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(folder, whole["millions"], overrides)
@@ -145,7 +144,7 @@ def kill_halfway(whole: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def main() -> None:
-    """Run the sizes in turn; a table for people on stderr, one JSON line for programs on stdout."""
+    """Run each size; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=float, nargs="+", default=[2, 20], help="events of each log, in millions")
     parser.add_argument("--kill-halfway", action="store_true", help="also kill a run of the first size half-way and run it again")

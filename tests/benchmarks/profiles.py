@@ -1,6 +1,6 @@
-"""What the users of an export cost a replica: memory to open them, and time to find one, beside a Python dict of the same users.
+"""Cost of an export's users in a replica: memory and time to open them, and time per lookup, compared with a Python dict.
 
-`python -m tests.benchmarks.profiles` writes 1,000,000 users of 50 interactions and opens them in processes of their own.
+`python -m tests.benchmarks.profiles` writes 1,000,000 users of 50 interactions and opens them in separate processes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ NUM_LOOK_UPS = 20_000
 
 
 def main() -> None:
-    """Write the users and open them in both ways; a table on stderr, one JSON line on stdout."""
+    """Write the users and open them in both ways; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--length", type=int, default=50)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def make_users(num_users: int, length: int) -> pa.Table:
-    """Make users with random interactions."""
+    """Build a table of users with random interactions."""
     generator = np.random.default_rng(0)
     offsets = pa.array(np.arange(num_users + 1) * length, pa.int32())
     total = num_users * length
@@ -61,14 +61,14 @@ def make_users(num_users: int, length: int) -> pa.Table:
 
 
 def in_process(kind: str, path: Path) -> dict[str, Any]:
-    """Open the file in a fresh process."""
+    """Measure in a new process."""
     command = [sys.executable, "-m", "tests.benchmarks.profiles", "--open", kind, str(path)]
     result: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     return result
 
 
 def measure(kind: str, path: str) -> dict[str, float]:
-    """Open the users and find some; memory that the process has for itself (USS) and as a whole (RSS), before and after."""
+    """Open the users and look some up; return the times, and the growth of private (USS) and resident (RSS) memory."""
     process = psutil.Process()
     before = process.memory_full_info()
     begin = time.perf_counter()

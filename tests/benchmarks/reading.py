@@ -1,4 +1,4 @@
-"""Our reader beside other readers of the same files, each in a process of its own, in alternating rounds; no training."""
+"""Our reader compared with other readers of the same files, each in a separate process, in alternating rounds; no training."""
 
 import argparse
 import itertools
@@ -34,7 +34,7 @@ PEERS = (LIMIT, "ours", "torch_loader", "huggingface", "ray_data", "mosaicml")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: (place, cores, pairs of form and whether it is shuffled), rounds, where in an epoch to resume and how often."""
+    """The measurements: (place, cores, pairs of form and is_shuffled), rounds, fractions of an epoch to resume from, repetitions."""
 
     num_rows: int
     row_group_rows: int
@@ -91,7 +91,7 @@ class Bench:
         return [dataset.address(shard).removeprefix("s3://") for shard in dataset.manifest.train_shards]
 
     def options(self, place: str, num_cores: int) -> dict[str, Any]:
-        """Tell a peer where things are."""
+        """Return the options of a peer's process."""
         dataset = self._datasets[place]
         local_mds = str(self._folder / "buckets" / BUCKET / "mds")
         return {
@@ -109,7 +109,7 @@ class Bench:
         }
 
     def measure_speed(self) -> list[dict[str, Any]]:
-        """Read whole epochs, one peer after the other in each round, after a round that does not count."""
+        """Read whole epochs, alternating between peers, after a warm-up round."""
         results = []
         for place, num_cores, cases in self.plan.settings:
             with ExitStack() as stack:
@@ -132,7 +132,7 @@ class Bench:
         return speeds
 
     def measure_first_step(self) -> list[dict[str, Any]]:
-        """Time the first step of a fresh process at places in the epoch, in turn; the position is noted before, by another process."""
+        """Time the first step of new processes at positions in the epoch that other processes have written."""
         num_steps = self.plan.num_rows // BATCH_SIZE
         cases = {
             (peer, fraction): {
@@ -154,7 +154,7 @@ class Bench:
         ]
 
     def measure_kills(self) -> list[dict[str, Any]]:
-        """Kill each peer in an epoch of its own and count rows."""
+        """Kill each peer several times in an epoch and count lost and repeated rows."""
         num_steps = -(-self.plan.num_rows // BATCH_SIZE)
         options = self.options("local", 2)
         results = []
@@ -177,7 +177,7 @@ def _speed_rows(setting: dict[str, Any], speeds: dict[str, list[float]]) -> list
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table for people on stderr."""
+    """Print a table to stderr."""
     print(f"\n{title}", file=sys.stderr)
     if not rows:
         return
@@ -194,7 +194,7 @@ def _cell(value: Any) -> str:
 
 
 def main() -> None:
-    """Run it all; one JSON line for programs on stdout."""
+    """Run all measurements; print tables to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a small dataset and one round: shows that the bench runs, not how fast")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""From the kill of a worker to the first step that was not made before it: seconds by part, beside plain Ray Train with DeepSpeed.
+"""Seconds from the kill of a worker to the first new step, by part, compared with plain Ray Train with DeepSpeed.
 
-`python -m tests.benchmarks.recovery [--rounds 3]`: both train the same model on the same batches, with a checkpoint every 10 steps, on a
-private Ray of their own, one after the other; a worker is killed at the same step of each.
+`python -m tests.benchmarks.recovery [--rounds 3]`: both train the same model on the same batches, one after the other, each on its own
+private Ray, with a checkpoint every 10 steps. A worker is killed at the same step of each.
 """
 
 import argparse
@@ -24,7 +24,7 @@ KILLED_RANK = 1
 
 
 def main() -> None:
-    """Run the rounds; a table on stderr, one JSON line on stdout."""
+    """Run the rounds; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--users", type=int, default=600)
@@ -56,15 +56,15 @@ def main() -> None:
 
 
 def kill_step(dataset: Dataset) -> int:
-    """Choose a step in the second epoch, between two checkpoints."""
+    """Return a step in the second epoch, between two checkpoints."""
     return steps_per_epoch(dataset) + 15
 
 
 def measure(run: Run, contender: str, step: int) -> dict[str, float]:
-    """Run once with a kill and tell its cost by part.
+    """Run once with a kill and return its cost by part.
 
     Raises:
-        RuntimeError: the kill was not what ended the first attempt.
+        RuntimeError: plain Ray Train did not restart the worker exactly once.
     """
     order_kills(run.scratch, [(KILLED_RANK, step)])
     if contender == PLAIN:

@@ -1,4 +1,4 @@
-"""`make bench`, first part: the training loop beside a bare one, measured in turn in one run; the reader is `reading.py`'s."""
+"""`make bench`, first part: the training loop compared with a bare loop, alternating in one run; `reading.py` measures the reader."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ STEPS_PER_ROUND = 15
 
 
 def main() -> None:
-    """Run every benchmark; a table for people on stderr, one JSON line for programs on stdout."""
+    """Run every benchmark; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_tiny(parser)
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure_steps(config: Config, rounds: int, num_steps: int) -> dict[str, float]:
-    """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop over the same batches."""
+    """Time optimizer steps of the trainer (engine, global counts, finite check) and of a bare loop on the same batches."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     trainer = Trainer(config, dataset, LocalReporter(), NextItem)
     steps = [batches for _, batches in zip(range(num_steps), trainer.objective.steps(0), strict=False)]
@@ -74,7 +74,7 @@ def measure_steps(config: Config, rounds: int, num_steps: int) -> dict[str, floa
 
 
 def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, weights: Mapping[str, float]) -> None:
-    """Run one step as a script would write it."""
+    """Run one step like a plain script."""
     optimizer.zero_grad()
     counts = dict(zip(weights, batch.valid_counts().tolist(), strict=True))
     losses = model(batch)
@@ -84,7 +84,7 @@ def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: B
 
 
 def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int, rounds: int) -> dict[str, Any]:
-    """Run both in turn, after one warm-up each; report seconds per unit and the ratio round by round."""
+    """Run both alternately after a warm-up; return the seconds per unit and the ratios of the rounds."""
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     for round_number in range(rounds + 1):
         for name, function in (("ours", ours), ("bare", bare)):
@@ -97,7 +97,7 @@ def in_turn(ours: Callable[[], None], bare: Callable[[], None], num_units: int, 
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest ratio."""
+    """Return the median, smallest and largest ratio."""
     return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 

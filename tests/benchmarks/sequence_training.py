@@ -1,4 +1,4 @@
-"""User sequences per second of `jobs.train` beside RecTools' SASRec and a bare loop of the same work, and what each learns in a time.
+"""User sequences per second of `jobs.train` compared with RecTools' SASRec and a bare loop, and model quality after equal training time.
 
 `python -m tests.benchmarks.sequence_training BEAUTY --peers FOLDER --quality 300`
 """
@@ -37,7 +37,7 @@ K = 10
 
 @dataclass(frozen=True)
 class Shape:
-    """What all contenders have in common."""
+    """Settings that all contenders share."""
 
     max_history: int = 50
     width: int = 64
@@ -49,7 +49,7 @@ class Shape:
     seed: int = 0
 
     def settings(self) -> list[str]:
-        """Say it in our config's words: ids alone, the exact loss, one worker, nothing that ends a run early."""
+        """Return them as settings of our config: ids only, full softmax, one worker, no early stopping."""
         values = {
             "model.width": self.width,
             "model.num_layers": self.num_layers,
@@ -98,7 +98,7 @@ class Bench:
         return stack.enter_context(talking(run_module(python, module, json.dumps(options))))
 
     def _write_sequences(self) -> str:
-        """Write all interactions with their part for a peer that knows nothing of our formats."""
+        """Write all interactions with their split to a file that RecTools' process can read; return its path."""
         users = self.dataset.read_users(["user_index", "items", "num_train", "num_validation"])
         lists = users["items"].combine_chunks()
         lengths = lists.value_lengths().to_numpy()
@@ -110,7 +110,7 @@ class Bench:
         return str(self._folder / "sequences.npz")
 
     def _verb(self, name: str, *settings: str) -> dict[str, Any]:
-        """Run a verb as a person would and return what it prints."""
+        """Run a command in a subprocess and return the JSON that it prints."""
         command = [sys.executable, "-m", f"jobs.{name}", *(f"--set={setting}" for setting in (*self._places, *settings))]
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RECSYS_"))}
         environment["OMP_NUM_THREADS"] = str(self._num_threads)
@@ -122,11 +122,11 @@ class Bench:
         return dict(json.loads(process.stdout.splitlines()[-1]))
 
     def train(self, run: str, num_steps: int, *settings: str) -> dict[str, Any]:
-        """Run `jobs.train` for some steps."""
+        """Run `jobs.train` for `num_steps` steps."""
         return self._verb("train", *self._settings, f"run.name={run}", f"training.max_steps={num_steps}", *settings)
 
     def measure_round(self, number: int, seconds: float) -> dict[str, float]:
-        """Let each contender train once, one after the other; user sequences per second of each."""
+        """Train each contender once, one after the other; return the user sequences per second of each."""
         rates = {}
         for name, process in self.peers.items():
             answer = ask(process, {"seconds": seconds})
@@ -136,7 +136,7 @@ class Bench:
         return rates
 
     def measure_quality(self, seconds: float, rate: float) -> list[dict[str, Any]]:
-        """Train each for the same time and rank every test user's unseen items; `rate` is ours in sequences per second."""
+        """Train ours and RecTools for the same time and rank every test user's unseen items; `rate` is ours in sequences per second."""
         users = read_evaluation_users(self.dataset, "test")
         num_steps = steps_within(seconds, rate / self.sequences_per_sample, Shape().batch_size)
         trained = self.train("quality", num_steps, *self._own_settings)
@@ -160,12 +160,12 @@ def _quality_row(name: str, seconds: float, wall_seconds: float, num_sequences: 
 
 
 def steps_within(seconds: float, samples_per_second: float, batch_size: int) -> int:
-    """Tell how many steps fit into a time, at least one."""
+    """Return how many steps fit into the time, at least one."""
     return max(1, int(seconds * samples_per_second / batch_size))
 
 
 def metrics_of_lists(lists: dict[int, list[int]], users: Sequence[EvaluationUser]) -> dict[str, float]:
-    """Average HR@K and NDCG@K over users whose ranked items are given, best first; a target that a list has not is missed.
+    """Return mean HR@K and NDCG@K for users with given ranked items, best first; a target that is not in the list is a miss.
 
     Raises:
         ValueError: a list has an item that its user has seen.
@@ -181,7 +181,7 @@ def metrics_of_lists(lists: dict[int, list[int]], users: Sequence[EvaluationUser
 
 
 def speed_rows(rounds: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Sum up the rounds: median, least and greatest rate of each contender, and of ours as a multiple of it, round by round."""
+    """Summarise the rounds: median, smallest and largest rate of each contender, and the same of the ratio of ours to it."""
     rows = []
     for name in rounds[0]:
         rates, ratios = [each[name] for each in rounds], [each[OURS] / each[name] for each in rounds]
@@ -191,7 +191,7 @@ def speed_rows(rounds: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run it all; one JSON line for programs on stdout."""
+    """Run everything; print tables to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="events and items of Amazon Beauty, as jobs.prepare_data reads them")
     parser.add_argument("--peers", type=Path, help="folder for RecTools' environment; without it RecTools is left out")

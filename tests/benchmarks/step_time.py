@@ -1,8 +1,8 @@
-"""What a step of `jobs.train` takes beside a bare PyTorch loop over the same batches in memory: one worker, and two beside DDP.
+"""Step time of `jobs.train` compared with a bare PyTorch loop on the same batches in memory, with one worker, and with two under DDP.
 
-`python -m tests.benchmarks.step_time DATASET` with the `dataset` that `python -m jobs.prepare_data` printed. Ours is the whole loop as
-it is in a worker of Ray Train, which reports to Ray once an epoch: reading, learning rate, ZeRO-0, TensorBoard, watchdog, checkpoints as
-the recipe asks for them. After each block of its steps the bare loop makes as many on the batches that ours has just had.
+`python -m tests.benchmarks.step_time DATASET` with the `dataset` that `python -m jobs.prepare_data` printed. Ours is the complete loop of
+a Ray Train worker, which reports to Ray once per epoch: reading, learning rate, ZeRO-0, TensorBoard, watchdog, and the recipe's
+checkpoints. After each block of its steps, the bare loop runs on the same batches.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RECIPE = Path(__file__).parents[2] / "jobs" / "configs" / "ml-1m.toml"
 
 
 def main() -> None:
-    """Measure both numbers of workers; a table on stderr, one JSON line on stdout."""
+    """Measure with each number of workers; print a table to stderr and one JSON line to stdout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?")
     add_tiny(parser)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def config_of(arguments: argparse.Namespace, dataset: str, scratch: str, num_workers: int) -> Config:
-    """Take the recipe as it is, but for where it runs and how long."""
+    """Return the recipe with another location, duration and number of workers."""
     config = load_config(arguments.config)
     values = {
         "run.scratch": scratch,
@@ -74,11 +74,11 @@ def config_of(arguments: argparse.Namespace, dataset: str, scratch: str, num_wor
 
 
 def measure(config: Config, steps_per_block: int) -> dict[str, float]:
-    """Train, with the bare loop between; every rank must call this."""
+    """Train, with the bare loop between blocks of steps; every rank must call this."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     beside = Beside(config, dataset, steps_per_block)
     Trainer(dataset.adopt(config), dataset, beside, NextItem).run()
-    pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[1:]  # the first block warms up
+    pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[1:]  # the first block is a warm-up
     ratios = [ours / bare for ours, bare in pairs]
     ours, bare = (statistics.median(each) for each in zip(*pairs, strict=True))
     return {
@@ -93,7 +93,7 @@ def measure(config: Config, steps_per_block: int) -> dict[str, float]:
 
 
 class Beside(LocalReporter):
-    """Told of each step of ours, it times blocks of them, and has the bare loop train on the same batches in between."""
+    """Times blocks of our steps, and trains the bare loop on the same batches after each block."""
 
     def __init__(self, config: Config, dataset: Dataset, steps_per_block: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Beside(LocalReporter):
         self._begin = time.perf_counter()
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
-        """Hold the step's batches; after a block, time the bare loop on them."""
+        """Keep the step's batches; after each block, time the bare loop on them."""
         self._batches.append(batches)
         if len(self._batches) < self._steps_per_block:
             return
@@ -126,7 +126,7 @@ class Beside(LocalReporter):
         self._begin = time.perf_counter()
 
     def _bare_step(self, batches: Sequence[Any]) -> None:
-        """Make a step as a plain script would: the mean of each loss over the batch, clipped gradients, AdamW."""
+        """Make a step like a plain script: the mean of each loss over the batch, clipped gradients, AdamW."""
         for batch in batches:
             sums, counts = self._model(batch), batch.valid_counts().clamp(min=1)
             loss = torch.stack([total / count for total, count in zip(sums.values(), counts, strict=True)]).sum()

@@ -1,4 +1,4 @@
-"""Every bench still runs in its tiny form, and every command that BENCHMARKS.md names still starts."""
+"""Every benchmark runs in its tiny form, and every command in BENCHMARKS.md has a benchmark with those options."""
 
 import json
 import re
@@ -24,7 +24,7 @@ BENCHES = {
     "gpu_training": ["--blocks", "4", "--steps", "2"],
 }
 QUICK = ("run", "profiles", "live_shards", "item_encoding")
-"""Those that `make test` runs; `make test-all` runs all."""
+"""Benchmarks that `make test` runs; `make test-all` runs all."""
 
 WITH_RAY = {
     "sequence_training": ["--rounds", "1", "--steps", "4"],

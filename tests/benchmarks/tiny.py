@@ -1,4 +1,4 @@
-"""The `--tiny` form of the benches: inputs so small that a test can show that a bench still runs, not how fast anything is."""
+"""The `--tiny` form of the benchmarks: small inputs that test whether a benchmark runs, not its speed."""
 
 import argparse
 import contextlib
@@ -14,13 +14,13 @@ NUM_USERS = 120
 
 
 def add_tiny(parser: argparse.ArgumentParser) -> None:
-    """Add the option."""
+    """Add the option `--tiny`."""
     parser.add_argument("--tiny", action="store_true", help="a small input of its own: shows that the bench runs, not how fast")
 
 
 @contextlib.contextmanager
 def dataset_of(arguments: argparse.Namespace) -> Iterator[str]:
-    """Return the dataset that was given, or make a tiny one for the block."""
+    """Yield the given dataset, or a tiny one that exists for the block."""
     if not arguments.tiny:
         yield arguments.dataset
         return

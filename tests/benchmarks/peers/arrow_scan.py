@@ -1,4 +1,4 @@
-"""The limit: pyarrow reads the same columns row group by row group, in the files' order, and delivers what it read; nothing is shuffled."""
+"""The upper limit: pyarrow reads the same columns by row group, in file order, without shuffling."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.benchmarks.peers.serving import Form, Step
 
 
 class ArrowScan:
-    """Steps are row groups."""
+    """Reads one row group per step."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._files = options["files"]
@@ -30,7 +30,6 @@ class ArrowScan:
 
 
 def filesystem_of(options: dict[str, Any]) -> fs.FileSystem:
-    """Build the filesystem that the files are on."""
     if not options["endpoint"]:
         return fs.LocalFileSystem()
     address = urlsplit(options["endpoint"])

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop with our model and loss over batches that are in memory: the limit of what a training loop of it can reach."""
+"""A plain PyTorch loop with our model and loss over batches in memory: the upper limit for a training loop."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ WARM_UP_STEPS = 2
 
 
 def main() -> None:
-    """Run the same steps for every line of input."""
+    """Run the same steps for each line of standard input."""
     options = json.loads(sys.argv[1])
     torch.set_num_threads(options["num_threads"])
     config = load_config(None, options["settings"])

@@ -1,4 +1,4 @@
-"""The dataset that all peers read: long sequences, several shards, one row per user; and the S3 server that serves a copy of it."""
+"""The dataset that all peers read: long sequences, several shards, one row per user; and an S3 server with a copy of it."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def _rows(generator: np.random.Generator, ids: np.ndarray) -> pa.Table:
 
 
 def _note_etags(dataset: Dataset) -> Dataset:
-    """Write the manifest with the ETags that the shards have where they lie."""
+    """Write the manifest with the current ETags of the shards."""
     found = {entry.uri: entry.etag for entry in dataset.storage.list(dataset.uri)}
 
     def noted(shards: tuple[Shard, ...]) -> tuple[Shard, ...]:
@@ -77,7 +77,7 @@ def _note_etags(dataset: Dataset) -> Dataset:
 
 @contextmanager
 def served_copy(dataset: Dataset, folder: Path) -> Iterator[Dataset]:
-    """Serve a copy of the dataset by rclone on loopback."""
+    """Serve a copy of the dataset with rclone on loopback."""
     os.environ.update(KEYS)
     copy = folder / "buckets" / BUCKET / "store" / "datasets" / "bench"
     if not copy.exists():

@@ -1,4 +1,4 @@
-"""The same last step for all peers: an Arrow table of some rows to flat arrays or padded tensors; needs numpy, pyarrow and torch alone."""
+"""The last step of all peers: an Arrow table to flat arrays or padded tensors; needs only numpy, pyarrow and torch."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from tests.benchmarks.peers.serving import COLUMNS, ROW_ID, SEQUENCES, Form, Ste
 
 
 def columns_for(form: Form) -> list[str]:
-    """Name the columns that a form is made of."""
+    """Return the columns that a form needs."""
     return [ROW_ID] if form == "ids" else list(COLUMNS)
 
 
 def deliver(table: pa.Table, form: Form) -> Step:
-    """Make a step of a table of its rows."""
+    """Convert a table to the form and return the step."""
     return as_step(make(table, form), form)
 
 
 def make(table: pa.Table, form: Form) -> Any:
-    """Make what a step is delivered as."""
+    """Convert a table to the form."""
     if form == "ids":
         return table[ROW_ID].to_pylist()
     arrays = flat_arrays(table)
@@ -28,12 +28,12 @@ def make(table: pa.Table, form: Form) -> Any:
 
 
 def as_step(made: Any, form: Form) -> Step:
-    """Count what was made."""
+    """Return the step with the number of rows."""
     return Step(len(made), made) if form == "ids" else Step(len(made["first_target"]), [])
 
 
 def flat_arrays(table: pa.Table) -> dict[str, Any]:
-    """Lay sequences end to end, with their offsets."""
+    """Return concatenated sequences with their offsets."""
     table = table.combine_chunks()
     lists = {name: table[name].chunk(0) for name in SEQUENCES}
     flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
@@ -42,7 +42,7 @@ def flat_arrays(table: pa.Table) -> dict[str, Any]:
 
 
 def padded_tensors(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Pad to the longest row."""
+    """Pad all rows to the longest one."""
     offsets = arrays["offsets"]
     lengths = np.diff(offsets)
     mask = np.arange(lengths.max()) < lengths[:, None]

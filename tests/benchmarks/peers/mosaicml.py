@@ -1,4 +1,4 @@
-"""mosaicml-streaming: the dataset converted to its own shards once, then StreamingDataset and StreamingDataLoader with their state_dict."""
+"""mosaicml-streaming: the dataset converted once to its own shards, then StreamingDataset and StreamingDataLoader with their state_dict."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-# The package imports torchvision, whose compiled part may not load beside a CPU build of torch; these operators must exist by name.
+# The package imports torchvision, whose compiled part may not load with a CPU build of torch; these operators must exist by name.
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 try:
     import torchvision  # noqa: F401
@@ -31,7 +31,7 @@ _ENCODINGS = {"items": "int32", "events": "int8", "timestamps": "int64", "values
 
 
 class MosaicML:
-    """Shuffles by `py1e` within blocks of the buffer's size; a local copy of what is remote is made anew for each epoch."""
+    """Shuffles with `py1e` within blocks of the buffer's size; remote data is copied to a local folder again in each epoch."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -67,7 +67,7 @@ class MosaicML:
 
 
 class _Collating:
-    """The loader counts a batch by the length of its first entry, so that must be one value per row."""
+    """Collates rows; the first entry must have one value per row, because the loader takes its length as the batch size."""
 
     def __init__(self, form: Form) -> None:
         self._form: Form = form
@@ -82,7 +82,7 @@ class _Collating:
 
 
 def convert(files: list[str], folder: Path) -> dict[str, float]:
-    """Write the Parquet shards again as its own; tell seconds and bytes."""
+    """Convert the Parquet shards to MDS shards; return seconds and bytes."""
     begin = time.perf_counter()
     columns = {name: f"ndarray:{kind}" for name, kind in _ENCODINGS.items()} | {"first_target": "int32", ROW_ID: "int64"}
     with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 26) as writer:

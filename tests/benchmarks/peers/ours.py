@@ -1,4 +1,4 @@
-"""Our reader; its tensors are whole training batches: positions among distinct items, gaps, labels and masks beside what the others pad."""
+"""Our reader; its tensors are complete training batches, with positions among distinct items, gaps, labels and masks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +14,12 @@ from tests.benchmarks.peers.serving import Form, Step
 
 
 class Ours:
-    """The position is the number of steps."""
+    """Its position is the number of steps."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._num_steps = 0
-        # Read within the measured time, as a peer's metadata is.
+        # Read within the measured time, like the other peers' metadata.
         storage = Storage(options["root"], options["endpoint"] or None)
         self._dataset = Dataset.open(storage, options["dataset"])
 

@@ -1,8 +1,8 @@
-"""Ray Train with DeepSpeed as their documentation joins them: every few steps a DeepSpeed checkpoint goes to Ray Train, which restarts.
+"""Ray Train with DeepSpeed as in their documentation: every few steps a DeepSpeed checkpoint is reported to Ray Train, which restarts.
 
 Run as `python -m tests.benchmarks.peers.plain_ray_train --set ...`, with the config of `jobs.train`. The model, its batches and the
-private Ray are ours; the loop, the checkpoints and the restarts are not. Below `run.scratch`: `ledger-{rank}` as that of
-`tests.resume.ledger`, `events-{rank}` with the times at which a worker began and had loaded, and `kill-{rank}-{step}`.
+private Ray are ours; the loop, the checkpoints and the restarts are not. Files in `run.scratch`: `ledger-{rank}` as in
+`tests.resume.ledger`, `events-{rank}` with the times when a worker started and had loaded, and `kill-{rank}-{step}`.
 """
 
 import json
@@ -16,7 +16,7 @@ from recsys.launch.command import run_verb
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train, restarted by Ray Train where a worker dies."""
+    """Train; Ray Train restarts workers that die."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -39,7 +39,6 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train_loop(settings: dict[str, str]) -> None:
-    """Train on one worker."""
     import deepspeed
     import ray.train
     import torch
@@ -61,7 +60,7 @@ def train_loop(settings: dict[str, str]) -> None:
     note("events", event="started")
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     objective = NextItem(dataset.adopt(config), dataset, torch.device("cpu"), Ranks(rank, dist.get_world_size(), dist.barrier))
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile for half a minute, as it would in ours
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it compiles for half a minute; ours avoids this too
     engine, *_ = deepspeed.initialize(
         model=objective.module,
         optimizer=torch.optim.AdamW(objective.module.parameters(), lr=config.optimizer.learning_rate),

@@ -1,4 +1,4 @@
-"""Starting peers as processes, talking to them, killing them, and counting what their ledgers say."""
+"""Start peers as processes, communicate with them, kill them, and evaluate their ledgers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 OWN_ENVIRONMENT = ("huggingface", "mosaicml")
-"""Peers that live in an environment of their own: their requirements do not agree with the project's pins."""
+"""Peers with a separate environment, because their requirements conflict with the project's pins."""
 
 START_SECONDS = 120
 STEP_SECONDS = 0.002
@@ -23,7 +23,7 @@ EVERY_STEPS = 20
 
 
 def make_environment(folder: Path, requirements: Path = REQUIREMENTS) -> Path:
-    """Make the virtual environment of some peers, if it is not there; return its interpreter."""
+    """Create the virtual environment of some peers if it does not exist; return its interpreter."""
     python = folder / "venv" / "bin" / "python"
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
@@ -35,7 +35,7 @@ def make_environment(folder: Path, requirements: Path = REQUIREMENTS) -> Path:
 
 
 def run_module(python: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a module of this folder; what it says on stderr goes to nowhere but a failure's message."""
+    """Start a module of this folder; its stderr is discarded unless RECSYS_BENCH_DEBUG is set."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.Popen(
         [str(python), "-m", f"tests.benchmarks.peers.{module}", *arguments],
@@ -50,7 +50,7 @@ def run_module(python: Path, module: str, *arguments: str) -> subprocess.Popen[s
 
 
 def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Read lines until the next answer."""
+    """Read lines until the next answer; raise RuntimeError if the process ends before."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("ANSWER "):
@@ -60,14 +60,14 @@ def answer_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 @contextmanager
 def serving(python: Path, peer: str, options: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
-    """Keep a peer running that reads when `ask` asks."""
+    """Run a peer that reads on each call of `ask`."""
     with talking(run_module(python, "serving", peer, json.dumps({**options, "task": "serve"}))) as process:
         yield process
 
 
 @contextmanager
 def talking(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """Wait until a process says that it is ready, and end it at last."""
+    """Wait until a process is ready; end it after the block."""
     try:
         answer_of(process)
         yield process
@@ -82,7 +82,7 @@ def talking(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def ask(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
-    """Let a peer read once."""
+    """Send a request to a process and return its answer."""
     assert process.stdin is not None
     process.stdin.write(json.dumps(request) + "\n")
     process.stdin.flush()
@@ -90,7 +90,7 @@ def ask(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, An
 
 
 def run_task(python: Path, peer: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Run one task of a peer in a process of its own."""
+    """Run one task of a peer in a new process."""
     process = run_module(python, "serving", peer, json.dumps(options))
     try:
         return answer_of(process)
@@ -100,7 +100,7 @@ def run_task(python: Path, peer: str, options: dict[str, Any]) -> dict[str, Any]
 
 
 def kill_and_count(python: Path, peer: str, options: dict[str, Any], folder: Path, num_steps: int, num_kills: int) -> dict[str, int]:
-    """Let a peer read an epoch in which it is killed at random moments, and count rows against the epoch."""
+    """Kill a peer at random steps of one epoch and return the counts of lost and repeated rows."""
     ledger = folder / f"{peer}.ledger"
     settings = {
         "task": "ledger",
@@ -120,7 +120,7 @@ def kill_and_count(python: Path, peer: str, options: dict[str, Any], folder: Pat
 
 
 def _wait_until(process: subprocess.Popen[str], ledger: Path, step: int | None) -> None:
-    """Wait until a process has taken a step, or has ended."""
+    """Wait until a process has taken the step, or, without a step, until it has ended."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None:
         last = _last_line(ledger)
@@ -143,9 +143,9 @@ def _last_line(ledger: Path) -> str:
 
 
 def count_ledger(text: str, num_rows: int) -> dict[str, int]:
-    """Count rows that were lost and repeated in one epoch, and steps done twice.
+    """Count the rows lost and repeated in one epoch, and the steps done twice.
 
-    Steps behind the position at which a process went on are rolled back: the training's own checkpoint is from there.
+    Steps after the position from which a process resumed do not count, as training also resumes from its checkpoint there.
     """
     kept: dict[int, list[str]] = {}
     num_redone = 0

@@ -1,4 +1,4 @@
-"""Ray Data: read_parquet and iter_torch_batches or iter_batches, with its local shuffle buffer; it has no position."""
+"""Ray Data: read_parquet and iter_torch_batches or iter_batches, with its local shuffle buffer; it cannot resume from a position."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,12 +13,12 @@ from tests.benchmarks.peers.serving import Form, Step
 
 
 class RayData:
-    """A private Ray on loopback with as many CPUs as this process may use."""
+    """Runs a private Ray on loopback with as many CPUs as this process may use, and at least two."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         ray.init(
-            num_cpus=max(2, len(options["cores"])),  # a read task and the one that consumes it; the kernel pins both to the cores
+            num_cpus=max(2, len(options["cores"])),  # one for a read task and one for its consumer; the kernel pins both to the cores
             include_dashboard=False,
             object_store_memory=1 << 30,
             log_to_driver=False,

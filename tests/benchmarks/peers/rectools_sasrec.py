@@ -1,4 +1,4 @@
-"""RecTools' SASRec on sequences from a file: trains for some seconds whenever it is asked to, and ranks. Runs in its own environment."""
+"""RecTools' SASRec on sequences from a file: trains for some seconds on each request, and ranks. Runs in its own environment."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ TRAINING, TEST = 0, 2
 
 @dataclass
 class Clock(Callback):
-    """Counts the sequences of whole steps after a warm-up, and ends the training after some seconds of them."""
+    """Counts the sequences of complete steps after a warm-up, and stops training after `limit_seconds`."""
 
     limit_seconds: float
     num_steps: int = 0
@@ -30,7 +30,7 @@ class Clock(Callback):
     seconds: float = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: dict[str, torch.Tensor], batch_index: int) -> None:
-        """Count a step with all that came before it: its batch, forward, backward and update."""
+        """Count a complete step: its batch, forward, backward and update."""
         self.num_steps += 1
         if self.num_steps <= WARM_UP_STEPS:
             self.begin = time.perf_counter()
@@ -41,7 +41,7 @@ class Clock(Callback):
 
 
 class Peer:
-    """The sequences, and the model that was trained last."""
+    """Holds the sequences and trains models on them."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -55,7 +55,7 @@ class Peer:
         self._known = Dataset.construct(table.loc[table["part"] < TEST, kept])
 
     def train(self, seconds: float) -> tuple[SASRecModel, Clock]:
-        """Train a new model for some seconds of steps."""
+        """Train a new model for some seconds of steps; return it and its clock."""
         options = self._options
         seed_everything(options["seed"], verbose=False)
 
@@ -76,18 +76,18 @@ class Peer:
             get_trainer_func=make_trainer,
         )
         model.fit(self._training)
-        # The trainer that fits is a copy of the one that was made, and so is its clock.
+        # fit uses a copy of the trainer, and so a copy of its clock.
         return model, next(callback for callback in model.fit_trainer.callbacks if isinstance(callback, Clock))
 
     def rank(self, model: SASRecModel, users: list[int], k: int) -> dict[int, list[int]]:
-        """Rank each user's unseen items by what is known before the test, best first; only items of the training data can be ranked."""
+        """Rank each user's unseen items, best first, from the history before the test split; only items of the training data are ranked."""
         found = model.recommend(np.array(users), self._known, k=k, filter_viewed=True, on_unsupported_targets="warn")
         found = found.sort_values([Columns.User, Columns.Rank])
         return {int(user): rows.tolist() for user, rows in found.groupby(Columns.User)[Columns.Item]}
 
 
 def main() -> None:
-    """Answer requests, one JSON object a line, until there are no more."""
+    """Answer each request, one JSON object per line of standard input."""
     warnings.simplefilter("ignore")
     options = json.loads(sys.argv[1])
     torch.set_num_threads(options["num_threads"])

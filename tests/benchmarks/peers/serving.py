@@ -1,6 +1,6 @@
-"""What every reader in the comparison runs in, a process that reads by command; it imports nothing that a peer's environment may lack.
+"""The process that runs a reader of the comparison and reads on request; it imports only the standard library.
 
-`python -m tests.benchmarks.peers.serving PEER OPTIONS` where OPTIONS is a JSON object. PEER names a module beside this one with a function
+`python -m tests.benchmarks.peers.serving PEER OPTIONS` where OPTIONS is a JSON object. PEER is a module in this folder with a function
 `open_peer(options) -> Peer`.
 """
 
@@ -17,31 +17,31 @@ from typing import Any, Literal, NamedTuple, Protocol
 COLUMNS = ("items", "events", "timestamps", "values", "first_target")
 SEQUENCES = COLUMNS[:4]
 ROW_ID = "user_index"
-"""Of the generated dataset: the row's number over all shards."""
+"""Column of the generated dataset with the row's number over all shards."""
 
 Form = Literal["arrays", "tensors", "ids"]
-"""What a step is delivered as: flat arrays with offsets, zero-padded tensors, or the ids of its rows."""
+"""Output of a step: flat arrays with offsets, zero-padded tensors, or row ids."""
 
 
 class Step(NamedTuple):
-    """What a peer delivered; `ids` where they were asked for."""
+    """A step of a peer; `ids` is empty unless the form is "ids"."""
 
     num_rows: int
     ids: list[int]
 
 
 class Peer(Protocol):
-    """A reader of one epoch after another."""
+    """A reader that can be used for several epochs."""
 
     def steps(self, form: Form, is_shuffled: bool, position: Any = None) -> Iterator[Step]:
-        """Read an epoch, or what is left of it at a position."""
+        """Read an epoch, or the rest of it from a position."""
 
     def position(self) -> Any:
-        """Tell, as JSON, where to go on after the step that came last; None where the peer can only start anew."""
+        """Return the position after the last step, as JSON-compatible data; None if the peer can only start from the beginning."""
 
 
 def main() -> None:
-    """Pin this process, open the peer, and do what is asked."""
+    """Pin this process to its cores, open the peer, and run the task."""
     options = json.loads(sys.argv[2])
     os.sched_setaffinity(0, options["cores"])
     module = importlib.import_module(f"tests.benchmarks.peers.{sys.argv[1]}")
@@ -50,12 +50,12 @@ def main() -> None:
 
 
 def answer(result: dict[str, Any]) -> None:
-    """Print one line that the bench reads; peers may print others."""
+    """Print one line for the benchmark; peers may print other lines."""
     print("ANSWER " + json.dumps(result), flush=True)
 
 
 def serve(module: Any, options: dict[str, Any]) -> None:
-    """Read an epoch, or as much of it as a time limit allows, for each line of standard input."""
+    """For each line of standard input, read an epoch, or as much of it as the time limit allows."""
     peer: Peer = module.open_peer(options)
     answer({"ready": True})
     for line in sys.stdin:
@@ -69,7 +69,7 @@ def serve(module: Any, options: dict[str, Any]) -> None:
 
 
 def stop_at(module: Any, options: dict[str, Any]) -> None:
-    """Read some steps and note the position."""
+    """Read `num_steps` steps and write the position."""
     peer: Peer = module.open_peer(options)
     steps = peer.steps("arrays", is_shuffled=True)
     for _ in itertools.islice(steps, options["num_steps"]):
@@ -79,7 +79,7 @@ def stop_at(module: Any, options: dict[str, Any]) -> None:
 
 
 def time_to_first_step(module: Any, options: dict[str, Any]) -> None:
-    """Time the first step at a noted position, the opening of everything but the libraries included."""
+    """Time the first step at a stored position, including opening the peer but not importing the libraries."""
     begin = time.perf_counter()
     peer: Peer = module.open_peer(options)
     next(go_on(peer, "arrays", json.loads(Path(options["position"]).read_text())))
@@ -87,13 +87,13 @@ def time_to_first_step(module: Any, options: dict[str, Any]) -> None:
 
 
 def go_on(peer: Peer, form: Form, noted: dict[str, Any]) -> Iterator[Step]:
-    """Go on where a note says; a peer without positions reads what was passed and throws it away."""
+    """Continue at the stored position; a peer without positions reads and discards the earlier steps."""
     steps = peer.steps(form, True, noted["position"])
     return steps if noted["position"] is not None else itertools.islice(steps, noted["num_steps"], None)
 
 
 def keep_ledger(module: Any, options: dict[str, Any]) -> None:
-    """Read one epoch as a training run would: a line per step, the position every some steps; go on where the last process was killed."""
+    """Read one epoch like a training run: write a line per step and the position every `every_steps` steps; resume after a kill."""
     peer: Peer = module.open_peer(options)
     note = Path(options["position"])
     noted: dict[str, Any] = json.loads(note.read_text()) if note.exists() else {"num_steps": 0, "position": None}
@@ -109,7 +109,7 @@ def keep_ledger(module: Any, options: dict[str, Any]) -> None:
 
 
 def write_position(note: Path, num_steps: int, peer: Peer) -> None:
-    """Note the position; the file is whole at any moment."""
+    """Write the position atomically."""
     partial = note.with_suffix(".partial")
     partial.write_text(json.dumps({"num_steps": num_steps, "position": peer.position()}))
     os.replace(partial, note)

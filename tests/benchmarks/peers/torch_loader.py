@@ -1,4 +1,4 @@
-"""A DataLoader over an IterableDataset as one would write it by hand: shuffled row groups, and a window of rows shuffled in memory."""
+"""A typical DataLoader over an IterableDataset: shuffled row groups, and a window of rows shuffled in memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from tests.benchmarks.peers.serving import Form, Step
 
 
 class Windows(IterableDataset[Any]):
-    """Reads row groups into a window, shuffles it, and deals it out."""
+    """Reads row groups into a window, shuffles it, and yields batches."""
 
     def __init__(self, options: dict[str, Any], form: Form, is_shuffled: bool) -> None:
         self._options = options
@@ -56,7 +56,7 @@ class Windows(IterableDataset[Any]):
 
 
 class TorchLoader:
-    """One worker process beside the main one where there are two cores; it stays from epoch to epoch, so its start is not measured."""
+    """Uses a worker process on two cores (task "serve" only); it persists between epochs, so its start is not measured."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
