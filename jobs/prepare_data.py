@@ -1,4 +1,4 @@
-"""Turn events, items and users into a dataset, or a day of events into its next version."""
+"""Turn events, items and users into a dataset, or append new events as its next version."""
 
 import time
 from typing import Any

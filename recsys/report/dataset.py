@@ -121,7 +121,7 @@ def _draw_periods(axes: "Axes", shares: Numbers) -> None:
 
 
 def _draw_new_items(axes: "Axes", counts: list[int]) -> None:
-    """Draw how many items are first interacted with in each period."""
+    """Draw the number of items whose first interaction is in each period."""
     places = range(1, len(counts) + 1)
     axes.bar(places, counts, 0.86, color=FIRST, linewidth=0)
     axes.set_xticks(places)

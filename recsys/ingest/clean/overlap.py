@@ -41,7 +41,7 @@ class Overlap:
         return cls(*numbers, *examples)
 
     def warnings(self, what: str, key: str, takes_unused: bool = True) -> list[str]:
-        """Warn if most ids of one side are missing on the other; `what` is items or users, `key` the setting for their column."""
+        """Return a warning if most ids of one side are missing on the other; `what` is items or users, `key` their column setting."""
         found = []
         advice = f"an id must be spelled alike in both tables, whose column {key} names"
         if self.num_listed and 2 * self.num_undescribed > self.num_events:

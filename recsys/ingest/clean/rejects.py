@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 def tell(rule: str, count: int, examples: Sequence[Example]) -> str:
-    """Describe in one sentence what a rule rejected, and where."""
+    """Return one sentence on the rows that a rule rejected, with examples."""
     places = "; ".join(f"{each.file} row {each.row}: {each.value}" for each in examples)
     return f"{count} {'row' if count == 1 else 'rows'}: {REJECTED[rule]} ({rule})" + (f", such as {places}" if places else "")
 

@@ -114,7 +114,7 @@ class World:
 
 @lru_cache(maxsize=1)
 def build_world(config: SyntheticConfig) -> World:
-    """Derive the items' tastes, popularity and series from the config alone."""
+    """Build the items' tastes, popularity and series, which depend only on the config."""
     random = np.random.default_rng([config.seed, 0])
     num_items, num_tastes = config.num_items, min(config.num_tastes, config.num_items)
     main = random.permutation(np.arange(num_items) % num_tastes)
