@@ -1,1 +1,1 @@
-"""The verbs: one module per stage, each over `recsys`."""
+"""The command-line verbs, one module per stage."""

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint by full ranking beside baselines, slice by slice, and write a report."""
+"""Evaluate a checkpoint by full ranking, next to baselines and by slice, and write a report."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def run(config: Config) -> dict[str, Any]:
     result = {"checkpoint": settings.checkpoint, "metric": settings.metric, **found}
     if "compare" in result:
         logger.info("evaluate: %s", sentence(result["compare"], settings.metric))
-    # The folder is named by what it holds, so that another evaluation never replaces it.
+    # The folder name has a hash of the result, so that another evaluation never overwrites it.
     digest = hashlib.sha256(json.dumps(result).encode()).hexdigest()[:8]
     folder = storage.uri("runs", checkpoint.run, "evaluations", f"step-{checkpoint.state.step:08d}-{result['split']}-{digest}")
     return {**result, "report": write_report(storage, folder, EVALUATION, result)}

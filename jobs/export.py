@@ -22,7 +22,7 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Export `export.checkpoint` under `export.name`; a checkpoint that is published already is not published again."""
+    """Export `export.checkpoint` under `export.name`; a published checkpoint is not published again."""
     from recsys.train.checkpoints.load_recommender import check_given
 
     storage = Storage.from_config(config.storage)
@@ -42,7 +42,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def version_of(checkpoint: "CheckpointManifest") -> str:
-    """Name the version after the run, the step and the content of the checkpoint, so that it is found again."""
+    """Return the version's name, from the checkpoint's run, step and content; the same checkpoint always gets the same name."""
     content = hashlib.sha256("".join(sorted(file.sha256 for file in checkpoint.files)).encode()).hexdigest()
     return f"{checkpoint.run.replace('/', '.')}-{checkpoint.state.step:08d}-{content[:8]}"
 
@@ -73,7 +73,7 @@ def _publish(config: Config, storage: Storage, registry: Registry, version: str)
 
 
 def promote(config: Config, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
-    """Move the production alias if the rule says so; return the version's highest alias and why."""
+    """Move the production alias if `export.promote` allows it; return the version's highest alias and the reason."""
     metric, metrics = config.evaluation.metric, manifest.metadata["metrics"]
     current = registry.current(PRODUCTION)
     if current and current.version == manifest.version:

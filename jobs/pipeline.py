@@ -1,4 +1,4 @@
-"""Run all stages, each in a process of its own: events and a catalogue in, a running service out."""
+"""Run all stages, each in its own process: from events and a catalogue to a running service."""
 
 import json
 import logging
@@ -26,9 +26,9 @@ ID_ONLY = {"model.text.mode": "off", "model.use_features": "false"}
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run `run.stages` in order; a stage that finds its result made returns at once.
+    """Run `run.stages` in order; a stage whose result exists returns at once.
 
-    Without a cluster in `RAY_ADDRESS` the stages share a local head, which keeps running at the end if it serves.
+    Without a cluster in `RAY_ADDRESS` the stages share a local Ray head, which keeps running at the end if a stage serves.
     """
     begin = time.monotonic()
     with local_head(config, outlives="serve" in config.run.stages):
@@ -66,7 +66,7 @@ def _run_stages(config: Config) -> dict[str, Any]:
 
 
 def best_checkpoint(results: dict[str, Any], metric: str) -> str:
-    """Choose between the recipe's run and the search's winner by their validation metric; the recipe wins a tie."""
+    """Return the checkpoint of the recipe's run or of the search's winner, by validation metric; the recipe wins a tie."""
     found = [(results["train"]["validation"][metric], results["train"]["checkpoint"])] if "train" in results else []
     if "search" in results:
         found.append((results["search"]["winner"]["metrics"][metric], results["search"]["winner"]["checkpoint"]))
@@ -74,10 +74,10 @@ def best_checkpoint(results: dict[str, Any], metric: str) -> str:
 
 
 def _stage(config: Config, module: str, values: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a verb with what this command was given of its keys, and some more values; return the JSON that it ends with.
+    """Run a verb with the given keys that it reads, and with `values`; return the JSON in its last line.
 
     Raises:
-        UserError: the verb failed; its own error stands above.
+        UserError: the verb failed; its own error is printed above.
     """
     own = dict(leaves(config.model_dump(mode="json")))
     given = {key: json.dumps(own[key], ensure_ascii=False) for key in sorted(config.given) if reads(module, key) and own[key] is not None}
@@ -98,7 +98,7 @@ def _stage(config: Config, module: str, values: dict[str, str] | None = None) ->
 
 
 def _service_token(config: Config) -> str:
-    """Return the service's bearer token: the environment's, or one made for this scratch folder."""
+    """Return the service's bearer token from the environment, or the one created for this scratch folder."""
     name = config.service.token_env
     path = private_folder(Path(config.run.scratch)) / "service.token"
     if name not in os.environ:

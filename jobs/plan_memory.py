@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Plan the memory of each of `training.num_workers` workers; of an elastic run, of the fewest, who hold the most."""
+    """Plan the memory of each of `training.num_workers` workers; in an elastic run, of the fewest workers, which hold the most each."""
     import torch
 
     from recsys.data.manifest import Dataset

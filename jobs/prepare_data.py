@@ -1,4 +1,4 @@
-"""Turn events, items and users into a dataset, or a day of events into its next version."""
+"""Turn events, items and users into a dataset, or append new events as its next version."""
 
 import time
 from typing import Any
@@ -12,11 +12,11 @@ SHOWN = {
     *("version", "base", "fingerprint", "num_users", "num_items", "num_interactions", "rejected", "rejected_examples", "noticed"),
     *("warnings", "time_unit", "items_without_catalogue_entry", "event_kinds", "tasks", "tie_rule"),
 }
-"""Fields of the manifest that are printed as they are."""
+"""Manifest fields that are printed unchanged."""
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Make the dataset, or find it made, and describe it; `rows_per_second` counts the interactions of this version."""
+    """Make the dataset, or open it if it exists, and describe it; `rows_per_second` counts the interactions of this version."""
     from recsys.data.manifest import Dataset
     from recsys.ingest.prepare import find_dataset, prepare
     from recsys.report.pages import DATASET

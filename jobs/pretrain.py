@@ -1,4 +1,4 @@
-"""Pretrain the language model on the catalogue's texts, and publish it for `jobs.train`; the same command resumes it."""
+"""Pretrain the language model on the catalogue's texts and publish it for `jobs.train`; the same command resumes it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from recsys.launch.command import run_verb
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Pretrain `model.text.backbone` on `data.dataset`, by `pretraining`, `training` and `optimizer`."""
-    from recsys.launch.run import check_pretraining, launch  # after the config is checked: a mistake shall not wait for torch to load
+    """Pretrain `model.text.backbone` on `data.dataset` with the sections `pretraining`, `training` and `optimizer`."""
+    from recsys.launch.run import check_pretraining, launch  # imported here so that config errors do not wait for torch
     from recsys.objectives.text_pretraining import TextPretraining
     from recsys.store import Storage
     from recsys.train.checkpoints.backbone import publish_backbone

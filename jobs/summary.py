@@ -1,4 +1,4 @@
-"""The summary that the pipeline prints at its end, and the requests to the service that it shows."""
+"""The summary that the pipeline prints at its end, and the sample requests to the service that it shows."""
 
 import json
 import urllib.request
@@ -15,7 +15,7 @@ SHOWN_ITEMS = 5
 
 
 def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[dict[str, Any]]:
-    """Ask the running service for some users' recommendations; return them beside the ends of their histories."""
+    """Request recommendations for some users from the running service; return them with the ends of the users' histories."""
     dataset = Dataset.open(Storage.from_config(config.storage), dataset_uri)
     columns = (dataset.catalogue[name].to_pylist() for name in ("item_index", "title", "item_id"))
     names = {index: title or item_id for index, title, item_id in zip(*columns, strict=True)}
@@ -43,7 +43,7 @@ def post(url: str, body: dict[str, Any], token: str) -> Any:
 
 
 def render(config: Config, results: dict[str, Any]) -> str:
-    """Lay the results out as text; a stage that did not run has no part."""
+    """Format the results as text; a stage that did not run is left out."""
     lines = ["", "=" * 100]
     if data := results.get("prepare_data"):
         counts = f"{data['num_users']} users, {data['num_items']} items, {data['num_interactions']} interactions"
@@ -88,7 +88,7 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
         rows["id only"] = results["evaluate_id_only"]["metrics"]
     cutoff = config.evaluation.metric.partition("@")[2]
     names = [f"{name}@{cutoff}" for name in ("hr", "ndcg", "mrr", "coverage")]
-    ranking = {row: metrics for row, metrics in rows.items() if names[0] in metrics}  # some baselines predict tasks alone
+    ranking = {row: metrics for row, metrics in rows.items() if names[0] in metrics}  # some baselines only predict tasks
     width = max(map(len, ranking))
     lines = [
         f"{evaluation['split']} of {evaluation['num_users']} users; {evaluation['protocol']}",

@@ -1,4 +1,4 @@
-"""Train one model: a config in, the best checkpoint out. The same command resumes it."""
+"""Train one model from a config and return its best checkpoint; the same command resumes it."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.launch.run import check_training, launch  # after the config is checked: a mistake shall not wait for torch to load
+    from recsys.launch.run import check_training, launch  # imported here so that config errors do not wait for torch
     from recsys.objectives.next_item import NextItem
 
     check_training(config)

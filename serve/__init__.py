@@ -1,1 +1,1 @@
-"""The Ray Serve application over an exported version."""
+"""The Ray Serve application that serves an exported version."""

@@ -1,4 +1,4 @@
-"""Answers batches of requests from one exported version, without Ray and HTTP."""
+"""Answers batches of requests from one exported version, without Ray or HTTP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,24 +34,24 @@ NOTHING: Integers = np.zeros(0, np.int64)
 NO_VALUE = float("nan")
 
 Columns = dict[str, NDArray[np.float32]]
-"""Scores of a request's known candidates, by `retrieval` and task."""
+"""Scores of a request's known candidates; the keys are `retrieval` and the tasks."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The user of a request: the history, None if nothing is known so that popularity answers, and posted items that are unknown."""
+    """The user of a request: the history, or None if nothing is known (popularity answers then), and the unknown posted items."""
 
     history: Sequences | None
     unknown_items: tuple[str, ...] = ()
 
 
 class Answerer:
-    """One version, ready to answer. Whole batches go through the predictor together; each request gets its own answer."""
+    """One loaded version. A whole batch goes through the predictor at once; each request gets its own answer."""
 
     def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
         self.predictor, self._profiles = predictor, profiles
         self.info = info
-        self._item_index = predictor.item_index  # made here, so that the first request does not wait for it
+        self._item_index = predictor.item_index  # built here, so that the first request does not wait for it
         self.tasks = [task.name for task in predictor.manifest.tasks]
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
         if reserved:
@@ -64,7 +64,7 @@ class Answerer:
         """Fetch a version, verify it and load it.
 
         Raises:
-            UserError: the version is not there, damaged, or answers other than when it was published.
+            UserError: the version is missing or damaged, or its answers differ from those at publication.
         """
         export = registry.manifest(version)
         loaded = load_export(registry.fetch(version, scratch), scratch)
@@ -83,7 +83,7 @@ class Answerer:
         return cls(loaded.predictor, loaded.profiles, info)
 
     def check(self) -> None:
-        """Answer for a made-up user.
+        """Check that the model gives finite numbers for a made-up user.
 
         Raises:
             RuntimeError: the numbers are not finite.
@@ -114,7 +114,7 @@ class Answerer:
         ]
 
     def _rank(self, requests: Sequence[RecommendRequest], histories: Sequence[Sequences]) -> list[Ranking]:
-        """Rank for all at once, as deep as the deepest asks: a shorter answer is the beginning of a longer one."""
+        """Rank for all requests at once with the largest k: a shorter ranking is a prefix of a longer one."""
         if not requests:
             return []
         deepest = max(request.k for request in requests)
@@ -122,7 +122,7 @@ class Answerer:
         return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
     def _find(self, request: UserRequest) -> Found | Answer:
-        """Find the user, or the answer that refuses the request; an unknown user who sends a query has an empty history."""
+        """Return the user, or the answer that refuses the request; an unknown user with a query gets an empty history."""
         if request.query is not None and not self.info.takes_queries:
             return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:
@@ -138,7 +138,7 @@ class Answerer:
         return Found(history if history is not None and len(history.items) else None)
 
     def _read_history(self, posted: Sequence[PostedInteraction]) -> Found:
-        """Translate a posted history; items that are not in the catalogue are left out and named."""
+        """Convert a posted history; items that are not in the catalogue are left out and listed."""
         rows = []
         for position, interaction in enumerate(posted):
             kind = 0 if interaction.event is None else self.predictor.event_index.get(interaction.event)
@@ -158,12 +158,12 @@ class Answerer:
         return Found(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
 
     def _indices(self, item_ids: Sequence[str]) -> Integers:
-        """Look up candidates; those that are not in the catalogue are left out."""
+        """Return the indices of the candidates that are in the catalogue."""
         indices = (self._item_index.get(item_id) for item_id in item_ids)
         return np.asarray([index for index in indices if index is not None], dtype=np.int64)
 
     def _recommended(self, request: RecommendRequest, user: Found, ranking: Ranking | None) -> Answer:
-        """Answer with a ranking; without one with the most popular items."""
+        """Build the answer from a ranking or, without one, from the most popular items."""
         fallback = POPULARITY if ranking is None else None
         ranking = ranking or self.predictor.popular(request.k, NOTHING)
         catalogue = self.predictor.catalogue
@@ -177,7 +177,7 @@ class Answerer:
         )
 
     def _scored(self, request: ScoreRequest, user: Found, indices: Integers, columns: Columns | None) -> Answer:
-        """Lay the known candidates' columns out over all candidates; without columns answer with interaction counts."""
+        """Build the answer for all candidates from the columns of the known ones; without columns, from interaction counts."""
         fallback = POPULARITY if columns is None else None
         columns = columns or {"retrieval": self.predictor.popularity.numpy()[indices]}
         rows = iter(zip(*(column.tolist() for column in columns.values()), strict=True))
@@ -194,5 +194,5 @@ class Answerer:
 
 
 def _known_histories(found: Sequence[Found | Answer]) -> dict[int, Sequences]:
-    """Return the histories to answer from, by the position of their request."""
+    """Return the known histories by the position of their request."""
     return {index: user.history for index, user in enumerate(found) if isinstance(user, Found) and user.history is not None}

@@ -1,4 +1,4 @@
-"""The Ray Serve application: an HTTP ingress before the scorers, for the version that the alias names."""
+"""The Ray Serve application: an HTTP ingress in front of the scorers, for the version that the alias names."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ logger = logging.getLogger("ray.serve")
 APPLICATION = "recsys"
 SCORER = "Scorer"
 INGRESS_REQUESTS = 2000
-"""Requests that one ingress replica holds at once. Far above what the scorers take, so that refusals are made in one place."""
+"""Requests that one ingress replica holds at once; far above the scorers' limits, so that only the scorers refuse requests."""
 
 QUEUED_BATCHES = 4
 """Batches per replica that may wait before requests are refused."""
@@ -35,18 +35,17 @@ QUEUED_BATCHES = 4
 
 @ray.serve.ingress()
 class Ingress:
-    """The HTTP ingress in front of the scorers; it holds the token's digest only."""
+    """The HTTP ingress in front of the scorers; it holds only the token's digest."""
 
     def __init__(self, service: ServiceConfig, token_digest: str, scorer: Any) -> None:
         self._arguments = (service, token_digest, scorer)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Build the HTTP application in the replica."""
         return build_http_app(*self._arguments)
 
 
 def build_app(args: dict[str, Any]) -> ray.serve.Application:
-    """Build for `serve run serve.app:build_app config=FILE section.key=value ...` and for the `args` of `serve deploy`.
+    """Build the application for `serve run serve.app:build_app config=FILE section.key=value ...` or the `args` of `serve deploy`.
 
     Raises:
         UserError: the config is wrong, no token is set, or the alias names no version.
@@ -56,7 +55,7 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
 
 
 def build(config: Config, version: str) -> ray.serve.Application:
-    """Bind the deployments; binding the same config, code and version again changes nothing that runs.
+    """Bind the deployments; binding the same config, code and version again does not change a running service.
 
     Raises:
         UserError: no token is set.
@@ -83,14 +82,14 @@ def build(config: Config, version: str) -> ray.serve.Application:
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,
     )(Ingress)
-    # Ray Serve takes a deployment that is bound again for new code unless its version is given; the argument is marked internal,
-    # and there is no public one.
+    # Without a version, Ray Serve treats a deployment that is bound again as new code. The argument is marked internal, but there is
+    # no public one.
     scorer, ingress = (deployment.options(version=code, _internal=True) for deployment in (scorer, ingress))
     return ingress.bind(service, token_digest, scorer.bind(config))
 
 
 def read_arguments(args: dict[str, Any]) -> Config:
-    """Read `config` and the `section.key` overrides; values are strings as for `--set`, or what YAML makes of them.
+    """Read `config` and the `section.key` overrides; values are strings as for `--set`, or values parsed from YAML.
 
     Raises:
         UserError: a key or a value is wrong.
@@ -111,7 +110,7 @@ def version_in_service(config: Config) -> str:
     """Return the version that `service.alias` names.
 
     Raises:
-        UserError: it names none, or a key was given that contradicts what the version was made with.
+        UserError: the alias names no version, or a given key contradicts the config that the version was made with.
     """
     service = config.service
     registry = Registry(Storage.from_config(config.storage), config.served_export)
@@ -139,7 +138,7 @@ def _token(service: ServiceConfig) -> bytes:
 
 
 def _fingerprint(config: Config, token_digest: str) -> str:
-    """Hash all that a running replica depends on besides the version it serves."""
+    """Hash everything that a running replica depends on, except the version it serves."""
     content = hashlib.sha256(f"{ray.__version__} {token_digest}".encode())
     content.update(
         config.model_dump_json(include={"storage": True, "run": {"name", "scratch"}, "export": {"name"}, "service": True}).encode()

@@ -1,4 +1,4 @@
-"""Deploy the service on the cluster that RAY_ADDRESS names; again, to put a new version in service."""
+"""Deploy the service on the cluster that RAY_ADDRESS names; run it again to put a new version in service."""
 
 import os
 from typing import Any

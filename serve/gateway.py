@@ -1,4 +1,4 @@
-"""The HTTP ingress: routes, token, body cap, time limit, overload and one-line errors."""
+"""The HTTP ingress: routes, token check, body size limit, timeout, overload and one-line errors."""
 
 import asyncio
 import hashlib
@@ -20,7 +20,7 @@ from recsys.config.service import ServiceConfig
 from serve.protocol import Answer, RecommendRequest, ScoreRequest, UserRequest, read_request
 
 ATTEMPTS = 3
-"""Attempts of a request whose replica dies: a request changes nothing, so another replica may answer it."""
+"""Attempts for a request whose replica dies; requests are idempotent, so another replica may answer."""
 
 RETRY_PAUSE_SECONDS = 0.05
 RETRY_AFTER_SECONDS = 1
@@ -52,14 +52,14 @@ def build_http_app(service: ServiceConfig, token_digest: str, scorer: Any) -> Fa
 
 @dataclass(frozen=True)
 class Gateway:
-    """The endpoints."""
+    """The handlers of the HTTP endpoints."""
 
     service: ServiceConfig
     token_digest: str
     scorer: Any
 
     async def check_token(self, request: Request) -> None:
-        """Refuse a request without the bearer token; compares digests in constant time."""
+        """Refuse a request without the bearer token; digests are compared in constant time."""
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not token.strip():
             message = "the bearer token is missing; send the header Authorization: Bearer TOKEN"
@@ -76,7 +76,7 @@ class Gateway:
         return _respond(await self._ask(self.scorer.score, await self._read(request, ScoreRequest)))
 
     async def model(self) -> Response:
-        """Return what is served."""
+        """Return the `ModelInfo` of the served version."""
         return _respond(await self._ask(self.scorer.describe))
 
     async def health(self) -> Response:
@@ -100,7 +100,7 @@ class Gateway:
         return read_request(kind, body, self.service)
 
     async def _ask(self, method: Any, *arguments: UserRequest) -> Any:
-        """Call a scorer within the time limit."""
+        """Call a scorer with a timeout, and turn its failures into HTTP errors."""
         seconds = self.service.request_timeout_seconds
         busy = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         try:
@@ -115,7 +115,7 @@ class Gateway:
 
 
 class BodyCap:
-    """ASGI middleware that refuses a body above the cap by its declared length, or as soon as more bytes have come in."""
+    """ASGI middleware that refuses a body above the limit, by its declared length or as soon as too many bytes arrive."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -123,7 +123,7 @@ class BodyCap:
         self._message = f"the body has more than {max_body_bytes} bytes (service.max_body_bytes)"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its bytes counted."""
+        """Count the bytes of an HTTP body while passing it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -153,7 +153,7 @@ def digest_of(token: bytes) -> str:
 
 
 async def _call_until_answered(method: Any, arguments: tuple[UserRequest, ...]) -> Any:
-    """Call a scorer; where its replica dies meanwhile, call another."""
+    """Call a scorer; if its replica dies, retry with a pause on another one."""
     for attempt in range(1, ATTEMPTS + 1):
         response = method.remote(*arguments)
         try:
@@ -162,7 +162,7 @@ async def _call_until_answered(method: Any, arguments: tuple[UserRequest, ...]) 
             if attempt == ATTEMPTS:
                 raise
             await asyncio.sleep(RETRY_PAUSE_SECONDS * attempt)
-        except asyncio.CancelledError:  # out of time, or the client has hung up
+        except asyncio.CancelledError:  # timeout, or the client has disconnected
             response.cancel()
             raise
     raise AssertionError("unreachable")

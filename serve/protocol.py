@@ -22,7 +22,7 @@ from recsys.schema import MAX_ID_CHARACTERS, normalise_id
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
 MAX_SECONDS = 253_402_300_799
-"""The last second of the year 9999: a time beyond it was given in milliseconds."""
+"""The last second of the year 9999; a larger number is probably in milliseconds."""
 
 MAX_VALUE = 1e6
 
@@ -33,13 +33,13 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 class Message(BaseModel):
-    """A frozen part of a request or a response: nothing unknown, no conversions, no NaN."""
+    """A frozen part of a request or a response: no unknown keys, no type conversions, no NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _spell(value: Any) -> Any:
-    """Normalise an id as data preparation does; the type refuses what is no text."""
+    """Normalise an id as data preparation does; the field's type refuses other values than text."""
     return normalise_id(value) if isinstance(value, str) else value
 
 
@@ -47,7 +47,7 @@ Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS), B
 
 
 class PostedInteraction(Message):
-    """One thing that a user did; without `event` it is of the weakest kind. `timestamp` is in seconds, `value` such as a rating."""
+    """One interaction of a user; without `event` it has the weakest kind. `timestamp` is in seconds; `value` is, for example, a rating."""
 
     item_id: Identifier
     event: Identifier | None = None
@@ -56,9 +56,9 @@ class PostedInteraction(Message):
 
 
 class UserRequest(Message):
-    """The user of a request, by id in the training data or by history, and what they ask for in words.
+    """The user of a request, by id in the training data or by history, and a query in words.
 
-    A history is oldest first; where it has times, it is sorted by them and equal times keep their order. A query needs no user.
+    A history is oldest first. If it has timestamps, it is sorted by them, and equal ones keep their order. A query needs no user.
     """
 
     user_id: Identifier | None = None
@@ -76,7 +76,7 @@ class UserRequest(Message):
 
 
 class RecommendRequest(UserRequest):
-    """Asks for the k best items; `service.max_k` bounds k."""
+    """A request for the k best items; `service.max_k` limits k."""
 
     k: Annotated[int, Field(ge=1)] = 10
     exclude_seen: bool = True
@@ -88,7 +88,7 @@ class RecommendRequest(UserRequest):
 
 
 class ScoreRequest(UserRequest):
-    """Asks for the scores of candidates, in their order; `service.max_candidates` bounds their number."""
+    """A request for the scores of candidates, in their order; `service.max_candidates` limits their number."""
 
     candidates: Annotated[list[Identifier], Field(min_length=1)]
 
@@ -108,7 +108,7 @@ class RecommendedItem(Message):
 
 
 class RecommendResponse(Message):
-    """`fallback`: nothing is known of the user, so the items are the most popular and the scores their interaction counts."""
+    """The k best items. With `fallback`, the user is unknown: items are the most popular ones, scores their interaction counts."""
 
     version: str
     fallback: str | None
@@ -117,7 +117,7 @@ class RecommendResponse(Message):
 
 
 class CandidateScore(Message):
-    """A candidate's scores: `retrieval`, and one more key per task. All null where the item is unknown."""
+    """A candidate's scores: `retrieval`, and one more key per task. All are null if the item is unknown."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | None]
@@ -128,7 +128,7 @@ class CandidateScore(Message):
 
 
 class ScoreResponse(Message):
-    """`fallback`: nothing is known of the user, so `retrieval` is the item's interaction count and the tasks are null."""
+    """The candidates' scores. With `fallback`, the user is unknown: `retrieval` is the item's interaction count, task scores are null."""
 
     version: str
     fallback: str | None
@@ -137,7 +137,7 @@ class ScoreResponse(Message):
 
 
 class ModelInfo(Message):
-    """What is served."""
+    """The served version and the model in it."""
 
     version: str
     alias: str
@@ -151,7 +151,7 @@ class ModelInfo(Message):
 
 
 class Answer(NamedTuple):
-    """A status and a JSON body, encoded once where it is made."""
+    """An HTTP status and an encoded JSON body."""
 
     status: int
     body: bytes
@@ -171,10 +171,10 @@ Request = TypeVar("Request", bound=UserRequest)
 
 
 def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Request:
-    """Read a JSON body.
+    """Parse and validate a JSON body.
 
     Raises:
-        HTTPException: it is not JSON (400), or it breaks a rule (422); one line.
+        HTTPException: the body is not JSON (400) or breaks a rule (422); the message is one line.
     """
     try:
         return kind.model_validate_json(body, context=service.model_dump(include={"max_k", "max_candidates"}))
@@ -186,7 +186,7 @@ def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Re
 
 
 def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:
-    """Turn a broken rule into one line: key, value, rule."""
+    """Describe a broken rule in one line: key, value, rule."""
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])

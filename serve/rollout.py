@@ -26,7 +26,7 @@ def roll_out(config: Config) -> dict[str, Any]:
     """Deploy the version that `service.alias` names on the cluster of `RAY_ADDRESS`, and wait until it answers.
 
     Raises:
-        UserError: the version did not start, or Serve listens at another address.
+        UserError: the version did not start or was refused, or Serve does not answer at the configured address.
     """
     version = version_in_service(config)
     application = build(config, version)
@@ -52,18 +52,18 @@ def roll_out(config: Config) -> dict[str, Any]:
 
 
 def _start_http(service: ServiceConfig) -> str:
-    """Start Serve unless it runs; return the URL to reach it at. Loopback: on the head only; else on every node with a replica."""
+    """Start Serve unless it runs; return its URL. On loopback only the head listens, otherwise every node with a replica."""
     ray.serve.start(
         proxy_location="HeadOnly" if service.host in LOOPBACK else "EveryNode",
         http_options={"host": service.host, "port": service.port or free_port()},
     )
-    port = service.port or serve_http_port()  # any port: that of a Serve which runs already
+    port = service.port or serve_http_port()  # port 0: use the port of the running Serve
     host = "127.0.0.1" if service.host in ANY_ADDRESS else service.host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _find_reason() -> str:
-    """Find what a deployment that failed to start ended with: the exception's line, the last that a traceback has at its margin."""
+    """Return the exception that stopped a deployment from starting: the last unindented line of its message with an error."""
     application = ray.serve.status().applications.get(APPLICATION)
     for deployment in application.deployments.values() if application else ():
         lines = [line for line in deployment.message.splitlines() if "Error: " in line and not line.startswith(" ")]

@@ -17,7 +17,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Scorer:
-    """One replica. A batch is answered from one version as a whole, so no answer mixes two."""
+    """One replica. Each batch is answered from one version, so no answer mixes two versions."""
 
     def __init__(self, config: Config) -> None:
         service = config.service
@@ -32,7 +32,7 @@ class Scorer:
         self._refusal: str | None = None
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Serve `user_config["version"]`, loaded beside the old one; a version that cannot be loaded leaves the old one in place."""
+        """Load `user_config["version"]` while the old version serves, then swap; if loading fails, the old version stays in service."""
         version = user_config["version"]
         self._refusal = None
         if self._answerer is not None and self._answerer.info.version == version:
@@ -51,24 +51,24 @@ class Scorer:
 
     @ray.serve.batch  # type: ignore[untyped-decorator]
     async def recommend(self, requests: list[RecommendRequest]) -> list[Answer]:
-        """Answer requests that came at about the same time. Not in a thread: the thread count set above is this thread's own."""
+        """Answer a batch of requests; not in another thread, since torch's thread count was set for this thread only."""
         return self._loaded.recommend(requests)
 
     @ray.serve.batch  # type: ignore[untyped-decorator]
     async def score(self, requests: list[ScoreRequest]) -> list[Answer]:
-        """Answer requests that came at about the same time."""
+        """Answer a batch of requests."""
         return self._loaded.score(requests)
 
     async def describe(self) -> Answer:
-        """Return what is served."""
+        """Return the `ModelInfo` of the served version."""
         return Answer.of(self._loaded.info)
 
     async def status(self) -> dict[str, str | None]:
-        """Return the version that is served, and why a newer one is not."""
+        """Return the served version, and the reason if a newer one was refused."""
         return {"version": self._loaded.info.version, "refusal": self._refusal}
 
     async def check_health(self) -> None:
-        """Raise where this replica could not answer: Ray Serve replaces it then."""
+        """Raise if this replica cannot answer; Ray Serve then replaces it."""
         self._loaded.check()
 
     @property

@@ -1,4 +1,4 @@
-"""Stop the service that the pipeline left running on this machine, with the local head that it runs on."""
+"""Stop the service that the pipeline left running on this machine, and its local Ray head."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from recsys.launch.head import stop_local_head
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Stop the head that is recorded in `run.scratch`."""
+    """Stop the Ray head that is recorded in `run.scratch`."""
     return {"stopped": stop_local_head(config)}
 
 

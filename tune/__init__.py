@@ -1,1 +1,1 @@
-"""The hyperparameter search over whole training runs."""
+"""The hyperparameter search over full training runs."""

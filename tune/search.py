@@ -1,4 +1,4 @@
-"""Search hyperparameters: Optuna proposes, ASHA stops weak trials early, every trial is a whole distributed training run."""
+"""Search hyperparameters: Optuna proposes values, ASHA stops weak trials early, each trial is a full distributed training run."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def run(config: Config) -> dict[str, Any]:
     """Run `search.num_trials` trials on `data.dataset` and return the winner and the leaderboard.
 
-    The result is kept in the store, so that the same search submitted again returns it.
+    The result is stored, so submitting the same search again returns it.
     """
-    from recsys.data.manifest import Dataset  # after the config is checked: a mistake shall not wait for torch to load
+    from recsys.data.manifest import Dataset  # imported here so that config errors do not wait for torch
     from recsys.launch.run import check_training
 
     check_training(config, *config.search.text_mode)
@@ -45,7 +45,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _identify(config: Config, dataset: "Dataset") -> str:
-    """Hash what a search's result depends on."""
+    """Hash everything that a search's result depends on."""
     sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "fairness", "search", "evaluation"})
     content = [dataset.manifest.fingerprint, config.data.max_history, sections]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -63,7 +63,7 @@ def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
 
 
 def _read_trial(trial: Config, storage: Storage, dataset: "Dataset", sample: dict[str, Any], status: str) -> Trial:
-    """Read what a trial reached from its checkpoints, which outlive the search."""
+    """Read a trial's result from its checkpoints, which outlive the search."""
     from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 
     checkpoints = CheckpointStore(storage, trial, dataset)

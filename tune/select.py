@@ -1,4 +1,4 @@
-"""Chooses the winner and orders the leaderboard; pure functions."""
+"""Pure functions that choose the winner, order the leaderboard and limit concurrent trials."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one trial; `metric` and `checkpoint` are those of its best epoch, None where it has none."""
+    """The result of one trial; `metric` and `checkpoint` are those of its best epoch, or None if it has none."""
 
     name: str
     values: dict[str, Any]
@@ -24,12 +24,12 @@ def leaderboard(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def winner(trials: Iterable[Trial]) -> Trial | None:
-    """Return the best trial, or None where none has a finite metric and a checkpoint."""
+    """Return the best trial, or None if no trial has a finite metric and a checkpoint."""
     return next(filter(_is_valid, leaderboard(trials)), None)
 
 
 def concurrent_trials(num_cpus: float, num_gpus: float, cpus_per_trial: float, gpus_per_trial: float, limit: int | None) -> int:
-    """Return how many trials the scarcer resource lets run at a time, at least one."""
+    """Return how many trials fit at a time, by the scarcer of CPUs and GPUs and at most `limit`; at least one."""
     fitting = [num_cpus // cpus_per_trial] + ([num_gpus // gpus_per_trial] if gpus_per_trial else []) + ([limit] if limit else [])
     return max(1, int(min(fitting)))
 

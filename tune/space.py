@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def search_space(search: SearchConfig) -> dict[str, "Domain"]:
-    """Return a distribution for each config key that the search varies; a key with one value only is fixed by it."""
+    """Return a distribution for each config key that the search varies; a list with one value fixes its key."""
     from ray.tune import choice, loguniform  # Ray must not be imported before `recsys.launch.head.connect`
 
     return {
@@ -26,9 +26,9 @@ def search_space(search: SearchConfig) -> dict[str, "Domain"]:
 
 
 def trial_config(config: Config, identity: str, sample: dict[str, Any]) -> Config:
-    """Return the config of a trial: the sample laid over the base, under a run name that the search and the sample decide.
+    """Return a trial's config: `config` with the sample's values, and a run name derived from the search and the sample.
 
-    So a search that is submitted again finds its trials' runs, finished or half-way.
+    A search that is submitted again therefore finds its trials' runs, finished or not.
     """
     key = hashlib.sha256(json.dumps([identity, sample], sort_keys=True).encode()).hexdigest()[:8]
     return config.with_values({**sample, "run.name": f"{config.run.name}{TRIALS}{key}"})

@@ -1,4 +1,4 @@
-"""Runs the trials of a search on Ray Tune, each a whole distributed training run."""
+"""Runs the trials of a search on Ray Tune; each one is a full distributed training run."""
 
 import logging
 import math
@@ -23,30 +23,30 @@ logger = logging.getLogger(__name__)
 
 
 class ShowTrials(Callback):  # type: ignore[misc]
-    """Shows a line for each trial that has ended."""
+    """Logs a line for each trial that ends."""
 
     def __init__(self, config: Config) -> None:
         self._metric, self._num_trials, self._num_ended = config.evaluation.metric, config.search.num_trials, 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show what the trial reached."""
+        """Log the trial's metric."""
         self._num_ended += 1
         last = trial.last_result or {}
         reached = f"{self._metric} {last.get(self._metric, math.nan):.4f} after epoch {last.get('epoch', 0)}"
         logger.info("search: trial %d of %d: %s; %s", self._num_ended, self._num_trials, reached, format_settings(trial.config, 3))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Show that the trial failed."""
+        """Log that the trial failed."""
         self._num_ended += 1
         failed = "search: trial %d of %d failed; its error is in the log file; %s"
         logger.warning(failed, self._num_ended, self._num_trials, format_settings(trial.config, 3))
 
 
 def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[dict[str, Any], str]]:
-    """Run the trials; return each one's sampled values and how it ended."""
+    """Run the trials; return the sampled values and the status of each."""
     search, training = config.search, config.training
     resources = ray.cluster_resources()
-    cpus = 1 + training.max_workers * training.cpus_per_worker  # a trial's own driver takes one
+    cpus = 1 + training.max_workers * training.cpus_per_worker  # one CPU for the trial's driver
     gpus = training.max_workers * training.use_gpu
     limit = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), cpus, gpus, search.max_concurrent)
     records = storage.uri("runs", config.run.name, "ray-search")
@@ -82,7 +82,7 @@ def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[di
 
 
 def _train_trial(config: Config, identity: str) -> Any:
-    """Return the function that Tune runs as a trial: a driver that launches a whole training run."""
+    """Return the function that Tune runs as a trial: a driver that launches a full training run."""
 
     def train_trial(sample: dict[str, Any]) -> None:
         result = launch(trial_config(config, identity, sample), NextItem, [TuneReportCallback()])

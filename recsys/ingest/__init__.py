@@ -1,1 +1,1 @@
-"""Raw files to a dataset; `recsys.ingest.prepare` is the entry point."""
+"""Turns raw files into a dataset; `recsys.ingest.prepare` is the entry point."""

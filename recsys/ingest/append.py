@@ -1,27 +1,27 @@
-"""What a version takes over from the dataset that it appends to, and how its own events join that.
+"""Rules for appending to a dataset: what the new version takes over from its base, and how new events join the known ones.
 
-A version is a dataset of its own whose manifest lists the older versions' shards before its own; nothing of those is touched, and a
-run that trains on an older version is not affected. Versions form a tree: any version may be appended to, any number of times.
+A version is a dataset whose manifest lists the shards of older versions before its own. Older shards never change, and a run that
+trains on an older version is not affected. Versions form a tree: any version may be appended to, any number of times.
 
-- How a dataset is made stays what it was: partitions, split, windows and cleaning are the base's, and a key that asks for something
-  else is refused by name. Input column names and units may differ, since a day's files may. `data.k_core` is not applied to a day:
-  users and items that it would drop may yet become active.
-- Users and items keep their indices; new users are numbered after them, new items too, in natural order. Event kinds, tasks, moments of
-  values and numbers, and the category vocabulary are the base's, the latter extended at its end, so that old shards and old
-  checkpoints mean what they meant. A new kind of event is refused.
-- A user's history continues with the day's events in their own time order, also with those that are older than what is known, which
-  are counted as "late". An event that agrees with a known one in user, item, time and kind is a duplicate.
-- The split rule is applied to the whole sequence. Of it, only the day's interactions that fall into its training part become targets,
-  with up to `data.max_history` older ones before them as context. What was held out before and now has newer interactions behind it is
-  context and never a target, so that over all versions an interaction is a target at most once. What was trained on stays training
-  data: under leave_one_out a user whose two interactions were trained on and who then gets a third has that one for testing alone.
-  Under the random split every interaction stays in the part that it was drawn for.
-- The same items are withheld, and new ones by the same draw. What falls into the training part is taken out, also where it was held out
-  before; so is a late interaction with such an item, since it may be one that was taken out of an older version. The rule of
-  leave_one_out counts what the rows have: a user who had two interactions, one of them taken out, has one.
-- The users shards of the day have the whole rows of its active users alone, with new attributes where the day's users table has them.
-  The catalogue shards have new and changed items alone. `rejected` and `noticed` count the day.
-- Statistics and the report are those of the whole version; statistics among the catalogue's numbers stay what they were.
+- Partitions, split, windows and cleaning are the base's; a key that asks for something else is refused by name. Input column names and
+  units may differ, because the new files may differ. `data.k_core` does not apply to new events: users and items below it may still
+  become active.
+- Users and items keep their indices. New users and new items are numbered after them, the items in natural order. Event kinds, tasks
+  and the moments of values and numbers are the base's. New categories are added at the end of the base's vocabulary, so old shards and
+  old checkpoints keep their meaning. A new event kind is refused.
+- A user's history continues with the new events in their own time order. Events older than the known ones are added at the end, too,
+  and counted as "late". An event that agrees with a known one in user, item, time and kind is a duplicate.
+- The split rule is applied to the whole sequence. Only new interactions in its training part become targets, with up to
+  `data.max_history` older ones as context. An interaction that was held out and now has newer ones after it is context and never a
+  target, so over all versions an interaction is a target at most once. Training data stays training data: under leave_one_out, if
+  both interactions of a user were trained on, a third one is the test target and there is no validation target. Under the random
+  split every interaction stays in the part that it was drawn for.
+- The same items are withheld, and new items by the same draw. Their interactions in the training part are removed, even if they were
+  held out before. A late interaction with a withheld item is removed, too, since an older version may have removed it before.
+  leave_one_out counts the interactions left in the rows: a user with two interactions, one of them removed, has one.
+- The new users shards have complete rows, but only of users with new events; attributes are new where the new users table has them.
+  The new catalogue shards have only new and changed items. `rejected` and `noticed` count the new input only.
+- Statistics and the report cover the whole version. Statistics among the catalogue's numbers keep the base's values.
 """
 
 from dataclasses import replace
@@ -51,7 +51,7 @@ KNOWN_INDEX_NAME = "known_items.parquet"
 """The staged item index of the base."""
 
 PART = "part"
-"""The column of `Sequences` with the part (`recsys.ingest.write.splits`) that each interaction was in or is drawn for."""
+"""The column of `Sequences` with the part (see `recsys.ingest.write.splits`) that each interaction was in or is drawn for."""
 
 _KEYS = ("user", "item", "time", "kind")
 
@@ -60,7 +60,7 @@ def open_base(config: Config, storage: Storage) -> Dataset:
     """Open `data.base`.
 
     Raises:
-        UserError: it is no dataset of this store.
+        UserError: it is not a dataset of this store.
     """
     base = Dataset.open(storage, config.data.base, "data.base")
     folder = storage.uri("datasets")
@@ -70,12 +70,12 @@ def open_base(config: Config, storage: Storage) -> Dataset:
 
 
 def adopt(config: Config, base: Dataset) -> Config:
-    """Take over how the base was made.
+    """Return the config with the base's settings.
 
     Raises:
-        UserError: a key is given that says otherwise.
+        UserError: a given key contradicts the base.
     """
-    made_by = content_config(DataConfig()) | base.manifest.data_config  # an old base was made before there was every key
+    made_by = content_config(DataConfig()) | base.manifest.data_config  # the manifest of an old base may lack newer keys
     refuse_contradictions(config, {"data": made_by}, "the base dataset", "a version keeps that; prepare a new dataset from all events")
     adopted = {key: value for key, value in made_by.items() if Fact.INPUT not in facts_of(f"data.{key}")}
     if not any(key.startswith("data.columns.") for key in config.given):
@@ -84,10 +84,10 @@ def adopt(config: Config, base: Dataset) -> Config:
 
 
 def refuse_other_input(base: Dataset, data: DataConfig, inputs: Inputs) -> None:
-    """Refuse events that have another order than the base's, and another key for pseudonyms.
+    """Refuse input that differs from the base in how it orders events or in its pseudonym key.
 
     Raises:
-        UserError: one of both.
+        UserError: the column that orders events differs, or the key does.
     """
     refuse_other_key(data.pseudonym_key_env, base.manifest.inputs)
     expected = TIMESTAMP if base.manifest.has_time else POSITION
@@ -96,7 +96,7 @@ def refuse_other_input(base: Dataset, data: DataConfig, inputs: Inputs) -> None:
 
 
 def extend(base: Dataset, changed: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest's fields of the version after `base`: its fields with some changed, its lists of shards with more behind."""
+    """Return the manifest fields of the version after `base`: changed fields replaced, and new shards after the inherited ones."""
     fields = base.manifest.model_dump(exclude={"fingerprint"}) | {"version": base.manifest.version + 1, "base": base.name} | changed
     for name in fields:
         if name.endswith("_shards"):
@@ -106,7 +106,7 @@ def extend(base: Dataset, changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray) -> pa.Table:
-    """Read the newest rows of some of a partition's users, sorted by index; without a base there is none.
+    """Read the newest rows of the given users of a partition, sorted by index; empty without a base.
 
     Every version names its shards by partition.
     """
@@ -119,7 +119,7 @@ def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray)
 
 
 def is_known(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Mask:
-    """Return which events agree with a known one in user, item, time and kind; `owners` are rows of `known`, or -1."""
+    """Return which events agree with a known one in user, item, time and kind; `owners` are rows of `known`, or -1 for new users."""
     keys = [owners, columns["items"].astype(np.int64), columns["timestamps"], columns["events"].astype(np.int64)]
     flat = [known[name].combine_chunks().flatten().to_numpy().astype(np.int64) for name in ("items", "timestamps", "events")]
     history = pa.table([np.repeat(np.arange(known.num_rows), _lengths(known)), *flat], names=list(_KEYS))
@@ -129,7 +129,7 @@ def is_known(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Mask
 
 
 def newest_times(known: pa.Table) -> Integers:
-    """Return the time of each known user's newest interaction, and behind them the earliest time there is, for whoever is not known."""
+    """Return the time of each known user's newest interaction, plus the minimum int64 as a last entry for unknown users."""
     newest = np.full(known.num_rows + 1, np.iinfo(np.int64).min)
     times = known["timestamps"].combine_chunks().flatten().to_numpy()
     np.maximum.at(newest, np.repeat(np.arange(known.num_rows), _lengths(known)), times)
@@ -137,7 +137,7 @@ def newest_times(known: pa.Table) -> Integers:
 
 
 def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Sequences, Mask]:
-    """Put the new interactions behind each user's known ones; also return which are new.
+    """Append the new interactions to each user's known ones; also return which are new.
 
     The users of `known` come first. `new_rows` is each user's row in `new`.
     """
@@ -148,7 +148,7 @@ def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Seq
     both = Sequences.join([replace(before, columns={**before.columns, PART: parts}, scalars={}), new])
     user = np.arange(len(new_rows))
     is_unknown = user >= len(before)
-    rows = np.stack([np.where(is_unknown, 0, user), len(before) + new_rows], axis=1).reshape(-1)  # of each user, the known and the new row
+    rows = np.stack([np.where(is_unknown, 0, user), len(before) + new_rows], axis=1).reshape(-1)  # each user's known and new row
     lengths = both.lengths[rows]
     lengths[::2][is_unknown] = 0
     pairs = both[rows].within(0, lengths)
@@ -161,21 +161,21 @@ def _lengths(known: pa.Table) -> Integers:
 
 
 def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig) -> Integers:
-    """Return the part of each interaction: by the rule over a user's whole sequence, or, where parts are drawn, as it was or is drawn."""
+    """Return the part of each interaction: as drawn under the random split, otherwise by the rule over the user's whole sequence."""
     parts = everything.columns[PART]
     if data.split == "random":
         return parts
-    was_trained_on = (parts == TRAINING) & ~is_new  # and is not held out any more
+    was_trained_on = (parts == TRAINING) & ~is_new  # and is never held out again
     return np.where(was_trained_on, TRAINING, split_in_order(everything.columns["timestamps"], everything.offsets, data))
 
 
 def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: dict[str, FeatureKind]) -> Catalogue:
-    """Lay out the rows of the items that are not among the first of `ids`, which are the base's, and of those that changed.
+    """Build the catalogue rows of new and changed items; the base's items are the first of `ids`.
 
-    Categories extend the base's vocabulary at its end; numbers are standardised by its moments.
+    New categories are added at the end of the base's vocabulary; numbers are standardised by the base's moments.
 
     Raises:
-        UserError: the item table has other features than the base's.
+        UserError: the item table's features differ from the base's.
     """
     manifest, rows = base.manifest, base.catalogue_rows
     features = manifest.data_config.get("item_features", {})
@@ -201,7 +201,7 @@ def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: d
 
 
 def _measured(base: Dataset, places: Integers, listed: list[str]) -> dict[str, Floats]:
-    """Return the base's number columns that no item table has, as they were before they were standardised; NaN for a new item."""
+    """Return the base's number columns that are not in the item table, before standardisation; NaN for a new item."""
     measured: dict[str, Floats] = {}
     for position, (name, (mean, deviation)) in enumerate(zip(base.manifest.number_columns, base.manifest.number_moments, strict=True)):
         if name not in listed:
@@ -211,7 +211,7 @@ def _measured(base: Dataset, places: Integers, listed: list[str]) -> dict[str, F
 
 
 def _same(before: pa.Table, after: pa.Table) -> Mask:
-    """Return for each row whether only rounding differs."""
+    """Return which rows are equal except for rounding."""
     is_same = np.ones(before.num_rows, bool)
     for name in ("title", "text"):
         is_same &= pc.equal(before[name], after[name]).to_numpy()

@@ -1,4 +1,4 @@
-"""Identifies an input: its files, the address of its dataset, and the number of partitions."""
+"""The identity of an input: its files, the address of its dataset, and the number of partitions."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ _DELIMITED_EVENT_BYTES = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of each table, the column that orders events, `timestamp` or `position`, and the unit of its numbers, if any."""
+    """The files of each table, the column that orders events (`timestamp` or `position`), and the unit of numeric times, if any."""
 
     events: list[ObjectInfo]
     items: list[ObjectInfo]
@@ -46,7 +46,7 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
     """Find the files that the config names.
 
     Raises:
-        UserError: a table is missing or has no column that it needs.
+        UserError: a table or a required column is missing.
     """
     files = _find_tables(data, storage)
     first = files["events"][0].uri
@@ -58,7 +58,7 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
 
 
 def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], time_column: str) -> str:
-    """Return the unit of times that are numbers: the config's or, by its digits, that of the first number; empty where there is none."""
+    """Return the unit of numeric times: the configured one, or the one inferred from the first number; empty if there is none."""
     if time_column != TIMESTAMP:
         return ""
     if data.time_unit != AUTO:
@@ -68,7 +68,7 @@ def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], tim
 
 
 def first_unit(storage: Storage, file: ObjectInfo, data: DataConfig) -> str:
-    """Return the unit by the beginning of a file; empty where it has no number there."""
+    """Infer the time unit from the first batch of a file; empty if it has no positive number."""
     with reading(file.uri):
         first = next(iter(import_events(storage, FilePart(file.uri, 0, num_bytes=file.num_bytes), data, TIMESTAMP)), None)
         return "" if first is None else guess_unit(first[TIMESTAMP])
@@ -82,10 +82,10 @@ def _find_tables(data: DataConfig, storage: Storage) -> dict[str, list[ObjectInf
 
 
 def identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]:
-    """Describe the input as it is before any work; the generator's is its config. Which key makes pseudonyms is part of it.
+    """Describe the input before any work: its files, or the generator's config, and the identity of the pseudonym key.
 
     Raises:
-        UserError: a table is missing, or the key that the config names.
+        UserError: a table is missing, or the configured key is.
     """
     identity = key_identity(data.pseudonym_key_env)
     keys = [{"role": PSEUDONYM_KEY, "identity": identity}] if identity else []
@@ -96,21 +96,21 @@ def identify_inputs(data: DataConfig, storage: Storage) -> list[dict[str, Any]]:
 
 
 def content_config(data: DataConfig) -> dict[str, Any]:
-    """The part of the config that decides what a dataset contains; where its input lies and how much memory reads it do not."""
+    """Return the config keys that decide what a dataset contains, without the input's location and the memory limit for reading."""
     return data.model_dump(mode="json", exclude=_NOT_CONTENT | (set() if data.source == "synthetic" else {"synthetic"}))
 
 
 def dataset_uri(data: DataConfig, storage: Storage, base_fingerprint: str = "") -> str:
-    """Derive a dataset's address from its input, its config, the format and, for an appended version, its base's content."""
+    """Derive a dataset's address from its input, its config, the format version and, for an appended version, the base's fingerprint."""
     identity = [FORMAT_VERSION, identify_inputs(data, storage), content_config(data)]
     identity += [base_fingerprint] if base_fingerprint else []
     return storage.uri("datasets", hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12])
 
 
 def choose_num_shards(storage: Storage, events: Sequence[ObjectInfo], data: DataConfig) -> int:
-    """Choose the number of partitions from the files alone, so that one partition's events are few enough to be held at once.
+    """Choose the number of partitions from the files alone, so that the events of one partition fit in memory.
 
-    The rows of Parquet files are read from the footers of a few; those of other formats are estimated from file sizes.
+    Parquet rows are counted in the footers of a sample of files; rows of other formats are estimated from file sizes.
     """
     tables = [file for file in events if file.uri.lower().endswith(".parquet")]
     others = [file for file in events if not file.uri.lower().endswith(".parquet")]
@@ -133,5 +133,5 @@ def _count_rows(storage: Storage, uris: list[str]) -> int:
         try:
             num_rows += pq.read_metadata(path, filesystem=filesystem).num_rows
         except (OSError, ValueError):
-            continue  # whoever reads the file says what is wrong with it
+            continue  # the task that reads the file reports what is wrong with it
     return num_rows

@@ -1,4 +1,4 @@
-"""One preparation: what its tasks know, where they write, and what they report."""
+"""The job of one preparation: what its tasks share, where they write, and the outcomes that they report."""
 
 import tempfile
 from collections import Counter
@@ -25,7 +25,7 @@ _TABLE_SHARD_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of one preparation knows; `base` is the version that it appends to, if any."""
+    """Settings that all tasks of one preparation share; `base` is the version that it appends to, if any."""
 
     storage: Storage
     uri: str
@@ -36,29 +36,29 @@ class Job:
 
     @property
     def has_time(self) -> bool:
-        """Whether the order of events is their time; otherwise it is a position."""
+        """Whether events are ordered by time; otherwise by position."""
         return self.time_column == TIMESTAMP
 
     @property
     def num_partitions(self) -> int:
-        """How many partitions the users are hashed into; chosen before the first task."""
+        """Number of partitions that users are hashed into; chosen before the first task."""
         assert self.data.num_shards is not None
         return self.data.num_shards
 
     def staging(self, *parts: str) -> str:
-        """Address something that goes when the dataset is finished."""
+        """Return an address in the staging folder, which is deleted when the dataset is finished."""
         return join(self.uri, "staging", *parts)
 
     def staged(self, table: str, generation: int, partition: int) -> str:
-        """Address one partition of a staged table; each k-core round is a generation."""
+        """Return the address of one partition of a staged table; each k-core round is a generation."""
         return self.staging(f"{table}-{generation:04d}", f"{partition:05d}.parquet")
 
     def run(self, label: str, kind: type[Reported], function: Callable[[Any], Reported], tasks: Sequence[Any]) -> list[Reported]:
-        """Run one pass; what an earlier run of the same job has finished is not done again."""
+        """Run one pass; tasks that an earlier run of the same job finished are not repeated."""
         return run_tasks(label, function, tasks, Record(self.storage, self.staging("outcomes", label.replace(" ", "-")), kind))
 
     def write_shard(self, path: str, table: pa.Table) -> Shard | None:
-        """Write a table as a shard; one without rows gives none."""
+        """Write a table as a shard; return None if it has no rows."""
         if table.num_rows == 0:
             return None
         with tempfile.TemporaryDirectory() as folder:
@@ -72,18 +72,18 @@ class Job:
         return Shard(path=path, row_groups=row_groups, num_bytes=num_bytes, sha256=sha256, etag=stored.etag if stored else "")
 
     def write_shards(self, folder: str, table: pa.Table) -> list[Shard]:
-        """Write a table that this process holds as shards of at most a million rows."""
+        """Write an in-memory table as shards of at most a million rows."""
         pieces = (table.slice(first, _TABLE_SHARD_ROWS) for first in range(0, table.num_rows, _TABLE_SHARD_ROWS))
         return present(self.write_shard(f"{folder}/{number:05d}.parquet", piece) for number, piece in enumerate(pieces))
 
 
 def present(shards: Iterable[Shard | None]) -> list[Shard]:
-    """Leave out the shards of tables without rows."""
+    """Return the shards without the Nones of empty tables."""
     return [shard for shard in shards if shard is not None]
 
 
 class Cleaned(Outcome):
-    """What a task dropped (by rule, with examples), what it kept and found odd, and what it used each column for."""
+    """Rows that a task dropped (by rule, with examples), odd rows that it kept, and the use of each column."""
 
     rejected: dict[str, int]
     examples: dict[str, list[Found]]
@@ -92,7 +92,7 @@ class Cleaned(Outcome):
 
 
 class Partition(Cleaned):
-    """One partition of the cleaned events; of an appended version, `num_users` and `num_queries` count the new ones."""
+    """One partition of the cleaned events; in an appended version `num_users` and `num_queries` count only new ones."""
 
     num_users: int
     num_queries: int
@@ -100,13 +100,13 @@ class Partition(Cleaned):
 
 
 class Limited(Outcome):
-    """The limits of one partition's interactions, which bins are laid between."""
+    """The limits of one partition's interactions, which set the range of the report's bins."""
 
     limits: Limits
 
 
 class Written(Cleaned, Limited):
-    """One partition's shards; `rejected` counts rows of the users' table, `withheld` the interactions that were taken out."""
+    """One partition's shards; `rejected` counts rows of the users table, `withheld` the removed training interactions."""
 
     users: Shard | None
     train: Shard | None

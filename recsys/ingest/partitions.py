@@ -1,4 +1,4 @@
-"""The tasks over partitions of the users: merge the cleaned events, filter by k-core, write the shards."""
+"""Tasks over user partitions: merge the cleaned events, filter by k-core, write the shards."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ IS_WITHHELD = "is_withheld"
 
 
 def merge_events(job: Job, partition: int) -> Partition:
-    """Gather one partition of the pieces, sorted by the tie rule, and stage as generation 0 what is left of it.
+    """Gather one partition from the pieces, sorted by the tie rule, and stage it as generation 0.
 
-    Duplicates, bots and, of an appended version, the events that the base has already are dropped and counted.
+    Duplicates, bots and, in an appended version, events that the base already has are dropped and counted.
     """
     rejects, noticed = Rejects(), Counter[str]()
     pieces = read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA)
@@ -49,12 +49,12 @@ def merge_events(job: Job, partition: int) -> Partition:
 
 
 def _drop_known(job: Job, event_kinds: tuple[str, ...], known: pa.Table, events: pa.Table, rejects: Rejects) -> tuple[pa.Table, int]:
-    """Drop the events that the base has already; return the others, and how many of them are older than what is known of their user."""
+    """Drop events that the base already has; return the others, and how many of them are older than the user's newest known event."""
     columns = index_events(job, events, event_kinds, KNOWN_INDEX_NAME)
     owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy().astype(np.int64)
     is_old = is_known(owners, columns, known)
     newest = newest_times(known)[owners]
-    # What was taken out of an older version is not known, so what is not newer than the rest may have been there before.
+    # The base's rows lack withheld interactions, so an event that is not newer than the known ones may be one of them.
     is_out = ~is_old & (columns["timestamps"] <= newest) & withheld(events[ITEM_ID], job.data)
     is_fresh = ~is_old & ~is_out
     unknown, fresh = events.filter(pa.array(~is_old)), events.filter(pa.array(is_fresh)).combine_chunks()
@@ -94,7 +94,7 @@ def _stage_generation(job: Job, generation: int, partition: int, events: pa.Tabl
 
 @dataclass(frozen=True)
 class WriteTask:
-    """One partition's part in writing the shards; its new users and queries are numbered from the first of each."""
+    """One partition to write as shards; its new users and queries are numbered from `first_user` and `first_query`."""
 
     partition: int
     generation: int
@@ -106,7 +106,7 @@ class WriteTask:
 def write_shards(job: Job, task: WriteTask) -> Written:
     """Write one partition's users, training samples and queries, and stage its training counts by item.
 
-    An appended version writes the whole rows of the users who have new events, and only samples whose targets are new.
+    An appended version writes complete rows of the users with new events, and only samples with new targets.
     """
     events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
     offsets = _user_offsets(events[USER_ID])
@@ -148,7 +148,7 @@ def write_shards(job: Job, task: WriteTask) -> Written:
 
 
 def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index_name: str = ITEM_INDEX_NAME) -> dict[str, NDArray[Any]]:
-    """Turn staged events into the columns of `Sequences`, by a staged item index; 0 is an item that it has not, -1 such a kind."""
+    """Convert staged events to columns of `Sequences` by a staged item index; an unknown item becomes 0, an unknown kind -1."""
     ids = read_table(job.storage, job.staging(index_name))[ITEM_ID].combine_chunks()
     return {
         "items": pc.fill_null(pc.index_in(events[ITEM_ID], value_set=ids), -1).to_numpy().astype(np.int32) + 1,
@@ -159,13 +159,13 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
 
 
 def staged_withheld(job: Job) -> Mask:
-    """Return for each item, by its index less one, whether it is kept out of training."""
+    """Return for each item, by item index - 1, whether it is kept out of training."""
     column = read_table(job.storage, job.staging(ITEM_INDEX_NAME), [IS_WITHHELD])[IS_WITHHELD]
     return np.asarray(column.to_numpy(), bool)
 
 
 def _number_queries(events: pa.Table, first: int) -> tuple[NDArray[np.int32], pa.Table]:
-    """Number what was asked from `first` on; return each event's index, 0 for none, and the table of texts (QUERIES_SCHEMA)."""
+    """Number the distinct queries from `first` on; return each event's index (0: no query) and the table of texts (QUERIES_SCHEMA)."""
     encoded = events[QUERY].combine_chunks().dictionary_encode()
     indices = pc.fill_null(pc.add(encoded.indices, first), 0).to_numpy().astype(np.int32)
     numbers = pa.array(first + np.arange(len(encoded.dictionary)), pa.int32())
@@ -173,15 +173,15 @@ def _number_queries(events: pa.Table, first: int) -> tuple[NDArray[np.int32], pa
 
 
 def _user_offsets(user_ids: pa.ChunkedArray) -> Integers:
-    """Where each user begins in a column sorted by user, and where the last one ends."""
+    """Return where each user begins in a column sorted by user, and where the last one ends."""
     codes = user_ids.combine_chunks().dictionary_encode().indices.to_numpy()
     return np.concatenate([np.flatnonzero(np.diff(codes, prepend=-1)), [len(codes)]]).astype(np.int64)
 
 
 def _staged_attributes(job: Job, partition: int, user_ids: pa.Array, known: pa.Array) -> tuple[pa.ChunkedArray, Rejects, Overlap]:
-    """Return each user's attributes, what was dropped of the users' table, and how far its users are those of the events.
+    """Return each user's attributes, the rejected rows of the users table, and its overlap with the users of the events.
 
-    A user whom the table does not list keeps the `known` attributes, which the first of `user_ids` have.
+    A user who is not in the table keeps the attributes in `known`, whose rows belong to the first of `user_ids`.
     """
     staged = read_partition(job.storage, job.staging("user-pieces"), partition, STAGED_USERS)
     ids = staged[USER_ID].combine_chunks()

@@ -1,4 +1,4 @@
-"""Prepares a dataset, or its next version: which passes run in which order, and the manifest at the end."""
+"""Prepares a dataset or its next version: the order of the passes, and the manifest at the end."""
 
 import logging
 from collections import Counter
@@ -42,7 +42,7 @@ _MAX_EVENT_KINDS = 127
 
 
 def find_dataset(config: Config, storage: Storage) -> Dataset | None:
-    """Open the dataset that this input and config make, if it has been made; what a killed run left in it goes."""
+    """Open the dataset of this input and config if it exists, and delete what a killed run left in its folder."""
     _, _, uri = _resolve(config, storage)
     if not storage.exists(join(uri, MANIFEST_NAME)):
         return None
@@ -51,7 +51,7 @@ def find_dataset(config: Config, storage: Storage) -> Dataset | None:
 
 
 def _resolve(config: Config, storage: Storage) -> tuple[DataConfig, Dataset | None, str]:
-    """Return the config with what a base decides, the base if there is one, and the address of the dataset."""
+    """Return the config with the base's settings, the base if there is one, and the dataset's address."""
     if not config.data.base:
         return config.data, None, dataset_uri(config.data, storage)
     base = open_base(config, storage)
@@ -60,15 +60,15 @@ def _resolve(config: Config, storage: Storage) -> tuple[DataConfig, Dataset | No
 
 
 def prepare(config: Config, storage: Storage) -> Dataset:
-    """Make the dataset of `config.data`, or open it where it has been made; call it with Ray initialised.
+    """Make the dataset of `config.data`, or open it if it exists; Ray must be initialised.
 
-    With `data.base` it is that dataset's next version. Its address follows from the input files, the config and the format version.
-    The manifest comes last and once, so a dataset is there whole or not at all. A run that was killed is simply run again and
-    continues with the tasks that were not finished. This process holds what grows with the number of items, and counts; events and
-    users stay with the tasks, each of which holds one partition.
+    With `data.base` this makes that dataset's next version. The address follows from the input files, the config and the format
+    version. The manifest is a create-once write at the end, so a dataset is complete or absent. To resume a killed run, run it again:
+    finished tasks are not repeated. This process holds counts and what grows with the number of items. Events and users stay in the
+    tasks, each of which holds one partition.
 
     Raises:
-        UserError: an input is missing, unreadable or leaves nothing to train on, or the base does not allow what is asked for.
+        UserError: an input is missing or unreadable, nothing is left to train on, or the request contradicts the base.
     """
     made = find_dataset(config, storage)
     if made is not None:
@@ -90,7 +90,7 @@ def prepare(config: Config, storage: Storage) -> Dataset:
 
 @dataclass(frozen=True)
 class _Events:
-    """What the passes before the shards know of the events: the staged generation, its partitions, and the outcomes of all passes."""
+    """Results of the passes before the shards: the staged generation, its partitions, and the outcomes of all passes."""
 
     generation: int
     partitions: list[Partition]
@@ -98,13 +98,12 @@ class _Events:
 
     @property
     def rejects(self) -> Rejects:
-        """What all passes dropped."""
         return Rejects.of_outcomes(self.outcomes)
 
 
 @dataclass(frozen=True)
 class _Items:
-    """The item table, which fits in memory, if there is one: its rows, its features' kinds, what was rejected, and its columns' uses."""
+    """The item table in memory, if there is one: its rows, the kinds of its features, its rejected rows, and the uses of its columns."""
 
     rows: pa.Table | None
     kinds: dict[str, FeatureKind]
@@ -113,11 +112,11 @@ class _Items:
 
 
 def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
-    """Run the passes and write the report; `given` is the config before a synthetic source and the number of partitions are in it."""
+    """Run the passes and write the report; `given` is the config before synthetic tables and the number of partitions are filled in."""
     items = _read_items(job, inputs.items)
     known_ids = _stage_known_items(job)
     events = _merge(job, inputs)
-    if job.data.k_core and job.base is None:  # what it would drop of a day's events may yet become active
+    if job.data.k_core and job.base is None:  # new users and items below it may still become active
         events = _filter_core(job, events)
     if not any(outcome.rows for outcome in events.partitions):
         raise _nothing_left(job, inputs, "no interaction is left", events.rejects)
@@ -160,7 +159,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
 def _decide(
     job: Job, kinds: dict[str, FeatureKind], event_kinds: tuple[str, ...], catalogue: Catalogue, shards: Sequence[Written]
 ) -> dict[str, Any]:
-    """Return the manifest's fields that the first version decides for all that are appended to it."""
+    """Return the manifest fields that the first version fixes for all versions appended to it."""
     num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
     features = job.data.item_features.model_dump(mode="json")
     for kind in ("text", "categories", "numbers", "vectors"):
@@ -199,7 +198,7 @@ def _count(job: Job, events: _Events, shards: Sequence[Written]) -> dict[str, in
 def _describe_input(
     inputs: Inputs, items: _Items, events: _Events, users: Sequence[Cleaned], shards: Sequence[Written], warnings: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what became of the input: refused rows with examples, each column's use, warnings, the unit of time."""
+    """Return the manifest fields about the input: rejected rows with examples, each column's use, warnings, the time unit."""
     of_users = Rejects.of_outcomes([*users, *shards])
     withheld_rows = Counter(withheld=sum(outcome.withheld for outcome in shards))
     overlap = Overlap.join(outcome.overlap for outcome in shards)
@@ -224,7 +223,7 @@ def _read_items(job: Job, files: list[ObjectInfo]) -> _Items:
 
 
 def _stage_known_items(job: Job) -> list[str]:
-    """Stage the index of the base's items, and return their ids in its order; none without a base."""
+    """Stage the index of the base's items and return their ids in its order; empty without a base."""
     if job.base is None:
         return []
     ids = job.base.catalogue_rows[ITEM_ID]
@@ -238,14 +237,14 @@ def _stage_inputs(job: Job, label: str, files: Sequence[ObjectInfo]) -> list[Cle
     tasks = list(enumerate(input_files.plan_tasks(job.storage, files, job.data))) if files else []
 
     def stage(task: Any) -> Cleaned:
-        # The child with the memory limit reads and writes: what is in the files never enters this process or a worker.
+        # The memory-limited child reads and writes: file contents never enter this process or a worker.
         return Cleaned.model_validate(run_limited(job.data.max_file_memory_bytes, function, job, *task))
 
     return job.run(label, Cleaned, stage, tasks)
 
 
 def _merge(job: Job, inputs: Inputs) -> _Events:
-    """Clean the events and gather them by partition of their users."""
+    """Clean the events and gather them by user partition."""
     staged = _stage_inputs(job, "events", inputs.events)
     if not any(outcome.rows for outcome in staged):
         raise UserError(f"data.events = {job.data.events}: has no rows")
@@ -254,7 +253,7 @@ def _merge(job: Job, inputs: Inputs) -> _Events:
 
 
 def _filter_core(job: Job, events: _Events) -> _Events:
-    """Drop users and items with fewer than k_core interactions until none is left."""
+    """Drop users and items with fewer than k_core interactions, round by round, until a round drops nothing."""
     generation, outcomes = events.generation, events.outcomes
     while True:
         counts = _count_items(job, generation)
@@ -282,7 +281,7 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
 
 
 def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
-    """Return the base's kinds, which the events must not exceed, or else those of the events, in order."""
+    """Return the base's event kinds and refuse new ones; without a base, return those of the events, in order."""
     found = {kind for outcome in partitions for kind in outcome.event_kinds}
     if job.base is not None:
         known = job.base.manifest.event_kinds
@@ -301,10 +300,10 @@ def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
 
 
 def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str]) -> tuple[pa.Array, Counter[str], list[str]]:
-    """Number the items: the `known` first, then those of the catalogue and of events alone in natural order.
+    """Number the items: the `known` first, then new ones of the catalogue and the events in natural order.
 
-    Under k_core only those that events have left are numbered. Also returns what is odd about those that are not known, and warnings
-    where events and catalogue have hardly any items in common.
+    Under k_core only items that remain in the events are numbered. Also returns counts of oddities among the new items, and warnings
+    if events and catalogue have few items in common.
     """
     seen = set(_count_items(job, generation)[ITEM_ID].to_pylist())
     listed = set(items[ITEM_ID].to_pylist()) if items is not None else set()
@@ -331,7 +330,7 @@ def _write_all(job: Job, events: _Events, event_kinds: tuple[str, ...]) -> list[
 
 
 def _train_counts(job: Job, num_items: int) -> Integers:
-    """Add up the training interactions of each item that the partitions staged."""
+    """Add up the staged training counts of each item over all partitions."""
     counts = np.zeros(num_items, np.int64)
     for partition in range(job.num_partitions):
         staged = read_table(job.storage, job.staged("train-counts", 0, partition))
@@ -349,13 +348,13 @@ def _occurring(counts: Counter[str]) -> dict[str, int]:
 
 
 def _sign(fields: dict[str, Any]) -> DatasetManifest:
-    """Build a manifest and its fingerprint."""
+    """Build a manifest with its fingerprint."""
     unsigned = DatasetManifest(fingerprint="", **fields)
     return unsigned.model_copy(update={"fingerprint": content_fingerprint(unsigned.model_dump(mode="json"))})
 
 
 def _clear_leftovers(storage: Storage, uri: str) -> None:
-    """Remove what only the work on a published dataset needed, and the halves of files that killed writers left in its folder."""
+    """Delete the staging folder of a published dataset, and partial files that killed writers left in its folder."""
     storage.delete_tree(join(uri, "staging"))
     filesystem, path = storage.locate(uri)
     for found in filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True)):
@@ -364,7 +363,7 @@ def _clear_leftovers(storage: Storage, uri: str) -> None:
 
 
 def _log_outcome(manifest: DatasetManifest) -> None:
-    """Log what a dataset holds, what of its input it does not hold, and what deserves a look."""
+    """Log a dataset's size, rejected rows, unused columns and warnings."""
     logger.info(
         "%d users, %d items, %d interactions; rejected: %s; noticed: %s; items without a catalogue entry: %d; %s",
         manifest.num_users,
@@ -387,7 +386,7 @@ def _log_outcome(manifest: DatasetManifest) -> None:
 
 
 def _nothing_left(job: Job, inputs: Inputs, what: str, rejects: Rejects) -> UserError:
-    """Say that too little is left of the events, with all that was rejected of them and what would take it."""
+    """Return the error for too few events left; it lists the rejected rows and the setting that would accept them."""
     examples = rejects.named(inputs.events)
     found = ". ".join(tell(rule, count, examples.get(rule, ())) for rule, count in sorted(rejects.items()) if count)
     where = job.data.events or job.data.folder

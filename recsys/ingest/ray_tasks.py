@@ -1,4 +1,4 @@
-"""Runs independent tasks over the cluster with Ray Data: bounded, resumable, with progress."""
+"""Runs independent tasks on the cluster with Ray Data: bounded concurrency, resumable, with progress."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ _READERS = 16
 
 
 class Outcome(BaseModel):
-    """What a finished task reports, small enough to be kept as JSON; `rows` is what the progress counts."""
+    """The report of a finished task, small enough to be stored as JSON; `rows` is what the progress counts."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,18 +35,18 @@ Reported = TypeVar("Reported", bound=Outcome)
 
 @dataclass(frozen=True)
 class Record(Generic[Reported]):
-    """The folder in which each finished task's outcome, of one `kind`, is kept until the whole work is published."""
+    """The folder that stores the outcome of each finished task, of class `kind`, until the result of all tasks is published."""
 
     storage: Storage
     folder: str
     kind: type[Reported]
 
     def add(self, number: int, outcome: Reported) -> None:
-        """Note that a task is finished; call it after its objects are written."""
+        """Record that a task is finished; call it after the task's objects are written."""
         self.storage.write_bytes(join(self.folder, f"{number:06d}.json"), outcome.model_dump_json().encode())
 
     def read(self) -> dict[int, Reported]:
-        """Return the outcomes of the tasks that are finished, by number."""
+        """Return the outcomes of finished tasks, by task number."""
         uris = [found.uri for found in self.storage.list(self.folder)]
         with ThreadPoolExecutor(_READERS) as pool:
             outcomes = [self.kind.model_validate_json(content) for content in pool.map(self.storage.read_bytes, uris)]
@@ -54,14 +54,14 @@ class Record(Generic[Reported]):
 
 
 def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[Task], record: Record[Reported]) -> list[Reported]:
-    """Run `function` on every task that `record` does not know, one CPU each, and return all outcomes in the tasks' order.
+    """Run `function` on every task that is not in `record`, one CPU each; return all outcomes in task order.
 
-    Ray may run a task again after a lost worker, so a task must write the same objects each time. Call it with Ray initialised.
+    Ray may run a task again after it loses a worker, so tasks must be idempotent. Ray must be initialised.
 
     Raises:
         UserError: the first one that a task raised.
     """
-    import ray.data  # Ray reads its environment when it is imported, which `recsys.launch.head.connect` prepares
+    import ray.data  # Ray reads its environment at import, after `recsys.launch.head.connect` has set it
     from ray.data import TaskPoolStrategy
 
     _quieten()
@@ -69,14 +69,14 @@ def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[
     waiting = [number for number in range(len(tasks)) if number not in outcomes]
 
     def run_one(row: dict[str, int]) -> dict[str, str | int]:
-        # A user's mistake travels as a value: as an exception Ray would print its traceback.
+        # A user error is returned as a value: Ray would print the traceback of an exception.
         number = row["number"]
         try:
             outcome = function(tasks[number])
         except UserError as error:
             return {"number": number, "outcome": "", "error": str(error)}
         record.add(number, outcome)
-        pa.default_memory_pool().release_unused()  # a worker is used again, and would keep its largest task's memory
+        pa.default_memory_pool().release_unused()  # workers are reused and would keep the memory of their largest task
         return {"number": number, "outcome": outcome.model_dump_json(), "error": ""}
 
     with Progress(label, len(tasks), len(outcomes)) as progress:
@@ -91,7 +91,7 @@ def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[
 
 
 class Progress:
-    """Tasks, rows and rows per second of one pass on stderr: a live bar on a terminal, otherwise a line every few seconds."""
+    """Progress of one pass on stderr (tasks, rows, rows/s): a live bar on a terminal, otherwise a line every few seconds."""
 
     def __init__(self, label: str, num_tasks: int, num_known: int) -> None:
         self._label, self._num_tasks, self._num_done, self._num_rows = label, num_tasks, num_known, 0
@@ -122,7 +122,7 @@ class Progress:
 
 
 def _num_cores() -> int:
-    """The cores that are there: a private Ray offers more slots than cores, and these tasks keep a core busy."""
+    """Return how many tasks may run at once: a private Ray has more CPU slots than cores, and each task keeps a core busy."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -131,7 +131,7 @@ def _num_cores() -> int:
 
 
 def _quieten() -> None:
-    """Leave the progress to the bars and lines here; Ray Data's own describe its operators and their resources."""
+    """Turn off Ray Data's own progress output, which describes its operators and their resources."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

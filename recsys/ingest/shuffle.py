@@ -15,11 +15,11 @@ from recsys.store import Storage, join
 
 _PIECE_ROWS = 500_000
 _ROW_GROUPS = "partitions"
-"""Metadata of a piece: the partition of each of its row groups, ascending."""
+"""Metadata key of a piece: the partition of each of its row groups, ascending."""
 
 
 def partition_of(ids: pa.ChunkedArray | pa.Array, num_partitions: int) -> pa.Array:
-    """Return each id's partition: CRC-32 modulo their number, the same on every machine and in every release."""
+    """Return each id's partition: CRC-32 modulo `num_partitions`, the same on every machine and in every release."""
     column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     encoded = column.dictionary_encode()
     hashes = [zlib.crc32(text.encode()) % num_partitions for text in encoded.dictionary.to_pylist()]
@@ -27,9 +27,9 @@ def partition_of(ids: pa.ChunkedArray | pa.Array, num_partitions: int) -> pa.Arr
 
 
 def write_pieces(storage: Storage, folder: str, task: int, tables: Iterable[pa.Table], key: str, num_partitions: int) -> int:
-    """Write a task's rows as pieces, one row group per partition in each, and return how many pieces there are.
+    """Write a task's rows as pieces, each with one row group per partition, and return the number of pieces.
 
-    The names follow from the task's number, so that a retried task overwrites what it wrote before.
+    Piece names follow from the task number, so a retried task overwrites its earlier pieces.
     """
     num_pieces = 0
     waiting: list[pa.Table] = []
@@ -62,7 +62,7 @@ def _write_piece(storage: Storage, uri: str, tables: list[pa.Table], key: str, n
 
 
 def read_partition(storage: Storage, folder: str, partition: int, schema: pa.Schema) -> pa.Table:
-    """Read one partition of all pieces in a folder, in the order of their names; only its row groups are fetched."""
+    """Read one partition from all pieces in a folder, in name order; only its row groups are fetched."""
     tables = [schema.empty_table()]
     for piece in storage.list(folder):
         filesystem, path = storage.locate(piece.uri)

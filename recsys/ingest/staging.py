@@ -1,4 +1,4 @@
-"""The tasks that read input files: cleaned events and users' attributes as pieces by partition."""
+"""Tasks that read input files and write cleaned events and user attributes as pieces by partition."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ STAGED_USERS = pa.schema([USERS_SCHEMA.field(USER_ID), USERS_SCHEMA.field(ATTRIB
 
 
 def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
-    """Cast and clean some parts of the events and write them as pieces, user ids as pseudonyms where a key is named."""
+    """Cast and clean parts of the events and write them as pieces; user ids become pseudonyms if a key is configured."""
     rejects, noticed = Rejects(), Counter[str]()
 
     def clean(raw: pa.Table) -> pa.Table:
@@ -46,7 +46,7 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
 
 
 def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
-    """Turn some parts of the users' table into ids with attributes and write them as pieces."""
+    """Convert parts of the users table to ids with attributes and write them as pieces."""
     rejects = Rejects()
     imported = ((part, import_users(job.storage, part, job.data)) for part in parts)
     num_rows, uses = _write_pieces(job, "user-pieces", task, imported, lambda raw: _with_attributes(raw, rejects))
@@ -57,7 +57,7 @@ def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
 def _write_pieces(
     job: Job, folder: str, task: int, imported: Iterable[tuple[FilePart, Imported]], clean: Callable[[pa.Table], pa.Table]
 ) -> tuple[int, tuple[ColumnUse, ...]]:
-    """Write what is left of the parts' tables by partition of the user; return the rows read and what each column is used as."""
+    """Clean the parts' tables and write them by user partition; return the number of rows read and the use of each column."""
     num_rows = 0
     uses: dict[ColumnUse, None] = {}
 
@@ -77,7 +77,7 @@ def _write_pieces(
 
 
 def _check_unit(job: Job, raw: pa.Table) -> None:
-    """Refuse times whose digits show another unit than those of the first file, where the unit is inferred from the digits."""
+    """Refuse times whose digits show another unit than the first file's, if the unit is inferred from digits."""
     if not job.has_time or job.data.time_unit != AUTO:
         return
     found = find_other_unit(raw[TIMESTAMP], job.time_unit)

@@ -1,1 +1,1 @@
-"""Reports: the JSON that a stage writes, drawn as a self-contained page of HTML beside it. No number is computed here."""
+"""Reports: draws the JSON that a stage writes as a self-contained HTML page next to it. No number is computed here."""

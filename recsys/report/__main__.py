@@ -8,7 +8,7 @@ from recsys.report.pages import DATASET, EVALUATION, TRAINING
 
 
 def main(arguments: list[str]) -> None:
-    """Write the page beside the JSON file and print its path; the file's name says which report it is."""
+    """Write the page next to the JSON file and print its path; the file's name selects the report."""
     reports = {report.json_name: report for report in (DATASET, TRAINING, EVALUATION)}
     if len(arguments) != 1 or not (path := Path(arguments[0])).is_file() or path.name not in reports:
         sys.exit(f"usage: python -m recsys.report FILE, where FILE is a {' or '.join(reports)} that a stage has written")

@@ -43,10 +43,10 @@ def _bars(bars: Mapping[str, int], unit: str, has_shares: bool = True) -> Plot |
 
 
 def _draw_times(axes: "Axes", times: Numbers) -> None:
-    """Draw the interactions over time, the splits stacked."""
+    """Draw the interactions over time, stacked by split."""
     edges = np.array(times["edges"])
     _draw_stacked(axes, edges[:-1], times["splits"], np.diff(edges), "edge")
-    first, last = edges[0], edges[-1] - 1  # the last bin ends behind the last time
+    first, last = edges[0], edges[-1] - 1  # the last bin ends one second after the last time
     ticks = np.linspace(first, last, 4)
     is_short = last - first < 4 * _DAY_SECONDS
     texts = [str(np.datetime64(int(tick), "s")) for tick in ticks]
@@ -55,7 +55,7 @@ def _draw_times(axes: "Axes", times: Numbers) -> None:
 
 
 def _draw_long_tail(axes: "Axes", popularity: Numbers) -> None:
-    """Draw interactions by popularity rank of the item, both on logarithmic axes."""
+    """Draw interactions by popularity rank of the item, on two logarithmic axes."""
     ranks, counts = popularity["ranks"], popularity["counts"]
     axes.loglog(ranks, counts, color=FIRST, linewidth=2.2)
     axes.fill_between(ranks, counts, 0.8, color=FIRST, alpha=0.15, linewidth=0)
@@ -68,7 +68,7 @@ def _draw_long_tail(axes: "Axes", popularity: Numbers) -> None:
 
 
 def _draw_lengths(axes: "Axes", histogram: Numbers, unit: str, owners: str) -> None:
-    """Draw how many owners have how much, in bins that grow by half octaves."""
+    """Draw a histogram of lengths, in bins that grow by half octaves."""
     edges = histogram["edges"]
     first, stop = _draw_occupied(axes, histogram["counts"], 0.92)
     powers = [2**power for power in range(edges[-1].bit_length())]
@@ -80,7 +80,7 @@ def _draw_lengths(axes: "Axes", histogram: Numbers, unit: str, owners: str) -> N
 
 
 def _draw_gaps(axes: "Axes", histogram: Numbers, session_gap_seconds: int) -> None:
-    """Draw how much time passes between interactions of a user, and where a session ends."""
+    """Draw a histogram of the gaps between a user's interactions, and the gap that ends a session."""
     edges = histogram["edges"]
     first, stop = _draw_occupied(axes, histogram["counts"], 0.9)
     limit, *places = np.interp([session_gap_seconds, *_UNITS], edges, range(len(edges)))
@@ -93,7 +93,7 @@ def _draw_gaps(axes: "Axes", histogram: Numbers, session_gap_seconds: int) -> No
 
 
 def _draw_values(axes: "Axes", values: Numbers) -> None:
-    """Draw how often each value of a short scale is given, and bins of other values."""
+    """Draw the counts of each value of a short scale, or of bins of other values."""
     counts = np.array(values["counts"])
     if "places" in values:
         places = np.array(values["places"])
@@ -110,7 +110,7 @@ def _draw_values(axes: "Axes", values: Numbers) -> None:
 
 
 def _draw_periods(axes: "Axes", shares: Numbers) -> None:
-    """Draw each period's interactions, divided among the items by popularity."""
+    """Draw the shares of item groups by popularity in each period's interactions."""
     num_periods = len(next(iter(shares.values())))
     places = np.arange(1, num_periods + 1)
     _draw_stacked(axes, places, shares, 0.86, "center")
@@ -121,7 +121,7 @@ def _draw_periods(axes: "Axes", shares: Numbers) -> None:
 
 
 def _draw_new_items(axes: "Axes", counts: list[int]) -> None:
-    """Draw how many items are first interacted with in each period."""
+    """Draw the number of items whose first interaction is in each period."""
     places = range(1, len(counts) + 1)
     axes.bar(places, counts, 0.86, color=FIRST, linewidth=0)
     axes.set_xticks(places)
@@ -130,7 +130,7 @@ def _draw_new_items(axes: "Axes", counts: list[int]) -> None:
 
 
 def _draw_bars(axes: "Axes", bars: Mapping[str, int], unit: str, has_shares: bool) -> None:
-    """Draw one horizontal bar per name, with its number and its share of all; the smallest are joined where there are many."""
+    """Draw one horizontal bar per name, with its number and its share; if there are many, the smallest are merged."""
     shown = dict(bars)
     if len(shown) > _MOST_BARS:
         largest = sorted(shown, key=lambda name: -shown[name])[: _MOST_BARS - 1]
@@ -151,7 +151,7 @@ def _draw_bars(axes: "Axes", bars: Mapping[str, int], unit: str, has_shares: boo
 
 
 def _draw_occupied(axes: "Axes", counts: list[int], width: float) -> tuple[int, int]:
-    """Draw the bins from the first to the last that is not empty, by their numbers; return the first, and the last plus one."""
+    """Draw the bins from the first to the last non-empty one, by index; return the first index, and the last plus one."""
     places = np.flatnonzero(counts)
     first, stop = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
     axes.bar(range(first, stop), counts[first:stop], width, align="edge", color=FIRST, linewidth=0)
@@ -159,7 +159,7 @@ def _draw_occupied(axes: "Axes", counts: list[int], width: float) -> tuple[int, 
 
 
 def _draw_stacked(axes: "Axes", places: Any, columns: Numbers, width: Any, align: Literal["center", "edge"]) -> None:
-    """Draw three columns at each place on one another, with a legend above."""
+    """Draw three stacked columns at each place, with a legend above."""
     below = np.zeros(len(places))
     for (name, column), color in zip(columns.items(), (FIRST, SECOND, THIRD), strict=True):
         axes.bar(places, column, width, below, align=align, color=color, label=name, linewidth=0)
@@ -182,7 +182,7 @@ def _count_axis(axes: "Axes", unit: str) -> None:
 
 
 def _compact(number: float) -> str:
-    """Write a number in few characters: 950, 1.2k, 30M."""
+    """Format a number in few characters: 950, 1.2k, 30M."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{suffix}"

@@ -19,13 +19,13 @@ COLD_SLICES = {
     "cold target among cold items": "cold among cold",
 }
 _NEAR = 0.13
-"""Labels whose points are nearer than this part of the axes would lie on one another."""
+"""Labels of points closer than this fraction of the axes would overlap."""
 Numbers = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mean over users with its 95 % interval, and what a random order gives where that is worth knowing."""
+    """A mean over users with its 95 % interval and, if wanted, the value for a random order."""
 
     name: str
     mean: float
@@ -34,13 +34,13 @@ class Point:
 
     @classmethod
     def of_slice(cls, name: str, found: Numbers, metric: str, shows_random: bool = False) -> "Point":
-        """Take one metric of one of the JSON's slices."""
+        """Read one metric of one slice in the JSON."""
         low, high = found["interval_95"][metric]
         return cls(name, found[metric], (low, high), found["random"][metric] if shows_random else None)
 
 
 def evaluation_page(numbers: Numbers) -> str:
-    """Draw the page of an evaluation; `metric` is the config's main one."""
+    """Draw the page of an evaluation; `metric` is the config's main metric."""
     metric, slices = numbers["metric"], numbers["slices"]
     cutoff = metric.partition("@")[2]
     main_metrics = [name for name in numbers["metrics"] if "@" not in name or name.endswith(f"@{cutoff}")]
@@ -77,7 +77,7 @@ def _diversity(diversity: Numbers | None, metric: str, cutoff: str) -> Plot | No
 
 
 def _gaps(curve: Sequence[Numbers], metric: str) -> dict[str, Plot | None]:
-    """Plot the metric against the gap of each attribute, one point per checkpoint; the first is the evaluated one."""
+    """Plot the metric against the gap of each attribute, one point per checkpoint; the first of `curve` is the evaluated one."""
     plots = {}
     for attribute in curve[0]["gaps"] if curve else ():
         points = sorted(curve, key=lambda point: point["gaps"][attribute])
@@ -92,7 +92,7 @@ def _bound_name(bound: Numbers | None) -> str:
 
 
 def _draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
-    """One row per point, the first on top: its mean, its interval as a bar, and a cross for a random order."""
+    """Draw one row per point, the first on top: the mean, the interval as a bar, and a cross for a random order."""
     places = np.arange(len(points))[::-1]
     means = [point.mean for point in points]
     axes.errorbar(means, places, xerr=_arms(points), fmt="o", color=FIRST, markersize=6, elinewidth=2, capsize=3)
@@ -109,7 +109,7 @@ def _draw_rows(axes: "Axes", points: Sequence[Point], metric: str) -> None:
 
 
 def _draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
-    """One column per decile of popularity, which is the number at the end of the point's name."""
+    """Draw one column per popularity decile, which is the number at the end of the point's name."""
     places = [int(point.name.rpartition(" ")[2]) for point in points]
     axes.errorbar(places, [point.mean for point in points], yerr=_arms(points), fmt="o", color=FIRST, elinewidth=2, capsize=3)
     axes.set_xticks(range(1, 11))
@@ -122,7 +122,7 @@ def _draw_deciles(axes: "Axes", points: Sequence[Point], metric: str) -> None:
 
 
 def _draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Sequence[str], across: str, up: str, own: int = 0) -> None:
-    """Points in the order given, joined by a line; the `own` one, which the others are compared with, stands out."""
+    """Draw points in the given order, joined by a line; the `own` point, which the others are compared with, is highlighted."""
     xs, ys = zip(*places, strict=True)
     axes.plot(xs, ys, "o-", color=FIRST, markersize=6, linewidth=1.8)
     axes.plot(xs[own], ys[own], "o", color=SECOND, markersize=9)
@@ -136,13 +136,13 @@ def _draw_curve(axes: "Axes", places: Sequence[tuple[float, float]], labels: Seq
 
 
 def _arms(points: Sequence[Point]) -> list[list[float]]:
-    """Return the lengths of the intervals' arms, downwards and upwards."""
+    """Return the lengths of the error bars, downwards and upwards."""
     below = [max(0.0, point.mean - point.interval[0]) for point in points]
     return [below, [max(0.0, point.interval[1] - point.mean) for point in points]]
 
 
 def _apart(places: Sequence[tuple[float, float]], own: int) -> list[int]:
-    """Choose points whose labels do not meet, the own one and the ends before the others."""
+    """Choose points whose labels do not overlap; the own point and the ends come before the others."""
     scaled = np.array(places) / np.maximum(np.ptp(np.array(places), axis=0), 1e-12)
     chosen: list[int] = []
     for index in dict.fromkeys((own, 0, len(places) - 1, *range(len(places)))):

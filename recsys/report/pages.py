@@ -1,4 +1,4 @@
-"""The three reports, and writing one: its numbers as JSON, and the page that is drawn from that JSON alone."""
+"""The three reports, and how to write one: its numbers as JSON, and a page drawn only from that JSON."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from recsys.store import Storage, join
 
 
 class Report(NamedTuple):
-    """A kind of report: the names of its two files, and how the page is drawn from what the JSON file holds."""
+    """A kind of report: the names of its two files, and the function that draws the page from the JSON."""
 
     json_name: str
     page_name: str
@@ -24,7 +24,7 @@ EVALUATION = Report("evaluation.json", "evaluation.html", evaluation_page)
 
 
 def write_report(storage: Storage, folder: str, report: Report, numbers: Mapping[str, Any]) -> str:
-    """Write the JSON and its page to a folder, overwriting; return the page's address."""
+    """Write the JSON and its page to a folder, overwriting older ones; return the page's address."""
     text = json.dumps(numbers)
     address = join(folder, report.page_name)
     storage.write_bytes(join(folder, report.json_name), text.encode())

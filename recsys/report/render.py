@@ -1,4 +1,4 @@
-"""Fills templates; all that is not written in a template is escaped."""
+"""Fills HTML templates; all values are escaped."""
 
 import json
 from functools import cache
@@ -17,5 +17,5 @@ def _environment() -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template of the folder `templates`; a value that is missing is an error."""
+    """Fill a template of the folder `templates`; a missing value is an error."""
     return _environment().get_template(template).render(values)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#010203", "#010204", "#010205"
 FIRST, SECOND, THIRD = "#010206", "#010207", "#010208"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", THIRD: "third"}
-"""Stand-ins for the page's colours, which differ by day and by night."""
+"""Placeholders for the page's colours, which differ in light and dark mode."""
 
 _WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
 _MOST_CHARACTERS = 22
@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
 
 @contextmanager
 def _private_settings() -> Iterator[None]:
-    """Let matplotlib read and write its own files in a folder that goes away, not in the home folder."""
+    """Let matplotlib use a temporary folder for its own files, not the home folder."""
     name = "MPLCONFIGDIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,13 +67,13 @@ def _private_settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure that is not drawn yet: what fills its axes, and its height."""
+    """A figure that is not drawn yet: the function that fills its axes, and its height."""
 
     draw: Callable[["Axes"], None]
     height_inches: float
 
     def svg(self, name: str, title: str) -> str:
-        """Draw the figure as an SVG element; `name` makes its ids unlike those of other figures."""
+        """Draw the figure as an SVG element; `name` makes its ids unique on the page."""
         with _private_settings():
             import matplotlib as mpl
             from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def plot(draw: Callable[..., None], data: Any, *more: Any, height_inches: float 
 
 
 def readable(text: str) -> str:
-    """Make a name that comes from data fit for a label: no control characters, no line breaks, not long."""
+    """Make a name from data fit for a label: no control characters, no line breaks, shortened if long."""
     plain = " ".join("".join(letter if letter.isprintable() or letter.isspace() else "\ufffd" for letter in text).split())
     return plain if len(plain) <= _MOST_CHARACTERS else plain[: _MOST_CHARACTERS - 1] + "\u2026"
 

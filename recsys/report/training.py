@@ -13,7 +13,7 @@ Point = tuple[float, float]
 
 
 def training_page(numbers: Mapping[str, Any]) -> str:
-    """Draw the page of a run's last state."""
+    """Draw the page of the last state of a run."""
     history = numbers["history"]
     metric = history[-1]["metric"] if history else "validation"
     validation = [(epoch["step"], epoch["validation"]) for epoch in history]

@@ -1,1 +1,1 @@
-"""Raw events to clean ones: identifiers, text, times, rules, and what they reject."""
+"""Cleans raw events: ids, text, times, and the rules that reject rows."""

@@ -1,4 +1,4 @@
-"""Cleans text, and events as pure functions over Arrow tables that count what they drop."""
+"""Cleans text and events; the event functions are pure, take Arrow tables and count the rows that they drop."""
 
 import re
 from collections import Counter
@@ -20,10 +20,10 @@ from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, MAX_ID_C
 Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
 
 MAX_TEXT_CHARACTERS = 2000
-"""Longer text is cut; no backbone here reads that much of an item."""
+"""Longer text is cut; no backbone reads that much text of one item."""
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
-"""Control characters, but for those that are whitespace, lone surrogates, and what readers put for broken text."""
+"""Control characters except whitespace, lone surrogates, and U+FFFD, which readers insert for broken text."""
 
 _NEGATIVE = r"^-\d+(\.\d+)?$"
 _ODD = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{fffd}]|\\x[89a-f][0-9a-f]"
@@ -31,11 +31,11 @@ _SPREADSHEET = r"^\d(\.\d+)?[eE]\+\d+$"
 
 
 def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
-    """Cast events to EVENTS_SCHEMA and drop those that cannot be, counted by reason.
+    """Cast events to EVENTS_SCHEMA; drop events that cannot be cast, and count them by reason.
 
-    Ids are strings as `recsys.schema.normalise_id` spells them, and an empty one is null. Times are seconds: numbers of `unit` (rounded
-    down), Arrow timestamps and dates, or ISO 8601 text (UTC where it names no zone). A value that is not a finite number is
-    bad; an absent one is not. Without an event column every event is of the default kind.
+    Ids are spelled as by `recsys.schema.normalise_id`; an empty id is null. Times become seconds, from numbers of `unit` (rounded down),
+    Arrow timestamps and dates, or ISO 8601 text (UTC if it has no zone). A value that is present but not a finite number is bad.
+    Without an event column every event has the default kind.
     """
     time_column = TIMESTAMP if TIMESTAMP in raw.column_names else POSITION
     users, items = ids_of(raw[USER_ID], USER_ID), ids_of(raw[ITEM_ID], ITEM_ID)
@@ -68,7 +68,7 @@ def is_long(ids: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _without(table: pa.Table, faults: Mapping[str, tuple[pa.ChunkedArray, Values]]) -> tuple[pa.Table, Rejects]:
-    """Drop the rows with a fault (a mask, and the values that it is about or what gives them), each counted under its first."""
+    """Drop rows with a fault, each counted under its first one; a fault is a mask, and the values to show or a function for them."""
     keep = pa.chunked_array([pa.array(np.ones(table.num_rows, bool))])
     rejects = Rejects()
     for reason, (fault, values) in faults.items():
@@ -80,9 +80,9 @@ def _without(table: pa.Table, faults: Mapping[str, tuple[pa.ChunkedArray, Values
 
 
 def apply_rules(events: pa.Table, rules: CleaningConfig, has_time: bool, raw: pa.Table | None = None) -> tuple[pa.Table, Rejects]:
-    """Drop the events (EVENTS_SCHEMA) that break a rule about one event alone; times are no matter where they are positions.
+    """Drop events (EVENTS_SCHEMA) that break a rule about a single event; rules about time do not apply to positions.
 
-    Values are compared in the precision that they are stored in, so that a bound itself is inside. Examples show what `raw` has.
+    Values are compared in their stored precision, so a value equal to a bound is kept. Examples show the values of `raw`.
     """
 
     def shown(name: str) -> pa.ChunkedArray:
@@ -121,17 +121,17 @@ def normalise_text(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Remove control characters and lone surrogates, and make one blank of all whitespace between words."""
+    """Remove control characters and lone surrogates, and collapse whitespace to single blanks."""
     return " ".join(UNPRINTABLE.sub("", text).split())
 
 
 def cut(text: str) -> str:
-    """Keep at most MAX_TEXT_CHARACTERS."""
+    """Cut text to at most MAX_TEXT_CHARACTERS."""
     return text[:MAX_TEXT_CHARACTERS].rstrip()
 
 
 def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
-    """Normalise what was asked, each distinct text once; count the events whose query is cut."""
+    """Normalise the queries, each distinct text once; count the events whose query is cut."""
     encoded = events[QUERY].combine_chunks().dictionary_encode()
     folded = [fold(text) for text in encoded.dictionary.to_pylist()]
     texts = pa.array([cut(text) or None for text in folded], pa.string())
@@ -141,14 +141,14 @@ def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
 
 
 def notice_ids(events: pa.Table) -> Counter[str]:
-    """Count the events with odd ids, before these become pseudonyms."""
+    """Count the events with odd ids; call it before ids become pseudonyms."""
     odd = [_either(is_negative(events[USER_ID]), is_negative(events[ITEM_ID]))]
     odd.append(_either(*(pc.match_substring_regex(events[name], _ODD) for name in (USER_ID, ITEM_ID))))
     return +Counter({name: pc.sum(rows).as_py() or 0 for name, rows in zip(("negative_id", "odd_id"), odd, strict=True)})
 
 
 def notice_rounded(raw: pa.Table) -> Counter[str]:
-    """Count the raw events with an id that may have lost digits before it came here."""
+    """Count the raw events with an id that may have lost digits upstream."""
     found = []
     for name in (USER_ID, ITEM_ID):
         is_text = pa.types.is_string(raw[name].type)
@@ -157,9 +157,9 @@ def notice_rounded(raw: pa.Table) -> Counter[str]:
 
 
 def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:
-    """Keep the first by input order of events that agree in user, item, time and kind; return them sorted, and how many went.
+    """Keep the first, by input order, of events that agree in user, item, time and kind; also return the number dropped.
 
-    The order is that of the tie rule: user, time, input order.
+    The result is sorted by the tie rule: user, time, input order.
     """
     keys = [USER_ID, ITEM_ID, TIMESTAMP, EVENT]
     firsts = events.group_by(keys, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
@@ -169,7 +169,7 @@ def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:
 
 
 def drop_bots(events: pa.Table, max_per_minute: int | None) -> tuple[pa.Table, int]:
-    """Drop all events of users with more than `max_per_minute` in any minute of the clock; also return how many events that drops."""
+    """Drop all events of users with more than `max_per_minute` in any clock minute; also return the number dropped."""
     if max_per_minute is None:
         return events, 0
     minutes = pa.array(events[TIMESTAMP].to_numpy() // 60)
@@ -181,7 +181,7 @@ def drop_bots(events: pa.Table, max_per_minute: int | None) -> tuple[pa.Table, i
 
 
 def notice_order(events: pa.Table) -> Counter[str]:
-    """Count events that the input has out of order, and ties, in events sorted by the tie rule."""
+    """Count events that are out of order in the input, and ties; `events` are sorted by the tie rule."""
     users = events[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
     times, order = events[TIMESTAMP].to_numpy(), events[INPUT_ORDER].to_numpy()
     by_input = np.lexsort((order, users))

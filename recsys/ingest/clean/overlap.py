@@ -12,7 +12,7 @@ _SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Overlap:
-    """Ids of the events and of the table that describes them: how many there are, how many are missing on the other side, and examples."""
+    """Ids of the events and of the table that describes them: counts, counts missing on the other side, and examples."""
 
     num_events: int = 0
     num_listed: int = 0
@@ -24,7 +24,7 @@ class Overlap:
 
     @classmethod
     def of(cls, of_events: pa.Array, listed: pa.Array) -> "Overlap":
-        """Compare the distinct ids of both."""
+        """Compare the distinct ids of both sides."""
         undescribed, unused = _missing(of_events, listed), _missing(listed, of_events)
         shared = of_events.filter(pc.is_in(of_events, value_set=listed))
         examples = (ids.slice(0, _NUM_EXAMPLES).to_pylist() for ids in (undescribed, unused, shared))
@@ -32,7 +32,7 @@ class Overlap:
 
     @classmethod
     def join(cls, parts: Iterable["Overlap"]) -> "Overlap":
-        """Add up the parts of all partitions, which share no id."""
+        """Add up the overlaps of all partitions, which have no ids in common."""
         parts = list(parts)
         numbers = (sum(getattr(part, name) for part in parts) for name in ("num_events", "num_listed", "num_undescribed", "num_unused"))
         examples = (
@@ -41,7 +41,7 @@ class Overlap:
         return cls(*numbers, *examples)
 
     def warnings(self, what: str, key: str, takes_unused: bool = True) -> list[str]:
-        """Warn if most ids of one side are missing on the other; `what` is items or users, `key` the setting for their column."""
+        """Return a warning if most ids of one side are missing on the other; `what` is items or users, `key` their column setting."""
         found = []
         advice = f"an id must be spelled alike in both tables, whose column {key} names"
         if self.num_listed and 2 * self.num_undescribed > self.num_events:

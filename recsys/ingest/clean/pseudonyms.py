@@ -11,7 +11,7 @@ import pyarrow as pa
 from recsys.errors import UserError
 
 PSEUDONYM_KEY = "pseudonym_key"
-"""The role of the entry among a manifest's inputs that says which key was used."""
+"""Role of the entry in a manifest's inputs that identifies the key."""
 
 _MIN_KEY_BYTES = 16
 _PSEUDONYM_CHARACTERS = 32
@@ -19,7 +19,7 @@ _IDENTITY_OF = b"recsys: which key user ids are hashed with"
 
 
 def key_identity(variable: str) -> str:
-    """Return a fingerprint of the key, which does not reveal it; empty where no variable is named.
+    """Return a fingerprint of the key that does not reveal it; empty if `variable` is empty.
 
     Raises:
         UserError: the variable is not set, or its value is too short to be a key.
@@ -28,10 +28,10 @@ def key_identity(variable: str) -> str:
 
 
 def refuse_other_key(variable: str, inputs: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse to append under another key than the base's, by which every user would be a new one.
+    """Refuse to append with another key than the base's, since every user would become a new one.
 
     Raises:
-        UserError: the key is not the one that `inputs` of the base name.
+        UserError: the key is not the one in the base's `inputs`.
     """
     known = [entry["identity"] for entry in inputs if entry.get("role") == PSEUDONYM_KEY]
     if variable and known != [key_identity(variable)]:
@@ -39,10 +39,10 @@ def refuse_other_key(variable: str, inputs: Iterable[Mapping[str, Any]]) -> None
 
 
 def pseudonymise(ids: pa.ChunkedArray, variable: str) -> pa.ChunkedArray:
-    """Replace ids by the first 128 bits of their HMAC-SHA256, in hexadecimal; without a variable, return them as they are.
+    """Replace ids by the first 128 bits of their HMAC-SHA256, in hexadecimal; without a variable, return them unchanged.
 
     Raises:
-        UserError: as `key_identity`, since every worker reads the key from its own environment.
+        UserError: as `key_identity`; every worker reads the key from its own environment.
     """
     if not variable:
         return ids

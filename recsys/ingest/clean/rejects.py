@@ -1,4 +1,4 @@
-"""Rejected rows: the sentence of each rule, counts by rule, and the first examples of each with file, row and value."""
+"""Rejected rows: the text of each rule, counts by rule, and the first examples of each with file, row and value."""
 
 import heapq
 from collections import Counter
@@ -40,8 +40,8 @@ REJECTED = {
     "user_long_id": f"a row of the users table whose id has more than {MAX_ID_CHARACTERS} characters",
     "user_duplicate": "a row of the users table whose user has an earlier one",
 }
-"""What is dropped, in the order in which the rules apply; a row is counted under the first that it breaks. Rules about time
-hold where the order is a time, not where it is a position."""
+"""Rules that drop rows, in the order in which they apply; a row is counted under the first rule that it breaks. Rules about time
+do not apply to positions."""
 
 NOTICED = {
     "negative_id": "events whose user or item id is a negative number, as hashes to signed numbers are; they are ids like any other",
@@ -57,7 +57,7 @@ NOTICED = {
     "text_unprintable": "items whose text loses control characters or broken text, such as lone surrogates",
     "category_changed": "category entries that lose control characters or broken text, or are cut at 2000 characters",
 }
-"""What is kept and counted."""
+"""Oddities that are counted; the rows are kept."""
 
 REMEDIES = {
     "null_user": "data.columns.user_id names the column of user ids",
@@ -75,7 +75,7 @@ REMEDIES = {
     "k_core_user": "a lower data.k_core takes them",
     "withheld": "a lower data.withheld_items leaves more items to train on",
 }
-"""Which setting takes the rows that a rule drops, for where it has dropped them all."""
+"""The setting that accepts the rows that a rule drops; shown if the rule dropped all rows."""
 
 NUM_EXAMPLES = 3
 _SHOWN_CHARACTERS = 60
@@ -85,7 +85,7 @@ Found = tuple[int, str]
 
 
 class Counted(Protocol):
-    """What a task counted: rows by rule, and examples of each."""
+    """A task's outcome with rejected rows by rule, and examples of each."""
 
     @property
     def rejected(self) -> Mapping[str, int]:
@@ -104,14 +104,14 @@ class Rejects(Counter[str]):
         self.examples: dict[str, list[Found]] = {}
 
     def add(self, rule: str, is_dropped: pa.ChunkedArray, order: pa.ChunkedArray, values: pa.ChunkedArray) -> None:
-        """Count the rows of a table that break a rule (a mask), and keep the first as examples."""
+        """Count the rows of a table that break a rule (a mask), and store the first as examples."""
         places = np.flatnonzero(is_dropped.to_numpy(zero_copy_only=False))
         if len(places):
             self[rule] += len(places)
             self._keep(rule, [(order[place].as_py(), _shown(values[place].as_py())) for place in places[:NUM_EXAMPLES].tolist()])
 
     def add_missing(self, rule: str, before: pa.Table, after: pa.Table) -> None:
-        """Count the events of `before` that are not in `after`, and keep the first as examples, by user and item."""
+        """Count the events of `before` that are not in `after`; examples show user and item."""
         if before.num_rows > after.num_rows:
             is_dropped = pc.invert(pc.is_in(before[INPUT_ORDER], value_set=after[INPUT_ORDER].combine_chunks()))
             dropped = before.filter(is_dropped).sort_by(INPUT_ORDER).slice(0, NUM_EXAMPLES)
@@ -120,19 +120,19 @@ class Rejects(Counter[str]):
             self._keep(rule, [(order, f"user {_shown(user)}, item {_shown(item)}") for order, user, item in rows])
 
     def merge(self, other: "Rejects") -> None:
-        """Add another's rows."""
+        """Add the counts and examples of `other`."""
         self.update(other)
         for rule, found in other.examples.items():
             self._keep(rule, found)
 
     def hide(self, rules: Iterable[str]) -> None:
-        """Hide the values in some rules' examples, since they may be user ids that are to be pseudonymised."""
+        """Mask the values in the examples of some rules, since they may be user ids before pseudonymisation."""
         for rule in rules:
             self.examples[rule] = [(order, _HIDDEN) for order, _ in self.examples.get(rule, [])]
 
     @classmethod
     def of_outcomes(cls, outcomes: Iterable[Counted]) -> "Rejects":
-        """Merge the outcomes of tasks."""
+        """Merge the rejected rows of task outcomes."""
         joined = cls()
         for outcome in outcomes:
             part = cls()
@@ -145,7 +145,7 @@ class Rejects(Counter[str]):
         self.examples[rule] = heapq.nsmallest(NUM_EXAMPLES, [*self.examples.get(rule, []), *found])
 
     def named(self, files: Sequence[ObjectInfo]) -> dict[str, tuple[Example, ...]]:
-        """Return the examples with the names of their files."""
+        """Return the examples with file names and row numbers."""
 
         def name(order: int, value: str) -> Example:
             return Example(file=files[order >> FILE_SHIFT].uri, row=order % (1 << FILE_SHIFT) + 1, value=value)
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
 
 
 def tell(rule: str, count: int, examples: Sequence[Example]) -> str:
-    """Describe in one sentence what a rule rejected, and where."""
+    """Return one sentence on the rows that a rule rejected, with examples."""
     places = "; ".join(f"{each.file} row {each.row}: {each.value}" for each in examples)
     return f"{count} {'row' if count == 1 else 'rows'}: {REJECTED[rule]} ({rule})" + (f", such as {places}" if places else "")
 

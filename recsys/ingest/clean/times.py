@@ -1,4 +1,4 @@
-"""Times of any type and unit to whole seconds since 1970."""
+"""Converts times of any type and unit to whole seconds since 1970."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from recsys.ingest.sources.scalars import NUMBER, numbers_of, per_second, texts_
 from recsys.schema import LARGEST_SECONDS, read_time
 
 UNIT_LIMITS = {"s": LARGEST_SECONDS, "ms": LARGEST_SECONDS * 1e3, "us": LARGEST_SECONDS * 1e6}
-"""Below these a number of today is seconds (10 digits), milliseconds (13) or microseconds (16); nanoseconds have 19 digits."""
+"""Upper limit of numbers of each unit: times of today have 10 digits in seconds, 13 in ms, 16 in us and 19 in ns."""
 
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _LARGEST_TIME = float(2**62)
@@ -24,9 +24,9 @@ _DATE_DIGITS = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(([01
 
 
 def split_times(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Return the times that are numbers without a unit, rounded down, and the seconds of those that have one; null where neither.
+    """Return times without a unit as numbers, rounded down, and times with a unit as seconds; both are int64, null elsewhere.
 
-    Dates, timestamps of any zone and unit and ISO 8601 text have one; what names no zone is UTC. Both are int64.
+    Dates, timestamps of any zone and unit, and ISO 8601 text have a unit; without a zone they are UTC.
     """
     kind = column.type
     nothing = pa.chunked_array([pa.nulls(len(column), pa.int64())])
@@ -49,8 +49,8 @@ def split_times(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArr
 
 
 def cast_times(column: pa.ChunkedArray, unit: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Cast times to whole seconds, numbers being of `unit`, and return which present values are not times."""
-    if column.type == pa.uint64():  # whose largest are seconds only when they are divided
+    """Cast times to whole seconds, numbers being in `unit`; also return which present values are not times."""
+    if column.type == pa.uint64():  # the largest values fit into int64 only after the division
         column, unit = pc.divide(column, pa.scalar(per_second(unit), pa.uint64())), "s"
     numbers, seconds = split_times(column)
     times = pc.coalesce(divide(numbers, per_second(unit)), seconds)
@@ -61,7 +61,7 @@ def divide(numbers: pa.ChunkedArray, divisor: int) -> pa.ChunkedArray:
     """Divide whole numbers, rounding down."""
     if divisor == 1:
         return numbers
-    quotients = pc.divide(numbers, pa.scalar(divisor, pa.int64()))  # towards zero
+    quotients = pc.divide(numbers, pa.scalar(divisor, pa.int64()))  # rounds towards zero
     is_above = pc.less(numbers, pc.multiply(quotients, divisor))
     return pc.if_else(is_above, pc.subtract(quotients, 1), quotients)
 
@@ -96,7 +96,7 @@ def _refuse_dates(numbers: Integers) -> None:
 
 
 def find_other_unit(column: pa.ChunkedArray, unit: str) -> tuple[int, int] | None:
-    """Find the first number that is of another unit by its digits: its place in the column and itself.
+    """Return the place and the value of the first number whose digits show another unit; None if there is none.
 
     Raises:
         UserError: as `guess_unit`.
@@ -110,7 +110,7 @@ def find_other_unit(column: pa.ChunkedArray, unit: str) -> tuple[int, int] | Non
 
 
 def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Read what is not a number as ISO 8601, each distinct text once."""
+    """Parse texts that are not numbers as ISO 8601, each distinct text once."""
     texts = pc.utf8_trim_whitespace(column)
     others = pc.if_else(pc.match_substring_regex(texts, NUMBER), pa.scalar(None, pa.string()), texts).combine_chunks()
     encoded = others.dictionary_encode()
@@ -120,8 +120,8 @@ def _parse_iso(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _text_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Read whole numbers exactly, others rounded down; what is none, or beyond all reason, is null."""
-    text = pc.utf8_ltrim(pc.utf8_trim_whitespace(column), characters="+")  # Arrow's cast knows no plus
+    """Parse whole numbers exactly and round others down; text that is not a number, or out of range, is null."""
+    text = pc.utf8_ltrim(pc.utf8_trim_whitespace(column), characters="+")  # Arrow's cast does not accept a plus sign
     null = pa.scalar(None, pa.string())
     is_long = pc.and_(pc.match_substring_regex(text, _LONG_WHOLE), pc.less_equal(pc.utf8_ltrim(text, characters="-"), _LARGEST))
     whole = pc.if_else(pc.or_(pc.match_substring_regex(text, _WHOLE), is_long), text, null).cast(pa.int64())

@@ -1,1 +1,1 @@
-"""Input files of many formats and layouts to Arrow tables, read in a memory-limited child process."""
+"""Reads input files of many formats and layouts as Arrow tables, in a memory-limited child process."""

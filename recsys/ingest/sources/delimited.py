@@ -1,4 +1,4 @@
-"""CSV in any dialect, detected or given, read strictly so that no value is altered."""
+"""Reads CSV in any dialect, detected or given, strictly, so that no value is altered."""
 
 import codecs
 import csv
@@ -22,13 +22,13 @@ from recsys.store import Storage
 HEADER_BYTES = 1 << 20
 _SAMPLE_RECORDS = 200
 _RECORDS_BYTES = 8 << 20
-"""Of a batch that is split here: text as Python's strings takes several times its bytes."""
+"""Size limit of a batch of records split in Python, where strings take several times their bytes."""
 
 _SINGLE, _DOUBLE = "'", '"'
 _BACKSLASH = "\\"
 _DETECTED_SEPARATORS = (",", ";", "\t", "|")
 _DOUBLED = re.compile(r'[^,;\t|\r\n]""|""[^,;\t|\r\n]')
-"""A quote that is doubled, where an empty field is not."""
+"""A doubled quote that is not an empty field."""
 
 _NAMED_SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([^\r\n])\r?\n")
 _UTF8 = "utf-8-sig"
@@ -36,7 +36,7 @@ _UTF8 = "utf-8-sig"
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a file writes fields. A quote inside quotes is doubled, or has the `escape` before it; without `quote` no field is in quotes."""
+    """How a file writes fields. A quote inside quotes is doubled or follows `escape`; if `quote` is empty, no field is quoted."""
 
     separator: str = ","
     quote: str = _DOUBLE
@@ -45,7 +45,7 @@ class Dialect:
     skips_blanks: bool = False
 
     def records(self, lines: Iterable[str]) -> Any:
-        """Split lines into records, strictly: a quote out of place is an error, and `line_num` says where the reader is."""
+        """Return a strict `csv.reader` over the lines: a quote out of place is an error, and `line_num` is the reader's position."""
         csv.field_size_limit(MAX_LINE_BYTES)
         return csv.reader(
             self._with_plain_backslashes(lines) if self.escape else lines,
@@ -53,20 +53,20 @@ class Dialect:
             quotechar=self.quote or None,
             quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
             escapechar=self.escape or None,
-            doublequote=True,  # beside an escape, too: without it the reader accepts a quote out of place
+            doublequote=True,  # even with an escape: otherwise the reader accepts a quote out of place
             skipinitialspace=self.skips_blanks,
             strict=True,
         )
 
     def _with_plain_backslashes(self, lines: Iterable[str]) -> Iterator[str]:
-        """Double an escape that escapes nothing, as in a path: the reader would leave it out."""
+        """Double an escape that escapes nothing, as in a path: the reader would drop it."""
         escape, escaped = re.escape(self.escape), {self.escape, self.quote, self.separator}
         pair = re.compile(f"{escape}(.)", re.DOTALL)
         for line in lines:
             yield pair.sub(lambda match: match[0] if match[1] in escaped else self.escape + match[0], line) if self.escape in line else line
 
     def simple_lines(self) -> re.Pattern[bytes]:
-        """Match lines that are a record each, with every quote around a field or doubled within."""
+        """Return a pattern for lines that are one record each, with every quote around a field or doubled inside one."""
         separator, quote = re.escape(self.separator.encode()), re.escape(self.quote.encode())
         plain = b"[^" + separator + quote + rb"\r\n]*+"
         field = (
@@ -79,9 +79,9 @@ class Dialect:
 def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
     """Return the dialect under which the first records have as many fields as the header; no I/O.
 
-    Among several, or if there is none, the one with the most header fields wins, then comma and double quotes. Single quotes are quotes
-    only if the whole header is in them. A backslash is an escape if one precedes a quote and no quote is doubled, or if the file cannot
-    be read otherwise.
+    If several or none fit, the one with the most header fields wins; ties go to comma and double quotes. Single quotes are quotes only
+    if the whole header is in them. A backslash is an escape if one precedes a quote and no quote is doubled, or if the file cannot be
+    read otherwise.
     """
     encoding = _encoding(sample, settings)
     text = _decode(sample, encoding)
@@ -109,12 +109,12 @@ def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
 def _decode(sample: bytes, encoding: str) -> str:
     try:
         return codecs.getincrementaldecoder(encoding)("replace").decode(sample)
-    except UnicodeError:  # whoever reads the lines says where
+    except UnicodeError:  # reported with the line number when the lines are read
         return ""
 
 
 def _escapes(text: str) -> tuple[str, ...]:
-    """Order the escapes that a file may have by what speaks for them."""
+    """Return the possible escapes, the most likely first."""
     if _BACKSLASH not in text:
         return ("",)
     is_escape = _BACKSLASH + _DOUBLE in text and not _DOUBLED.search(text)
@@ -122,13 +122,13 @@ def _escapes(text: str) -> tuple[str, ...]:
 
 
 def _fit(dialect: Dialect, lines: Sequence[str], is_whole: bool) -> tuple[bool, int]:
-    """Return whether the first records have as many fields as the header, and that number."""
+    """Return whether the first records all have the header's number of fields, at least two, and that number."""
     records: list[list[str]] = []
     fits = True
     try:
         records += (record for record in islice(dialect.records(lines), _SAMPLE_RECORDS) if record)
     except csv.Error as error:
-        # The beginning of a file may end within quotes.
+        # The sample may end inside quotes.
         fits = not is_whole and "unexpected end of data" in str(error)
     num_fields = len(records[0]) if records else 0
     return fits and num_fields > 1 and all(len(record) == num_fields for record in records), num_fields
@@ -141,10 +141,10 @@ def _encoding(sample: bytes, settings: CsvConfig) -> str:
 
 
 def read_names(storage: Storage, uri: str, settings: CsvConfig) -> list[str]:
-    """Read the names of a file's columns.
+    """Read a file's column names.
 
     Raises:
-        UserError: the file is empty, or its first line is no header.
+        UserError: the file is empty, or its first line is not a header.
     """
     with _open_records(storage, uri, settings) as (names, *_):
         return names
@@ -154,7 +154,7 @@ def read_delimited(storage: Storage, uri: str, columns: Sequence[str], settings:
     """Read some columns batch by batch, as text; an empty field is null.
 
     Raises:
-        UserError: a record has more or fewer fields than the header, or a quote is out of place; the line says which.
+        UserError: a record has more or fewer fields than the header, or a quote is out of place; the error names the line.
     """
     with _open_records(storage, uri, settings) as (names, dialect, blocks, num_header_lines):
         num_lines, simple = num_header_lines, dialect.simple_lines()
@@ -172,7 +172,7 @@ def read_delimited(storage: Storage, uri: str, columns: Sequence[str], settings:
 def _read_simple(
     content: bytes, names: Sequence[str], columns: Sequence[str], dialect: Dialect, simple: re.Pattern[bytes]
 ) -> pa.Table | None:
-    """Read lines whose quotes are all in place, and which are records each; None where they are not, or have other numbers of fields."""
+    """Read lines that are one record each with all quotes in place; return None for other lines or another number of fields."""
     has_escape = bool(dialect.escape) and dialect.escape.encode() in content
     if has_escape or dialect.skips_blanks or not simple.fullmatch(content):
         return None
@@ -185,7 +185,7 @@ def _read_simple(
 
 
 def as_text(columns: Sequence[str]) -> arrow_csv.ConvertOptions:
-    """Have Arrow read columns as text, an empty field as null."""
+    """Return the options for Arrow to read columns as text, an empty field as null."""
     types = dict.fromkeys(columns, pa.string())
     return arrow_csv.ConvertOptions(include_columns=list(columns), column_types=types, strings_can_be_null=True, null_values=[""])
 
@@ -212,7 +212,7 @@ def _table(rows: Sequence[Sequence[str]], places: Sequence[int], columns: Sequen
 
 
 def _checked(uri: str, records: Any, num_before: int, names: Sequence[str]) -> Iterator[list[str]]:
-    """Pass on records that have as many fields as the header; blank lines are no records."""
+    """Yield records and check that each has as many fields as the header; blank lines are skipped."""
     begin = num_before + 1
     while True:
         try:
@@ -245,14 +245,14 @@ def _decoded(uri: str, lines: Iterable[bytes], num_before: int) -> Iterator[str]
 
 @contextmanager
 def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[tuple[list[str], Dialect, Iterator[bytes], int]]:
-    """Open a file behind its header: the columns' names, the dialect, blocks of the lines that follow in UTF-8, and the lines read."""
+    """Open a file after its header: column names, dialect, blocks of the following lines in UTF-8, and the number of lines read."""
     with open_stream(storage, uri) as stream:
         sample = stream.read(HEADER_BYTES)
     has_newlines = b"\n" in sample
     if len(sample) == HEADER_BYTES and not has_newlines and b"\r" not in sample:
         raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
     named = _NAMED_SEPARATOR.match(sample)
-    if named:  # which spreadsheets write, and no other reader takes for data
+    if named:  # spreadsheets write this line; it is not data
         sample, settings = sample[named.end() :], settings.model_copy(update={"separator": named[1].decode()})
     dialect = find_dialect(sample, len(sample) < HEADER_BYTES, settings)
     with open_stream(storage, uri) as stream:
@@ -275,7 +275,7 @@ def _checked_header(uri: str, records: Any) -> Iterator[list[str]]:
 
 
 def _without_repeats(uri: str, names: list[str]) -> list[str]:
-    """Refuse a name that two columns have; columns without a name are numbered by their place."""
+    """Refuse two columns of the same name; columns without a name are numbered by their place."""
     named = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     repeated = next((name for place, name in enumerate(named) if name in named[:place]), None)
     if repeated is not None:
@@ -289,7 +289,7 @@ def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _recoded(uri: str, stream: io.BufferedReader, encoding: str, has_newlines: bool) -> Iterator[bytes]:
-    r"""Return a file's lines in UTF-8 instead of its encoding, and ending with \n where they end with \r alone."""
+    r"""Yield a file's lines in UTF-8; lines that end with \r alone end with \n."""
     text = io.TextIOWrapper(stream, encoding, newline="" if has_newlines else None)
     try:
         yield from read_lines(uri, text)

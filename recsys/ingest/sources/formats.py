@@ -1,4 +1,4 @@
-"""Input files to streams of Arrow tables with row numbers, by suffix."""
+"""Reads input files as streams of Arrow tables with row numbers; the suffix selects the format."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from recsys.store import ObjectInfo, Storage
 INPUT_ORDER = "input_order"
 
 FILE_SHIFT = 40
-"""`input_order` is the file's number shifted by this, and the row in the file."""
+"""`input_order` is the file's number shifted left by this, plus the row in the file."""
 
 _PART_BYTES = 256 << 20
 _GROUP_BYTES = 64 << 20
@@ -37,7 +37,7 @@ _MOST_DEPTH = 64
 
 @dataclass(frozen=True)
 class FilePart:
-    """What is read at once: a file, or some consecutive row groups of a large Parquet file. `num_bytes` is the whole file's."""
+    """A file, or some consecutive row groups of a large Parquet file. `num_bytes` is the size of the whole file."""
 
     uri: str
     file_number: int
@@ -47,7 +47,7 @@ class FilePart:
 
 
 def plan_parts(storage: Storage, files: Sequence[ObjectInfo]) -> list[FilePart]:
-    """Cut the files into parts of at most about 256 MiB where their format allows it, which is Parquet alone."""
+    """Split Parquet files above 256 MiB into parts of about that size; every other file is one part."""
     parts: list[FilePart] = []
     for number, file in enumerate(files):
         if not _is_parquet(file.uri) or file.num_bytes <= _PART_BYTES:
@@ -58,7 +58,7 @@ def plan_parts(storage: Storage, files: Sequence[ObjectInfo]) -> list[FilePart]:
 
 
 def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
-    """Put consecutive small parts together up to about 64 MiB, so that ten thousand small files are a few tasks."""
+    """Group consecutive small parts up to about 64 MiB, so that ten thousand small files become a few tasks."""
     groups: list[list[FilePart]] = []
     num_bytes = _GROUP_BYTES
     for part in parts:
@@ -71,13 +71,13 @@ def group_parts(parts: Sequence[FilePart]) -> list[tuple[FilePart, ...]]:
 
 
 def read_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool = False) -> dict[str, str]:
-    """Return a file's columns, in order, each with the type that it declares, Arrow's or RecBole's, then those that its path gives.
+    """Return a file's columns in order with their declared types (Arrow's or RecBole's), then the columns that its path gives.
 
-    In place of a column of structs stand its fields, as `column.field`. JSONL has no header; there it is the keys of the first
-    thousand lines or, with `is_whole`, of all.
+    A column of structs is replaced by its fields, as `column.field`. JSONL has no header: its columns are the keys of the first
+    thousand lines or, with `is_whole`, of all lines.
 
     Raises:
-        UserError: the file is empty, not what its suffix says, or has two columns of one name.
+        UserError: the file is empty, does not match its suffix, or has two columns of the same name.
     """
     with reading(uri):
         header = _file_header(storage, uri, dialect, is_whole)
@@ -87,12 +87,12 @@ def read_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool =
 def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialect: CsvConfig, has_lists: bool = True) -> Iterator[pa.Table]:
     """Read some columns of a part, batch by batch, with `input_order` (file number << 40 | row in the file) added.
 
-    Parquet keeps its types, but that several of one meaning (large, view, dictionary) become one. The other formats
-    give strings, or lists where a JSON value is a list and `has_lists`: whoever casts them can then count the bad values.
-    Empty CSV fields are null. A column that the path gives is a string.
+    Parquet keeps its types, except that equivalent ones (large, view, dictionary) become one. Other formats give strings, or lists
+    where a JSON value is a list and `has_lists`; the code that casts them can then count bad values. Empty CSV fields are null. A
+    column from the path is a string.
 
     Raises:
-        UserError: the file cannot be read, or grows as only a compression bomb does; one line with the file and the reason.
+        UserError: the file cannot be read, or expands like a compression bomb; one line with the file and the reason.
     """
     next_row = part.first_row
     num_bytes = 0
@@ -115,7 +115,7 @@ def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
 
 
 def _read_raw(storage: Storage, part: FilePart, columns: list[str], dialect: CsvConfig, has_lists: bool) -> Iterator[pa.Table]:
-    """Read columns of the file, and repeat those that its path alone gives."""
+    """Read columns of the file, and add constant columns that only its path gives."""
     of_path = path_columns(part.uri)
     if of_path:
         header = _file_header(storage, part.uri, dialect)
@@ -141,7 +141,7 @@ def _file_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool 
 
 
 def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[pa.Field]:
-    """Put the fields of structs in the place of these."""
+    """Yield the fields, with each struct replaced by its own fields."""
     for field in fields:
         named = field.with_name(prefix + field.name)
         if pa.types.is_struct(field.type) and field.type.num_fields:
@@ -151,14 +151,14 @@ def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[pa.Field]:
 
 
 def _flat(table: pa.Table) -> pa.Table:
-    """Put the fields of structs in the place of these."""
+    """Replace struct columns by their fields."""
     while any(pa.types.is_struct(field.type) and field.type.num_fields for field in table.schema):
         table = table.flatten()
     return table
 
 
 def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Iterator[pa.Table]:
-    # A small file is fetched at once; of a large one, whose row groups may be as large, no more than a buffer per column.
+    # A small file is fetched at once; a large one through one buffer per column, since its row groups may be large, too.
     with _open_parquet(storage, part.uri, is_fetched_whole=part.num_bytes <= _WHOLE_BYTES) as file:
         _refuse_bomb(part, file.metadata.num_rows * len(columns) * _LEAST_VALUE_BYTES)
         for batch in file.iter_batches(_batch_rows(file.metadata), row_groups=part.row_groups, columns=columns, use_threads=False):
@@ -166,7 +166,7 @@ def _read_parquet(storage: Storage, part: FilePart, columns: list[str]) -> Itera
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Choose the rows of a batch so that it has at most some 64 MiB: a row may hold a megabyte of text."""
+    """Choose the number of rows of a batch so that it has about 64 MiB at most: a row may hold a megabyte of text."""
     num_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     row_bytes = max(1, num_bytes // max(1, metadata.num_rows))
     return max(_FEWEST_BATCH_ROWS, min(BATCH_ROWS, _BATCH_BYTES // row_bytes))

@@ -1,4 +1,4 @@
-"""Input tables under this project's column names, and the use of each column."""
+"""Reads input tables under this project's column names, and records the use of each column."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, V
 from recsys.store import ObjectInfo, Storage
 
 Headers = Mapping[str, Mapping[str, str]]
-"""Of each file, its columns with their declared types."""
+"""The columns of each file with their declared types."""
 
 _ATTRIBUTE = "attribute"
 _TAKEN = {
@@ -44,7 +44,7 @@ _OF_LAYOUT = "the known layout of this file leaves it out"
 
 @dataclass(frozen=True)
 class Imported:
-    """A part of a table under the house's names, uncast, batch by batch, and what each of its columns is used as."""
+    """A part of a table under this project's column names, uncast, batch by batch, and the use of each file column."""
 
     uses: tuple[ColumnUse, ...]
     tables: Iterator[pa.Table]
@@ -55,7 +55,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class Items:
-    """The whole catalogue: `item_id` as text and the feature columns, the kind of each, and what each column of the files is used as."""
+    """The whole catalogue: `item_id` as text and the feature columns, the kind of each feature, and the use of each file column."""
 
     rows: pa.Table
     kinds: dict[str, FeatureKind]
@@ -63,14 +63,14 @@ class Items:
 
 
 def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
-    """Return which of the file's columns the event columns come from, as {house name: file's name}.
+    """Return the file columns that the event columns come from, as {project's name: file's name}.
 
-    The order comes from the timestamp where there is one and from the position otherwise. A column that the config
-    renames must be there; those of event, value and query may be empty, and are not read then. JSON lines always have queries: few
-    events may have the key, and none of those that the header is read from.
+    Events are ordered by the timestamp if there is one, otherwise by the position. A column that the config renames must exist; event,
+    value and query may be set to an empty name and are then not read. JSON lines always get a query column, since few events may have
+    the key, and perhaps none of the lines that the header is read from.
 
     Raises:
-        UserError: a required column is missing; the line names the columns that exist.
+        UserError: a required column is missing; the error lists the columns that exist.
     """
     return _match_event_columns(uri, list(read_header(storage, uri, data.csv)), data.columns)
 
@@ -95,10 +95,10 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
 
 
 def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Imported:
-    """Read the event columns of one part under the house's names.
+    """Read the event columns of one part under this project's names.
 
     Raises:
-        UserError: the file cannot be read or lacks a column; `time_column`, the first file's, is one that it must have.
+        UserError: the file cannot be read or lacks a column, for example `time_column`, which the first file has.
     """
     header = read_header(storage, part.uri, data.csv)
     found = _match_event_columns(part.uri, list(header), data.columns)
@@ -126,7 +126,7 @@ def _unused_event(name: str, used: Mapping[str, str]) -> str:
 
 
 def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported:
-    """Read the users of one part: `user_id`, and every other column that has a text as text."""
+    """Read the users of one part: `user_id`, and every other column that can be spelled as text."""
     header = read_header(storage, part.uri, data.csv, is_whole=True)
     id_name = find_column(USER_ID, data.columns, header)
     if id_name not in header:
@@ -153,7 +153,7 @@ def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported
 
 
 def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Spell an attribute as text; None where its type has none."""
+    """Spell an attribute as text; return None if its type has no text form."""
     try:
         return pc.binary_join(spell(simple_lists(column)), " ") if is_list(column.type) else spell(column)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
@@ -161,7 +161,7 @@ def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def _without_floats(column: pa.ChunkedArray, header: Mapping[str, str], name: str) -> pa.ChunkedArray:
-    """Take the `.0` off ids of a file that declares no types; where a type says that they are text, they are what they say."""
+    """Strip `.0` from ids of CSV, RecBole and MovieLens files; strings in Parquet and JSON stay unchanged."""
     return without_point_zero(column) if header.get(name, TEXT) in (TEXT, *ATOMIC_TYPES) else column
 
 
@@ -177,11 +177,11 @@ def _share_of_files(name: str, headers: Headers) -> str:
 def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
     """Read the whole catalogue.
 
-    The kinds are the configured ones, those of a known layout or, where there are none, inferred by `item_columns`. Text of a category is
-    a list, split at the separator of the config, or at blanks where RecBole declares a token_seq; a vector is a list of numbers.
+    Kinds come from the config, else from a known layout, else from `item_columns.infer_kind`. Text of a category is split into a list,
+    at the configured separator, or at blanks if RecBole declares a token_seq; a vector is a list of numbers.
 
     Raises:
-        UserError: a column is missing or changes its type from file to file, vectors differ in length, or there is no row.
+        UserError: a column is missing or changes its type between files, vectors differ in length, or there are no rows.
     """
     features = data.item_features
     is_told = bool(catalogue_kinds(features, read_header(storage, files[0].uri, data.csv)))
@@ -240,10 +240,10 @@ def _as_feature(column: pa.ChunkedArray, name: str, kind: FeatureKind, declared:
 
 
 def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) -> str:
-    """Say how many values of a column of numbers are none, apart from the usual words for a missing one.
+    """Describe the values of a number column that are not numbers, except the usual words for a missing one; empty if none.
 
     Raises:
-        UserError: none of them is a number.
+        UserError: no value is a number.
     """
     is_lost = pc.and_(pc.invert(is_missing(before)), numbers.is_null()) if not is_list(before.type) else before.is_valid()
     num_lost = pc.sum(is_lost).as_py() or 0
@@ -258,7 +258,7 @@ def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) 
 def _read_whole(
     storage: Storage, files: Sequence[ObjectInfo], headers: Headers, id_name: str, wanted: list[str], data: DataConfig
 ) -> pa.Table:
-    """Read all files end to end, ids as text; a column that some files lack is null there."""
+    """Read all files into one table, ids as text; a column that a file lacks is null there."""
     tables: list[pa.Table] = []
     for part in plan_parts(storage, files):
         header = headers[part.uri]
@@ -278,7 +278,7 @@ def _read_whole(
 
 
 def _with_equal_lists(tables: list[pa.Table]) -> list[pa.Table]:
-    """Cast a JSON column to one type where batches differ: lists of text if any has those, of numbers with a point if any has those."""
+    """Cast a JSON column to one type where batches differ: lists of text if any batch has those, else lists of floats if any has those."""
     kinds = {(field.name, field.type) for table in tables for field in table.schema}
     texts, vectors = ({name for name, kind in kinds if kind == pa.list_(value)} for value in (pa.string(), pa.float64()))
 

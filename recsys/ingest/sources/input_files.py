@@ -1,4 +1,4 @@
-"""Finds the input files, and asks the child process what is in them."""
+"""Finds the input files, and reads their columns, parts and items in the child process."""
 
 import os
 import tempfile
@@ -23,11 +23,11 @@ from recsys.store.backends import S3_SCHEME
 def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
     """List the files of an input table, sorted by name; `role` is events, items or users, `uri` a file, a folder or a pattern.
 
-    In a folder, names that start with `_` or `.` are passed over, and so is what has no suffix of a table and what is text
-    without a byte, as some writers leave it for a part without rows.
+    In a folder, these are skipped: names that start with `_` or `.`, files without the suffix of a table, and empty text files, which
+    some writers leave for a part without rows.
 
     Raises:
-        UserError: nothing is there, no file has a known suffix, a file is empty, or a link leads out of the folder.
+        UserError: no file is found, none has a known suffix, a Parquet file or every file is empty, or a link leads out of the folder.
     """
     files = [file for file in _list_visible(storage, f"data.{role}", uri) if is_table(file.uri, role)]
     if not files:
@@ -37,7 +37,7 @@ def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
 
 
 def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]:
-    """List a table's files in a folder that holds them all, known by their names (see `layouts.choose_by_name`).
+    """List a table's files in a folder that holds all tables; names tell them apart (see `layouts.choose_by_name`).
 
     Raises:
         UserError: there are no events. Items and users may be absent.
@@ -55,19 +55,19 @@ def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]
 
 
 def event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
-    """Answer `importers.find_event_columns`."""
+    """Run `importers.find_event_columns` in the child process."""
     found: dict[str, str] = run_limited(data.max_file_memory_bytes, find_event_columns, storage, uri, data)
     return found
 
 
 def plan_tasks(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> list[tuple[FilePart, ...]]:
-    """Cut and group the files into what one task reads."""
+    """Split and group the files into the parts that one task reads."""
     parts = run_limited(data.max_file_memory_bytes, plan_parts, storage, list(files))
     return group_parts(TypeAdapter(list[FilePart]).validate_python(parts))
 
 
 def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
-    """Answer `importers.import_items`; the table comes back as an Arrow file."""
+    """Run `importers.import_items` in the child process; the table comes back as an Arrow file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.arrow"
         kinds, uses = run_limited(data.max_file_memory_bytes, _write_items, str(path), storage, list(files), data)
@@ -101,7 +101,7 @@ def _is_visible(uri: str, root: str) -> bool:
 
 
 def _check_links(key: str, root: str, files: list[ObjectInfo]) -> None:
-    """Refuse links that lead out of the folder that was given; the folder itself may be reached by one."""
+    """Refuse links to folders, and links that lead out of the given folder; the folder itself may be a link."""
     real_root = os.path.realpath(root)
     for file in files:
         target = os.path.realpath(file.uri)

@@ -1,4 +1,4 @@
-"""The kind of each catalogue column: text, category, number, vector, or the reason why it is not used."""
+"""Infers the kind of each catalogue column (text, category, number or vector), or the reason why it is not used."""
 
 import re
 
@@ -12,7 +12,7 @@ from recsys.ingest.sources.text_formats import JSON_VALUE, TEXT, WHOLE_JSON
 from recsys.schema import FeatureKind
 
 TITLE_NAMES = ("title", "name", "product_title", "product_name", "item_title", "item_name", "headline")
-"""Names of the column that titles come from, the first of them first, however they are written; or one that ends with `_title`."""
+"""Names of the title column, the preferred one first, in any spelling; else a name that ends with `_title`."""
 
 AN_INDEX = "an index that pandas left"
 _INDEX_NAME = re.compile(r"__index_level_\d+__|Unnamed: \d+(\.\d+|_level_\d+)*|")
@@ -23,12 +23,12 @@ _VECTOR_SEPARATOR = r"[\s,;|]+"
 
 
 def is_index_name(name: str) -> bool:
-    """Return whether a name is one that pandas gives to an unnamed index."""
+    """Return whether pandas gives this name to an unnamed index."""
     return _INDEX_NAME.fullmatch(name) is not None
 
 
 def title_column(names: list[str]) -> str | None:
-    """Choose the column of titles by its name; None where no name is one of a title."""
+    """Return the title column by its name; None if no name fits."""
     spelled = {name: re.sub(r"[-. ]", "_", name.strip().lower()) for name in names}
     for wanted in TITLE_NAMES:
         found = next((name for name in names if spelled[name] == wanted), None)
@@ -40,9 +40,9 @@ def title_column(names: list[str]) -> str | None:
 def infer_kind(name: str, column: pa.ChunkedArray, declared: str, is_title: bool) -> tuple[FeatureKind | None, str]:
     """Return a column's kind, or None and the reason it is not used.
 
-    `column` has a plain type (see `scalars.plain`), its lists scalars; `declared` is what the file says its type is. Lists of numbers with
-    a point are vectors, other lists categories; numbers, dates, times and durations numbers, and so is text that reads as numbers
-    throughout where the file declares no types. Text is text where most of its values differ and a category otherwise; the titles are text.
+    `column` has a plain type (see `scalars.plain`), and its lists hold scalars; `declared` is the type that the file declares. Lists of
+    floats or decimals are vectors, other lists categories. Numbers, dates, times and durations are numbers, and so is text in a file
+    without types if all of it reads as numbers. Other text is text if most of its values differ, otherwise a category. Titles are text.
     """
     if is_index_name(name) or (name in _INDEX_COLUMNS and _counts_rows(column)):
         return None, AN_INDEX
@@ -83,7 +83,7 @@ def _infer_list(kind: pa.DataType) -> tuple[FeatureKind | None, str]:
 
 
 def scalar_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bring lists to lists of scalars, also those that were written as text; other columns stay."""
+    """Convert lists, including lists written as text, to lists of scalars; other columns stay unchanged."""
     if pa.types.is_string(column.type):
         column = parsed if (parsed := parsed_lists(column)) is not None else column
     column = simple_lists(column) if is_list(column.type) else column
@@ -92,7 +92,7 @@ def scalar_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def as_kind(column: pa.ChunkedArray, kind: FeatureKind) -> pa.ChunkedArray:
-    """Bring a column to what its kind is made of: text or lists of text, numbers; for vectors see `as_vectors`."""
+    """Convert a column to the type of its kind: text, lists of text, or numbers; for vectors see `as_vectors`."""
     if kind == "numbers":
         return column if is_list(column.type) else numbers_of(column)
     if pa.types.is_null(column.type):
@@ -101,10 +101,10 @@ def as_kind(column: pa.ChunkedArray, kind: FeatureKind) -> pa.ChunkedArray:
 
 
 def as_vectors(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Bring a column of vectors to lists of numbers; text is split at blanks, commas and the like. An empty one is null.
+    """Convert a column to lists of numbers; text is split at blanks, commas, semicolons and bars. An empty list becomes null.
 
     Raises:
-        UserError: something in it is no number.
+        UserError: a value is not a number.
     """
     if pa.types.is_string(column.type):
         text = pc.utf8_trim(column, characters=_VECTOR_ENDS)
@@ -117,7 +117,7 @@ def as_vectors(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def odd_vector(column: pa.ChunkedArray) -> tuple[int, int, int] | None:
-    """Find the first row whose vector has another length than most; return the row, its length and that of most."""
+    """Find the first row whose vector length is not the usual one; return the row, its length and the usual length."""
     lengths = pc.list_value_length(column).combine_chunks()
     if len(pc.unique(lengths.drop_null())) < 2:
         return None
@@ -133,7 +133,7 @@ def _counts_rows(column: pa.ChunkedArray) -> bool:
 
 
 def is_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return which values are missing: null, or a usual word for that in text."""
+    """Return which values are missing: null, NaN, or a usual word for that in text."""
     if not pa.types.is_string(column.type):
         return column.is_null(nan_is_null=pa.types.is_floating(column.type))
     texts = pc.utf8_lower(pc.utf8_trim_whitespace(column))
@@ -141,7 +141,7 @@ def is_missing(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def reads_as_numbers(column: pa.ChunkedArray) -> bool:
-    """Return whether all texts parse as numbers, apart from the usual words for a missing one."""
+    """Return whether all texts parse as numbers, except the usual words for a missing one."""
     values = pc.utf8_lower(pc.utf8_trim_whitespace(column)).filter(pc.invert(is_missing(column)))
     try:
         values.cast(pa.float64())

@@ -1,4 +1,4 @@
-"""Known layouts of input tables: names of files and columns, units, kinds of features."""
+"""Known layouts of input tables: file names, column names and kinds of features."""
 
 import re
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ _MOVIELENS_COLUMNS = {
     "movies": ("MovieID", "Title", "Genres"),
     "users": ("UserID", "Gender", "Age", "Occupation", "Zip-code"),
 }
-"""MovieLens's `.dat` files have no header line; these are the names that its README gives."""
+"""Column names from MovieLens's README; its `.dat` files have no header line."""
 
 _FILE_NAMES = {"events": ("events", "ratings", "reviews"), "items": ("items", "movies", "meta_"), "users": ("users",)}
-"""How the files of a role begin; the first beginning that a folder has counts alone."""
+"""How the file names of a role begin; only the first beginning that occurs in a folder counts."""
 
 _AMAZON_REVIEW = {USER_ID, "parent_asin", "rating", TIMESTAMP}
 _CATALOGUES: tuple[tuple[set[str], dict[str, FeatureKind]], ...] = (
@@ -42,14 +42,14 @@ _CATALOGUES: tuple[tuple[set[str], dict[str, FeatureKind]], ...] = (
     ({"MovieID", "Title", "Genres"}, {"Title": "text", "Genres": "categories"}),
     ({"movieId", "title", "genres"}, {"title": "text", "genres": "categories"}),
 )
-"""By their columns: average ratings and their number are left out, since they leak the time after the split."""
+"""Catalogue layouts by their columns. Average ratings and rating counts are left out: they leak data from after the split."""
 
 _PATH_COLUMN = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)=(.*)")
 _PATH_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -> str:
-    """Return what a file calls a column: as configured or, where the config has the default and no such column is there, by layout."""
+    """Return a column's name in the file: the configured one, or a known layout's if the config has the default and it is absent."""
     name: str = getattr(columns, house_name)
     if name != house_name or name in names:
         return name
@@ -57,12 +57,12 @@ def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -
 
 
 def is_amazon_review(names: Iterable[str]) -> bool:
-    """Return whether a file is one of Amazon's reviews (2023), by its columns."""
+    """Return whether the columns are those of Amazon Reviews 2023."""
     return _AMAZON_REVIEW.issubset(names) and ITEM_ID not in names
 
 
 def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[str, FeatureKind]:
-    """Return the kinds of a catalogue's columns: the configured ones, else those of a known layout; none to infer from the types."""
+    """Return the kinds of a catalogue's columns: the configured ones, else a known layout's; empty if they are to be inferred."""
     configured: dict[str, FeatureKind] = {}
     configured |= dict.fromkeys(features.text, "text")
     configured |= dict.fromkeys(features.categories, "categories")
@@ -77,7 +77,7 @@ def catalogue_kinds(features: ItemFeaturesConfig, names: Iterable[str]) -> dict[
 
 
 def movielens_columns(uri: str) -> tuple[str, ...]:
-    """Name the columns of a MovieLens `.dat` file by the file's name; empty for every other file."""
+    """Return the columns of a MovieLens `.dat` file, by the file's name; empty for every other file."""
     name = _file_name(uri)
     return next((names for stem, names in _MOVIELENS_COLUMNS.items() if name.startswith(stem) and name.endswith(".dat")), ())
 
@@ -93,8 +93,8 @@ def is_table(uri: str, role: str) -> bool:
 def choose_by_name(paths: Iterable[str], role: str) -> set[str]:
     """Choose a role's files from a folder that holds several tables; `paths` are relative to it.
 
-    A file has RecBole's suffix, begins with one of the role's names, or lies below a folder of the role's name. Reviews that are called
-    like their category, as Amazon's are, are known by the `meta_` file beside them.
+    A file has RecBole's suffix, begins with one of the role's names, or is in a folder of such a name. Amazon's reviews are named after
+    their category; they are recognised by the `meta_` file next to them.
     """
     tables = {path for path in paths if is_table(path, role)}
     for beginning in _FILE_NAMES[role]:
@@ -108,7 +108,7 @@ def choose_by_name(paths: Iterable[str], role: str) -> set[str]:
 
 
 def path_columns(uri: str) -> dict[str, str | None]:
-    """Read the columns that a path gives: folders named `key=value`, as Hive, Spark and Athena write them."""
+    """Return the columns that a path gives: folders named `key=value`, as Hive, Spark and Athena write them."""
     found: dict[str, str | None] = {}
     for segment in uri.split("/")[:-1]:
         match = _PATH_COLUMN.fullmatch(segment)

@@ -1,4 +1,4 @@
-"""Bounded reading of lines of text files."""
+"""Reads lines of text files in bounded memory."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ BATCH_ROWS = 131_072
 BATCH_BYTES = 64 << 20
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 16 << 20
-"""The longest line, and so the largest field, of a text file."""
+"""The longest allowed line, and so the longest field, of a text file."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def open_stream(storage: Storage, uri: str) -> Iterator[io.BufferedReader]:
 
 
 def read_lines(uri: str, stream: io.BufferedReader | io.TextIOWrapper) -> Iterator[bytes]:
-    """Return the lines, in UTF-8 where the stream is text.
+    """Yield the lines as bytes; lines of a text stream are encoded in UTF-8.
 
     Raises:
         UserError: a line is longer than MAX_LINE_BYTES.
@@ -38,7 +38,7 @@ def read_lines(uri: str, stream: io.BufferedReader | io.TextIOWrapper) -> Iterat
 
 
 def read_blocks(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
-    """Return whole lines, as many as fit in about BLOCK_BYTES.
+    """Yield blocks of whole lines of about BLOCK_BYTES.
 
     Raises:
         UserError: as `read_lines`.
@@ -57,7 +57,7 @@ def read_blocks(uri: str, stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 def batches(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, list[bytes]]]:
-    """Gather lines up to a batch's rows or bytes, with the number of the first."""
+    """Yield batches of at most BATCH_ROWS lines or about BATCH_BYTES, each with the number of its first line."""
     gathered, num_bytes = list[bytes](), 0
     for line in lines:
         gathered.append(line)

@@ -1,4 +1,4 @@
-"""The child process with a memory limit that opens untrusted files."""
+"""The memory-limited child process that opens untrusted files."""
 
 import atexit
 import csv
@@ -26,12 +26,12 @@ from pydantic_core import to_jsonable_python
 from recsys.errors import UserError
 
 BAD_FILE_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError, csv.Error, zlib.error)
-"""What decoders and casts raise on content that they cannot take."""
+"""Errors that decoders and casts raise on bad content."""
 
 _IDLE_SECONDS = 300
 _LENGTH = struct.Struct("<Q")
 _QUIET_ENVIRONMENT = {
-    # The pool that gives memory back, and no arenas and threads that count against the limit before anything is read.
+    # A memory pool that returns memory, and no arenas or threads that count against the limit before anything is read.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "1",
@@ -43,13 +43,14 @@ _announcements: list[Callable[[str], None]] = []
 
 
 def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function of a module in a child process that may take `limit_bytes` of memory, and return its result through JSON.
+    """Run a module-level function in a child process that may use `limit_bytes` of memory; return its result through JSON.
 
-    The arguments are pickled. The child is a fresh interpreter with this process's environment, used again by later
-    calls and gone with this process.
+    The arguments are pickled. The child is a fresh interpreter with this process's environment. Later calls reuse it, and it ends with
+    this process. Calls from several threads run one at a time.
 
     Raises:
-        UserError: the function raised one, needed more memory, or the child died of what it read; one line with the file.
+        UserError: the function raised one or ran out of memory, or a file crashed the child; one line with the file.
+        RuntimeError: the function or the child failed for another reason.
     """
     request = pickle.dumps((limit_bytes, function, arguments))
     with _lock:
@@ -76,7 +77,7 @@ def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any)
 
 @contextmanager
 def reading(uri: str) -> Iterator[None]:
-    """Say in one line which file is broken and how, whatever the decoder raises; a child that dies in the block died of this file."""
+    """Turn any error of a decoder into one line that names the file; if the child dies in this block, the error names this file."""
     for announce in _announcements:
         announce(uri)
     try:
@@ -92,7 +93,7 @@ def reading(uri: str) -> Iterator[None]:
 
 
 class _Child:
-    """The parent's end: sends a call, reads what the child says while it works, and explains its death."""
+    """The parent's side of the child: sends a call, reads the child's messages, and explains its death."""
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
@@ -107,7 +108,7 @@ class _Child:
         atexit.register(self.close)
 
     def call(self, request: bytes) -> dict[str, Any] | None:
-        """Return the child's answer, or None where it had ended before it began: idle, worn, or killed by somebody else."""
+        """Return the child's answer, or None if it ended without starting the call: idle, worn, or killed by another process."""
         if self._process.poll() is not None:
             return None
         log_start = os.fstat(self._log.fileno()).st_size
@@ -140,13 +141,13 @@ class _Child:
                     stream.close()
 
     def _last_words(self, log_start: int) -> str:
-        """Return the first line that the child wrote to its stderr in the call that it died of; what follows it are details."""
+        """Return the first line that the child wrote to stderr in the call in which it died."""
         words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
         return next((line.strip()[:200] for line in words if line.strip()), "it said nothing, as when memory runs out")
 
 
 def serve() -> None:
-    """Answer calls on stdin until it closes: the body of the child process, which writes nothing else to its stdout."""
+    """Answer calls on stdin until it closes. This is the body of the child process; nothing else may write to its stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -154,7 +155,7 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _announcements.append(lambda uri: _send(replies, json.dumps({"reading": uri}).encode()))
     _answer_calls(replies)
-    # No tidy end of the interpreter: a decoder's threads may still read ahead in a file that was refused.
+    # Skip the interpreter's shutdown: a decoder's threads may still read ahead in a refused file.
     os._exit(0)
 
 
@@ -187,7 +188,7 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
 
 
 def _is_worn(start_bytes: int, limit_bytes: int) -> bool:
-    """Return whether so much memory stayed allocated that the next file would not have its share."""
+    """Return whether so much memory is still allocated that the next file would not get its full limit."""
     most_bytes = start_bytes + limit_bytes // 4
     if _data_bytes() > most_bytes:
         gc.collect()
@@ -196,13 +197,13 @@ def _is_worn(start_bytes: int, limit_bytes: int) -> bool:
 
 
 def _data_bytes() -> int:
-    """What RLIMIT_DATA counts: this process's private writable memory."""
+    """Return the memory that RLIMIT_DATA counts: this process's private writable memory."""
     with open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
 
 
 def _end_with_reader(descriptor: int) -> None:
-    """End this process when its parent does, in the middle of a call too: the parent alone holds the other end."""
+    """Exit when the parent exits, even during a call: only the parent holds the other end of the pipe."""
     poll = select.poll()
     poll.register(descriptor, 0)
     poll.poll()
@@ -215,7 +216,7 @@ def _send(stream: Any, message: bytes) -> None:
 
 
 def _receive(stream: BinaryIO | Any) -> bytes | None:
-    """Read one message; None where the other side has ended."""
+    """Read one message; return None if the other side has ended."""
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None

@@ -1,4 +1,4 @@
-"""One spelling per value: Arrow columns of any type to text, numbers and lists."""
+"""Converts Arrow columns of any type to text, numbers and lists, with one spelling per value."""
 
 import ast
 import json
@@ -15,17 +15,17 @@ from recsys.errors import UserError
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 _POINT_ZERO = r"^\s*(-?\d+)\.0+\s*$"
 _NAME_FIELDS = ("name", "title", "label", "value")
-"""Of a struct in a list, the field that names it; otherwise its first field that is text."""
+"""Fields that name a struct in a list, the preferred one first; else its first text field, else its first scalar field."""
 
 _LONGEST_LIST = 1 << 16
 _LONGEST_NUMBER = 400
 
 _EXACT_FLOATS = {pa.float16(): 2.0**11, pa.float32(): 2.0**24, pa.float64(): 2.0**53}
-"""Up to here a float of each width holds every whole number."""
+"""Up to this number, a float of each width represents every whole number."""
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Return the one type for the several of one meaning: large, view, dictionary and fixed-size ones, and extensions."""
+    """Return the plain type for equivalent ones: large, view, dictionary and fixed-size types, and extensions."""
     if isinstance(kind, pa.BaseExtensionType):
         return pa.string() if isinstance(kind, pa.UuidType) else plain_type(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -44,7 +44,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bring a column to its plain type."""
+    """Convert a column to its plain type."""
     kind = plain_type(column.type)
     if isinstance(column.type, pa.UuidType):
         return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
@@ -83,14 +83,14 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def texts_of(column: pa.ChunkedArray, broken: str = "replace") -> pa.ChunkedArray:
-    r"""Spell values of any scalar type as text, the same value in the same way whatever type carries it.
+    r"""Spell values of any scalar type as text; the same value has the same text in every type.
 
-    Whole numbers have no point and no exponent, others the fewest digits that identify them; true and false are words. Bytes are UTF-8 or,
-    where a value is not, hexadecimal after 0x. In strings that are not valid UTF-8 `broken` says what stands for the bytes that are not:
-    "replace" puts U+FFFD, "backslashreplace" \xNN, by which no two become one.
+    Whole numbers have no point and no exponent; other numbers have the fewest digits that identify them. Booleans are "true" and "false".
+    Bytes are decoded as UTF-8; a value that is not UTF-8 is written in hexadecimal after 0x. In strings, `broken` selects what replaces
+    invalid UTF-8: "replace" puts U+FFFD, "backslashreplace" puts \xNN, so that different strings stay different.
 
     Raises:
-        ArrowNotImplementedError: the type has no text, as a list has not.
+        ArrowNotImplementedError: the type has no text form, such as a list.
     """
     kind = column.type
     if pa.types.is_string(kind):
@@ -159,7 +159,7 @@ def ids_of(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def without_point_zero(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Take the `.0` off whole numbers, which text formats get from tools that turn a column with a missing number into floats."""
+    """Strip `.0` from whole numbers in text; tools write it when a missing number turns a column into floats."""
     return pc.replace_substring_regex(column, _POINT_ZERO, r"\1") if pa.types.is_string(column.type) else column
 
 
@@ -171,9 +171,9 @@ def may_be_rounded(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def numbers_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Read values of any scalar type as float64; what is not a number is null.
+    """Convert values of any scalar type to float64; a value that is not a number is null.
 
-    True is 1 and false 0, also as words. Dates are days and timestamps seconds since 1970, times of day and durations seconds.
+    True is 1 and false is 0, also as text. Dates are days and timestamps are seconds since 1970; times of day and durations are seconds.
     """
     column = texts_of(column) if pa.types.is_binary(column.type) else column
     kind = column.type
@@ -193,12 +193,12 @@ def numbers_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def per_second(unit: str) -> int:
-    """Return how many of a unit of time make a second."""
+    """Return how many of a time unit make a second."""
     return {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
 
 
 def rebuild(lists: pa.Array, values: pa.Array) -> pa.ChunkedArray:
-    """Put other values, as many, into the lists of an array."""
+    """Return lists with the lengths and nulls of `lists`, but other values."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     mask = lists.is_null() if lists.null_count else None
@@ -206,7 +206,7 @@ def rebuild(lists: pa.Array, values: pa.Array) -> pa.ChunkedArray:
 
 
 def simple_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bring lists to lists of scalars: nested ones are laid end to end, a struct is its field that names it."""
+    """Convert lists to lists of scalars: nested lists are concatenated, a struct becomes the field that names it."""
     lists = column.combine_chunks()
     values = lists.flatten()
     if is_list(values.type):
@@ -235,7 +235,7 @@ def _naming(scalars: list[str], texts: list[str]) -> str | None:
 
 
 def parsed_lists(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Read text that holds lists, as JSON or as Python prints them; None where any of it is something else."""
+    """Parse text that holds lists, as JSON or as Python prints them; None if any text is something else."""
     texts = pc.utf8_trim_whitespace(spell(column))
     is_empty = pc.fill_null(pc.equal(texts, ""), True)
     if not pc.all(pc.or_(is_empty, pc.fill_null(pc.starts_with(texts, "["), False))).as_py():
@@ -268,6 +268,6 @@ class JsonNumber(str):
 
 
 def json_number(text: str) -> JsonNumber:
-    """Spell a JSON number that is no integer as the same number elsewhere is spelled."""
+    """Spell a JSON number that is not an integer like the same number in other formats."""
     value = Decimal(text)
     return JsonNumber(_decimal_text(value) if abs(value.adjusted()) < _LONGEST_NUMBER else text)

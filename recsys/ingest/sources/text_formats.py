@@ -1,4 +1,4 @@
-"""CSV, JSON lines, RecBole's atomic files and MovieLens's `.dat` to Arrow tables of text."""
+"""Reads CSV, JSON lines, RecBole's atomic files and MovieLens's `.dat` as Arrow tables of text."""
 
 import io
 import json
@@ -22,15 +22,15 @@ from recsys.store import Storage
 
 ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 TEXT, JSON_VALUE = "text", "JSON"
-"""What columns are declared as where a file declares no type."""
+"""Declared types of columns in files that declare none."""
 
 WHOLE_JSON = pa.decimal128(38)
-"""The type of whole numbers in JSON lists, which no other format gives."""
+"""The type of whole numbers in JSON lists; no other format has it."""
 
 _HEADER_LINES = 1000
 _HEADER_LINES_BYTES = 8 << 20
 _MOST_FIELDS = 32
-"""With more keys than these an object is a map, whose keys are no columns."""
+"""An object with more keys than this is a map; its keys are not columns."""
 
 _MOST_DEPTH = 4
 
@@ -39,7 +39,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool) -> dict[str, str]:
-    """Return a file's columns with their RecBole types, as `formats.read_header` does."""
+    """Return a text file's columns with their declared types, as `formats.read_header` does."""
     if movielens_columns(uri):
         return dict.fromkeys(movielens_columns(uri), TEXT)
     if is_jsonl(uri):
@@ -54,7 +54,7 @@ def read_text_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: b
 
 
 def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig, has_lists: bool) -> Iterator[pa.Table]:
-    """Read some columns batch by batch, as strings; a JSON value that is a list gives lists of strings or numbers, if `has_lists`."""
+    """Read some columns batch by batch, as strings; with `has_lists`, JSON lists become lists of strings or numbers."""
     if is_jsonl(uri):
         yield from _read_jsonl(storage, uri, columns, has_lists)
     elif movielens_columns(uri):
@@ -71,7 +71,7 @@ def is_jsonl(uri: str) -> bool:
 
 
 def is_atomic(uri: str) -> bool:
-    """Return whether a file is one of RecBole's, by its suffix."""
+    """Return whether a file is a RecBole atomic file, by its suffix."""
     return uri.lower().endswith(tuple(ATOMIC_SUFFIXES.values()))
 
 
@@ -86,7 +86,7 @@ def _read_atomic(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.
 
 
 def _read_movielens(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Read `::`-separated lines: Arrow knows separators of one byte alone, so each becomes one that no text has."""
+    """Read `::`-separated lines. Arrow accepts only one-byte separators, so `::` is replaced by a byte that text does not contain."""
     names = list(movielens_columns(uri))
     parsing = arrow_csv.ParseOptions(delimiter=_UNIT_SEPARATOR, quote_char=False, double_quote=False, escape_char=False)
     with open_stream(storage, uri) as stream:
@@ -100,7 +100,7 @@ def _read_movielens(storage: Storage, uri: str, columns: list[str]) -> Iterator[
 
 
 def _in_utf8(lines: list[bytes]) -> bytes:
-    """Join lines of MovieLens, which are in Latin-1 in the older editions and in UTF-8 in the newer."""
+    """Join MovieLens lines as UTF-8; older editions are in Latin-1."""
     content = b"".join(lines)
     try:
         content.decode()
@@ -125,7 +125,7 @@ def _read_jsonl(storage: Storage, uri: str, columns: list[str], has_lists: bool)
 
 
 def _constant(name: str) -> str | None:
-    """Read NaN as tools write it for what is missing; the infinite ones stay words, which are no numbers."""
+    """Read NaN as missing; infinities stay words, which are not numbers."""
     return None if name == "NaN" else name
 
 
@@ -137,7 +137,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_names(rows: list[dict[str, Any]], prefix: str = "") -> list[str]:
-    """List the columns of objects: their keys, and in place of a key with objects of few keys these, as `key.inner`."""
+    """List the columns of objects: their keys; a key that holds objects with few keys is replaced by those, as `key.inner`."""
     names: list[str] = []
     for key in dict.fromkeys(key for row in rows for key in row):
         inner = [row[key] for row in rows if row.get(key) is not None]
@@ -149,7 +149,7 @@ def _json_names(rows: list[dict[str, Any]], prefix: str = "") -> list[str]:
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:
-    """Return what a row has under a column's name, which may lead into objects in it."""
+    """Return a row's value of a column; the name may lead into nested objects."""
     if column in row or "." not in column:
         return row.get(column)
     for key in _paths(column):
@@ -159,7 +159,7 @@ def _cell(row: dict[str, Any], column: str) -> Any:
 
 
 def _paths(column: str) -> Iterator[str]:
-    """List the beginnings of a name that may be keys of their own."""
+    """Yield the prefixes of a dotted name that may be keys."""
     place = column.find(".")
     while place >= 0:
         yield column[:place]
@@ -172,10 +172,10 @@ def _json_array(values: list[Any], has_lists: bool) -> pa.Array:
     lists = [_entries(value) if isinstance(value, list) else None if value is None else [value] for value in values]
     entries = [entry for each in lists for entry in each or () if entry is not None]
     if entries and all(isinstance(entry, JsonNumber) or type(entry) is int for entry in entries):
-        # Whole numbers alone are categories, but a vector where other files have numbers with a point.
+        # Lists of whole numbers are categories, but vectors if other files have floats there.
         is_vector = any(isinstance(entry, JsonNumber) for entry in entries)
         kind, number = (pa.float64(), float) if is_vector else (WHOLE_JSON, Decimal)
-        with suppress(pa.ArrowInvalid):  # more digits than any number here has
+        with suppress(pa.ArrowInvalid):  # a number with more digits than the type holds
             return pa.array([each and [None if entry is None else number(entry) for entry in each] for each in lists], pa.list_(kind))
     lengths = [0 if each is None else len(each) for each in lists]
     offsets = pa.array([0, *accumulate(lengths)], pa.int32())
@@ -184,7 +184,7 @@ def _json_array(values: list[Any], has_lists: bool) -> pa.Array:
 
 
 def _entries(values: list[Any]) -> list[Any]:
-    """Lay inner lists end to end, and name each object by the entry that names it."""
+    """Concatenate inner lists, and replace each object by the entry that names it."""
     flat: list[Any] = []
     for value in values:
         if isinstance(value, list):
@@ -203,7 +203,7 @@ def _json_text(value: Any) -> str | None:
 
 
 def _string_array(texts: list[str | None]) -> pa.Array:
-    """Build strings, with lone surrogates as the bytes that files of other formats have for them."""
+    """Build a string array; lone surrogates become the bytes that other formats have for them."""
     if not any(text and _LONE_SURROGATE.search(text) for text in texts):
         return pa.array(texts, pa.string())
     raw = pa.array([None if text is None else text.encode("utf-8", "surrogatepass") for text in texts], pa.binary())

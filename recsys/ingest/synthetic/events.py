@@ -1,7 +1,7 @@
-"""Generates synthetic events: users choose items of a world of tastes; written as raw Parquet tables.
+"""Generates synthetic events of users who choose items by taste, as raw Parquet tables.
 
-An event follows from what the user did last (half the time: the next parts of a series), else from the user's tastes,
-which their group sets and time moves, and from the items' popularity. Titles and descriptions name the tastes.
+An event continues the series of the user's last item (probability 0.5) or of the item before it (0.15). Otherwise it is drawn by the
+user's tastes, which depend on the user's group and the season, and by the items' popularity. Titles and descriptions name the tastes.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _TRIES = 4
 
 
 def generate(data: DataConfig, storage: Storage) -> DataConfig:
-    """Write the raw tables unless they are there, and return `data` with their addresses; call it with Ray initialised."""
+    """Write the raw tables unless they exist, and return `data` with their addresses; Ray must be initialised."""
     config = data.synthetic
     identity = json.dumps([GENERATOR_VERSION, config.model_dump(mode="json")], sort_keys=True)
     root = storage.uri("raw", f"synthetic-{hashlib.sha256(identity.encode()).hexdigest()[:12]}")
@@ -54,12 +54,12 @@ def generate(data: DataConfig, storage: Storage) -> DataConfig:
 
 
 def block_users(config: SyntheticConfig) -> int:
-    """Return how many users are simulated at once: enough for long vectors, few enough for little memory."""
+    """Return how many users are simulated at once: enough for vectorised work, few enough for little memory."""
     return max(1, min(_LARGEST_BLOCK_USERS, int(_BLOCK_EVENTS / config.mean_events)))
 
 
 def _write_block(storage: Storage, root: str, config: SyntheticConfig, block: int) -> Outcome:
-    """Write one block of users and their events, which depend on the config and the block's number alone."""
+    """Write one block of users and their events, which depend only on the config and the block's number."""
     users, events = simulate_block(config, block)
     write_table(storage, join(root, "users", f"{block:05d}.parquet"), users)
     write_table(storage, join(root, "events", f"{block:05d}.parquet"), events)
@@ -67,7 +67,7 @@ def _write_block(storage: Storage, root: str, config: SyntheticConfig, block: in
 
 
 def simulate_block(config: SyntheticConfig, block: int) -> tuple[pa.Table, pa.Table]:
-    """Simulate one block: (its users, their events)."""
+    """Simulate one block; return its users and their events."""
     world = build_world(config)
     random = np.random.default_rng([config.seed, 1, block])
     first = block * block_users(config)
@@ -84,11 +84,11 @@ def simulate_block(config: SyntheticConfig, block: int) -> tuple[pa.Table, pa.Ta
 def _simulate_events(config: SyntheticConfig, world: World, random: np.random.Generator, ids: pa.Array, tastes: Floats) -> pa.Table:
     num_users = len(ids)
     wanted = np.clip(random.lognormal(math.log(config.mean_events) - 0.18, 0.6, num_users), 5, config.num_items // 2).astype(np.int64)
-    # Users who want most come first, so that those who still want more are always a prefix.
+    # Users with the most events come first, so that the users who are still active are always a prefix.
     owners = np.argsort(-wanted, kind="stable")
     wanted, tastes_of_owner = wanted[owners], tastes[owners]
     times = _START + random.uniform(0, _YEAR_SECONDS, num_users)
-    history = np.full((wanted.max(), num_users), -1, np.int32)  # step by step
+    history = np.full((wanted.max(), num_users), -1, np.int32)  # (steps, users)
     moments = np.zeros(history.shape, np.int64)
     for step in range(len(history)):
         num_active = int(np.searchsorted(-wanted, -step))
@@ -111,7 +111,7 @@ def _simulate_events(config: SyntheticConfig, world: World, random: np.random.Ge
 
 
 def _choose(world: World, random: np.random.Generator, tastes: Floats, times: Floats, history: NDArray[np.int32]) -> Integers:
-    """Choose each user's next item among those the user has not had; -1 where none was drawn. `history` is (steps, users)."""
+    """Choose each user's next item, one that the user has not had; -1 if none was drawn. `history` is (steps, users)."""
     chosen = np.full(len(tastes), -1)
     waiting = np.arange(len(tastes))
     for _ in range(_TRIES):
@@ -131,7 +131,7 @@ def _choose(world: World, random: np.random.Generator, tastes: Floats, times: Fl
 
 
 def _by_taste(world: World, random: np.random.Generator, tastes: Floats, times: Floats) -> Integers:
-    """Draw a taste by the user's mix and the season, then one of its items by popularity."""
+    """Draw a taste by each user's mix of tastes and the season, then one of its items by popularity."""
     moments = ((times - _START) / _YEAR_SECONDS % 1.0 * len(world.seasons)).astype(np.int64)
     running = np.cumsum(tastes * world.seasons[moments], axis=1)
     taste = (random.random((len(tastes), 1)) * running[:, -1:] > running).sum(axis=1)
@@ -139,7 +139,7 @@ def _by_taste(world: World, random: np.random.Generator, tastes: Floats, times: 
 
 
 def _react(world: World, random: np.random.Generator, tastes: Floats, items: NDArray[np.int32]) -> tuple[Integers, Floats]:
-    """Return how far each event went (an index into _KINDS) and its rating, NaN where none was given."""
+    """Return the kind of each event (an index into _KINDS) and its rating, NaN if none was given."""
     liking = np.einsum("nt,nt->n", tastes, world.item_tastes[items]) * tastes.shape[1] ** 0.5 + 0.5 * world.quality[items]
     drive = liking - 0.6 + random.logistic(0, 0.5, len(items))
     kinds = (drive > 0.2).astype(np.int64) + (drive > 1.2)

@@ -82,12 +82,12 @@ THEMES = {
         "Vampire Graveyard Mansion Phantom Nightmare Coffin Asylum Werewolf",
     ),
 }
-"""Per theme, adjectives and nouns of its items' text."""
+"""Adjectives and nouns for the item text of each theme."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The items' hidden side; T tastes, I items. `item_tastes` is (I, T), `group_tastes` (groups, T), `seasons` (moments, T)."""
+    """Latent properties of I items with T tastes. `item_tastes` is (I, T), `group_tastes` (groups, T), `seasons` (moments, T)."""
 
     item_ids: npt.NDArray[Any]
     item_tastes: Floats
@@ -106,7 +106,7 @@ class World:
         return self.ordered[np.minimum(np.searchsorted(self.running_weights, tastes + luck, side="right"), len(self.ordered) - 1)]
 
     def follow(self, items: Integers, reach: Integers) -> Integers:
-        """The item `reach` places after each in the series of its main taste, which closes in a ring."""
+        """Return the item `reach` places after each one in the series of its main taste; a series is circular."""
         first = self.series_bounds[self.main_tastes[items]]
         length = self.series_bounds[self.main_tastes[items] + 1] - first
         return self.series[first + (self.series_place[items] - first + reach) % length]
@@ -114,7 +114,7 @@ class World:
 
 @lru_cache(maxsize=1)
 def build_world(config: SyntheticConfig) -> World:
-    """Derive the items' tastes, popularity and series from the config alone."""
+    """Build the items' tastes, popularity and series, which depend only on the config."""
     random = np.random.default_rng([config.seed, 0])
     num_items, num_tastes = config.num_items, min(config.num_tastes, config.num_items)
     main = random.permutation(np.arange(num_items) % num_tastes)
@@ -144,7 +144,7 @@ def build_world(config: SyntheticConfig) -> World:
 
 
 def describe_items(config: SyntheticConfig) -> pa.Table:
-    """Write the catalogue: title, description, category (noisy: a fourth of the items have another's) and price."""
+    """Build the catalogue table: title, description, category (noisy: a quarter of the items have a random main category) and price."""
     world = build_world(config)
     random = np.random.default_rng([config.seed, 2])
     num_tastes = world.item_tastes.shape[1]
@@ -171,7 +171,7 @@ def _pick(words: list[str], luck: float) -> str:
 
 @lru_cache(maxsize=10_000)
 def taste_name(taste: int) -> str:
-    """Name a taste by its theme; past the list of themes, by its theme in another era."""
+    """Return a taste's name: its theme, or, past the end of the list of themes, a theme with an era."""
     theme = list(THEMES)[taste % len(THEMES)]
     return " ".join(part for part in (_era(taste).lower(), theme) if part)
 

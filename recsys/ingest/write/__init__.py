@@ -1,1 +1,1 @@
-"""Clean events to the tables of a dataset: splits, sequences, catalogue and statistics."""
+"""Builds the tables of a dataset from clean events: splits, sequences, catalogue and statistics."""

@@ -25,7 +25,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The catalogue's table (CATALOGUE_SCHEMA), what its indices and numbers stand for, and what was odd about its text."""
+    """The catalogue's table (CATALOGUE_SCHEMA), the meaning of its indices and numbers, and counts of oddities in its text."""
 
     table: pa.Table
     category_vocabulary: tuple[str, ...]
@@ -36,7 +36,7 @@ class Catalogue:
 
 
 def sort_ids(ids: list[str]) -> list[str]:
-    """Sort ids in natural order: runs of digits by their number, so that "10" comes after "9"."""
+    """Sort ids in natural order: runs of digits compare as numbers, so that "10" comes after "9"."""
     return sorted(ids, key=_natural_key)
 
 
@@ -48,7 +48,7 @@ def _natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def clean_items(items: pa.Table, reject_negative_ids: bool = False) -> tuple[pa.Table, Rejects]:
-    """Keep the first row by input order of each item that has an id; count what went."""
+    """Keep the first row, by input order, of each item with a valid id; count the dropped rows."""
     rejects = Rejects()
 
     def drop(rule: str, table: pa.Table, is_dropped: pa.ChunkedArray) -> pa.Table:
@@ -74,13 +74,12 @@ def build_catalogue(
     moments: tuple[tuple[float, float], ...] | None = None,
     vector_size: int = 0,
 ) -> Catalogue:
-    """Lay the items' features out in the order of `ids`; an item without a row has none of them.
+    """Build the catalogue in the order of `ids`; an item without a row has no features.
 
-    `title` is the text column named like one, or else the first; `text` all of them joined by ". ", the title first, both normalised by
-    `normalise_text`. `measured` are
-    numbers by item besides those of the table, NaN where missing. A number's mean and standard deviation are over the
-    catalogue, unless `moments` gives them; new categories go behind a `vocabulary` that is given. A missing vector is zeros;
-    `vector_size` is its length where no column has vectors.
+    `title` is the text column with a title's name, or else the first one. `text` is all text columns joined by ". ", the title first.
+    Both are normalised by `normalise_text`. `measured` adds number columns by item, NaN where missing. A number's mean and standard
+    deviation are over the catalogue, unless `moments` gives them. New categories are added at the end of the given `vocabulary`. A
+    missing vector is zeros; `vector_size` is its length if no column has vectors.
     """
     num_items = len(ids)
     known = items if items is not None else pa.table({ITEM_ID: pa.array([], pa.string())})
@@ -125,7 +124,7 @@ def _joined(parts: list[str]) -> str:
 
 
 def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], Counter[str]]:
-    """Normalise each item's texts, and count the items that lose characters or are cut, in one text or when joined."""
+    """Normalise each item's texts, and count the items whose texts lose characters, or are cut alone or when joined."""
     texts: list[list[str]] = []
     noticed: Counter[str] = Counter()
     for raw in zip(*columns, strict=True) if columns else [()] * num_items:
@@ -142,7 +141,7 @@ def _strings(column: pa.ChunkedArray) -> list[str]:
 
 
 def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[str, ...]) -> tuple[pa.Array, tuple[str, ...], int]:
-    """Index the categories of each item; also return the vocabulary, and how many entries were normalised to fit it."""
+    """Return the category indices of each item, the vocabulary, and how many entries lost characters or were cut."""
     values: list[list[str]] = [[] for _ in range(num_items)]
     vocabulary = list(known)
     num_changed = 0
@@ -170,11 +169,11 @@ def _numbers(column: pa.ChunkedArray) -> Floats:
 
 
 def _moments(numbers: Floats) -> tuple[float, float]:
-    """Return mean and standard deviation of the present values; 0 without any, and 1 where values do not differ."""
+    """Return mean and standard deviation of the values that are not NaN: 0 and 1 without any, deviation 1 if all are equal."""
     if np.isnan(numbers).all():
         return 0.0, 1.0
     mean, deviation = float(np.nanmean(numbers)), float(np.nanstd(numbers))
-    # A constant column's deviation is rounding, not zero.
+    # The deviation of a constant column is a rounding error, not zero.
     return mean, deviation if deviation > _ROUNDING * abs(mean) else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Counts for the dataset's report over one partition's users, in fixed bins, so that they add up over partitions."""
+"""Counts the interactions of one partition's users for the dataset's report, in fixed bins, so that partitions add up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ NUM_VALUE_BINS = 40
 MOST_DISTINCT_VALUES = 30
 LENGTH_EDGES: Integers = np.unique(np.ceil(2.0 ** (np.arange(0, 43) / 2)).astype(np.int64))
 GAP_EDGES: Integers = np.unique(np.concatenate([[0], np.floor(10.0 ** (np.arange(0, 41) / 4))]).astype(np.int64))
-"""Lower ends of the bins for numbers of interactions and for gaps in seconds; the last bin has no upper end."""
+"""Lower edges of the bins for numbers of interactions and for gaps in seconds; the last bin has no upper edge."""
 
 SPLITS = ("training", "validation", "test")
 Counts = dict[str, list[int]]
@@ -26,7 +26,7 @@ Counts = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Limits:
-    """The smallest and largest time and value of all interactions, and of the training interactions' times; none: there are none."""
+    """The smallest and largest time and value of all interactions, and time of training interactions; None if there are none."""
 
     times: tuple[int, int] | None
     train_times: tuple[int, int] | None
@@ -34,7 +34,7 @@ class Limits:
 
     @classmethod
     def of(cls, histories: Sequences, has_time: bool) -> "Limits":
-        """Find one partition's limits."""
+        """Return one partition's limits."""
         known = histories.values[np.isfinite(histories.values)]
         return cls(
             _range(histories.timestamps) if has_time else None,
@@ -44,7 +44,7 @@ class Limits:
 
     @classmethod
     def merge(cls, parts: Sequence["Limits"]) -> "Limits":
-        """Join the limits of all partitions."""
+        """Merge the limits of all partitions."""
         return cls(*(_join([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -60,9 +60,9 @@ def _join(ranges: Sequence[Any]) -> Any:
 def count_partition(
     histories: Sequences, samples: pa.Table, is_withheld: Mask, num_kinds: int, limits: Limits, session_gap_seconds: int
 ) -> Counts:
-    """Count what the report shows of one partition.
+    """Return one partition's counts for the report.
 
-    `samples` are the interactions in its training samples, flat: user_index, item, time, event. `is_withheld` is by item index less one.
+    `samples` has one row per interaction in its training samples: user_index, item, time, event. `is_withheld` is by item index - 1.
     """
     splits = part_by_place(histories.offsets, *(histories.scalars[name] for name in ("num_train", "num_validation")))
     lengths = histories.lengths
@@ -82,12 +82,12 @@ def count_partition(
 
 
 def time_edges(times: tuple[int, int]) -> Floats:
-    """Return the ends of the equal bins over all times."""
+    """Return the edges of equal bins over all times."""
     return np.linspace(times[0], times[1] + 1, NUM_TIME_BINS + 1)
 
 
 def value_edges(values: tuple[float, float]) -> Floats:
-    """Return the ends of the equal bins over all values."""
+    """Return the edges of equal bins over all values."""
     low, high = values
     return np.linspace(low, high, NUM_VALUE_BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
 
@@ -97,7 +97,7 @@ def _count_times(histories: Sequences, splits: Integers, limits: Limits, session
         return {}
     edges = time_edges(limits.times)
     counts = {f"times_{name}": np.histogram(histories.timestamps[splits == split], edges)[0] for split, name in enumerate(SPLITS)}
-    # A row need not be in the order of time: it has what is held out at its end, and what an appended version adds late.
+    # A row may not be in time order: held-out interactions are at its end, and an appended version adds late ones.
     order = np.lexsort((histories.timestamps, histories.owners))
     in_time = replace(histories, columns={"timestamps": histories.timestamps[order]})
     gaps = np.diff(in_time.timestamps)[np.diff(in_time.owners) == 0]
@@ -106,7 +106,7 @@ def _count_times(histories: Sequences, splits: Integers, limits: Limits, session
 
 
 def _count_values(histories: Sequences, limits: Limits) -> dict[str, Integers]:
-    """Count values in bins, and those that are whole or half numbers of a short scale one by one."""
+    """Count values in bins and, if their range is short, by whole and half numbers."""
     if limits.values is None:
         return {}
     values = histories.values[np.isfinite(histories.values)]
@@ -121,14 +121,14 @@ def _count_values(histories: Sequences, limits: Limits) -> dict[str, Integers]:
 
 
 def value_scale(values: tuple[float, float]) -> tuple[float, int]:
-    """Return the scale of half numbers that values may lie on, as (its first, its number of steps); no steps where it would be long."""
+    """Return a scale of whole and half numbers for the values, as (first number, number of steps); 0 steps if it would be too long."""
     first = float(np.floor(values[0]))
     steps = (np.ceil(values[1]) - first) * 2 + 1
     return first, int(steps) if steps <= 2 * MOST_DISTINCT_VALUES else 0
 
 
 def _count_leaks(histories: Sequences, splits: Integers, samples: pa.Table, limits: Limits) -> dict[str, Integers]:
-    """Count the targets (validation, test) that a clean split would not have; `check_split` judges them."""
+    """Count the targets (validation, test) that a clean split would not have; `check_split` judges the counts."""
     is_target = splits > 0
     owners, times, split = histories.owners[is_target], histories.timestamps[is_target], splits[is_target]
     keys = {"user_index": histories.scalars["user_index"][owners], "item": histories.items[is_target], "time": times}
@@ -152,7 +152,7 @@ def _by_split(splits: npt.NDArray[Any]) -> Integers:
 
 
 def _latest(users: Integers, times: Integers, wanted: Integers) -> Integers:
-    """Find the latest time of each wanted user (ascending); the earliest time there is where the user has none."""
+    """Return the latest time of each wanted user (ascending); the minimum int64 for a user without any."""
     latest = np.full(len(wanted), np.iinfo(np.int64).min)
     if len(users):
         np.maximum.at(latest, np.searchsorted(wanted, users), times)
@@ -168,7 +168,7 @@ def _is_first(histories: Sequences) -> Mask:
 
 
 def _histogram(numbers: Integers, edges: Integers) -> Integers:
-    # What lies below the first edge, as a negative gap in broken data, is counted in the first bin.
+    # A number below the first edge, such as a negative gap in broken data, counts in the first bin.
     return np.bincount(np.maximum(np.searchsorted(edges, numbers, side="right") - 1, 0), minlength=len(edges))
 
 

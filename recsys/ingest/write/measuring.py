@@ -1,4 +1,4 @@
-"""The passes over written shards that statistics and the report come from."""
+"""Passes over the written shards that compute the statistics and the numbers of the report."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _SUMS = "item-sums"
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """One partition's part in measuring: its shards' addresses, oldest version first, and what all partitions have in common."""
+    """One partition to measure: the addresses of its shards, oldest version first, and settings that all partitions share."""
 
     partition: int
     users: tuple[str, ...]
@@ -36,7 +36,7 @@ class MeasureTask:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the pass gives: shards of statistics, the statistics of all items, and what the report needs besides."""
+    """Results of measuring: shards of statistics, the statistics of all items, and counts and limits for the report."""
 
     user_shards: list[Shard]
     item_shards: list[Shard]
@@ -46,7 +46,7 @@ class Measurements:
 
 
 def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int) -> Measurements:
-    """Measure the shards that each partition has written and, of an appended version, those of the versions before."""
+    """Measure the written shards of each partition and, for an appended version, those of the older versions."""
     users = [_shards_of(job, "users", outcome.users, number) for number, outcome in enumerate(written)]
     train = [_shards_of(job, "train", outcome.train, number) for number, outcome in enumerate(written)]
     found = written if job.base is None else job.run("limits", Limited, partial(_find_limits, job), users)
@@ -65,7 +65,7 @@ def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int
 
 
 def _shards_of(job: Job, name: str, written: Shard | None, partition: int) -> tuple[str, ...]:
-    """Address one partition's shards, those of the older versions first; every version names its shards by partition."""
+    """Return the addresses of one partition's shards, older versions first; every version names its shards by partition."""
     manifest = job.base.manifest if job.base is not None else None
     older = () if manifest is None else manifest.users_shards if name == "users" else manifest.train_shards
     inherited = [job.base.address(shard) for shard in older if job.base is not None and shard.path == f"{name}/{partition:05d}.parquet"]
@@ -81,12 +81,12 @@ def _find_limits(job: Job, users: tuple[str, ...]) -> Limited:
 
 
 def write_dataset_report(job: Job, manifest: DatasetManifest, measured: Measurements) -> None:
-    """Write the report beside the place of the manifest, which comes after it."""
+    """Write the report into the dataset's folder; the manifest is written after it."""
     write_report(job.storage, job.uri, DATASET, dataset_numbers(manifest, measured.counts, measured.limits, measured.items))
 
 
 def train_span(limits: Limits, data: DataConfig) -> TrainSpan | None:
-    """Return the span of the training interactions; training data ends at the time split's cut, or with the last of them."""
+    """Return the span of the training interactions; training data ends at the cut of a time split, otherwise with the last of them."""
     if limits.train_times is None:
         return None
     first, last = limits.train_times
@@ -116,7 +116,7 @@ def _read(job: Job, shards: Sequence[str], columns: list[str]) -> pa.Table | Non
 
 
 def _flat_samples(train: pa.Table | None) -> pa.Table:
-    """Lay out the interactions of training samples one by one: user_index, item, time, event."""
+    """Return the interactions of training samples, one per row: user_index, item, time, event."""
     if train is None:
         nothing: Integers = np.zeros(0, np.int64)
         return pa.table({"user_index": nothing, "item": nothing, "time": nothing, "event": nothing})
@@ -126,7 +126,7 @@ def _flat_samples(train: pa.Table | None) -> pa.Table:
 
 
 def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:
-    """Join the staged sums of the partitions that have any into the statistics of all items."""
+    """Merge the staged sums of the given partitions into the statistics of all items."""
     totals = ItemTotals(num_items, has_time=span is not None)
     for partition in partitions:
         totals.add(read_table(job.storage, job.staged(_SUMS, 0, partition)))

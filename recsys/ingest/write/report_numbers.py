@@ -1,4 +1,4 @@
-"""The numbers of a dataset's report, as `statistics.json` has them: leakage checks of its split, histograms, popularity."""
+"""The numbers of a dataset's report, as stored in `statistics.json`: leakage checks of the split, histograms, popularity."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ _FROM_MANIFEST = {
 
 
 def dataset_numbers(manifest: DatasetManifest, counts: dict[str, Integers], limits: Limits, items: pa.Table) -> dict[str, Any]:
-    """Collect what the report shows, from the merged counts of all partitions and the statistics of all items."""
+    """Return the report's numbers, from the merged counts of all partitions and the statistics of all items."""
     numbers = {name: column.tolist() for name, column in counts.items()}
     rules = {name: text for name, text in {**REJECTED, **NOTICED}.items() if name in manifest.rejected or name in manifest.noticed}
     train_counts = items["train_count"].to_numpy()
@@ -69,7 +69,7 @@ def _times(numbers: dict[str, list[int]], times: tuple[int, int] | None) -> dict
 
 
 def _values(numbers: dict[str, list[int]], values: tuple[float, float] | None) -> dict[str, Any] | None:
-    """Count the values themselves where all lie on a short scale, else those between edges."""
+    """Return counts by value if all values are on a short scale, otherwise by bin."""
     if values is None:
         return None
     first, steps = value_scale(values)
@@ -79,7 +79,7 @@ def _values(numbers: dict[str, list[int]], values: tuple[float, float] | None) -
 
 
 def _popularity(train_counts: Integers) -> dict[str, Any]:
-    """Measure how training interactions spread over items: a curve by rank, and how many items have half of them."""
+    """Measure how training interactions spread over items: counts by rank, and how many items have half of them."""
     ranked = np.sort(train_counts[train_counts > 0])[::-1]
     ranks = np.unique(np.geomspace(1, max(1, len(ranked)), _NUM_RANKS).astype(np.int64))[: len(ranked)]
     running = np.cumsum(ranked)
@@ -94,7 +94,7 @@ def _popularity(train_counts: Integers) -> dict[str, Any]:
 
 
 def _periods(items: pa.Table, train_counts: Integers) -> dict[str, Any]:
-    """Measure, period by period, the share that the most popular items have, and how many items are new."""
+    """Measure for each period the shares of item groups by popularity, and how many items are new."""
     periods = items["period_counts"].combine_chunks().flatten().to_numpy().reshape(-1, NUM_PERIODS)
     by_popularity = periods[np.argsort(-train_counts, kind="stable")]
     num_items = len(periods)
@@ -110,7 +110,7 @@ def _periods(items: pa.Table, train_counts: Integers) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Check:
-    """One leakage check: the targets that it counts (validation, test), of how many, their share, and the verdict."""
+    """One leakage check: the targets that it found (validation, test), all targets, their share, and the verdict."""
 
     title: str
     meaning: str
@@ -121,7 +121,7 @@ class Check:
 
 
 def check_split(counts: dict[str, Integers], data_config: Mapping[str, Any], has_time: bool) -> list[Check]:
-    """Judge the merged counts of all partitions; `data_config` is the manifest's."""
+    """Return the leakage checks for the merged counts of all partitions; `data_config` is the manifest's."""
     validation, test = counts["targets"].tolist()
     split = data_config.get("split", "")
 

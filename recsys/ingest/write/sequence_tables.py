@@ -1,4 +1,4 @@
-"""Users' interactions as rows of the users and training shards."""
+"""Builds the rows of the users and training shards from users' interactions."""
 
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ from recsys.schema import SEQUENCE_COLUMNS, TRAIN_SCHEMA, USERS_SCHEMA
 
 
 def by_part(users: Sequences, parts: Integers) -> tuple[Sequences, Integers, Integers]:
-    """Put each user's training interactions first, then validation, then test, each in the order that they have.
+    """Put each user's training interactions first, then validation, then test, keeping the order within each part.
 
-    `parts` are those of the interactions (N,); what is withheld is left out. Also returns how many of each user's are for training
-    and for validation.
+    `parts` (N,) is the part of each interaction; withheld ones are dropped. Also returns each user's number of training and of
+    validation interactions.
     """
     cells = users.owners * (WITHHELD + 1) + parts
     counts = np.bincount(cells, minlength=len(users) * (WITHHELD + 1)).reshape(len(users), WITHHELD + 1)
@@ -35,13 +35,13 @@ def users_table(
     num_validation: Integers,
     attributes: pa.Array | pa.ChunkedArray,
 ) -> pa.Table:
-    """Lay out one row per user (USERS_SCHEMA)."""
+    """Build one row per user (USERS_SCHEMA)."""
     counts = (pa.array(counts, pa.int32()) for counts in (num_train, num_validation))
     return pa.table([pa.array(user_indices, pa.int64()), user_ids, *_lists(users), *counts, attributes], schema=USERS_SCHEMA)
 
 
 def train_table(users: Sequences, user_indices: Integers, first_targets: Integers, num_train: Integers, data: DataConfig) -> pa.Table:
-    """Cut each user's training part into samples (TRAIN_SCHEMA) whose targets begin at the user's `first_targets`."""
+    """Cut each user's training part into samples (TRAIN_SCHEMA); targets begin at the user's entry in `first_targets`."""
     training = replace(users.within(0, num_train), scalars={"user_index": user_indices, "first_target": first_targets})
     strides = np.full(len(users), data.window_stride or data.max_history)
     samples = cut_windows(training, data.max_history, strides)

@@ -1,4 +1,4 @@
-"""The part of each interaction (training, validation, test), and the withheld items."""
+"""Assigns each interaction to training, validation or test, and draws the withheld items."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from recsys.config.data import DataConfig
 from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 TRAINING, VALIDATION, TEST, WITHHELD = range(4)
-"""The part of an interaction; what is withheld is in none."""
+"""The part of an interaction; a withheld one is in none of the first three."""
 
 
 def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integers:
-    """Return the part of each event (EVENTS_SCHEMA, sorted by the tie rule); user u's are `[offsets[u]:offsets[u + 1]]`.
+    """Return the part of each event (EVENTS_SCHEMA, sorted by the tie rule); those of user u are `[offsets[u]:offsets[u + 1]]`.
 
-    random: an event is held out by a draw that follows from its user, item, time and the seed alone, so that it is the same in every
-    order, partition and version.
+    random: an event is held out by a draw that depends only on its user, item, time and the seed, so it is the same in every order,
+    partition and version.
     """
     if data.split != "random":
         return split_in_order(events[TIMESTAMP].to_numpy(), offsets, data)
@@ -31,9 +31,9 @@ def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integ
 def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) -> Integers:
     """Return the part of each interaction by its place or its time.
 
-    leave_one_out: a user's last is the test target and the one before it the validation target; a user with fewer than three is training
-    data alone. time: training ends with the first interaction at or after `validation_from`, validation with the first at or after
-    `test_from`; what an appended version adds late is held out where it follows what is.
+    leave_one_out: a user's last interaction is the test target and the one before it the validation target; a user with fewer than three
+    has only training data. time: validation begins with the first interaction at or after `validation_from`, test with the first at or
+    after `test_from`; a late interaction of an appended version is held out if it comes after a held-out one.
     """
     lengths = np.diff(offsets)
     if data.split == "leave_one_out":
@@ -44,7 +44,7 @@ def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) ->
 
 
 def part_by_place(offsets: Integers, num_train: Integers, num_validation: Integers) -> Integers:
-    """Return the part of each interaction of rows that have their training interactions first and then those for validation."""
+    """Return the part of each interaction of rows that hold training interactions first, then validation, then test."""
     lengths = np.diff(offsets)
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     is_held_out, is_test = (place >= np.repeat(bound, lengths) for bound in (num_train, num_train + num_validation))
@@ -52,7 +52,7 @@ def part_by_place(offsets: Integers, num_train: Integers, num_validation: Intege
 
 
 def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None) -> Integers:
-    """Count each user's interactions before the first that is at or after the moment."""
+    """Count each user's interactions before the first one at or after the moment; 0 without a moment."""
     lengths = np.diff(offsets)
     if moment is None:
         return np.zeros_like(lengths)
@@ -62,13 +62,13 @@ def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None)
 
 
 def draw(keys: Iterable[str], seed: int) -> Floats:
-    """Draw a number in [0, 1) for each key: a hash of the key and the seed, the same on every machine and in every release."""
+    """Return a number in [0, 1) for each key: a hash of the key and the seed, the same on every machine and in every release."""
     digests = (hashlib.blake2b(f"{seed} {key}".encode(), digest_size=6).digest() for key in keys)
     return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.float64) / 2.0**48
 
 
 def withheld(item_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
-    """Return which items are kept out of training: about the share `data.withheld_items`, each by a draw of its own."""
+    """Return which items are kept out of training: a share of about `data.withheld_items`, each by its own draw."""
     if not data.withheld_items:
         return np.zeros(len(item_ids), bool)
     return draw((f"item {item}" for item in item_ids.to_pylist()), data.split_seed) < data.withheld_items

@@ -1,4 +1,4 @@
-"""Features of users and items from training interactions alone, as pure functions."""
+"""Statistics of users and items from training interactions only, as pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ USED_COLUMNS = ["user_index", *HISTORY_COLUMNS, "num_train", "num_validation"]
 
 @dataclass(frozen=True)
 class TrainSpan:
-    """The times of the first and the last training interaction of all users, and where training data ends."""
+    """Times of the first and the last training interaction of all users, and of the end of the training data."""
 
     first: int
     last: int
     end: int
 
     def period_of(self, times: Integers) -> Integers:
-        """Return which of the equal periods each time falls into."""
+        """Return the index of each time's period; all NUM_PERIODS periods are equally long."""
         return np.asarray((times - self.first) * NUM_PERIODS // (self.last - self.first + 1), np.int64)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, mean and sum of squared deviations of groups of values (one each per group)."""
+    """Count, mean and sum of squared deviations of groups of values, one entry per group."""
 
     count: Integers
     mean: Floats
@@ -40,19 +40,19 @@ class Moments:
 
     @classmethod
     def of(cls, values: Floats, groups: Integers, num_groups: int) -> "Moments":
-        """Measure the finite values of each group in two passes, which keeps what a sum of squares would lose."""
+        """Measure the finite values of each group in two passes, which is more precise than a sum of squares."""
         is_there = np.isfinite(values)
         values, groups = values[is_there].astype(np.float64), groups[is_there]
         count = np.bincount(groups, minlength=num_groups).astype(np.int64)
         divisor = np.maximum(count, 1)
         mean = np.bincount(groups, values, num_groups) / divisor
         apart = values - mean[groups]
-        rest = np.bincount(groups, apart, num_groups)  # what rounding left of the mean
+        rest = np.bincount(groups, apart, num_groups)  # rounding error of the mean
         deviations = np.bincount(groups, apart**2, num_groups) - rest**2 / divisor
         return cls(count, mean + rest / divisor, np.maximum(deviations, 0.0))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Join the moments of two parts of each group (Chan, Golub and LeVeque, 1979)."""
+        """Merge the moments of two parts of each group (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count
         share = other.count / np.maximum(count, 1)
         delta = other.mean - self.mean
@@ -60,12 +60,12 @@ class Moments:
 
     @property
     def variance(self) -> Floats:
-        """Variance of the population; 0 where there is no value."""
+        """Population variance; 0 for a group without values."""
         return self.deviations / np.maximum(self.count, 1)
 
 
 def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
-    """Join `[number, mean, sum of squared deviations]` of parts into number, mean and standard deviation; 0 and 1 without values."""
+    """Merge `[count, mean, sum of squared deviations]` of parts into count, mean and standard deviation (1 where it would be 0)."""
     total = Moments(np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
     for number, mean, deviations in parts:
         total = total.merge(Moments(np.array([int(number)]), np.array([mean]), np.array([deviations])))
@@ -73,17 +73,17 @@ def join_moments(parts: Sequence[Sequence[float]]) -> tuple[int, float, float]:
 
 
 def read_histories(users: pa.Table) -> Sequences:
-    """View the `USED_COLUMNS` of users (USERS_SCHEMA) as histories, in 64 bits since they are summed."""
+    """Convert the `USED_COLUMNS` of users (USERS_SCHEMA) to histories, in 64 bits because they are summed."""
     return Sequences.from_table(users.select(USED_COLUMNS)).cast(items=np.int64, events=np.int64, values=np.float64)
 
 
 def training_part(histories: Sequences) -> Sequences:
-    """Return the training interactions alone."""
+    """Return only the training interactions."""
     return histories.within(0, histories.scalars["num_train"]).compact()
 
 
 def session_lengths(histories: Sequences, gap_seconds: int) -> tuple[Integers, Integers]:
-    """Cut each user's interactions where more than `gap_seconds` pass: (owner of each session, its interactions)."""
+    """Cut each user's interactions at gaps of more than `gap_seconds`; return the owner and the length of each session."""
     owners = histories.owners
     if not len(owners):
         return owners, owners
@@ -93,7 +93,7 @@ def session_lengths(histories: Sequences, gap_seconds: int) -> tuple[Integers, I
 
 
 def user_statistics(histories: Sequences, num_kinds: int, span: TrainSpan | None, session_gap_seconds: int) -> pa.Table:
-    """Measure users (USER_STATISTICS_SCHEMA); without a span there is no time. What is not training data is not looked at."""
+    """Return the statistics of users (USER_STATISTICS_SCHEMA) from training data only; without a span, time columns are null."""
     training = training_part(histories)
     num_users, owners, count = len(training), training.owners, training.lengths
     moments = Moments.of(training.values, owners, num_users)
@@ -122,7 +122,7 @@ def user_statistics(histories: Sequences, num_kinds: int, span: TrainSpan | None
 
 
 def item_sums(histories: Sequences, span: TrainSpan | None) -> pa.Table:
-    """Sum one partition's training interactions by the items that occur, for `ItemTotals.add`."""
+    """Sum one partition's training interactions by item, for `ItemTotals.add`."""
     training = training_part(histories)
     items, groups = np.unique(training.items, return_inverse=True)
     moments = Moments.of(training.values, groups, len(items))
@@ -139,7 +139,7 @@ def item_sums(histories: Sequences, span: TrainSpan | None) -> pa.Table:
 
 
 class ItemTotals:
-    """The sums of all partitions by item, which are numbered from 1; `first` and `last` count where `train_count` does."""
+    """Sums over all partitions; entry i is of item i + 1. `first` and `last` are valid where `train_count` is positive."""
 
     def __init__(self, num_items: int, has_time: bool) -> None:
         self.train_count = np.zeros(num_items, np.int64)
@@ -163,7 +163,7 @@ class ItemTotals:
 
 
 def item_statistics(totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
-    """Lay out the totals over all partitions (ITEM_STATISTICS_SCHEMA); without a span there is no time."""
+    """Return the statistics of all items (ITEM_STATISTICS_SCHEMA) from their totals; without a span, time columns are null."""
     has_time = (totals.train_count > 0) & (span is not None)
     end = span.end if span is not None else 0
     return pa.table(
@@ -181,10 +181,10 @@ def item_statistics(totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
 
 
 def item_numbers(statistics: pa.Table) -> dict[str, Floats]:
-    """Turn item statistics into the catalogue's number columns, NaN where missing; a column that nothing has is left out.
+    """Convert item statistics to number columns of the catalogue, NaN where missing; a column without any value is left out.
 
-    log_count: log(1 + training interactions). mean_value. recency: log(1 + seconds since the last one). trend: log of (1 + those of the
-    later half of the periods) / (1 + those of the earlier half).
+    log_count: log(1 + training interactions). mean_value. recency: log(1 + seconds since the last one). trend: log of (1 + interactions
+    in the later half of the periods) / (1 + interactions in the earlier half).
     """
     numbers = {"log_count": np.log1p(statistics["train_count"].to_numpy()), "mean_value": _floats(statistics["value_mean"])}
     recency = _floats(statistics["recency_seconds"])
