@@ -91,7 +91,7 @@ def _stage(config: Config, module: str, values: dict[str, str] | None = None) ->
         [sys.executable, "-m", module, *settings, *verbose], stdout=subprocess.PIPE, stderr=terminal.stream(), check=False
     )
     if finished.returncode:
-        raise UserError(f"{module}: failed with exit status {finished.returncode}; its error stands above")
+        raise UserError(f"{module}: failed with exit status {finished.returncode}; its error is above")
     result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     result["wall_seconds"] = round(time.monotonic() - begin, 1)
     return result

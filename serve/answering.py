@@ -55,9 +55,7 @@ class Answerer:
         self.tasks = [task.name for task in predictor.manifest.tasks]
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
         if reserved:
-            raise UserError(
-                f"export {info.version}: has a task named '{min(reserved)}', which an answer means something else by; rename it"
-            )
+            raise UserError(f"export {info.version}: has a task named '{min(reserved)}', which is a field of every answer; rename it")
 
     @classmethod
     def load(cls, registry: Registry, version: str, alias: str, scratch: Path) -> "Answerer":
@@ -144,7 +142,7 @@ class Answerer:
             kind = 0 if interaction.event is None else self.predictor.event_index.get(interaction.event)
             if kind is None:
                 known = ", ".join(self.predictor.manifest.event_kinds)
-                raise HTTPException(422, f"history.{position}.event: is no event kind of this model; known: {known}")
+                raise HTTPException(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
             rows.append(
                 (
                     self._item_index.get(interaction.item_id, 0),

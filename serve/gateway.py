@@ -28,8 +28,8 @@ MAX_LENGTH_DIGITS = 18
 
 _ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /healthz"
 ROUTING_ERRORS = {
-    404: f"there is no such path; there are {_ENDPOINTS}",
-    405: f"this path does not take that method; there are {_ENDPOINTS}",
+    404: f"no such path; available: {_ENDPOINTS}",
+    405: f"this path does not allow that method; available: {_ENDPOINTS}",
 }
 
 logger = logging.getLogger("ray.serve")
@@ -65,7 +65,7 @@ class Gateway:
             message = "the bearer token is missing; send the header Authorization: Bearer TOKEN"
             raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
         if not hmac.compare_digest(digest_of(token.strip().encode("latin-1")), self.token_digest):
-            raise HTTPException(403, "the bearer token is not this service's")
+            raise HTTPException(403, "the bearer token is wrong")
 
     async def recommend(self, request: Request) -> Response:
         """Answer with the k best items."""

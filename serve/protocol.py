@@ -201,7 +201,7 @@ def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:
 def _at_most(value: Any, size: int, limit_name: str, info: ValidationInfo) -> Any:
     limit = (info.context or {}).get(limit_name)
     if limit is not None and size > limit:
-        raise ValueError(f"{size} is more than this service gives; at most {limit} (service.{limit_name})")
+        raise ValueError(f"{size} is more than this service allows; at most {limit} (service.{limit_name})")
     return value
 
 

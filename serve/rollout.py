@@ -40,7 +40,7 @@ def roll_out(config: Config) -> dict[str, Any]:
         statuses = ray.serve.get_deployment_handle(SCORER, APPLICATION).broadcast("status").results(timeout_s=STATUS_SECONDS)
     refusals = [status["refusal"] for status in statuses if status["refusal"]]
     if refusals:
-        raise UserError(f"{refusals[0]}; version {statuses[0]['version']} goes on serving")
+        raise UserError(f"{refusals[0]}; version {statuses[0]['version']} keeps serving")
     logger.info("serve: %s answers at %s", version, url)
     return {
         "url": url,

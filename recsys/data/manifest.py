@@ -127,7 +127,7 @@ class DatasetManifest(_Record):
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
             raise UserError(
-                f"{where}: is no manifest of format {FORMAT_VERSION} ({field}: {first['msg']}); run python -m jobs.prepare_data again"
+                f"{where}: is not a manifest of format {FORMAT_VERSION} ({field}: {first['msg']}); run python -m jobs.prepare_data again"
             ) from None
 
     @property

@@ -61,7 +61,7 @@ class DiskCache:
                 temporary.write_bytes(data)
         except OSError as error:
             self._is_on = False
-            logger.warning("%s: cannot keep what is read (%s); reading goes on without it; free disk space", self._folder, error.strerror)
+            logger.warning("%s: cannot write to the disk cache (%s); continuing without it; free disk space", self._folder, error.strerror)
 
     def drop(self, key: str) -> None:
         """Forget an entry, such as one that turned out to be damaged."""

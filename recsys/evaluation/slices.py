@@ -123,7 +123,7 @@ def fairness_gaps(values: Floats, users: Sequence[EvaluationUser], attributes: S
     for name in attributes:
         if name not in known:
             some = ", ".join(known) or "none: prepare the data with data.users"
-            raise UserError(f"evaluation.fairness_attributes: '{name}' is no attribute of this dataset's users; known: {some}")
+            raise UserError(f"evaluation.fairness_attributes: '{name}' is not an attribute of this dataset's users; known: {some}")
     chosen = attributes or [name for name, groups in known.items() if len(np.unique(groups)) <= MAX_GROUPS]
     found = {name: _compare(values, known[name]) for name in chosen}
     return {name: gaps for name, gaps in found.items() if len(gaps["groups"]) > 1}

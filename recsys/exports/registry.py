@@ -125,7 +125,7 @@ class Registry:
             raise UserError(f"export {self._name} has no version '{version}'; published: {known}")
         manifest = self._read(uri, ExportManifest)
         if (manifest.name, manifest.version) != (self._name, version):
-            raise UserError(f"{uri}: is the manifest of {manifest.name} {manifest.version}; publish {self._name} {version} anew")
+            raise UserError(f"{uri}: is the manifest of {manifest.name} {manifest.version}; publish {self._name} {version} again")
         return manifest
 
     def fetch(self, version: str, folder: Path) -> Path:
@@ -202,7 +202,9 @@ class Registry:
             )
         entry = AliasEntry(generation=history[-1].generation + 1, version=version, action="roll_back", reason=reason)
         if not self._append(alias, entry):
-            raise UserError(f"alias {alias} of export {self._name} was moved by somebody else just now; look at it and roll back again")
+            raise UserError(
+                f"alias {alias} of export {self._name} was moved by another process at the same time; check it and roll back again"
+            )
         return version
 
     def _manifest_uri(self, version: str) -> str:

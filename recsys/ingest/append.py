@@ -65,7 +65,7 @@ def open_base(config: Config, storage: Storage) -> Dataset:
     base = Dataset.open(storage, config.data.base, "data.base")
     folder = storage.uri("datasets")
     if base.uri.rpartition("/")[0] != folder:
-        raise UserError(f"data.base = {base.uri}: versions lie beside one another; it must be a dataset in {folder}")
+        raise UserError(f"data.base = {base.uri}: all versions are stored in one folder; give a dataset in {folder}")
     return base
 
 
@@ -92,7 +92,7 @@ def refuse_other_input(base: Dataset, data: DataConfig, inputs: Inputs) -> None:
     refuse_other_key(data.pseudonym_key_env, base.manifest.inputs)
     expected = TIMESTAMP if base.manifest.has_time else POSITION
     if inputs.time_column != expected:
-        raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset does by {expected}")
+        raise UserError(f"{inputs.events[0].uri}: orders events by {inputs.time_column}; the base dataset orders them by {expected}")
 
 
 def extend(base: Dataset, changed: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def prepare(config: Config, storage: Storage) -> Dataset:
     """
     made = find_dataset(config, storage)
     if made is not None:
-        logger.info("dataset %s is there already", made.uri)
+        logger.info("dataset %s already exists", made.uri)
         return made
     given, base, uri = _resolve(config, storage)
     data = generate(given, storage) if given.source == "synthetic" and base is None else given
@@ -287,7 +287,7 @@ def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
         known = job.base.manifest.event_kinds
         if new := sorted(found.difference(known)):
             raise UserError(
-                f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset has not; "
+                f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset does not have; "
                 f"it has {', '.join(known)}; prepare a new dataset from all events"
             )
         return known

@@ -98,7 +98,7 @@ class Progress:
         self._started = self._logged = time.monotonic()
         self._bar = tqdm(total=num_tasks, initial=num_known, desc=label, unit="task", file=stream(), disable=not stream().isatty())
         if num_known:
-            logger.info("%s: %d of %d tasks were finished before", label, num_known, num_tasks)
+            logger.info("%s: %d of %d tasks were already finished", label, num_known, num_tasks)
 
     def __enter__(self) -> "Progress":
         return self

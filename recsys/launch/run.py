@@ -118,7 +118,7 @@ def _stopped_by_signal(lease: Lease) -> Iterator[None]:
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        logger.warning("SIGTERM: stopping after the step under way and its checkpoint")
+        logger.warning("SIGTERM: stopping after the current step and its checkpoint")
         threading.Thread(target=_ask_to_stop, args=(lease,), name="stop").start()  # the interrupted code may be in the store's client
 
     if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
@@ -145,7 +145,7 @@ def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
     resume = config.run.resume
     if resume == "never" and checkpoints.steps():
         raise UserError(
-            f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to go on'
+            f'run.resume = never: run {config.run.name} has checkpoints; choose another run.name, or run.resume="auto" to continue'
         )
     if resume == "must" and not checkpoints.steps():
         raise UserError(f'run.resume = must: run {config.run.name} has no checkpoint; correct run.name, or run.resume="auto" to start it')

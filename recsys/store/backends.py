@@ -230,7 +230,7 @@ class S3Store:
                 if status_of(error) not in {409, 412}:
                     raise
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
-        raise UserError(f"{S3_SCHEME}{path}: was refused {MAX_ATTEMPTS} times for another object that is not there; start again later")
+        raise UserError(f"{S3_SCHEME}{path}: was refused {MAX_ATTEMPTS} times because of another, missing object; start again later")
 
     def upload(self, source: Path, path: str) -> None:
         def send() -> None:

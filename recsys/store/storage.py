@@ -55,7 +55,7 @@ def private_folder(path: Path) -> Path:
     with explained("make the private folder", str(path)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
-            raise UserError(f"{path}: belongs to another user; give a folder of your own, such as {Path.home() / 'scratch'}")
+            raise UserError(f"{path}: belongs to another user; give a folder that you own, such as {Path.home() / 'scratch'}")
         path.chmod(0o700)
     return path
 

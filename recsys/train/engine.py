@@ -204,13 +204,13 @@ def convert_to_universal(folder: Path, target: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise RuntimeError(f"the state in {folder} could not be made universal: {finished.stderr[-2000:]}")
+        raise RuntimeError(f"the state in {folder} could not be converted: {finished.stderr[-2000:]}")
     whole = consolidate(folder)
     shapes = torch.load(next((folder / TAG).glob("*_model_states.pt")), map_location="cpu", weights_only=False)["param_shapes"]
     for name in (name for group in shapes for name in group):
         weights, *moments = (_universal_part(target / TAG / "zero" / name / f"{key}.pt") for key in ("fp32", "exp_avg", "exp_avg_sq"))
         if not torch.equal(weights, whole[name].flatten()) or any(moment.shape != weights.shape for moment in moments):
-            raise RuntimeError(f"the state in {folder} could not be made universal: {name} came out changed")
+            raise RuntimeError(f"the state in {folder} could not be converted: {name} changed")
 
 
 def _universal_part(path: Path) -> Tensor:

@@ -167,7 +167,7 @@ class Trainer:
     def _skip(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """Pass over a step's samples, without an update."""
         step, samples = self.state.step, _samples(batches)
-        logger.warning("step %d: its loss was not finite, so its samples are left out; rank %d had %s", step, self.rank, samples)
+        logger.warning("step %d: skipped because its loss or gradient was not finite; samples of rank %d: %s", step, self.rank, samples)
         self.state.skipped_steps.append(step)
         self._request = Request.NONE
         return {}
@@ -178,7 +178,7 @@ class Trainer:
         self.checkpoints.publish(self.clock.stamped(self.state))
         if self._request == Request.STOP:
             self._wait_until_published()
-            raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command goes on from step {self.state.step}")
+            raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command continues from step {self.state.step}")
 
     def _end_epoch(self) -> None:
         """Validate while the checkpoint is uploaded; report when it is published."""

@@ -252,7 +252,7 @@ def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Ser
     refused = service.deploy()
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("error: version v3 cannot be served: export: user ")
-    assert refused.stderr.splitlines()[-1].endswith("version v2 goes on serving")
+    assert refused.stderr.splitlines()[-1].endswith("version v2 keeps serving")
     assert service.post("/v1/recommend", {"user_id": "user-3"})["version"] == "v2"
     assert replicas(service) == before
 

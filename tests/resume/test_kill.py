@@ -112,7 +112,7 @@ def test_a_run_that_is_told_to_end_saves_its_last_step_and_repeats_none(
     process.terminate()
     process.communicate(timeout=100)
     assert process.returncode == 2
-    assert f"run {run.name} was asked to stop; the same command goes on from step" in run.log.read_text()
+    assert f"run {run.name} was asked to stop; the same command continues from step" in run.log.read_text()
     result = run.finish()
     assert_same(run, undisturbed)
     assert result["incidents"] == []

@@ -250,7 +250,7 @@ def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[t
         sample = stream.read(HEADER_BYTES)
     has_newlines = b"\n" in sample
     if len(sample) == HEADER_BYTES and not has_newlines and b"\r" not in sample:
-        raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
+        raise UserError(f"{uri}: its first line, the header, is longer than {HEADER_BYTES} bytes")
     named = _NAMED_SEPARATOR.match(sample)
     if named:  # spreadsheets write this line; it is not data
         sample, settings = sample[named.end() :], settings.model_copy(update={"separator": named[1].decode()})
@@ -262,7 +262,7 @@ def _open_records(storage: Storage, uri: str, settings: CsvConfig) -> Iterator[t
         records = dialect.records(_decoded(uri, lines, num_before))
         names = [name.strip() for name in next(_checked_header(uri, records), ())]
         if not any(names):
-            raise UserError(f"{uri}: is empty; its first line must name the columns")
+            raise UserError(f"{uri}: is empty; its first line must be a header")
         blocks = read_blocks(uri, stream) if is_plain else (b"".join(batch) for _, batch in batches(lines))
         yield _without_repeats(uri, names), dialect, blocks, num_before + records.line_num
 
@@ -271,7 +271,7 @@ def _checked_header(uri: str, records: Any) -> Iterator[list[str]]:
     try:
         yield from islice((record for record in records if record), 1)
     except csv.Error as error:
-        raise UserError(f"{uri}: its first line, which must name the columns, cannot be read ({error})") from None
+        raise UserError(f"{uri}: its first line, the header, cannot be read ({error})") from None
 
 
 def _without_repeats(uri: str, names: list[str]) -> list[str]:

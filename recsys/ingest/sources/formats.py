@@ -109,8 +109,8 @@ def read_tables(storage: Storage, part: FilePart, columns: Sequence[str], dialec
 def _refuse_bomb(part: FilePart, num_bytes: int) -> None:
     if num_bytes > max(_LEAST_BOMB_BYTES, _MOST_EXPANSION * part.num_bytes):
         raise UserError(
-            f"{part.uri}: its {part.num_bytes} bytes stand for {num_bytes >> 20} MiB and more, as those of a compression bomb; "
-            f"at most {_MOST_EXPANSION} times the size of a file is read; write it anew with its rows in more files if they are real"
+            f"{part.uri}: its {part.num_bytes} bytes expand to {num_bytes >> 20} MiB or more, like a compression bomb; "
+            f"at most {_MOST_EXPANSION} times the size of a file is read; if the rows are real, write them to more files"
         )
 
 

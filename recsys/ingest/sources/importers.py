@@ -36,7 +36,7 @@ _ATTRIBUTE = "attribute"
 _TAKEN = {
     USER_ID: "another column is the id",
     ITEM_ID: "another column is the id",
-    INPUT_ORDER: "this name is kept for the number of a row; rename the column",
+    INPUT_ORDER: "this name is reserved for the row number; rename the column",
 }
 _LEFT_OUT = "data.item_features names the columns that are used, and not this one"
 _OF_LAYOUT = "the known layout of this file leaves it out"
@@ -87,7 +87,7 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
             found[optional] = name
     for house_name, name in found.items():
         if name == INPUT_ORDER:
-            raise UserError(f"{uri}: its column '{name}' ({house_name}) has a name that is kept for the number of a row; rename it")
+            raise UserError(f"{uri}: its column '{name}' ({house_name}) has a name that is reserved for the row number; rename it")
         if name not in names:
             wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
             raise _missing(uri, wanted, house_name, names)
@@ -122,7 +122,7 @@ def import_events(storage: Storage, part: FilePart, data: DataConfig, time_colum
 def _unused_event(name: str, used: Mapping[str, str]) -> str:
     if name == POSITION and TIMESTAMP in used.values():
         return "the order comes from the time"
-    return AN_INDEX if is_index_name(name) else "events have no use for it"
+    return AN_INDEX if is_index_name(name) else "events do not use it"
 
 
 def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported:
@@ -144,7 +144,7 @@ def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported
         )
 
     uses = dict.fromkeys(attributes, _ATTRIBUTE) | {id_name: USER_ID}
-    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type have no text" for name in header} | _TAKEN
+    reasons = {name: AN_INDEX if is_index_name(name) else "values of this type cannot be read as text" for name in header} | _TAKEN
     reasons |= dict.fromkeys(uses, "")
     return Imported(
         tuple(_use("users", header, name, uses.get(name, ""), reasons[name]) for name in header),
@@ -192,7 +192,9 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
     id_name = find_column(ITEM_ID, data.columns, first)
     known = {name: kind for name, kind in catalogue_kinds(features, first).items() if name not in features.ignored}
     if is_amazon_review(first) and not known:
-        raise UserError(f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz beside it")
+        raise UserError(
+            f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz in the same folder"
+        )
     for name in (id_name, *known):
         if name not in first:
             raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(first))
@@ -251,8 +253,8 @@ def _lost_numbers(before: pa.ChunkedArray, numbers: pa.ChunkedArray, name: str) 
         return ""
     example = str(before.filter(is_lost)[0].as_py())[:60]
     if numbers.null_count == len(numbers) or is_list(before.type):
-        raise UserError(f"data.item_features.numbers: column '{name}' has no number in any row, but such as '{example}'")
-    return f"{num_lost} values are no numbers, such as '{example}'"
+        raise UserError(f"data.item_features.numbers: column '{name}' has no number in any row; it has values such as '{example}'")
+    return f"{num_lost} values are not numbers, such as '{example}'"
 
 
 def _read_whole(

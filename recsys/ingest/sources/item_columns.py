@@ -14,7 +14,7 @@ from recsys.schema import FeatureKind
 TITLE_NAMES = ("title", "name", "product_title", "product_name", "item_title", "item_name", "headline")
 """Names of the title column, the preferred one first, in any spelling; else a name that ends with `_title`."""
 
-AN_INDEX = "an index that pandas left"
+AN_INDEX = "an index column written by pandas"
 _INDEX_NAME = re.compile(r"__index_level_\d+__|Unnamed: \d+(\.\d+|_level_\d+)*|")
 _INDEX_COLUMNS = ("index", "level_0")
 _MISSING_NUMBERS = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")

@@ -143,7 +143,7 @@ class _Child:
     def _last_words(self, log_start: int) -> str:
         """Return the first line that the child wrote to stderr in the call in which it died."""
         words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
-        return next((line.strip()[:200] for line in words if line.strip()), "it said nothing, as when memory runs out")
+        return next((line.strip()[:200] for line in words if line.strip()), "it wrote nothing, which is typical when memory runs out")
 
 
 def serve() -> None:

@@ -132,7 +132,7 @@ def _constant(name: str) -> str | None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return row
 
 
@@ -236,7 +236,7 @@ def _atomic_names(storage: Storage, uri: str) -> list[str]:
     with open_stream(storage, uri) as stream:
         line = stream.readline(HEADER_BYTES)
     if len(line) == HEADER_BYTES:
-        raise UserError(f"{uri}: its first line, which must name the columns, is longer than {HEADER_BYTES} bytes")
+        raise UserError(f"{uri}: its first line, the header, is longer than {HEADER_BYTES} bytes")
     return line.decode("utf-8-sig").rstrip("\r\n").split("\t")
 
 

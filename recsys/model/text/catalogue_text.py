@@ -106,7 +106,7 @@ def frozen_vectors(
             chunk = _read_chunk(storage, _chunk_uri(uri, number))
             if chunk.shape != rows.shape:
                 shapes = f"{chunk.shape} in place of {rows.shape}"
-                raise UserError(f"{_chunk_uri(uri, number)}: has vectors of shape {shapes}; delete it, and it is made anew")
+                raise UserError(f"{_chunk_uri(uri, number)}: has vectors of shape {shapes}; delete it to rebuild it")
             rows[:] = chunk
 
     with shared_entry(node_folder(scratch, dataset.manifest, f"vectors-{key}"), build) as entry:
@@ -163,7 +163,7 @@ def _read_chunk(storage: Storage, uri: str) -> NDArray[np.float32]:
     try:
         column = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()["vector"].combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{uri}: is damaged ({error}); delete it, and it is made anew") from error
+        raise UserError(f"{uri}: is damaged ({error}); delete it to rebuild it") from error
     return np.asarray(column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size))
 
 

@@ -103,7 +103,7 @@ def read_training_queries(
         return None
     if not bool(catalogue.has_text.any()):
         raise UserError(
-            f"model.query_rate = {config.model.query_rate}: the catalogue has no text to hold a query against; set model.query_rate=0"
+            f"model.query_rate = {config.model.query_rate}: the catalogue has no text that a query could match; set model.query_rate=0"
         )
     folder, queries = locate_backbone(text, dataset, scratch), QueryTexts(catalogue.texts, read_queries(dataset, scratch))
     if text.mode == "frozen":

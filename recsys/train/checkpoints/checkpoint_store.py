@@ -167,7 +167,7 @@ class CheckpointStore:
         sizes = {found.uri: found.num_bytes for found in self._storage.list(self._files(state.step))}
         for file in files:
             if sizes.get(join(self._files(state.step), file.path)) != file.num_bytes:
-                raise StoreError(f"checkpoint {uri}: {file.path} did not arrive in the store as it was sent; start again later")
+                raise StoreError(f"checkpoint {uri}: {file.path} arrived damaged in the store; start again later")
         self._lease.check()
         manifest = self._manifest(state, world_size, files)
         if not self._storage.create(join(uri, MANIFEST_NAME), manifest.sealed()):
@@ -227,9 +227,11 @@ class CheckpointStore:
             except DamagedCheckpointError as error:
                 problems.append(str(error))
                 if rank == 0:
-                    logger.warning("%s; going on from an older checkpoint", error)
+                    logger.warning("%s; continuing from an older checkpoint", error)
         if problems and loaded is None:
-            raise UserError(f"run.name = {self._config.run.name}: no checkpoint is whole ({'; '.join(problems)}); choose another run.name")
+            raise UserError(
+                f"run.name = {self._config.run.name}: no checkpoint is complete ({'; '.join(problems)}); choose another run.name"
+            )
         if rank == 0:
             self._lease.check()
             self._remove_after(loaded.state.step if loaded else -1)

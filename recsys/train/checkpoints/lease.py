@@ -139,7 +139,7 @@ class Lease:
         owner = self._owner(token)
         if owner.is_here():
             return not owner.is_gone()
-        logger.info("run %s was last trained by %s; waiting up to %.0f s for a sign of life", self._run, owner, lease_seconds)
+        logger.info("run %s was last trained by %s; waiting up to %.0f s for its heartbeat", self._run, owner, lease_seconds)
         before, deadline = self._last_beat(token), time.monotonic() + lease_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, lease_seconds / 10))
@@ -152,7 +152,7 @@ class Lease:
             try:
                 self.write("alive", str(time.time()).encode())
             except Exception as error:  # whatever it is, the next sign of life may be given
-                logger.warning("run %s: no sign of life could be given: %s", self._run, error)
+                logger.warning("run %s: the heartbeat could not be written: %s", self._run, error)
             if ended.wait(seconds):
                 return
 

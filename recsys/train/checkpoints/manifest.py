@@ -66,7 +66,7 @@ class CheckpointManifest(BaseModel, frozen=True, extra="forbid"):
         """Read what `sealed` returned; a ValueError where it is not that."""
         body = "{\n" + data.decode().partition(",\n")[2]
         if _seal(body) != data:
-            raise ValueError("it is not the manifest that was written")
+            raise ValueError("its hash differs from the one that was written")
         return cls.model_validate_json(body)
 
 
@@ -94,7 +94,7 @@ def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:
         UserError: there is no checkpoint at `uri`, or its manifest is damaged.
     """
     if not uri or not storage.exists(join(uri, MANIFEST_NAME)):
-        raise UserError(f"checkpoint = {uri or '(empty)'}: is no checkpoint; give the 'checkpoint' that python -m jobs.train printed")
+        raise UserError(f"checkpoint = {uri or '(empty)'}: is not a checkpoint; give the 'checkpoint' that python -m jobs.train printed")
     try:
         return CheckpointManifest.unsealed(storage.read_bytes(join(uri, MANIFEST_NAME)))
     except ValueError as error:

@@ -128,7 +128,7 @@ def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: Traini
         largest = max(batches, key=lambda batch: sum(tensor.numel() for _, tensor in tensors_of(batch)))
         activation_bytes = _trace_activations(module, largest, training, len(batches) > 1)
     except (NotImplementedError, RuntimeError) as error:
-        logger.warning("memory: how much this model's activations take cannot be told in advance (%s)", " ".join(str(error).split())[:200])
+        logger.warning("memory: the size of this model's activations cannot be predicted (%s)", " ".join(str(error).split())[:200])
         activation_bytes = 0
     return plan_memory(ModelSize.of(module), training, world_size, activation_bytes)
 

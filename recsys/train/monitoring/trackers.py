@@ -120,7 +120,7 @@ class Trackers:
         try:
             yield
         except Exception as error:
-            logger.warning("run.trackers = %s: is left out from now on (%s)", name, " ".join(str(error).split())[:300])
+            logger.warning("run.trackers = %s: disabled for the rest of the run (%s)", name, " ".join(str(error).split())[:300])
             self._open.pop(name, None)
 
 

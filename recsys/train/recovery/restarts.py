@@ -34,7 +34,7 @@ class Restarts:
         reason = self._note(failure)
         while reason is None:
             delay = delay_seconds(self._failures)
-            logger.warning("%s; starting again in %.0f s from the newest checkpoint", self._failures[-1], delay)
+            logger.warning("%s; restarting in %.0f s from the newest checkpoint", self._failures[-1], delay)
             time.sleep(delay)
             try:
                 self._refuse_if_over()
@@ -65,7 +65,7 @@ class Restarts:
     def _refuse_if_over(self) -> None:
         self._lease.check()
         if self._lease.is_asked_to_stop():
-            raise UserError(f"run {self._config.run.name} was asked to stop; the same command goes on from its newest checkpoint")
+            raise UserError(f"run {self._config.run.name} was asked to stop; the same command continues from its newest checkpoint")
 
     def _write(self, given_up: str | None = None) -> None:
         """Write what workers are to do next."""

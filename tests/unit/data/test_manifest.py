@@ -90,5 +90,5 @@ def test_a_fingerprint_is_of_the_content_not_of_the_place() -> None:
 def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: object, text: bytes, message: str) -> None:
     storage = Storage(str(tmp_path))
     storage.write_bytes(storage.uri("datasets", "a", MANIFEST_NAME), text)
-    with pytest.raises(UserError, match=r"manifest\.json: is no manifest of format 5 \(.*" + message):
+    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest of format 5 \(.*" + message):
         Dataset.open(storage, storage.uri("datasets", "a"))

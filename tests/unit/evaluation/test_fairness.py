@@ -47,7 +47,7 @@ def test_the_interval_is_that_of_two_independent_means() -> None:
 
 def test_an_attribute_that_nobody_has_is_refused_and_one_without_groups_left_out() -> None:
     values = np.zeros(len(GROUPS))
-    with pytest.raises(UserError, match="'gender' is no attribute of this dataset's users; known: id, shop"):
+    with pytest.raises(UserError, match="'gender' is not an attribute of this dataset's users; known: id, shop"):
         fairness_gaps(values, users_of(GROUPS), ["gender"])
     assert fairness_gaps(values, users_of(GROUPS), ["id"]) == {}
     assert fairness_gaps(np.zeros(40), users_of(["a"] * 40), []) == {}

@@ -167,7 +167,7 @@ def test_under_a_time_split_what_comes_late_behind_held_out_interactions_is_held
     [
         (["data.max_history=7"], SECOND, r"data\.max_history = 7: the base dataset was made with 3"),
         (["data.cleaning.min_value=2"], SECOND, r"data\.cleaning\.min_value = 2\.0: the base dataset was made with None"),
-        ([], [("ann", "i1", 90, "purchase", "")], "event kind 'purchase', which the base dataset has not; it has view, click"),
+        ([], [("ann", "i1", 90, "purchase", "")], "event kind 'purchase', which the base dataset does not have; it has view, click"),
         ([], FIRST, r"no interaction is left; rejected 6 rows: .*\(known\)"),
         (["data.base=/nowhere"], SECOND, "data.base = /nowhere: has no manifest.json"),
     ],

@@ -49,7 +49,7 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answ
     assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
     assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
     assert wrong.status == 422
-    assert json.loads(wrong.body)["error"] == "history.0.event: is no event kind of this model; known: view, purchase"
+    assert json.loads(wrong.body)["error"] == "history.0.event: is not an event kind of this model; known: view, purchase"
     assert len(body_of(whole)["items"]) == 60
     assert body_of(partly)["unknown_items"] == ["gone"]
     assert body_of(partly)["fallback"] is None

@@ -115,7 +115,7 @@ def test_dialects_as_people_have_them(tmp_path: Path, content: bytes, rows: list
         (b"a,b\n1,2\rx,3\n", "the record that begins in line 2"),
         (b"a,a\n1,2\n", "has two columns named 'a'"),
         (b"a,b\ncaf\xe9,2\n", "line 2 is not UTF-8 (near 'caf\u00e9,2'); data.csv.encoding = 'cp1252'"),
-        (b"", "is empty; its first line must name the columns"),
+        (b"", "is empty; its first line must be a header"),
         (b",\n", "is empty"),
     ],
 )

@@ -120,12 +120,12 @@ def test_lists_of_numbers_in_json_are_vectors_and_lists_of_objects_are_their_nam
 def test_an_index_that_pandas_left_is_no_feature(tmp_path: Path) -> None:
     items = catalogue(tmp_path, {"title": ["x", "y", "z"], "__index_level_0__": [2, 0, 1], "index": [0, 1, 2]})
     assert items.kinds == {"title": "text"}
-    assert unused(items) == {"__index_level_0__": "an index that pandas left", "index": "an index that pandas left"}
+    assert unused(items) == {"__index_level_0__": "an index column written by pandas", "index": "an index column written by pandas"}
     (tmp_path / "items.parquet").unlink()
     (tmp_path / "items.csv").write_text(",item_id,title,index\n0,a,x,7\n1,b,y,9\n")
     items = read_items(tmp_path)
     assert items.kinds == {"title": "text", "index": "numbers"}
-    assert unused(items) == {"Unnamed: 0": "an index that pandas left"}
+    assert unused(items) == {"Unnamed: 0": "an index column written by pandas"}
     assert [is_index_name(name) for name in ("", "Unnamed: 3", "__index_level_1__", "index", "unnamed")] == [True, True, True, False, False]
 
 
@@ -215,8 +215,8 @@ def test_columns_of_events_and_users_are_named_too(tmp_path: Path) -> None:
         "item_id": "item_id",
         "timestamp": "timestamp",
         "position": "the order comes from the time",
-        "device": "events have no use for it",
-        "__index_level_0__": "an index that pandas left",
+        "device": "events do not use it",
+        "__index_level_0__": "an index column written by pandas",
     }
     read = import_users(storage, parts("users")[0], DataConfig(columns=ColumnsConfig()))
     assert {use.name: use.use or use.reason for use in read.uses} == {
@@ -224,9 +224,9 @@ def test_columns_of_events_and_users_are_named_too(tmp_path: Path) -> None:
         "age": "attribute",
         "tags": "attribute",
         "photo": "attribute",
-        "map": "values of this type have no text",
+        "map": "values of this type cannot be read as text",
         "home.city": "attribute",
-        "__index_level_0__": "an index that pandas left",
+        "__index_level_0__": "an index column written by pandas",
     }
     assert next(read.tables).to_pylist() == [
         {"user_id": "u", "age": "3", "tags": "p q", "photo": "0xff", "home.city": "Oslo", "input_order": 0}

@@ -92,7 +92,7 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(config: Config, waits
     restarts, owner = started(config)
     owner.ask_to_stop()
     assert not restarts.after(LOST)
-    assert restarts.read().causes[-1].message == "run often was asked to stop; the same command goes on from its newest checkpoint"
+    assert restarts.read().causes[-1].message == "run often was asked to stop; the same command continues from its newest checkpoint"
     assert restarts.read().causes[-1].is_explained
 
 
