@@ -199,7 +199,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         self.engine.train(False)
-        with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # the saved generators are from before
+        with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # the checkpoint has the generators from before
             metrics = self.objective.validate()
         self.engine.train()
         return metrics
