@@ -220,7 +220,6 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Pa
 
 
 def _recorded_head(record: Path) -> Head | None:
-    """Return the recorded head if its process still runs."""
     if not record.exists():
         return None
     head = Head(**json.loads(record.read_text(encoding="utf-8")))

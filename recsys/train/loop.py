@@ -91,7 +91,6 @@ class Trainer:
         self.memory_plan.check(*capacity(self.objective.module, self.config.training.use_gpu, self.world_size))
 
     def _resume(self) -> None:
-        """Load the newest checkpoint, if the run has one."""
         resumed = self.checkpoints.load_newest(self.engine)
         self.clock.loaded(resumed)
         if resumed is not None:
@@ -101,7 +100,6 @@ class Trainer:
         self.objective.load_state(self.state.objective)
 
     def _train_epoch(self) -> None:
-        """Run the remaining steps of the epoch, or of the run."""
         config, state, plan = self.config, self.state, self.objective.plan(self.state.epoch)
         begin = time.monotonic()
         steps, self._opened = self._opened or self.objective.steps(state.epoch, state.step_in_epoch), None
@@ -165,7 +163,6 @@ class Trainer:
         return "".join(found)
 
     def _skip(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Skip a step's samples, without an update."""
         step, samples = self.state.step, _samples(batches)
         logger.warning("step %d: its loss was not finite, so its samples are left out; rank %d had %s", step, self.rank, samples)
         self.state.skipped_steps.append(step)

@@ -246,7 +246,6 @@ def _check_positions(model: Any, config: Any, tokenizer: Any, max_tokens: int) -
 
 
 def _check_adapters(model: Any, targets: Sequence[str]) -> None:
-    """Check that `model.text.lora_targets` name linear layers of the model."""
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]

@@ -105,7 +105,6 @@ class Progress:
             self._writer.add_scalar(name, value, step)
 
     def _speeds(self, state: TrainingState, seconds: float) -> dict[str, float]:
-        """Return the speeds over the `seconds` since the last line."""
         since = self._since
         speeds = {"samples/s": (state.samples_seen - since.samples_seen) / seconds}
         if self._tokens:
