@@ -85,8 +85,8 @@ def _check_unit(job: Job, raw: pa.Table) -> None:
         place, number = found
         row = raw[INPUT_ORDER][place].as_py() % (1 << FILE_SHIFT) + 1
         raise UserError(
-            f"row {row}: the time {number} has another number of digits than the first times of the input, which are read as {UNIT_NAMES[job.time_unit]}; "
-            "set data.time_unit to the unit of all times"
+            f"row {row}: the time {number} is not in {UNIT_NAMES[job.time_unit]}, the unit that was inferred from the first times of "
+            "the input; set data.time_unit to the unit of all times times"
         )
 
 

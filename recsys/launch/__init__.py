@@ -1,1 +1,1 @@
-"""The start of a verb: command line, Ray, checks before workers start, and the workers."""
+"""Starts a verb: command line, Ray, checks before workers start, and the workers."""

@@ -1,4 +1,4 @@
-"""The command line that all verbs share: `--config`, `--set`, `--verbose`, `--help`; one JSON object as the last line of stdout."""
+"""The command line of all verbs: `--config`, `--set`, `--verbose`, `--help`; one JSON object as the last line of stdout."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: str | None) -> None:
     """Parse the command line, run the verb `name` and print its result.
 
-    Exits with 2 on a user's mistake and with 1 on any other failure; either is one line on stderr.
+    Exits with 2 on a user-fixable error and with 1 on any other failure, with a one-line message on stderr.
     """
     arguments = _parser(name, description).parse_args()
     try:
@@ -62,7 +62,7 @@ def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def _stdout_for_the_result() -> TextIO:
-    """Set stdout aside for the result: whatever else is printed there, until the process ends, goes to stderr."""
+    """Return stdout for the result, and redirect all other output to stdout to stderr until the process ends."""
     sys.stdout.flush()
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -77,6 +77,6 @@ def _log_file(config: Config, name: str) -> Path:
 
 
 def _fail(error: object, status: int = 2) -> NoReturn:
-    terminal.show("")  # below a line of progress
+    terminal.show("")  # moves below the progress line
     print(f"error: {' '.join(str(error).split())}", file=terminal.stream())
     sys.exit(status)

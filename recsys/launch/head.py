@@ -1,4 +1,4 @@
-"""Ray for a verb: the cluster that `RAY_ADDRESS` names, or a private head on loopback that ends with the verb."""
+"""Ray for a verb: the cluster at `RAY_ADDRESS`, or a private head on loopback that stops with the verb."""
 
 import contextlib
 import ctypes
@@ -30,10 +30,10 @@ HEAD_RECORD = "head.json"
 PRIVATE = "RECSYS_PRIVATE_RAY"
 PR_SET_PDEATHSIG = 1
 LONGEST_FOLDER = 24
-"""A socket's path may have 107 characters: these, 13 of a folder's own name, 43 of Ray's session and 25 of its dashboard's sockets."""
+"""A socket path has at most 107 characters: these, 13 for the folder's name, 43 for Ray's session and 25 for the dashboard's sockets."""
 
 OBJECT_STORE_BYTES = 512 << 20
-"""Stages talk through files, so that Ray's own store holds little; by default it would take a third of the memory."""
+"""Stages exchange data through files, so Ray's object store holds little; by default it would take a third of the memory."""
 
 FREE_PORTS = range(20_000, 32_768)
 PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "ray-client-server")
@@ -43,7 +43,7 @@ STOP_SECONDS = 20
 
 @dataclass(frozen=True)
 class Head:
-    """A private Ray on loopback, alive as long as its process is."""
+    """A private Ray head on loopback, alive as long as its process is."""
 
     address: str
     dashboard: str
@@ -54,9 +54,9 @@ class Head:
 
 @contextlib.contextmanager
 def connect(config: Config) -> Iterator[None]:
-    """Attach to the cluster that `RAY_ADDRESS` names, or to a private head that ends with the block.
+    """Connect to the cluster at `RAY_ADDRESS`, or to a private head that stops with the block.
 
-    Ray reads its environment when it is imported, so nothing may import Ray before this does.
+    Ray reads its environment when it is imported, so a private head requires that Ray is not imported before.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
@@ -90,10 +90,10 @@ def _private_head(config: Config) -> Iterator[None]:
 
 
 def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -> Head:
-    """Start a head that listens on loopback only, under a token of its own, with all its files below `folder`.
+    """Start a head that listens only on loopback, with token authentication and all its files below `folder`.
 
-    `ray.init` would listen on the machine's address, so this is `ray start`. With `ends_with_parent` the kernel ends the
-    head when this process dies, however that happens.
+    This runs `ray start`, because `ray.init` would listen on the machine's address. With `ends_with_parent` the kernel terminates the
+    head when this process dies for any reason.
     """
     port, dashboard = free_port(), free_port()
     address = f"127.0.0.1:{port}"
@@ -102,7 +102,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         PRIVATE: "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # without this, Ray takes the machine's address for loopback
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray replaces loopback by the machine's address
     }
     options = {
         "node-ip-address": "127.0.0.1",
@@ -117,11 +117,11 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
     log = (Path(folder) / "head.log").open("wb")
-    own_programs = str(Path(sys.executable).parent)  # a submitted job runs the first `python` on its head's path
+    own_programs = str(Path(sys.executable).parent)  # a submitted job runs the first `python` in its head's PATH
     child_environment = {
         **os.environ,
         **environment,
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # with a service on it, a head would take half a minute to stop
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # otherwise a head with a service takes half a minute to stop
         "PATH": os.pathsep.join([own_programs, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
@@ -140,9 +140,9 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
 
 @contextlib.contextmanager
 def local_head(config: Config, outlives: bool) -> Iterator[None]:
-    """Point this process and its children at a cluster for the block: the given one, or a head on this machine.
+    """Point this process and its children at a cluster: the one at `RAY_ADDRESS`, or a head on this machine.
 
-    A head that `outlives` the block keeps running; the next caller finds it by the record in `run.scratch`.
+    The head stops with the block unless `outlives`; the next caller then finds it by the record in `run.scratch`.
     """
     if os.environ.get(ADDRESS):
         yield
@@ -162,7 +162,7 @@ def local_head(config: Config, outlives: bool) -> Iterator[None]:
 
 
 def stop_local_head(config: Config) -> bool:
-    """Stop the head that `local_head` left running, and all that runs on it; return whether there was one."""
+    """Stop the head that `local_head` left running, with everything on it; return whether there was one."""
     record = Path(config.run.scratch) / HEAD_RECORD
     head = _recorded_head(record)
     if head is not None:
@@ -173,7 +173,7 @@ def stop_local_head(config: Config) -> bool:
 
 
 def stop_head(process_id: int) -> None:
-    """End a head and everything that it started."""
+    """Stop a head and all processes that it started."""
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         process = psutil.Process(process_id)
         process.terminate()
@@ -184,13 +184,13 @@ def stop_head(process_id: int) -> None:
 
 
 def _num_slots(config: Config) -> int:
-    """Return a head's logical CPUs: a laptop shares its cores among two trials with their workers, and replicas that mostly wait."""
+    """Return a head's logical CPUs: enough, also on a laptop, for two trials with their workers or for replicas that mostly wait."""
     two_trials = 2 * (1 + math.ceil(config.training.max_workers * config.training.cpus_per_worker))
     return max(two_trials, 2 * (os.cpu_count() or 1))
 
 
 def free_port() -> int:
-    """Find a free loopback port, outside the ranges that the kernel and Ray's workers take ports from."""
+    """Return a free loopback port, outside the port ranges of the kernel and of Ray's workers."""
     for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -199,7 +199,7 @@ def free_port() -> int:
 
 
 def _ray_folder(config: Config) -> str:
-    """Make a private folder for one Ray: below `run.scratch`, or a temporary one where that path is too long for sockets."""
+    """Create a private folder for one head: below `run.scratch`, or a temporary one if that path is too long for sockets."""
     parent = private_folder(Path(config.run.scratch))
     return tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= LONGEST_FOLDER else None)
 
@@ -220,7 +220,6 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Pa
 
 
 def _recorded_head(record: Path) -> Head | None:
-    """Return the head of a record if that very process still runs."""
     if not record.exists():
         return None
     head = Head(**json.loads(record.read_text(encoding="utf-8")))

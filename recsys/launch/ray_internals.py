@@ -1,4 +1,4 @@
-"""Every private name of Ray that this project uses; Ray has no public one for it. A test fails when one of them moves."""
+"""All private names of Ray that this project uses, for lack of public ones. A test fails when one of them moves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ ShouldRestart = Callable[[TrainingFailedError], bool]
 
 
 class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
-    """Has Ray Train's controller restart failed workers if `should_restart` says so, so that the controller itself keeps running."""
+    """Makes Ray Train's controller restart failed workers if `should_restart` returns True, so that the controller keeps running."""
 
     def __init__(self, failure_config: FailureConfig, should_restart: ShouldRestart) -> None:
         super().__init__(failure_config)
         self._should_restart = should_restart
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Follow Ray's own rules where no workers could be started, since a cluster may still grow."""
+        """Return the decision of `should_restart`, or of Ray's own rules if no workers could be started, since a cluster may still grow."""
         if isinstance(training_failed_error, ControllerError):
             return super().make_decision(training_failed_error)
         return FailureDecision.RETRY if self._should_restart(training_failed_error) else FailureDecision.RAISE
@@ -46,18 +46,18 @@ class RestartingTrainer(TorchTrainer):  # type: ignore[misc]
 
 
 def is_preempted() -> bool:
-    """Return whether a node of this worker's group will soon be taken away; the public call is a barrier over all workers."""
+    """Return whether a node of this worker's group will soon be preempted. Ray's public call is a barrier over all workers."""
     return get_train_context().preemption_context.preemption_info is not None
 
 
 def worker_nodes() -> set[str]:
-    """Return the ids of the nodes that have training workers of this job, including dead ones."""
+    """Return the ids of the nodes of this job's training workers, including dead workers."""
     job = ray.get_runtime_context().get_job_id()
     return {actor["Address"]["NodeID"] for actor in actors().values() if (actor["JobID"], actor["ActorClassName"]) == (job, WORKER_CLASS)}
 
 
 def serve_http_port() -> int:
-    """Return the port of the Serve that runs on this cluster."""
+    """Return the HTTP port of Ray Serve on this cluster."""
     from ray.serve.context import _get_global_client  # training does not need Serve
 
     return int(_get_global_client().http_config.port)

@@ -1,6 +1,6 @@
 """Launches a run: checks it, decides whether it starts or resumes, holds its lease, and returns its result.
 
-Imports Ray only if workers must start, so that a mistake in data or model is found before.
+Imports Ray only if workers must start, so errors in data or model are reported first.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ RETRY_SECONDS = 1.0
 
 
 def check_training(config: Config, *text_modes: str) -> None:
-    """Check dataset, validation users and language model for a run of `jobs.train`, or for a search over `text_modes`."""
+    """Check dataset, validation users and language model for `jobs.train`, or for a search over `text_modes`."""
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.adopt(config)
@@ -45,7 +45,7 @@ def check_training(config: Config, *text_modes: str) -> None:
 
 
 def check_pretraining(config: Config) -> None:
-    """Check dataset and language model for a run of `jobs.pretrain`, which trains it whatever `model.text.mode` is."""
+    """Check dataset and language model for `jobs.pretrain`, which trains the model for any `model.text.mode`."""
     storage = Storage.from_config(config.storage)
     Dataset.open(storage, config.data.dataset).adopt(config)
     folder = _check_backbone(config, storage, "full")
@@ -59,12 +59,12 @@ def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
 
 
 def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train what `make` builds on a cluster, and return what `jobs.train` prints.
+    """Train the objective built by `make` on a cluster, and return the result that `jobs.train` prints.
 
-    A finished run is not started again; a killed one resumes from its newest checkpoint.
+    A finished run is not started again; a killed run resumes from its newest checkpoint.
 
     Raises:
-        UserError: the run's name is taken by another config or dataset, another process trains it, or the failure is user-fixable.
+        UserError: the run has another config or dataset, another process trains it, or the failure is user-fixable.
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
@@ -104,7 +104,7 @@ def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -
 
 
 def _finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingState | None:
-    """Return the final state if nothing of the run is left to do; refuse checkpoints of another config or dataset."""
+    """Return the final state if the run is finished; raise a UserError for checkpoints of another config or dataset."""
     newest = checkpoints.newest()
     if newest is None:
         return None
@@ -114,14 +114,14 @@ def _finished_state(checkpoints: CheckpointStore, config: Config) -> TrainingSta
 
 @contextlib.contextmanager
 def _stopped_by_signal(lease: Lease) -> Iterator[None]:
-    """Turn the first SIGTERM into a request to stop; a second one ends this process at once."""
+    """Turn the first SIGTERM into a request to stop; a second one terminates this process at once."""
 
     def ask(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.warning("SIGTERM: stopping after the current step and its checkpoint")
-        threading.Thread(target=_ask_to_stop, args=(lease,), name="stop").start()  # the interrupted code may be in the store's client
+        threading.Thread(target=_ask_to_stop, args=(lease,), name="stop").start()  # the signal may interrupt the store's client
 
-    if threading.current_thread() is not threading.main_thread():  # a trial of a search, whose driver has the signals
+    if threading.current_thread() is not threading.main_thread():  # a trial of a search: its driver handles signals
         yield
         return
     before = signal.signal(signal.SIGTERM, ask)
@@ -135,13 +135,13 @@ def _ask_to_stop(lease: Lease) -> None:
     while True:
         try:
             return lease.ask_to_stop()
-        except UserError as error:  # the store may come back before the time to end is over
+        except UserError as error:  # the store may recover within the grace period
             logger.warning("SIGTERM: %s", error)
             time.sleep(RETRY_SECONDS)
 
 
 def _check_resume(checkpoints: CheckpointStore, config: Config) -> None:
-    """Refuse a run that has a checkpoint and must not, or has none and must; restarts of workers are not concerned."""
+    """Raise a UserError if `run.resume` forbids checkpoints that exist or requires missing ones. Does not apply to worker restarts."""
     resume = config.run.resume
     if resume == "never" and checkpoints.steps():
         raise UserError(

@@ -1,4 +1,4 @@
-"""The adapter of Ray Train: starts workers that run the training loop, and restarts them when one dies."""
+"""The Ray Train adapter: starts workers that run the training loop, and restarts them after a failure."""
 
 import contextlib
 import logging
@@ -38,17 +38,17 @@ logger = logging.getLogger(__name__)
 STOP_POLL_SECONDS = 1.0
 RESIZE_POLL_SECONDS = 15.0
 STALE_CAPACITY = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-"""After a node is lost Ray first tries to place workers on it, by default for 60 s."""
+"""After losing a node, Ray first tries to place workers on it, by default for 60 s."""
 
 HEALTH_CHECK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-"""Interval of the controller's health checks, by default 2 s."""
+"""Interval of the controller's health checks; Ray's default is 2 s."""
 
 CONNECT_SECONDS = 1.0
-"""A node that accepts no connection within this time is gone."""
+"""A node that accepts no connection within this time counts as lost."""
 
 
 class RayReporter:
-    """Hands each epoch's metrics to Ray Train, and through its callbacks to a search; learns who wants the run to stop or to save."""
+    """Reports each epoch's metrics to Ray Train, and through its callbacks to a search; receives requests to stop or save."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease, self._is_asked, self._has_saved = lease, False, False
@@ -56,12 +56,12 @@ class RayReporter:
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
-        """Do nothing: reporting to Ray is a barrier, too dear for every step."""
+        """Do nothing: a report to Ray is a barrier, too expensive for every step."""
 
     def request(self) -> Request:
-        """Pass on what the owner was asked for, and once that a node will soon be taken away.
+        """Return a request to stop if the run's owner has one, or, once, a request to save if a node will soon be preempted.
 
-        Ray's public call for the latter is a barrier of its own, too dear for every step; the loop agrees on requests in any case.
+        Ray's public call for preemption is a barrier, too expensive for every step; the loop already reduces requests over the ranks.
         """
         if self._is_asked:
             return Request.STOP
@@ -73,20 +73,20 @@ class RayReporter:
     def _watch(self) -> None:
         while not self._is_asked:
             time.sleep(STOP_POLL_SECONDS)
-            with contextlib.suppress(Exception):  # a store that is out of order is found by those who need it
+            with contextlib.suppress(Exception):  # store errors are reported where the store is needed
                 self._is_asked = self._lease.is_asked_to_stop()
 
     def report(self, metrics: Metrics) -> None:
-        """Report the metrics; Ray keeps no checkpoint of its own, the store has them."""
+        """Report the metrics to Ray without a checkpoint; checkpoints are in the store."""
         ray.train.report(metrics)
 
 
 def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeObjective, callbacks: Sequence[Any]) -> None:
-    """Start the workers, again where that may help, until the run is done.
+    """Start the workers, and restart them after failures that may pass, until the run is done.
 
     Raises:
-        UserError: the failure is user-fixable.
-        RuntimeError: anything else went wrong, too often or in the same way again.
+        UserError: the failure's message explains it without a traceback.
+        RuntimeError: any other failure that is too frequent or repeats in the same way.
     """
     lost = lease.lost
     causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without a word"),)
@@ -96,7 +96,7 @@ def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeO
         try:
             return _fit(config, restarts, make, callbacks)
         except (TrainingFailedError, RayActorError) as error:
-            if restarts.read().given_up is None and restarts.after(failure_of(error)):  # it was the controller that failed
+            if restarts.read().given_up is None and restarts.after(failure_of(error)):  # the controller failed
                 continue
             attempt = restarts.read()
             failure = attempt.causes[-1]
@@ -106,13 +106,13 @@ def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeO
 
 
 def _should_restart(restarts: Restarts, error: TrainingFailedError) -> bool:
-    """Decide in the controller of Ray Train, a process of its own."""
+    """Return whether to restart the workers; called in the process of Ray Train's controller."""
     mark_lines()
     return restarts.after(failure_of(error))
 
 
 def failure_of(error: Exception) -> Failure:
-    """Return the failure behind Ray's exceptions."""
+    """Return the `Failure` behind an exception of Ray."""
     if isinstance(error, RayActorError):
         return Failure(kind="driver_lost", message=f"Ray Train's controller: {' '.join(str(error).split())[:300]}")
     if isinstance(error, PreemptionError):
@@ -139,7 +139,7 @@ def _failure_of_worker(rank: int, error: BaseException) -> Failure:
 
 
 def _lost_node() -> str | None:
-    """Name a node with workers of this job that is gone: Ray learns that only after a while, but it accepts no connection at once."""
+    """Describe a lost node with workers of this job, if any: it refuses connections before Ray marks it dead."""
     hosts = worker_nodes()
     for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
         try:
@@ -150,7 +150,7 @@ def _lost_node() -> str | None:
 
 
 def check_resources(config: Config) -> None:
-    """Refuse to wait for GPUs that a private Ray will never have; a cluster may still grow."""
+    """Raise a UserError instead of waiting for GPUs that a private Ray will never have; a cluster may still grow."""
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.training.use_gpu and os.environ.get(PRIVATE) and num_gpus < config.training.min_workers:
         raise UserError(
@@ -160,9 +160,9 @@ def check_resources(config: Config) -> None:
 
 
 def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Sequence[Any]) -> None:
-    """Run the workers until they are done or are not to be started again. Ray's own records go to the run's folder under a new name.
+    """Run the workers until they finish or may not restart. Ray's own records go to the run's folder under a new name.
 
-    With a name that Ray knows it would resume by its own rules; here the checkpoints decide where a run resumes.
+    With a known name Ray would resume by its own rules; here the checkpoints decide where a run resumes.
     """
     training, storage = config.training, Storage.from_config(config.storage)
     os.environ.setdefault(*HEALTH_CHECK)
@@ -191,12 +191,12 @@ def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Seq
     try:
         trainer.fit()
     finally:
-        with contextlib.suppress(StoreError):  # it would hide what the workers met
+        with contextlib.suppress(StoreError):  # it must not replace the workers' error
             storage.delete_tree(records)
 
 
 def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None:
-    mark_lines(logging.WARNING if TRIALS in config.run.name else logging.INFO)  # a search shows its trials by a line each
+    mark_lines(logging.WARNING if TRIALS in config.run.name else logging.INFO)  # a search shows one line per trial
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     storage, attempt = Storage.from_config(config.storage), restarts.read()

@@ -1,4 +1,4 @@
-"""Encodes an item as a vector: id, text, categories, numbers and given vectors, joined by a learned gate."""
+"""The item encoder: combines an item's id, text, categories, numbers and provided vectors with a learned gate."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -15,37 +15,37 @@ from recsys.model.retrieval import gather_from_ranks
 from recsys.model.text.encoder import TextEncoder, encode_groups, group_widths
 
 ENCODE_CHUNK = 256
-"""Texts that a refresh encodes at once."""
+"""Number of texts that a refresh encodes at once."""
 
 PRESENCE = {"id": "train_count", "text": "has_text", "categories": "categories", "numbers": "has_number", "vector": "vectors"}
-"""The buffer that is not zero in the rows of items that have a source."""
+"""For each source, the buffer whose row is non-zero if an item has this source."""
 
 
 @dataclass(frozen=True)
 class ItemText:
     """Text inputs of the item encoder: frozen vectors, or tokens and the backbone to train. Row 0 is padding.
 
-    Shapes: I items, H the language model's width, T most tokens of one text.
+    Shapes: I items, H the language model's width, T maximum tokens per text.
     """
 
     vectors: Tensor | None = None  # (I + 1, H)
     tokens: Tensor | None = None  # (I + 1, T) int32, right-padded
-    lengths: Tensor | None = None  # (I + 1,) int32, the tokens that are real
+    lengths: Tensor | None = None  # (I + 1,) int32, number of real tokens
     encoder: TextEncoder | None = None
 
 
 class ItemEncoder(nn.Module):
     """Encodes catalogue indices (D,) as vectors (D, W).
 
-    Shapes: D items, W width, S sources. Each source gives a vector of the model's width, zero where an item has nothing of it; a gate
-    that sees all of them weights those that the item has. An item that training never saw has no id vector, so its other sources carry
-    it; `id_dropout` trains the model for that, on items that have another source.
+    Shapes: D items, W width, S sources. Each source returns a vector of the model's width, zero for items without this source. A gate
+    that sees all sources weights the ones that an item has. Items not seen in training have no id vector, so their other sources
+    represent them; `id_dropout` trains the model for this case, on items that have another source.
 
-    The catalogue's buffers may be views of files that all processes of a node share: they are gathered from as they are,
-    and only the rows gathered are cast or joined. A copy of a whole buffer here would be one per process.
+    The catalogue's buffers may be memory-mapped files shared by all processes of a node. Gather rows first, then cast or concatenate
+    only these rows: a copy of a whole buffer would use memory in every process.
     """
 
-    train_count: Tensor  # (I + 1,) 0 where training has not seen the item
+    train_count: Tensor  # (I + 1,) 0 for items not seen in training
     categories: Tensor  # (I + 1, K)
     numbers: Tensor  # (I + 1, N)
     has_number: Tensor  # (I + 1, N)
@@ -53,7 +53,7 @@ class ItemEncoder(nn.Module):
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
-    kept_text: Tensor | None  # (I + 1, H) cached vectors of the texts that a micro batch does not have
+    kept_text: Tensor | None  # (I + 1, H) cached text embeddings, for items outside the micro batch
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ItemEncoder(nn.Module):
             nn.init.zeros_(parameter)
         self.text_encoder = text.encoder
         for name in ("train_count", "categories", "numbers", "has_number", "vectors", "has_text"):
-            self.register_buffer(name, getattr(catalogue, name), persistent=False)  # no checkpoint holds them: the dataset does
+            self.register_buffer(name, getattr(catalogue, name), persistent=False)  # not in checkpoints: the dataset has them
         self.register_buffer("text_vectors", text.vectors, persistent=False)
         self.register_buffer("tokens", text.tokens, persistent=False)
         self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,) on the CPU
@@ -78,15 +78,15 @@ class ItemEncoder(nn.Module):
         self.register_buffer("kept_text", kept)
 
     def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
-        """Encode items (D,), or the whole catalogue in its order where they are not given; return (D, W), zero for padding.
+        """Encode items (D,), or the whole catalogue in order if None; return (D, W), zero for padding.
 
-        `on_host` are the same items on the CPU; with them a device that trains a language model need not be waited for. Where the whole
-        catalogue is asked for, they may be some of its items: the language model runs over their texts, and the others' are cached ones.
+        `on_host` is a copy of the items on the CPU, which avoids waiting for the device when a language model is trained. If `items` is
+        None, it may be a subset of the catalogue: the language model encodes these texts, the other items use cached text embeddings.
         """
         return self.with_text(items, on_host)[0]
 
     def with_text(self, items: Tensor | None = None, on_host: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Encode as `forward` does; return beside it the part that is the text's, (D, W), where the ranker asks for it."""
+        """Encode as `forward` does; also return the vectors of the text source (D, W) if there is one and the ranker needs it."""
         present = {name: self._has(name, items) for name in self.sources}
         if self.training and self.id_dropout and "id" in present and len(present) > 1:
             others = torch.stack([has for name, has in present.items() if name != "id"]).any(0)
@@ -95,12 +95,12 @@ class ItemEncoder(nn.Module):
         return self._join(vectors, present), vectors.get("text") if self.is_text_asked else None
 
     def _has(self, name: str, items: Tensor | None) -> Tensor:
-        """Return which items have a source (D,); padding has none."""
+        """Return the mask (D,) of items that have a source; False for padding."""
         has = _rows(self.get_buffer(PRESENCE[name]), items) != 0
         return has if has.dim() == 1 else has.any(1)
 
     def _encode_source(self, name: str, items: Tensor | None, on_host: Tensor | None, present: Tensor) -> Tensor:
-        """Return a source's vectors (D, W), zero where not present (D,)."""
+        """Return a source's vectors (D, W), zero where `present` (D,) is False."""
         features = items
         if name == "text":
             features = self._text(items, on_host)
@@ -112,7 +112,7 @@ class ItemEncoder(nn.Module):
         return vectors * present.unsqueeze(1).to(vectors.dtype)
 
     def _text(self, items: Tensor | None, on_host: Tensor | None = None) -> Tensor:
-        """Return the language model's vectors (D, H), where it is trained by running it."""
+        """Return text embeddings (D, H): frozen vectors, or the language model's output if it is trained."""
         if self.text_encoder is None:
             return _rows(self.text_vectors, items)
         if on_host is None:
@@ -124,12 +124,12 @@ class ItemEncoder(nn.Module):
 
     @torch.no_grad()
     def refresh_texts(self, rank: int, world_size: int) -> None:
-        """Run the language model as it is over all texts, shared out over the ranks, and cache the vectors; every rank must call this."""
+        """Encode all texts with the current language model, split over the ranks, and cache the embeddings. Every rank must call this."""
         if self.text_encoder is None or self.kept_text is None:
             return
         num_rows = len(self.token_counts)
         rows = torch.arange(-(-num_rows // world_size)) * world_size + rank
-        rows[rows >= num_rows] = 0  # as many on every rank, since under ZeRO-3 each run is collective
+        rows[rows >= num_rows] = 0  # the same number on every rank: a ZeRO-3 forward is collective
         was_training = self.training
         self.eval()
         table = self.tokens, self.token_counts, self.group_widths
@@ -139,7 +139,7 @@ class ItemEncoder(nn.Module):
         self.kept_text.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Sum the sources' vectors, weighted by the gate; a single source is taken as it is."""
+        """Return the sum of the sources' vectors, weighted by the gate; a single source is returned unchanged."""
         if len(vectors) == 1:
             return next(iter(vectors.values()))
         logits = reduce(torch.add, [self.gates[name](vector) for name, vector in vectors.items()])  # (D, S)
@@ -149,7 +149,7 @@ class ItemEncoder(nn.Module):
 
 
 def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn.ModuleDict:
-    """Build what encodes each source that the config wants and the catalogue has."""
+    """Build an encoder for each source that the config enables and the catalogue has."""
     width, sources = config.width, nn.ModuleDict()
     if config.use_ids and config.id_buckets:
         sources["id"] = HashedIds(catalogue.num_items, config.id_buckets, config.id_hashes, width)
@@ -171,23 +171,23 @@ def _sources(config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> nn
 
 
 class IdTable(nn.Module):
-    """A row per item. Shapes: I items, D items asked for, W width."""
+    """An embedding table with a row per item. Shapes: I items, D requested items, W width."""
 
     def __init__(self, num_items: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_items + 1, width) * width**-0.5)  # (I + 1, W)
 
     def forward(self, items: Tensor | None) -> Tensor:
-        """Return vectors (D, W); without `items` those of the whole catalogue, and gather nothing."""
+        """Return vectors (D, W); if `items` is None, the whole table without a gather."""
         return self.weight if items is None else F.embedding(items, self.weight)
 
 
 class HashedIds(nn.Module):
-    """The sum of H rows of one table of B, picked and signed by independent hashes of the catalogue index.
+    """The sum of H rows of a table with B rows; independent hashes of the catalogue index choose the rows and their signs.
 
-    The signs (Weinberger et al. 2009) make what other items left in a shared row cancel on average. Of I items each shares a row with
-    about H I / B others, but all rows and signs with none to speak of: about I^2 H! / 2 (2 B)^H pairs of items have the same vector.
-    With 100 M items, H = 2 and B = 10 M rows: 25 pairs.
+    The signs (Weinberger et al. 2009) make collisions cancel on average. With I items, about H I / B of them share a row, but almost
+    none share all rows and signs: about I^2 H! / 2 (2 B)^H pairs of items have the same vector. With 100 M items, H = 2 and
+    B = 10 M rows: 25 pairs.
     """
 
     def __init__(self, num_items: int, num_buckets: int, num_hashes: int, width: int) -> None:
@@ -196,18 +196,18 @@ class HashedIds(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_buckets, width) * (num_hashes * width) ** -0.5)  # (B, W)
 
     def forward(self, items: Tensor | None) -> Tensor:
-        """Return vectors as `IdTable` does."""
+        """Return vectors (D, W); if `items` is None, those of the whole catalogue."""
         rows, signs = self.pick(torch.arange(self.num_items + 1, device=self.weight.device) if items is None else items)
         return F.embedding_bag(rows, self.weight, mode="sum", per_sample_weights=signs.to(self.weight.dtype))
 
     def pick(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows of items (D,) and their signs, both (D, H)."""
+        """Return the row indices of items (D,) and their signs, both (D, H)."""
         hashes = torch.stack([stable_hash(items, seed) for seed in range(self.num_hashes)], 1)
         return (hashes >> 1) % len(self.weight), 1 - 2 * (hashes & 1)
 
 
 class Projection(nn.Module):
-    """Projects features to the model's width, normalized, with a learned scale that starts at the length of an id vector."""
+    """Projects features to the model's width, with layer normalization and a learned scale that starts at the norm of an id vector."""
 
     def __init__(self, num_features: int, width: int) -> None:
         super().__init__()
@@ -221,5 +221,5 @@ class Projection(nn.Module):
 
 
 def _rows(table: Tensor, items: Tensor | None) -> Tensor:
-    """Gather the rows of items; without items, the table as it is."""
+    """Gather the rows of items; return the whole table if `items` is None."""
     return table if items is None else table[items]

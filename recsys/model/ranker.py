@@ -1,4 +1,4 @@
-"""Scores a (user, item) pair for each task, such as like, rating, click or purchase, and the losses of these scores.
+"""The ranker: scores of (user, item) pairs for each task, for example like, rating or click, and the losses of these scores.
 
 Shapes: N pairs, W width, T tasks, P places of packed histories.
 """
@@ -18,17 +18,17 @@ from recsys.schema import Task
 
 NOISE_VARIANCE = 0.65
 LEVEL_VARIANCE = 0.15
-"""Of standardized values: what is left unexplained, and how far users lie apart in the mean. On MovieLens 100K they fit; learned
-together with the factors the noise would shrink to the training error."""
+"""Variances of standardized values: the residual noise, and the spread of user means. They fit MovieLens 100K. Learned together with
+the factors, the noise would shrink to the training error."""
 
 
 class ValueRegression(nn.Module):
     """Predicts a user's value of an item from the user's other values: Bayesian linear regression, solved at every place.
 
-    value = b(v) + w . z(v) + noise for an item's vector v, where w ~ N(w0(u), 1) is the user's own. b and z are linear in v, so items
-    that training never saw have them; the first of z is the user's level. w0 is linear in the user's state u: what the sequence tells
-    before any value counts. Given the values so far, the mean of w has a closed form (Bishop 2006, 3.3). A target's value is never
-    among those that its w is made of, so z is learned for users yet to come (Bertinetto et al. 2019). Shape K: factors and the level.
+    value = b(v) + w . z(v) + noise for an item vector v, where w ~ N(w0(u), 1) belongs to the user. b and z are linear in v, so they
+    exist for items not seen in training. The first entry of z is constant: its weight is the user's level. The prior mean w0 is linear
+    in the user state u. Given the values so far, the mean of w has a closed form (Bishop 2006, 3.3). The w of a target never includes
+    the target's own value, so z is trained to generalize to new users (Bertinetto et al. 2019). Shape K: factors plus the level.
     """
 
     def __init__(self, config: ModelConfig, manifest: DatasetManifest) -> None:
@@ -43,7 +43,7 @@ class ValueRegression(nn.Module):
         nn.init.zeros_(self.prior.weight)
 
     def forward(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
-        """Return the mean of w (N, K) of users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
+        """Return the mean of w (N, K) for users (N, W) after `places` (N,) of histories whose items have `vectors` (P, W)."""
         is_known, values = known_values(histories, self.value_mean, self.value_std)
         factors, biases = self.read(vectors)
         factors = factors * is_known.unsqueeze(1)
@@ -58,22 +58,22 @@ class ValueRegression(nn.Module):
         return (prior + torch.linalg.solve_ex(square + noise, surprise)[0]).squeeze(2)
 
     def predict(self, weights: Tensor, items: Tensor) -> Tensor:
-        """Return the standardized value (N,) that users with these w (N, K) will give to items (N, W)."""
+        """Return the predicted standardized values (N,) of items (N, W) for users with weights w (N, K)."""
         factors, biases = self.read(items)
         return (weights * factors).sum(1) + biases
 
     def read(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z (P, K) and b (P,) of items in float32."""
+        """Return z (P, K) and b (P,) of item vectors (P, W), in float32."""
         read = self.factors(self.dropout(vectors)).float()
         level = torch.full_like(read[:, :1], LEVEL_VARIANCE**0.5)
         return torch.cat([level, read[:, 1:]], 1), read[:, 0]
 
 
 def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueRegression | None:
-    """Build the regression, or None where the ranker is of another kind.
+    """Build the regression, or return None for another kind of ranker.
 
     Raises:
-        UserError: the data has no values.
+        UserError: the dataset has no values.
     """
     if config.ranker.kind != "regression":
         return None
@@ -83,19 +83,19 @@ def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueReg
 
 
 class Ranker(nn.Module):
-    """One score per task of a user's state u and an item's vector v. Shape E: experts.
+    """Computes one score per task from a user state u and an item vector v. Shape E: experts.
 
-    f_P(u, v) is, for each task, a linear reading of what experts make of the pair, mixed by a gate of the task's own where there are
-    several (MMoE: Ma et al. 2018), plus a user bias, linear in u, and an item bias, linear in v: both hold for those never seen.
+    f_P(u, v) is, for each task, a linear readout of the experts' outputs, mixed by a gate per task if there are several experts
+    (MMoE: Ma et al. 2018), plus a user bias, linear in u, and an item bias, linear in v. Both also exist for unseen users and items.
 
     `concatenation`: f_P alone; an expert is silu(A [u, v, u * v]).
 
-    `additive`: f_P + gate_text text + gate_sequence history. An expert is A u * B v, so f_P is bilinear; text is (Q u) . x, x being the
-    item's text alone as the item encoder projects it, zero where there is none; history is u . v, the score that retrieval ranks by.
-    Both gates are a number per task and start at 0.
+    `additive`: f_P + gate_text text + gate_sequence history. An expert is A u * B v, so f_P is bilinear. text is (Q u) . x, where x is
+    the item encoder's projection of the item's text, zero without text. history is u . v, the retrieval score. Both gates are one
+    number per task and start at 0.
 
-    `regression`: tasks made of values are a x r + c, a and c learned per task, r being the value that `regression` predicts;
-    the others are f_P as in `concatenation`. A user is then the state, joined with the weights of the regression.
+    `regression`: scores of tasks on values are a x r + c, with a and c learned per task and r the value predicted by `regression`;
+    the others are f_P as in `concatenation`. The user input is then the state concatenated with the weights of the regression.
     """
 
     log_negative_rates: Tensor  # (T,)
@@ -135,15 +135,15 @@ class Ranker(nn.Module):
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
     def read_users(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
-        """Return the ranker's input for users (N, W) after some places (N,) of histories, whose items have these vectors (P, W)."""
+        """Return the ranker's input for users (N, W) after `places` (N,) of histories whose items have `vectors` (P, W)."""
         if self.regression is None:
             return users
         return torch.cat([users, self.regression(users, vectors, histories, places).to(users.dtype)], 1)
 
     def forward(self, users: Tensor, items: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Score pairs of users, as `read_users` gives them, and items (N, W).
+        """Score pairs of users, as returned by `read_users`, and items (N, W).
 
-        Only the additive form reads `texts` (N, W), zero where an item has none.
+        Only the additive kind reads `texts` (N, W), zero for items without text.
 
         Returns:
             (N, T): logits for binary tasks, standardized values for regression.
@@ -167,21 +167,21 @@ class Ranker(nn.Module):
         return scores
 
     def calibrate(self, scores: Tensor) -> Tensor:
-        """Undo, in logits (..., T), that training saw negatives at their `negative_rates` alone.
+        """Correct logits (..., T) for the sampling of negatives at `negative_rates` in training.
 
-        With q of the scores and w the rate, p = q / (q + (1 - q) / w) (He et al. 2014), which is logit p = logit q + log w.
+        For a predicted probability q and a rate w, p = q / (q + (1 - q) / w) (He et al. 2014), which is logit p = logit q + log w.
         """
         return scores + self.log_negative_rates
 
 
 class TaskLosses(nn.Module):
-    """Scores and labels -> the sum of each task's loss over its labels.
+    """Sums each task's loss over its labels.
 
-    BCE for binary tasks, squared error for regression. With `imbalance = weight` a positive weighs 1 / `negative_rates` (T,).
+    BCE for binary tasks, squared error for regression. With `imbalance = weight` a positive has weight 1 / `negative_rates` (T,).
 
-    With `weighting = uncertainty` (Kendall et al. 2018) a task has a learned log variance s, and each of its labels gives
-    exp(-s) loss + s / 2, of regression exp(-s) loss / 2 + s / 2. The s / 2 are given per label, so the sums may be taken over any share
-    of the labels and divided by their global number: together they are the formula. What is reported can be negative.
+    With `weighting = uncertainty` (Kendall et al. 2018) a task has a learned log variance s. A label of a binary task contributes
+    exp(-s) loss + s / 2, of a regression task exp(-s) loss / 2 + s / 2. Because s / 2 is added per label, sums over parts of the labels,
+    divided by the global number of labels, add up to the formula. Reported losses can be negative.
     """
 
     positive_weights: Tensor  # (T,)
@@ -196,7 +196,7 @@ class TaskLosses(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(len(tasks))) if is_learned else None
 
     def forward(self, scores: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Sum each task's loss over the labels where mask is 1; all (N, T)."""
+        """Return the sum of each task's loss over the labels where `mask` is 1; all inputs are (N, T)."""
         losses = {}
         for column, task in enumerate(self.tasks):
             score, label, is_value = scores[:, column].float(), labels[:, column], task.kind == "regression"

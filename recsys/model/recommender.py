@@ -26,9 +26,9 @@ RETRIEVAL = "retrieval"
 
 
 class Recommender(nn.Module):
-    """Batch -> losses by name. Shapes: P places of histories, D distinct items, N targets, W width."""
+    """The trained module, from a batch to losses by name. Shapes: P places of histories, D distinct items, N targets, W width."""
 
-    candidates: Tensor  # catalogue indices of the items that a target is compared with
+    candidates: Tensor  # catalogue indices of the items that targets are compared with
 
     def __init__(
         self, config: Config, dataset: Dataset, catalogue: ItemFeatures, text: ItemText, queries: TrainingQueries | None = None
@@ -49,7 +49,7 @@ class Recommender(nn.Module):
         self.task_losses = TaskLosses(config.model.ranker, manifest.tasks, rates)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the sum of each loss over the batch's targets."""
+        """Return the sum of each loss over the batch's targets, by name."""
         indices = None if self.loss.kind == "full" else batch.items
         items, texts = self.item_encoder.with_text(indices, torch.from_numpy(batch.items_on_host))  # (D, W)
         asked = None
@@ -85,7 +85,7 @@ class Recommender(nn.Module):
 
 
 def _read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks) -> ItemText:
-    """Read or compute what the item encoder needs of the text; all of `ranks` must call this."""
+    """Read or compute the item encoder's text inputs. All of `ranks` must call this."""
     text, scratch = config.model.text, Path(config.run.scratch)
     if text.mode == "off" or not bool(catalogue.has_text.any()):
         return ItemText()
@@ -97,13 +97,13 @@ def _read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, d
 
 
 def build_recommender(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks = ALONE) -> Recommender:
-    """Build the recommender with weights that depend on the seed alone; `ranks` share the work on the catalogue's text.
+    """Build the recommender, with initial weights that depend only on the seed. All of `ranks` must call this to share the encoding.
 
-    The catalogue is mapped from files below `run.scratch`, so that the processes of a node hold it once.
+    The catalogue is memory-mapped from files below `run.scratch`, so the processes of a node share one copy.
     """
     catalogue = ItemFeatures.read(dataset, Path(config.run.scratch))
-    torch.manual_seed(config.training.seed)  # for LoRA's adapters
+    torch.manual_seed(config.training.seed)  # for LoRA adapters
     text = _read_item_text(config, dataset, catalogue, device, ranks)
     queries = read_training_queries(config, dataset, catalogue, device, ranks)
-    torch.manual_seed(config.training.seed)  # again: whoever computed frozen vectors may have drawn numbers
+    torch.manual_seed(config.training.seed)  # again: computing frozen vectors may have drawn random numbers
     return Recommender(config, dataset, catalogue, text, queries)

@@ -1,8 +1,8 @@
-"""Retrieval: scores of users and items, the losses that train them, and the bound that weights the targets of user groups.
+"""Retrieval: scores of items for users, training losses, and a fairness bound that weights targets by user group.
 
-A loss is a sum over targets; dividing by their global number is the training loop's part. Shapes: N targets, W width, K candidates or
-negatives. Scores are dot products, held in chunks of at most `chunk_bytes`. Each loss takes the weight of each target (N,) and returns
-the weighted sum, and each target's own loss (N,) without a gradient.
+Losses are sums over targets; the training loop divides by their global number. Shapes: N targets, W width, K candidates or negatives.
+Scores are dot products, computed in chunks of at most `chunk_bytes`. Each loss takes target weights (N,) and returns the weighted sum,
+and the unweighted loss of each target (N,) without a gradient.
 """
 
 import math
@@ -24,17 +24,17 @@ Loss = tuple[Tensor, Tensor]
 SCORE_BYTES = 4
 CPU_CHUNK_BYTES = 4 << 20
 GPU_CHUNK_BYTES = 256 << 20
-"""A CPU is fastest where a chunk stays in its cache, a GPU where a chunk keeps all of it busy."""
+"""Default chunk sizes: small enough for a CPU's cache, large enough to keep a GPU busy."""
 
 LARGEST_DUAL_SUM = 0.9
-"""Dual variables are kept below it in sum, so that every target counts for at least a tenth."""
+"""Maximum sum of the dual variables, so that every target has a weight of at least 0.1."""
 
 
 class RetrievalScores:
-    """Scores items for users by the product of their vectors. Shapes: B users, I items, C candidates.
+    """Scores items for users by dot product. Shapes: B users, I items, C candidates.
 
-    An item without training interactions, text and features has a vector of zeros. Its score of 0 would beat every negative one, so it
-    gets one below all others of the user: such items rank last, by index among themselves.
+    An item without training interactions, text and features has a vector of zeros. Its score of 0 would beat every negative score, so
+    these items get a score below all others of the user: they rank last, in the order of their index.
     """
 
     def __init__(self, items: Tensor) -> None:
@@ -45,17 +45,17 @@ class RetrievalScores:
         self._longest = items.norm(dim=1).max()
 
     def __call__(self, users: Tensor, candidates: Tensor | None = None) -> Tensor:
-        """Return the scores (B, I + 1) of the whole catalogue for users (B, W), or (B, C) of candidates (C,)."""
+        """Return scores for users (B, W): (B, I + 1) for the whole catalogue, or (B, C) for candidates (C,)."""
         chosen = slice(None) if candidates is None else candidates
         scores = users @ self.items[chosen].T
         if self._is_unknown is None:
             return scores
-        lowest = -users.norm(dim=1, keepdim=True) * self._longest - 1  # no product is less than minus that of the lengths
+        lowest = -users.norm(dim=1, keepdim=True) * self._longest - 1  # no dot product is below -|u| |v| (Cauchy-Schwarz)
         return torch.where(self._is_unknown[chosen], lowest, scores)
 
 
 def full_softmax(users: Tensor, positives: Tensor, candidates: Tensor, weights: Tensor, chunk_bytes: int | None = None) -> Loss:
-    """Sum the cross-entropy over all candidates (K, W), which hold every positive; users and positives (N, W)."""
+    """Return the summed cross-entropy over all candidates (K, W), which must include every positive; users and positives are (N, W)."""
     return _softmax_loss(users, positives, candidates, weights, None, _num_rows(candidates, chunk_bytes))
 
 
@@ -69,10 +69,10 @@ def sampled_softmax(
     weights: Tensor,
     chunk_bytes: int | None = None,
 ) -> Loss:
-    """Sum the cross-entropy with the other items' part of the partition function estimated from K draws.
+    """Return the summed cross-entropy, with the negatives' part of the partition function estimated from K draws.
 
-    Each draw j stands for 1 / (K q_j) items, so the estimate of the partition function is unbiased (Bengio and Senecal 2008); a draw
-    that is the target itself is left out. With `log_q` of -log K the draws are not corrected, which is InfoNCE (van den Oord et al. 2018).
+    Each draw j is weighted by 1 / (K q_j), so the estimate of the partition function is unbiased (Bengio and Senecal 2008). Draws equal
+    to the target are masked. With `log_q` = -log K there is no correction, which is InfoNCE (van den Oord et al. 2018).
     Shapes: users and positives (N, W), target_ids (N,), negatives (K, W), negative_ids and log_q (K,).
     """
     others = (target_ids, negative_ids, log_q + math.log(max(1, len(negatives))))
@@ -90,7 +90,7 @@ def gbce(
     weights: Tensor,
     chunk_bytes: int | None = None,
 ) -> Loss:
-    """Sum binary cross-entropy with a calibrated positive (gBCE: Petrov and Macdonald 2023), over uniform negatives.
+    """Return the summed binary cross-entropy with a calibrated positive (gBCE: Petrov and Macdonald 2023) and uniform negatives.
 
     With a = K / (num_items - 1), the positive's log probability is weighted by b = 1 - calibration (1 - a); each target's loss is the
     mean over its K + 1 terms. Shapes as in `sampled_softmax`.
@@ -110,9 +110,9 @@ def gbce(
 
 
 def gather_from_ranks(rows: Tensor) -> Tensor:
-    """Join the rows (N, ...) of all ranks, each N its own; gradients flow back to the rank that a row came from.
+    """Concatenate the rows (N, ...) of all ranks; N may differ per rank. Gradients flow back to the rank that a row came from.
 
-    Every rank must call this; without a process group the rows are returned as they are.
+    Every rank must call this. Without a process group the rows are returned unchanged.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
@@ -128,7 +128,7 @@ def _stack_ranks(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' tensors of one shape, stacked."""
+    """Stacks the tensors of all ranks, which must have the same shape."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ Others = tuple[Tensor, Tensor, Tensor]
 class _SoftmaxLoss(torch.autograd.Function):
     """Weighted sum of log(sum_j exp(score_nj)) - positive_n over targets, with its gradients computed in the same pass.
 
-    What is kept for the backward pass is as large as the inputs: no (N, K) tensor outlives its chunk. Without `others` the candidates
-    hold the positive; with them (target ids, candidate ids, what to subtract of each candidate's score) it is added, and candidates that
-    are the target are left out.
+    Tensors saved for the backward pass are only as large as the inputs: no (N, K) tensor outlives its chunk. Without `others` the
+    candidates must include the positive. With `others` (target ids, candidate ids, correction to subtract from each candidate's score)
+    the positive is added to the sum, and candidates equal to the target are masked.
     """
 
     @staticmethod
@@ -159,7 +159,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> Loss:
         positive = (users * positives).sum(-1).float()  # (N,)
         each = torch.empty_like(positive)
-        own = torch.full_like(positive, -1.0)  # gradient by the positive's score
+        own = torch.full_like(positive, -1.0)  # gradient with respect to the positive's score
         grad_users, grad_candidates = torch.empty_like(users), torch.zeros_like(candidates)
         for begin in range(0, len(users), num_rows):
             rows = slice(begin, begin + num_rows)
@@ -194,11 +194,11 @@ _softmax_loss: Callable[..., Loss] = _SoftmaxLoss.apply
 
 
 class GroupBound(nn.Module):
-    """Weights targets for the Lagrangian of `min loss` under `loss of group g - loss of all <= some bound` for every group g.
+    """Weights targets for the Lagrangian of `min loss` subject to `loss of group g - loss of all <= some bound` for every group g.
 
-    Its gradient counts a target of group g with 1 + dual_g / share_g - sum of all duals. The duals rise by what is wanted in the end,
-    the metric of users held out: training losses may overfit (two datasets, and a loss in place of a metric that has no gradient:
-    Cotter et al. 2019). Shape G: groups.
+    Its gradient weights a target of group g by 1 + dual_g / share_g - sum of all duals. The duals are updated from the validation
+    metric, because training losses may overfit (two datasets, and a loss as the proxy of a metric without a gradient: Cotter et al.
+    2019). Shape G: groups.
     """
 
     duals: Tensor
@@ -212,18 +212,18 @@ class GroupBound(nn.Module):
         self.register_buffer("duals", torch.zeros(len(groups.shares)), persistent=False)
 
     def weights(self, group_mask: Tensor) -> Tensor:
-        """Return how much each target counts (N,), given its group (N, G)."""
+        """Return the weight of each target (N,), given the mask of its group (N, G)."""
         weights: Tensor = 1.0 + group_mask.float() @ (self.duals / self.shares.clamp(min=1e-12)).float() - self.duals.sum().float()
         return weights
 
     def set_duals(self, duals: Sequence[float]) -> None:
-        """Use these dual variables from now on; none are zeros."""
+        """Set the dual variables; an empty sequence sets them to zero."""
         self.duals = torch.tensor(duals or [0.0] * len(self.shares), dtype=torch.float32, device=self.shares.device)
 
     def raised(self, duals: Sequence[float], group_metrics: Sequence[float], metric: float) -> list[float]:
-        """Return the dual variables after a validation with these means of the groups, and `metric` of all users.
+        """Return the dual variables, updated from a validation: the metric of each group and `metric` of all users.
 
-        They rise where the bound is broken and fall, down to 0, where it holds.
+        They rise where the bound is violated and fall, down to 0, where it holds.
         """
         excesses = [(metric - group) / max(metric, 1e-12) - self.max_gap for group in group_metrics]
         before = duals or [0.0] * len(excesses)
@@ -232,6 +232,6 @@ class GroupBound(nn.Module):
 
 
 def _num_rows(candidates: Tensor, chunk_bytes: int | None) -> int:
-    """Return how many targets' scores are held at once."""
+    """Return the number of targets per chunk."""
     chunk_bytes = chunk_bytes or (GPU_CHUNK_BYTES if candidates.is_cuda else CPU_CHUNK_BYTES)
     return max(1, chunk_bytes // (SCORE_BYTES * max(1, len(candidates))))

@@ -1,4 +1,4 @@
-"""Encodes packed histories of item vectors as user vectors: a causal Transformer, optionally with recomputed activations."""
+"""The user encoder: a causal Transformer over packed histories of item vectors, with optional activation recomputation."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ ROTARY_BASE = 10_000.0
 class UserEncoder(nn.Module):
     """Pre-norm causal Transformer. Shapes: P places of packed histories, W width.
 
-    A history begins at the first of its places, so the causal mask alone keeps padding out of every real place.
+    Histories are right-padded, so the causal mask alone keeps real places from attending to padding.
     """
 
     def __init__(self, config: Config, manifest: DatasetManifest) -> None:
@@ -40,7 +40,7 @@ class UserEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
-        """Encode the item vector of each place (P, W), or its query's (Q, W); return the user after it (P, W)."""
+        """Return the user state after each place (P, W); query vectors (Q, W) are added to the item vectors (P, W) at query places."""
         if self.query is not None and query_vectors is not None and histories.query_places is not None:
             item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
         states = self.dropout(self.norm_in(item_vectors + self._context(item_vectors, histories)))
@@ -50,7 +50,7 @@ class UserEncoder(nn.Module):
         return encoded
 
     def _context(self, item_vectors: Tensor, histories: PackedHistories) -> Tensor:
-        """Sum what is known of each interaction besides its item, (P, W)."""
+        """Return the sum of the position, event, time gap and value embeddings, broadcastable to (P, W)."""
         context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
         if self.position is not None:
             context = context + torch.cat([self.position.weight[:length].repeat(number, 1) for number, length in histories.groups])
@@ -65,10 +65,10 @@ class UserEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward layer (SwiGLU), each on a normalized input and added to it.
+    """Attention, then a gated feed-forward layer (SwiGLU), both pre-norm with a residual connection.
 
-    In `ligr` each is multiplied by a gate that sees what it is added to (Borisyuk et al. 2025, LiGR); in `hstu` there is no
-    feed-forward layer, the attention is gated itself (Zhai et al. 2024).
+    `ligr`: each update is multiplied by a gate computed from the residual input (Borisyuk et al. 2025, LiGR). `hstu`: there is no
+    feed-forward layer, and the attention itself is gated (Zhai et al. 2024).
     """
 
     def __init__(self, config: Config, has_time: bool) -> None:
@@ -85,7 +85,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.model.dropout)
 
     def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
-        """Map (P, W) to (P, W); a place sees itself and those before it in its history."""
+        """Map (P, W) to (P, W); a place attends to itself and to earlier places of its history."""
         states = self._add(0, states, self.attention(self.norm_attention(states), histories))
         if not self.has_feed_forward:
             return states
@@ -98,10 +98,10 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of each place to itself and those before it, group by group, without padding beyond a group's.
+    """Causal multi-head attention, computed group by group, so a history is padded only to the length of its group.
 
-    `softmax` and `ligr`: scaled dot product. `hstu` (Zhai et al. 2024): SiLU of the score plus a learned bias by distance and by time
-    between the two, divided by the number of places seen, and the normalized sum gated elementwise.
+    `softmax` and `ligr`: scaled dot product. `hstu` (Zhai et al. 2024): SiLU of the score plus learned biases by distance and by time
+    difference, divided by the number of visible places; the normalized sum is gated elementwise.
     Shapes: P places, W width, H heads, B histories of L places.
     """
 
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         return mapped
 
     def _attend_group(self, projected: Tensor, times: Tensor) -> Tensor:
-        """Attend within histories of one length; `projected` (B, L, 3 W), `times` (B, L); return (B x L, W)."""
+        """Return the attention output (B x L, W) of one group; `projected` is (B, L, 3 W), `times` (B, L)."""
         query, key, value = projected.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, W / H) each
         if self.is_rotary:
             query, key = rotate(query), rotate(key)
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _pointwise_weights(self, scores: Tensor, times: Tensor) -> Tensor:
-        """Return the weights of scores (B, H, L, L), 0 for what comes after."""
+        """Return the attention weights of scores (B, H, L, L), 0 for later places."""
         places = torch.arange(scores.shape[-1], device=scores.device)
         distance = places[:, None] - places  # (L, L)
         scores = scores + self.distance_bias[:, distance.clamp(min=0)]
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 
 
 def rotate(vectors: Tensor) -> Tensor:
-    """Turn each pair of dimensions by an angle that grows with the place (Su et al. 2021); vectors (..., L, width of a head)."""
+    """Rotate each pair of dimensions by an angle proportional to the place (RoPE: Su et al. 2021); vectors (..., L, width of a head)."""
     length, width = vectors.shape[-2:]
     half = width // 2
     frequencies = ROTARY_BASE ** (-torch.arange(half, device=vectors.device) / half)
@@ -164,33 +164,33 @@ def rotate(vectors: Tensor) -> Tensor:
 
 
 def by_group(values: Tensor, histories: PackedHistories) -> list[Tensor]:
-    """Split the values of places (P, ...) by group of histories, (B, L, ...) each."""
+    """Split the values of places (P, ...) into a tensor (B, L, ...) per group of histories."""
     parts = values.split([number * length for number, length in histories.groups])
     return [part.unflatten(0, group) for part, group in zip(parts, histories.groups, strict=True)]
 
 
 def known_values(histories: PackedHistories, mean: float, std: float) -> tuple[Tensor, Tensor]:
-    """Return which places have a value (P,), and the standardized values (P,), 0 where there is none."""
+    """Return the mask of places that have a value (P,), and the standardized values (P,), 0 without a value."""
     is_known = ~histories.values.isnan()
     return is_known, torch.where(is_known, (histories.values - mean) / std, 0.0)
 
 
 def time_buckets(seconds: Tensor) -> Tensor:
-    """Bucket times between interactions: floor(log2(1 + seconds)), capped; a step back counts as no time."""
+    """Return the bucket of times between interactions: floor(log2(1 + seconds)), capped; negative times count as 0."""
     _, exponents = torch.frexp(seconds.clamp(min=0).double() + 1.0)
     return (exponents - 1).clamp(max=NUM_TIME_BUCKETS - 1).long()
 
 
 def _gaps(histories: PackedHistories) -> Tensor:
-    """Return the seconds since the interaction before, (P,), 0 for a history's first."""
+    """Return the seconds since the previous interaction (P,), 0 for the first of a history."""
     return torch.cat([F.pad(times.diff(), (1, 0)).flatten() for times in by_group(histories.times, histories)])
 
 
 def recompute_activations(module: nn.Module) -> None:
-    """Have each layer of the language model and of the user encoder keep its input alone; losses and gradients stay the same to the bit."""
+    """Enable activation recomputation in each layer of the language model and the user encoder; losses and gradients are bit-identical."""
     for part in module.modules():
         enable = getattr(part, "gradient_checkpointing_enable", None)
         if isinstance(part, Block):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
-        elif callable(enable):  # a model of transformers
+        elif callable(enable):  # a Hugging Face model
             enable({"use_reentrant": False})

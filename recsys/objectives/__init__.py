@@ -1,1 +1,1 @@
-"""What is trained: each objective has a module, its batches, its losses by name, and its validation."""
+"""Training objectives: each has a module, batches, losses by name, and validation."""

@@ -1,4 +1,4 @@
-"""The objective of training: the recommender predicts each user's next items and is validated by full ranking."""
+"""The next-item objective: the recommender predicts each user's next items and is validated by full ranking."""
 
 from collections.abc import Iterator, Mapping
 
@@ -24,7 +24,7 @@ from recsys.predictor import Predictor, encode_catalogue
 
 
 class NextItem(Objective):
-    """Trains a recommender on the users' sequences; validated by full ranking."""
+    """Trains a recommender on user histories; validated by full ranking."""
 
     module: Recommender
 
@@ -39,7 +39,7 @@ class NextItem(Objective):
         share = Share(ranks.rank, ranks.world_size, config.training.accumulation_steps(ranks.world_size))
         self._reader = Reader(dataset, self.module.catalogue, config, share)
         self._users = read_evaluation_users(dataset, "validation")
-        self._groups: dict[str, str] = {}  # by the name of their metric
+        self._groups: dict[str, str] = {}  # group name by metric name
         if self._reader.groups is not None:
             self._bound = self.module.bound = GroupBound(config.fairness, self._reader.groups)
             self.weights = self.weights | dict.fromkeys(self._bound.names, 0.0)
@@ -55,14 +55,14 @@ class NextItem(Objective):
         return self._reader.steps(epoch, first_step)
 
     def num_tokens(self, batch: Batch) -> int:
-        """Count the tokens of the texts that are encoded with a micro batch, each distinct item's once."""
+        """Return the number of text tokens encoded for a micro batch, once per distinct item."""
         encoder = self.module.item_encoder
         if encoder.text_encoder is None:
             return 0
         return int(encoder.token_counts[batch.items_on_host].sum())
 
     def before_step(self, step: int) -> None:
-        """Refresh the cached text embeddings where that is due, or where the state that was loaded has none."""
+        """Refresh the cached text embeddings if that is due, or if the loaded state has none."""
         encoder, every = self.module.item_encoder, self._config.model.text.refresh_steps
         if encoder.kept_text is None:
             return
@@ -71,13 +71,13 @@ class NextItem(Objective):
         self._has_texts = True
 
     def validate(self) -> dict[str, float]:
-        """Rank the validation users over the whole catalogue, each rank its share."""
+        """Rank the whole catalogue for the validation users, split over the ranks; return the metrics."""
         module, evaluation = self.module, self._config.evaluation
         rank, world_size = self._ranks.rank, self._ranks.world_size
         item_vectors, _ = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
         predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, item_vectors)
         own = self._users[rank::world_size]
-        # Under ZeRO-3 a forward is collective, so every rank ranks equally many users, some for nothing.
+        # A ZeRO-3 forward is collective, so every rank ranks the same number of users; extra ones are discarded.
         missing = -(-len(self._users) // world_size) - len(own)
         ranked = rank_users(score_by(predictor), own + self._users[:missing], evaluation)
         shares: list[Ranked] = [ranked] * world_size
@@ -87,7 +87,7 @@ class NextItem(Objective):
         return summarise(ranked, evaluation, module.catalogue.num_items) | self._group_means(values)
 
     def _group_means(self, values: Floats) -> dict[str, float]:
-        """Return the mean over each group's users of their `values`, which come rank by rank; small groups have none."""
+        """Return the mean of `values`, ordered rank by rank, over each group's users; small groups are left out."""
         attribute, num_ranks = self._config.fairness.attribute, self._ranks.world_size
         rank_by_rank = [user for rank in range(num_ranks) for user in self._users[rank::num_ranks]]
         groups = np.array([user.attributes.get(attribute) or "" for user in rank_by_rank])
@@ -95,14 +95,14 @@ class NextItem(Objective):
         return {metric: float(own.mean()) for metric, own in members.items() if len(own) >= MIN_GROUP_USERS}
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Raise the weight of groups that lie behind by more than the bound, and lower that of others, from the next epoch on."""
+        """Raise the weights of groups that are behind by more than the bound, and lower the others, from the next epoch on."""
         if self._bound is not None:
             metric = metrics[self.metric]
             self._duals = self._bound.raised(self._duals, [metrics.get(name, metric) for name in self._groups], metric)
             self._bound.set_duals(self._duals)
 
     def state(self) -> dict[str, list[float]]:
-        """Return the dual variables of the bound on groups, if there is one."""
+        """Return the dual variables of the group bound, if there is one."""
         return {"duals": self._duals} if self._bound is not None else {}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:

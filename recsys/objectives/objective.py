@@ -1,4 +1,4 @@
-"""What the training loop asks of an objective; the objectives are the other modules of this package."""
+"""The interface between the training loop and an objective; the other modules of this package implement it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,24 +14,24 @@ from recsys.model.text.catalogue_text import Ranks
 
 
 class MicroBatch(Protocol):
-    """What a rank trains on between two backward passes."""
+    """The samples of one forward and backward pass on a rank."""
 
     @property
     def sample_ids(self) -> Tensor:
-        """Which samples these are."""
+        """The ids of the samples."""
 
     def to(self, device: torch.device) -> Self:
-        """Copy to a device."""
+        """Return a copy on a device."""
 
     def valid_counts(self) -> Tensor:
-        """Count the targets of each loss, in the order of `Objective.weights`, in float64 since they are summed over ranks."""
+        """Return the number of targets of each loss, in the order of `Objective.weights`; float64, since they are summed over ranks."""
 
 
 class Objective(Protocol):
-    """A module, the batches and losses that it is trained with, and its validation; every rank has one.
+    """A module with its batches, losses and validation. Every rank has an instance.
 
-    The module returns the sum of each loss over a micro batch's targets, by name; `weights` are the losses' in the sum that is minimised.
-    `metric` is the validation metric that chooses the best checkpoint; higher is better. All from `num_tokens` on need not be implemented.
+    The module returns the sum of each loss over a micro batch's targets, by name. The minimised loss is their sum weighted by `weights`.
+    `metric` is the validation metric that selects the best checkpoint; higher is better. Methods from `num_tokens` on are optional.
     """
 
     module: nn.Module
@@ -45,32 +45,32 @@ class Objective(Protocol):
         """Yield this rank's micro batches of each step from `first_step` to the epoch's end."""
 
     def validate(self) -> dict[str, float]:
-        """Return the metrics of the module as it is, in evaluation mode; every rank must call this, and all get the same."""
+        """Return the metrics of the current module in evaluation mode. Every rank must call this, and all get the same result."""
 
     def num_tokens(self, batch: Any) -> int:
-        """Count the tokens that the language model reads for a micro batch; 0 where none is trained."""
+        """Return the number of tokens that the language model reads for a micro batch; 0 if none is trained."""
         return 0
 
     def before_step(self, step: int) -> None:
-        """Do what is due before a step (from 0) of the run; every rank must call this."""
+        """Run the work that is due before a step (from 0) of the run. Every rank must call this."""
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Update the objective's own state from the validation after a whole epoch."""
+        """Update the objective's own state from the validation after a complete epoch."""
 
     def state(self) -> dict[str, list[float]]:
-        """Return the objective's own state, which checkpoints keep; it is the same on every rank."""
+        """Return the objective's own state, which checkpoints store; it must be the same on every rank."""
         return {}
 
     def load_state(self, state: Mapping[str, list[float]]) -> None:
-        """Restore what `state` returned."""
+        """Restore a state returned by `state`."""
 
 
 MakeObjective = Callable[[Config, Dataset, torch.device, Ranks], Objective]
-"""Builds a rank's objective; its initial weights depend on the config's seed alone. All of `Ranks` must call this."""
+"""Builds a rank's objective. Initial weights depend only on the config's seed. All of `Ranks` must call this."""
 
 
 def tensors_of(part: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch, or of a dataclass in it, with the names of their fields."""
+    """Yield the field names and tensors of a batch, including those of nested dataclasses."""
     if isinstance(part, Tensor):
         yield name, part
     elif dataclasses.is_dataclass(part):

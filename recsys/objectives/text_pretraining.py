@@ -1,4 +1,4 @@
-"""The objective of pretraining: the language model learns from the catalogue's texts and is validated on held-out texts."""
+"""The pretraining objective: the language model is trained on the catalogue's texts and validated on held-out texts."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,14 +23,14 @@ from recsys.objectives.objective import Objective
 from recsys.schema import PADDING_ITEM
 
 GROUP_ITEMS = 256
-"""Texts are in memory; the plan treats this many of them as a row group."""
+"""Number of texts that the epoch plan treats as a row group; the texts are in memory."""
 
 PAIR_AUC = "pair_auc"
-"""How often a text is nearer to its partner than to another's; with few pairs steadier than how often it is the nearest."""
+"""Mean share of other candidates that are less similar to a text than its paired text; with few pairs less noisy than recall@1."""
 
 
 class TextPretraining(Objective):
-    """Trains the language model on the catalogue's texts, each once an epoch; all its weights learn, whatever the text's mode."""
+    """Trains all weights of the language model, for any `model.text.mode`, on each text of the catalogue once per epoch."""
 
     module: Pretrainer
 
@@ -52,7 +52,7 @@ class TextPretraining(Objective):
         )
 
     def plan(self, epoch: int) -> EpochPlan:
-        """Return the order of an epoch."""
+        """Return the order of an epoch's samples."""
         training, num_items = self._config.training, len(self._split.trained)
         groups = (*[GROUP_ITEMS] * (num_items // GROUP_ITEMS), num_items % GROUP_ITEMS)
         return EpochPlan(groups, training.global_batch_size, self._num_streams, training.shuffle_row_groups, training.seed, epoch)
@@ -65,16 +65,16 @@ class TextPretraining(Objective):
             yield [self._collate(items[number::num_micro_batches], epoch) for number in range(num_micro_batches)]
 
     def num_tokens(self, batch: TextBatch) -> int:
-        """Count the real tokens of a micro batch."""
+        """Return the number of real tokens of a micro batch."""
         return sum(int(part.lengths.sum()) for part in (batch.hidden, batch.pairs) if part is not None)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Measure both objectives on the texts held out: of hidden tokens, and of each item's partner among all the partners."""
+        """Return the metrics on held-out texts: predicting masked tokens, and ranking each item's paired item among all paired items."""
         rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.training.micro_batch_size
         own = self._split.held_out[rank::world_size]
         longest = -(-len(self._split.held_out) // world_size)
-        # Under ZeRO-3 a forward is collective, so every rank has equally many batches, some for nothing.
+        # A ZeRO-3 forward is collective, so every rank has the same number of batches; some may be empty.
         batches = [self._collate(own[begin : begin + size], VALIDATION).to(self._device) for begin in range(0, longest, size)]
         metrics: dict[str, float] = {}
         if MASKED in self.weights:
@@ -86,14 +86,14 @@ class TextPretraining(Objective):
         return metrics
 
     def _judge_tokens(self, hidden: HiddenTokens) -> tuple[Tensor | int, ...]:
-        """Return the sums of loss and right predictions, and how many there are."""
+        """Return the summed loss, the number of correct predictions and the number of predictions."""
         scores, right = self.module.predict(hidden)
         return F.cross_entropy(scores, right, reduction="sum"), (scores.argmax(1) == right).sum(), len(right)
 
     def _judge_pairs(self, batches: list[Pairs]) -> Iterator[tuple[Tensor | int, ...]]:
-        """Yield, for each batch, sums: of the loss, of partners that are nearest, of shares of others that are less near; and the count.
+        """Yield per batch the summed loss, the number of pairs ranked first, the summed share of less similar candidates, and the count.
 
-        The others are the partners of all ranks' items.
+        The candidates are the paired items of all ranks.
         """
         vectors = [self.module.encode(pairs) for pairs in batches]
         candidates = gather_from_ranks(torch.cat([partners for _, partners in vectors]))
@@ -107,7 +107,7 @@ class TextPretraining(Objective):
             yield (scaled.logsumexp(1) - scaled[:, 0]).sum(), (others < own).all(1).sum(), shares.sum(), len(scores)
 
     def _means(self, names: tuple[str, ...], sums: Iterable[tuple[Tensor | int, ...]]) -> dict[str, float]:
-        """Divide sums over all batches and ranks by their count, which comes last."""
+        """Divide sums over all batches and ranks by their count, the last entry. Every rank must call this."""
         totals = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)
         for part in sums:
             totals += torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in part])

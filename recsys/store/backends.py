@@ -1,4 +1,4 @@
-"""Local folders and S3, behind `recsys.store.storage`."""
+"""The backends of `recsys.store.storage`: local folders and S3."""
 
 import os
 import random
@@ -28,10 +28,10 @@ from recsys.store.errors import is_temporary, status_of
 
 S3_SCHEME = "s3://"
 TEMP_PREFIX = ".partial-"
-"""Names of local files that a killed writer may leave behind; `scan` does not show them."""
+"""Prefix of temporary local files, which a killed writer may leave behind; `scan` skips them."""
 
 MAX_ATTEMPTS = 10
-"""Tries of one request, with jittered back-off: a minute of 503s at most."""
+"""Attempts per request, with jittered backoff: at most about a minute of 503s."""
 
 LONGEST_PAUSE_SECONDS = 10.0
 CONNECT_TIMEOUT_SECONDS = 5
@@ -40,7 +40,7 @@ READ_TIMEOUT_SECONDS = 10
 
 @dataclass(frozen=True, order=True)
 class ObjectInfo:
-    """One stored object; `etag` changes whenever the content does and is comparable within one store only."""
+    """A stored object; `etag` changes whenever the content does and is comparable only within one store."""
 
     uri: str
     num_bytes: int
@@ -48,7 +48,7 @@ class ObjectInfo:
 
 
 class ReplacedError(Exception):
-    """An object is not the one that was asked for; `etag` is what is there instead, None where the answers differ."""
+    """An object is not the expected one; `etag` is the ETag of the current object, None if unknown."""
 
     def __init__(self, etag: str | None) -> None:
         super().__init__(f"is another object (ETag {etag or 'changing'})")
@@ -56,7 +56,7 @@ class ReplacedError(Exception):
 
 
 class LocalStore:
-    """Folders. What must be atomic is written under another name and then renamed or linked."""
+    """Local folders. Writes are atomic: to a temporary name, which is then renamed or linked."""
 
     filesystem = fs.LocalFileSystem()
 
@@ -115,7 +115,7 @@ class LocalStore:
 
 
 class S3Store:
-    """S3 through boto3, and through pyarrow for tables; both built from the same fields."""
+    """S3 through boto3, and through pyarrow for tables; both are configured from the same fields."""
 
     def __init__(self, endpoint: str | None, region: str) -> None:
         self._endpoint = endpoint
@@ -151,10 +151,10 @@ class S3Store:
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             read_timeout=READ_TIMEOUT_SECONDS,
             max_pool_connections=32,
-            # Streamed checksums are what servers other than AWS often do not understand; TLS or the signed hash covers the way.
+            # Servers other than AWS often do not support streamed checksums; TLS or the signed hash protects the transfer.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            # pyarrow knows no such variables, and both must talk to the same server.
+            # pyarrow does not read these variables, and both must use the same server.
             ignore_configured_endpoint_urls=True,
             s3={"addressing_style": "path" if self._endpoint else "auto"},
         )
@@ -166,7 +166,7 @@ class S3Store:
         except ClientError as error:
             if status_of(error) != 404:
                 raise
-            # A HEAD has no body to say what is missing; a wrong bucket must not look like a missing object.
+            # A HEAD response does not say what is missing; a wrong bucket must not look like a missing object.
             if bucket not in self._known_buckets:
                 self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
                 self._known_buckets.add(bucket)
@@ -188,9 +188,9 @@ class S3Store:
         return data
 
     def _get(self, path: str, etag: str, request: dict[str, str]) -> bytes:
-        """Get an object or a part of it, again after a random pause where that may help: a body that broke off, another ETag.
+        """Get an object or a part of it; retry with random backoff after a temporary error, an interrupted body or another ETag.
 
-        The ETag is compared here: not every server honours `If-Match`.
+        The ETag is compared here, because not every server honours `If-Match`.
         """
         bucket, key = _split_key(path)
         others: set[str] = set()
@@ -202,7 +202,7 @@ class S3Store:
                     return data
                 others.add(found)
             except (ClientError, BotoCoreError) as error:
-                if status_of(error) == 416:  # what is there ends before the range begins
+                if status_of(error) == 416:  # the object ends before the range begins
                     raise ReplacedError(None) from error
                 may_help = is_temporary(error) or isinstance(error, HTTPClientError | IncompleteReadError | EndpointConnectionError)
                 if attempt == MAX_ATTEMPTS or not may_help:
@@ -219,9 +219,9 @@ class S3Store:
         bucket, key = _split_key(path)
         writer = uuid.uuid4().hex
         for attempt in range(MAX_ATTEMPTS):
-            head = self._head(bucket, key)  # all the protection there is where the server ignores If-None-Match
+            head = self._head(bucket, key)  # the only protection if the server ignores If-None-Match
             if head is not None:
-                # A put whose answer was lost is repeated by boto3 and then refused: the object is ours all the same.
+                # If the response to a put was lost, boto3 repeats it and the repeat is refused: the object is still ours.
                 return bool(head["Metadata"].get("writer") == writer)
             try:
                 self._client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"writer": writer})
@@ -246,16 +246,16 @@ class S3Store:
             with target.open("wb") as file:
                 try:
                     self._client.download_fileobj(*_split_key(path), file)
-                except S3DownloadFailedError as error:  # a part with another ETag than the first
+                except S3DownloadFailedError as error:  # a part had another ETag than the first
                     raise replaced from error
-            # After a body that broke off, boto3 writes over what it has: of an object replaced meanwhile, an old tail stays.
+            # After an interrupted body boto3 overwrites the file: if the object was replaced meanwhile, an old tail may remain.
             if before is not None and target.stat().st_size != before.num_bytes:
                 raise replaced
 
         _repeat_if_damaged(fetch)
 
     def _pages(self, path: str) -> Iterator[list[dict[str, Any]]]:
-        """List all keys below a folder, directory markers included, at most 1000 at a time."""
+        """Yield all keys below a folder, including directory markers, in pages of at most 1000."""
         bucket, _, key = path.partition("/")
         for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else ""):
             yield page.get("Contents", [])
@@ -287,7 +287,7 @@ def _split_key(path: str) -> tuple[str, str]:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Return a name beside `path` for a file that is gone afterwards; makes the parents."""
+    """Yield a temporary path in the folder of `path` and delete it on exit; create parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
     try:
@@ -298,7 +298,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Return a name to write to; what is there at the end takes the place of `path` at once."""
+    """Yield a temporary path to write to; if the block succeeds, the file atomically replaces `path`."""
     with _temporary(path) as temporary:
         yield temporary
         _flush(temporary)
@@ -306,7 +306,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Write a file to the disk, so that after a power cut no name stands for an empty file."""
+    """Sync a file to disk, so that a power failure does not leave an empty file."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -321,9 +321,9 @@ def _local_etag(status: os.stat_result) -> str:
 
 
 def _repeat_if_damaged(transfer: Callable[[], object]) -> object:
-    """Run a transfer, and again from its start where its parts do not belong together: damaged on the way, or replaced.
+    """Run a transfer; repeat it from the start if it was damaged in transit or its object was replaced.
 
-    NoSuchUpload is what a server says that had put the parts together already, when the answer was lost and the request repeated.
+    A server returns NoSuchUpload if it already completed the upload, but its response was lost and the request repeated.
     """
     for _ in range(MAX_ATTEMPTS - 1):
         try:

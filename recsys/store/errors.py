@@ -1,4 +1,4 @@
-"""Errors of a store as one line: what was tried, where, the error's code, and what to do."""
+"""One-line errors of a store: the action, the URI, the error's code, and advice."""
 
 import errno
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ _ADVICE = {
     _START_LATER: "500 502 503 504 InternalError ServiceUnavailable SlowDown IncompleteReadError ResponseStreamingError "
     "PreconditionFailed InvalidPart",
 }
-"""Advice for the codes and names of errors."""
+"""Advice by error code or exception name."""
 
 
 @contextmanager
 def explained(action: str, uri: str) -> Iterator[None]:
-    """Turn what a store can raise into one line: what was tried, where, the error's code, and what to do."""
+    """Turn a store's exceptions into a one-line StoreError if a retry may help, else UserError: the action, URI, code and advice."""
     try:
         yield
     except (ClientError, BotoCoreError, Boto3Error, S3TransferRetriesExceededError, OSError) as error:
@@ -47,11 +47,11 @@ def explained(action: str, uri: str) -> Iterator[None]:
 
 
 def status_of(error: Exception) -> int:
-    """Return the HTTP status that a server refused a request with, 0 for any other error."""
+    """Return the HTTP status of a refused request, 0 for any other error."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(error, ClientError) else 0
 
 
 def is_temporary(error: Exception) -> bool:
-    """Return whether a server may accept the same request later, by the status that it refused it with."""
+    """Return whether the server may accept the same request later, based on its HTTP status."""
     status = status_of(error)
     return status >= 500 or status in {408, 409, 429}

@@ -1,8 +1,8 @@
-"""The adapter of object storage: local folders and S3 behind one class.
+"""The object storage adapter: local folders and S3 behind one class.
 
-Callers name objects by full URIs: an absolute local path or `s3://bucket/key`. Writes are atomic on both, `create` is
-won by one writer. On S3 that needs a server that honours `If-None-Match: *` (AWS, MinIO, Ceph and moto do). `rclone
-serve s3` ignores the header: there the second of two `create` calls is refused, but two at the same moment may both win.
+Callers name objects by full URIs: an absolute local path or `s3://bucket/key`. Writes are atomic on both, and `create` is a create-once
+write. On S3 this needs a server that honours `If-None-Match: *` (AWS, MinIO, Ceph and moto do). `rclone serve s3` ignores the header:
+there a second `create` is refused, but two concurrent calls may both succeed.
 """
 
 import hashlib
@@ -31,27 +31,27 @@ _LOCAL = LocalStore()
 
 
 def join(base: str, *parts: str) -> str:
-    """Append relative parts to a URI; a part may hold several segments, but none that is empty, `.` or `..`."""
+    """Append relative parts to a URI; a part may have several segments, but no segment may be empty, `.` or `..`."""
     for part in parts:
         _check_segments(part, part)
     return "/".join([base.rstrip("/"), *parts])
 
 
 def fixed_part(uri: str) -> str:
-    """Return the folder that a pattern starts from: the segments before the first with `*`, `?` or `[`. Without one, all of it."""
+    """Return the segments of a pattern before the first with `*`, `?` or `[`; the whole URI if there is none."""
     segments = uri.split("/")
     first = next((index for index, segment in enumerate(segments) if any(sign in segment for sign in "*?[")), len(segments))
     return "/".join(segments[:first]) or "/"
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a local file's content, as hexadecimal."""
+    """Return the hexadecimal SHA-256 of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can open, with its parents; refuse one that belongs to another user."""
+    """Create a folder, with its parents, that only this user can open; raise a UserError if it belongs to another user."""
     with explained("make the private folder", str(path)):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
@@ -62,10 +62,10 @@ def private_folder(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Storage:
-    """Everything that is needed to reach the store, without credentials: those come from the AWS chain of each process.
+    """The root and connection settings of a store, without credentials: each process takes them from the AWS credential chain.
 
-    Each method raises a `UserError` of one line, a `StoreError` where the same may work later. Hand it to other processes by pickle:
-    connections are built anew there (a pickled `S3FileSystem` would lose its retry strategy, a forked client share its sockets).
+    Methods raise a one-line `UserError`, or a `StoreError` if a retry may succeed. Pass it to other processes by pickle: each opens its
+    own connections (a pickled `S3FileSystem` would lose its retry strategy, a forked client would share its sockets).
     """
 
     root: str
@@ -75,13 +75,13 @@ class Storage:
     def __post_init__(self) -> None:
         _split(self.root)
         if self.endpoint is not None and not re.fullmatch(_ENDPOINT, self.endpoint):
-            # What comes before an @ may be a password and is not repeated.
+            # The part before an @ may contain a password and is not shown.
             shown = self.endpoint.rpartition("@")[2]
             raise UserError(f"storage.endpoint = '{shown}': must be http(s)://host[:port]; http://127.0.0.1:9000 would work")
 
     @classmethod
     def from_config(cls, config: StorageConfig) -> Self:
-        """Build from the config; where it names no endpoint, the standard AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL counts."""
+        """Build from the config; without an endpoint there, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL is used."""
         root = config.root.rstrip("/") if config.root.startswith(S3_SCHEME) else str(Path(config.root).absolute())
         endpoint = config.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
         return cls(root, endpoint, config.region)
@@ -95,64 +95,64 @@ class Storage:
 
     @contextmanager
     def _reach(self, action: str, uri: str) -> Iterator[tuple[LocalStore | S3Store, str]]:
-        """Return the store of a URI and the path in it; an error in the block says that `action` failed."""
+        """Yield the backend of a URI and the path in it; an error in the block says that `action` failed."""
         is_s3, path = _split(uri)
         with explained(action, uri):
             yield (self._s3 if is_s3 else _LOCAL), path
 
     def uri(self, *parts: str) -> str:
-        """Name what lies at relative `parts` under the root."""
+        """Return the URI of relative `parts` below the root."""
         return join(self.root, *parts)
 
     def locate(self, uri: str) -> tuple[fs.FileSystem, str]:
-        """Return the pyarrow filesystem and the path in it; the same filesystem each time. Never `create_dir` on S3."""
+        """Return the pyarrow filesystem, always the same instance, and the path in it. Never call `create_dir` on S3."""
         with self._reach("look up", uri) as (store, path):
             return store.filesystem, path
 
     def exists(self, uri: str) -> bool:
-        """Return whether there is an object at exactly this URI (a folder is none)."""
+        """Return whether there is an object at exactly this URI; folders do not count."""
         return self.stat(uri) is not None
 
     def read_bytes(self, uri: str) -> bytes:
-        """Read an object whole."""
+        """Return the content of an object."""
         with self._reach("read", uri) as (store, path):
             return store.read(path)
 
     def stat(self, uri: str) -> ObjectInfo | None:
-        """Describe the object at exactly this URI; None where there is none."""
+        """Return the size and ETag of the object at exactly this URI; None if there is none."""
         with self._reach("look up", uri) as (store, path):
             return store.stat(path)
 
     def read_range(self, uri: str, start: int, num_bytes: int, etag: str = "") -> bytes:
-        """Read a part of an object; where `etag` is given, only of the object that carries it.
+        """Return a part of an object; with `etag`, only if the object has this ETag.
 
         Raises:
-            ReplacedError: another object is there, or the object ends before the part does.
+            ReplacedError: the object has another ETag, or ends before the part does.
         """
         with self._reach("read", uri) as (store, path):
             return store.read_range(path, start, num_bytes, etag)
 
     def is_remote(self, uri: str) -> bool:
-        """Return whether an object lies on S3."""
+        """Return whether a URI is on S3."""
         return _split(uri)[0]
 
     @property
     def num_retries(self) -> int:
-        """Requests of this process for objects' content that had to be repeated."""
+        """The number of repeated S3 requests for objects' content by this instance."""
         return self._s3.num_retries
 
     def write_bytes(self, uri: str, data: bytes) -> None:
-        """Write or overwrite an object; readers see the old content or the new, never half."""
+        """Write or overwrite an object; readers see the old or the new content, never a mixture."""
         with self._reach("write", uri) as (store, path):
             store.write(path, data)
 
     def create(self, uri: str, data: bytes) -> bool:
-        """Write an object unless there is one; of racing writers one gets True. See the module about servers that cannot."""
+        """Write an object unless it exists; one of concurrent writers gets True. The module docstring lists servers without support."""
         with self._reach("create", uri) as (store, path):
             return store.create(path, data)
 
     def upload(self, path: Path, uri: str) -> None:
-        """Copy a local file to `uri`, overwriting; large files in parts, visible when complete."""
+        """Copy a local file to `uri`, overwriting; the object becomes visible when complete."""
         with self._reach(f"upload {path} to", uri) as (store, target):
             store.upload(path, target)
 
@@ -162,15 +162,15 @@ class Storage:
             store.download(source, temporary)
 
     def list(self, uri: str) -> Listing:
-        """List all objects below a folder, at any depth, sorted by URI; empty where there is none."""
+        """Return all objects below a folder, at any depth, sorted by URI; empty if there are none."""
         with self._reach("list", uri) as (store, path):
             return sorted(store.scan(path))
 
     def expand(self, uri: str) -> Listing:
-        """List one object, all below a folder, or all that a pattern names: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
+        """Return one object, all below a folder, or all that match a pattern: `*`, `?`, `[a-z]` in a segment, `**` for any folders.
 
         Raises:
-            UserError: there is nothing.
+            UserError: nothing matches.
         """
         if single := self.stat(uri):
             return [single]
@@ -183,12 +183,12 @@ class Storage:
         return found
 
     def delete(self, uri: str) -> None:
-        """Delete one object; none there is fine."""
+        """Delete an object if it exists."""
         with self._reach("delete", uri) as (store, path):
             store.delete(path)
 
     def delete_tree(self, uri: str) -> None:
-        """Delete all objects below a folder, which must be below the root; none there is fine."""
+        """Delete all objects below a folder, if any; the folder must be below the root."""
         if ".." in uri.split("/") or not uri.rstrip("/").startswith(self.root.rstrip("/") + "/"):
             raise UserError(f"{uri}: is not below storage.root = {self.root}; only folders below it are deleted whole")
         with self._reach("delete", uri) as (store, path):
@@ -207,7 +207,7 @@ def _split(uri: str) -> tuple[bool, str]:
 
 
 def _is_match(pattern: list[str], path: list[str]) -> bool:
-    """Return whether a path's segments fit a pattern's; what lies below a match is one."""
+    """Return whether a path's segments match a pattern's; everything below a match also matches."""
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -1,4 +1,4 @@
-"""The adapter of DeepSpeed: the sharded engine, its step, its state on disk and for other numbers of ranks, and whole weights."""
+"""The DeepSpeed adapter: the sharded engine, its step, its state on disk, conversion for other numbers of ranks, and whole weights."""
 
 import math
 import os
@@ -20,16 +20,16 @@ from recsys.train.torch_internals import replaced
 
 TAG = "state"
 _NOWHERE = "nowhere"
-"""The folder that DeepSpeed is told to save in, where no file is written."""
+"""The folder passed to DeepSpeed's save; no file is written there."""
 
 BUCKET_ELEMENTS = 500_000_000
-"""Most gradients that DeepSpeed reduces at once; it allocates a buffer for as many (2 GB), whatever the model's size."""
+"""Maximum gradients that DeepSpeed reduces at once. It allocates a buffer of the configured size (this is 2 GB) for any model."""
 
 SHARED_FILE = "mp_rank_00_model_states.pt"
-"""The one file that rank 0 writes and every rank reads."""
+"""The only file that rank 0 writes and every rank reads."""
 
 SHARDED_SUFFIX = "_optim_states.pt"
-"""Ends the names of the files with each rank's part of the optimizer's state; without ZeRO there are none."""
+"""Suffix of the files with each rank's part of the optimizer's state; without ZeRO there are none."""
 
 
 class Engine:
@@ -40,7 +40,7 @@ class Engine:
         groups = parameter_groups(model, config)
         self._peaks = [float(group["lr"]) for group in groups]
         self._device, self._copies = device, host_copies()
-        # Every other of DeepSpeed's optimizers leaves the weights alone where a gradient is not finite.
+        # All other DeepSpeed optimizers skip the update if a gradient is not finite.
         self._updates_blindly = config.training.zero_stage == 0 and config.training.precision == "fp32"
         self._scale = dist.get_world_size() * config.training.accumulation_steps(dist.get_world_size())
         num_trained = sum(tensor.numel() for group in groups for tensor in group["params"])
@@ -50,14 +50,14 @@ class Engine:
             config=deepspeed_config(config, dist.get_world_size(), num_trained),
             dist_init_required=False,
         )
-        self.train()  # a language model that was loaded comes in evaluation mode
+        self.train()  # a loaded language model is in evaluation mode
         write_no_recovery_script(self._engine)
         if config.training.zero_stage == 3:
             zero_padding(self._optimizer)
 
     @property
     def module(self) -> Any:
-        """The trained module; under ZeRO-3 its parameters are whole only inside a forward."""
+        """The trained module; under ZeRO-3 its parameters are whole only during a forward."""
         return self._engine.module
 
     def train(self, mode: bool = True) -> None:
@@ -66,23 +66,23 @@ class Engine:
 
     @record_function("forward")
     def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """Return the batch's loss sums by name."""
+        """Return the sum of each loss over the batch, by name."""
         losses: dict[str, Tensor] = self._engine(batch)
         return losses
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this rank's share of the step's loss, already divided by global counts.
 
-        DeepSpeed averages over ranks and micro batches; the loss is a sum over them, so that is undone here.
+        DeepSpeed averages over ranks and micro batches, but the loss is a sum over them, so the average is undone.
         """
         with record_function("backward"):
             self._engine.backward(loss * self._scale)
         if not self._engine.is_gradient_accumulation_boundary():
-            self.update()  # by which DeepSpeed counts the micro batch
+            self.update()  # DeepSpeed counts the micro batch here
 
     @record_function("update")
     def update(self) -> bool:
-        """Update the weights after a step's last backward pass, unless a gradient is NaN or infinite; return whether it did."""
+        """Update the weights after a step's last backward pass, unless a gradient is NaN or infinite; return whether they changed."""
         if self._updates_blindly and self._engine.is_gradient_accumulation_boundary():
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             if not nn.utils.get_total_norm(gradients).isfinite():
@@ -91,37 +91,37 @@ class Engine:
         return bool(self._engine.was_step_applied())
 
     def set_learning_rate(self, factor: float) -> None:
-        """Set each parameter group's rate to its peak times `factor`."""
+        """Set each parameter group's learning rate to its peak times `factor`."""
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy this rank's part of the state, so that training continues while it is written; return its files by path.
+        """Copy this rank's part of the state to host memory, so that training can continue; return its files by path.
 
-        The copy's memory is used again by the next one: the one before must be written by then.
+        The next call reuses the memory: the previous copy must be written by then.
         """
         self._copies.files = {}
         with replaced(self._engine, "checkpoint_engine", self._copies):
             self._engine.save_checkpoint(_NOWHERE, tag=TAG, save_latest=False)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # copies to pinned memory do not wait for themselves
+            torch.cuda.synchronize(self._device)  # copies to pinned memory are asynchronous
         return {Path(path).relative_to(_NOWHERE).as_posix(): state for path, state in self._copies.files.items()}
 
     def load(self, folder: Path, is_universal: bool = False) -> None:
-        """Load the state of all ranks from `folder`; unless it is universal, as many ranks must have saved it."""
+        """Load the state of all ranks from `folder`; unless it is universal, the same number of ranks must have saved it."""
         groups = self._optimizer.param_groups
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         with loading_universal(self._engine, is_universal):
             self._engine.load_checkpoint(str(folder), tag=TAG)
-        for group, values in zip(groups, own, strict=True):  # of a universal state, ZeRO-3 gives all groups the first one's
+        for group, values in zip(groups, own, strict=True):  # ZeRO-3 gives all groups the first one's, for a universal state
             group.update(values)
         for moments in self._optimizer.optimizer.state.values() if is_universal else ():
-            if isinstance(moments.get("step"), Tensor):  # and one tensor, which each parameter would count up
+            if isinstance(moments.get("step"), Tensor):  # parameters share one tensor, which each would increment
                 moments["step"] = moments["step"].clone()
 
 
 def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[str, Any]:
-    """Derive DeepSpeed's config for a model with `num_trained` trained parameters."""
+    """Return DeepSpeed's config for a model with `num_trained` trained parameters."""
     training = config.training
     zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": min(num_trained, BUCKET_ELEMENTS)}
     if training.offload_optimizer:
@@ -136,7 +136,7 @@ def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[
         "zero_optimization": zero,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
-        "checkpoint": {"tag_validation": "Ignore"},  # the ranks would agree on it by two collectives; it is the same word always
+        "checkpoint": {"tag_validation": "Ignore"},  # the tag is constant; validating it takes two collectives
         "steps_per_print": 2**31,
     }
 
@@ -159,7 +159,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 
 def learning_rate_factor(config: Config, step: int, total_steps: int) -> float:
-    """Return the rate of a step (from 0) over its peak: linear warm-up, then cosine decay to `final_fraction`."""
+    """Return the learning rate of a step (from 0) divided by its peak: linear warm-up, then cosine decay to `final_fraction`."""
     optimizer = config.optimizer
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
@@ -176,9 +176,9 @@ def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Opti
 
 
 def consolidate(folder: Path) -> dict[str, Tensor]:
-    """Join the state that all ranks have saved into whole float32 weights, in one process on the CPU.
+    """Return whole float32 weights from the saved state of all ranks, in one process on the CPU.
 
-    The files are pickles: only call this on files whose hashes the checkpoint's manifest confirmed.
+    The files are pickles: call this only on files whose hashes match the checkpoint's manifest.
     """
     model_file = folder / TAG / SHARED_FILE
     if not list((folder / TAG).glob(f"*{SHARDED_SUFFIX}")):
@@ -191,12 +191,12 @@ def consolidate(folder: Path) -> dict[str, Tensor]:
 
 
 def convert_to_universal(folder: Path, target: Path) -> None:
-    """Write the state that all ranks have saved in `folder` to `target`, so that any number of ranks can load it. For one process.
+    """Convert the state saved by all ranks in `folder` to a universal state in `target`, which any number of ranks can load.
 
-    The files are pickles, as for `consolidate`.
+    Call it in one process. The files are pickles, as for `consolidate`.
 
     Raises:
-        RuntimeError: what came out is not what went in.
+        RuntimeError: the conversion failed, or its result differs from the input.
     """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += [f"--input_folder={folder / TAG}", f"--output_folder={target / TAG}"]
@@ -214,7 +214,7 @@ def convert_to_universal(folder: Path, target: Path) -> None:
 
 
 def _universal_part(path: Path) -> Tensor:
-    """Return a parameter's tensor of a universal state, flat; ZeRO-3 writes it bare, the other stages in a dict."""
+    """Return a parameter's flat tensor of a universal state; ZeRO-3 saves the tensor itself, the other stages a dict."""
     part = torch.load(path, map_location="cpu", weights_only=False)
     tensor: Tensor = part["param"] if isinstance(part, dict) else part
     return tensor.flatten()

@@ -1,4 +1,4 @@
-"""Kinds of failures, and what follows from each; pure functions."""
+"""Kinds of failures, and pure functions that decide how to react to them."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -12,13 +12,13 @@ Explained = Literal["stopped", "mistake", "not_finite", "out_of_memory", "store"
 """Kinds whose message explains the failure without a traceback."""
 
 Kind = Literal[Explained, "exception", "preempted", "resized", "hang", "node_lost", "worker_lost", "driver_lost", "collective"]
-"""When one rank fails, the others fail with it: what comes earlier here is the cause of what comes later."""
+"""When one rank fails, the others fail too: kinds listed earlier here are causes of later ones."""
 
 LONGEST_DELAY_SECONDS = 60.0
 
 
 class Failure(BaseModel, frozen=True, extra="forbid"):
-    """What ended an attempt: its kind, one line, and where that is known the rank and the step."""
+    """The failure that ended an attempt: its kind, a one-line message and, if known, the rank and the step."""
 
     kind: Kind
     message: str
@@ -32,27 +32,25 @@ class Failure(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def is_deterministic(self) -> bool:
-        """Return whether the same cause would have the same effect; a machine may lack memory for what others do on it."""
+        """Return whether a restart would fail in the same way; out of memory without a step may be due to other processes."""
         return self.kind in ("exception", "not_finite") or (self.kind == "out_of_memory" and self.step is not None)
 
     @property
     def what(self) -> tuple[str, str, int | None]:
-        """What makes two failures the same: texts hold addresses and amounts of memory, but begin with an exception's type."""
+        """The key by which failures are equal: not the whole message, which may contain addresses, but its exception type."""
         return self.kind, self.message.partition(":")[0] if self.kind == "exception" else "", self.step
 
     def __str__(self) -> str:
-        """Return one line, such as `worker_lost on rank 1: ...`."""
+        """Return one line, for example `worker lost on rank 1: ...`."""
         place = "" if self.rank is None else f" on rank {self.rank}"
         return f"{self.kind.replace('_', ' ')}{place}{'' if self.step is None else f' at step {self.step}'}: {self.message}"
 
 
 class Attempt(BaseModel, frozen=True, extra="forbid"):
-    """One start of a group of workers: the owner's token, since when it owns the run, and why and when they were started.
+    """One start of a group of workers: the owner's token, since when it owns the run, and why and when the workers were started.
 
-    `lost_at` is when the owner before, if it died, gave its last sign of life.
-
-    Of the steps in `skip` no update is to be made. Where `given_up` says why, there is no start, and the last cause is what ended the run.
-    Times are seconds since 1970.
+    `lost_at` is the last heartbeat of the previous owner, if it died. Steps in `skip` make no update. If `given_up` has a reason, workers
+    are not started, and the last cause ended the run. Times are seconds since 1970.
     """
 
     token: int = 0
@@ -65,7 +63,7 @@ class Attempt(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrainingError(RuntimeError):
-    """A rank's failure, as whoever started the rank receives it."""
+    """Carries a rank's failure to the process that started the rank."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure)
@@ -77,11 +75,11 @@ class StoppedError(Exception):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite; the step that gave it changed no weight."""
+    """A loss or a gradient is NaN or infinite; the step did not change any weight."""
 
 
 def describe(error: BaseException, rank: int, step: int | None, batch: str, micro_batch_size: int = 1) -> Failure:
-    """Describe an exception of the training loop; `batch` are the shapes of what the rank had, of at most `micro_batch_size` samples."""
+    """Return the `Failure` of an exception in the training loop; `batch` has the shapes of the rank's current micro batch, if any."""
     message = " ".join(str(error).split())
     if isinstance(error, StoreError):
         kind: Kind = "store"
@@ -102,7 +100,7 @@ def describe(error: BaseException, rank: int, step: int | None, batch: str, micr
 
 
 def _way_to_fit(micro_batch_size: int) -> str:
-    """Name a smaller micro batch that divides this one, so that it divides the global batch too."""
+    """Return advice to save memory: the next smaller divisor of the micro batch, which also divides the global batch."""
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     if smaller is None:
         return "set training.recompute_activations=true, or raise training.zero_stage or training.num_workers"
@@ -110,18 +108,18 @@ def _way_to_fit(micro_batch_size: int) -> str:
 
 
 def root_cause(failures: Iterable[Failure]) -> Failure:
-    """Choose among the failures of one attempt's ranks the one that the others follow from."""
+    """Return the failure that caused the others, among those of one attempt's ranks."""
     return min(failures, key=lambda failure: (get_args(Kind).index(failure.kind), failure.rank or 0))
 
 
 def steps_to_skip(failures: Sequence[Failure], on_non_finite: str) -> tuple[int, ...]:
-    """Return the steps of which no update is to be made when the run is started again."""
+    """Return the steps that make no update after a restart: those that were not finite, if `on_non_finite` is `skip`."""
     bad = {failure.step for failure in failures if failure.kind == "not_finite" and failure.step is not None}
     return tuple(sorted(bad)) if on_non_finite == "skip" else ()
 
 
 def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite: str = "roll_back") -> str | None:
-    """Return why a run should not be started again, given its failures since its newest checkpoint, or since the start; None to restart."""
+    """Return why a run should not restart, given its failures since its newest checkpoint or the start; None to restart."""
     last = failures[-1]
     if last.kind in ("stopped", "mistake"):
         return "to start again would not help"
@@ -136,5 +134,5 @@ def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite
 
 
 def delay_seconds(failures: Sequence[Failure]) -> float:
-    """Return how long to wait before the next start: not at all after the first failure since a checkpoint, then 1, 2, 4, ... s."""
+    """Return the delay before the next start: 0 after the first failure since a checkpoint, then 1, 2, 4, ... s, with a limit."""
     return 0.0 if len(failures) <= 1 else min(2.0 ** (len(failures) - 2), LONGEST_DELAY_SECONDS)

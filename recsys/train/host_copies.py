@@ -1,4 +1,4 @@
-"""Copies of a training state in host memory, so that training continues while they are written; what DeepSpeed hands its files to."""
+"""Copies a training state to host memory, through a checkpoint engine of DeepSpeed, so that training continues while it is written."""
 
 import errno
 import os
@@ -14,19 +14,19 @@ from torch import Tensor
 from recsys.train.torch_internals import tree_map_only
 
 _FULL_BYTES = 16 << 20
-"""A disk with less room is taken for full."""
+"""A disk with less free space counts as full."""
 
 
 class Buffers:
-    """Host memory for one file's tensors, in their order, which the next copy uses again: a GPU has pinned it already."""
+    """Host memory for the tensors of one file, in order. The next copy reuses it, so memory is pinned only once."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
 
     def copied(self, state: Any) -> Any:
-        """Copy a state's tensors, those of the same memory once, and the containers that they are in; all else is shared."""
+        """Return a copy of a state's tensors and their containers; tensors with the same memory share a copy, other objects are shared."""
         before, self._tensors = iter(self._tensors), []
-        copies: dict[tuple[Any, ...], Tensor] = {}  # ZeRO-2 names frozen weights twice, and tied ones may be anywhere
+        copies: dict[tuple[Any, ...], Tensor] = {}  # ZeRO-2 lists frozen weights twice, and tied weights may be anywhere
 
         def copy(tensor: Tensor) -> Tensor:
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -38,11 +38,11 @@ class Buffers:
                 self._tensors.append(buffer)
             return copies[place]
 
-        return tree_map_only(Tensor, copy, state, is_leaf=lambda part: isinstance(part, torch.Size))  # or it would become a tuple
+        return tree_map_only(Tensor, copy, state, is_leaf=lambda part: isinstance(part, torch.Size))  # it would become a tuple
 
 
 def host_copies() -> Any:
-    """Make a checkpoint engine for DeepSpeed that keeps copies of its files in `files`, by their paths."""
+    """Build a checkpoint engine for DeepSpeed that keeps copies of its files in `files`, by path."""
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
     class HostCopies(CheckpointEngine):  # type: ignore[misc]
@@ -53,7 +53,7 @@ def host_copies() -> Any:
 
         def create(self, info: Any) -> None: ...
 
-        def makedirs(self, path: str, exist_ok: bool = False) -> None: ...  # since no file is written
+        def makedirs(self, path: str, exist_ok: bool = False) -> None: ...  # no file is written
 
         def save(self, state_dict: Any, path: str) -> None:
             self.files[path] = self._buffers[Path(path).name].copied(state_dict)
@@ -65,18 +65,18 @@ def host_copies() -> Any:
             return True
 
         def preserves_storage_sharing(self) -> bool:
-            return False  # a copied view has a storage of its own, no larger than it is
+            return False  # a copied view has its own storage of the same size
 
     return HostCopies()
 
 
 def write_files(files: Mapping[str, Any], folder: Path) -> None:
-    """Write copied files, by their paths below `folder`; an OSError where the disk is full."""
+    """Write copied files to their paths below `folder`; raise an OSError if the disk is full."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.save(content, folder / name)
-        except RuntimeError as error:  # torch says only that its writer failed
+        except RuntimeError as error:  # torch only reports that its writer failed
             if shutil.disk_usage(folder).free > _FULL_BYTES:
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

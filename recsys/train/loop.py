@@ -1,4 +1,4 @@
-"""The training loop. What it trains is an `Objective`; DeepSpeed is in `engine.py`, saving in `checkpoints/`."""
+"""The training loop. It trains an `Objective`; DeepSpeed is in `engine.py`, saving in `checkpoints/`."""
 
 import logging
 import math
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One rank's part of a run: from the newest checkpoint, or from the start, to the end.
+    """Trains one rank's part of a run, from the newest checkpoint or from the start.
 
-    Every rank must make one, after the process group is initialised, and call `run`.
+    Every rank must create one, after the process group is initialised, and call `run`.
     """
 
     def __init__(self, config: Config, dataset: Dataset, reporter: Reporter, make: MakeObjective, attempt: Attempt | None = None) -> None:
@@ -48,7 +48,7 @@ class Trainer:
         self.checkpoints = CheckpointStore(dataset.storage, config, dataset, self.clock.attempt.token)
         self.state = TrainingState()
         self.memory_plan: MemoryPlan | None = None
-        self._opened: Iterator[Sequence[MicroBatch]] | None = None  # steps whose first one is already in memory
+        self._opened: Iterator[Sequence[MicroBatch]] | None = None  # steps, the first one already in memory
         if self.checkpoints.newest_world_size() != self.world_size:
             self._check_memory()
         self.engine = Engine(self.objective.module, config, self.device)
@@ -56,17 +56,17 @@ class Trainer:
         self.total_steps = planned_steps(config, self.steps_per_epoch)
         self.watchdog = Watchdog(config.training.hang_seconds, config.storage, config.run.name, self.clock.attempt.token, self.rank)
         self._request = Request.NONE
-        self._batch: MicroBatch | None = None  # the one under way, whose shapes are named where memory runs out
+        self._batch: MicroBatch | None = None  # the current one; its shapes are reported if memory runs out
         torch.manual_seed(config.training.seed + 1 + self.rank)
         self._resume()
         flops = flops_of(self.objective.module, self.world_size if config.training.use_gpu else 0)
         self.progress = Progress(config, dataset.storage, self.total_steps, self.state, *flops) if self.rank == 0 else None
 
     def run(self) -> TrainingState:
-        """Go through the epochs that are left; validate, save and report after each. The best checkpoint is that of `best_step`.
+        """Run the remaining epochs; validate, save and report after each. The best checkpoint is that of `best_step`.
 
         Raises:
-            TrainingError: this rank failed; what it was, and at which step, is in its `failure`.
+            TrainingError: this rank failed; `failure` has the kind, message and step.
         """
         try:
             with self.progress or nullcontext(), self.checkpoints, self.watchdog:
@@ -79,7 +79,7 @@ class Trainer:
         return self.state
 
     def _check_memory(self) -> None:
-        """Refuse, before the first step, what a worker cannot hold; count the time that the step's samples were waited for."""
+        """Raise a UserError before the first step if the worker's memory is too small; count the time to read the step's samples."""
         begin = time.monotonic()
         steps = iter(self.objective.steps(0))
         batches = next(steps)
@@ -91,7 +91,6 @@ class Trainer:
         self.memory_plan.check(*capacity(self.objective.module, self.config.training.use_gpu, self.world_size))
 
     def _resume(self) -> None:
-        """Load the newest checkpoint, if the run has one."""
         resumed = self.checkpoints.load_newest(self.engine)
         self.clock.loaded(resumed)
         if resumed is not None:
@@ -101,7 +100,6 @@ class Trainer:
         self.objective.load_state(self.state.objective)
 
     def _train_epoch(self) -> None:
-        """Make the steps that are left of the epoch, or of the run."""
         config, state, plan = self.config, self.state, self.objective.plan(self.state.epoch)
         begin = time.monotonic()
         steps, self._opened = self._opened or self.objective.steps(state.epoch, state.step_in_epoch), None
@@ -115,7 +113,7 @@ class Trainer:
             num_samples = min(plan.global_batch_size, plan.num_samples - state.step_in_epoch * plan.global_batch_size)
             state.record_step(losses, num_samples, time.monotonic() - begin, wait_seconds)
             if self.progress:
-                num_tokens = self.world_size * sum(map(self.objective.num_tokens, batches))  # by this rank's share of the samples
+                num_tokens = self.world_size * sum(map(self.objective.num_tokens, batches))  # estimated from this rank's samples
                 self.progress.step(state, losses, num_tokens, rate_factor * config.optimizer.learning_rate)
             if state.step >= self.total_steps:
                 break
@@ -126,7 +124,7 @@ class Trainer:
             begin = time.monotonic()
 
     def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Make an optimizer step of this rank's micro batches; return the global mean of each loss.
+        """Run an optimizer step on this rank's micro batches; return the global mean of each loss.
 
         Each loss is the sum over this rank's targets divided by the number of targets on all ranks and micro batches.
         """
@@ -151,7 +149,7 @@ class Trainer:
         return losses
 
     def _count_targets(self, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Return how many targets of each loss all ranks have, and how many ranks are asked to save and to stop."""
+        """Return the number of targets of each loss on all ranks, and the numbers of ranks with a request to save and to stop."""
         request = self.reporter.request()
         asked = torch.tensor([request == Request.SAVE, request == Request.STOP], dtype=torch.float64)
         totals = torch.cat([torch.stack([batch.valid_counts() for batch in batches]).sum(0), asked]).to(self.device)
@@ -159,13 +157,12 @@ class Trainer:
         return totals[:-2].clamp(min=1), totals[-2:]
 
     def _name_samples(self, batches: Sequence[MicroBatch]) -> str:
-        """Say which ranks had which of a step's samples, of those that give any; every rank must call this."""
+        """Return a text with the samples of each rank that passes `batches`. Every rank must call this."""
         found: list[str] = [""] * self.world_size
         dist.all_gather_object(found, f"; rank {self.rank} had samples {_samples(batches)}" if batches else "")
         return "".join(found)
 
     def _skip(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Pass over a step's samples, without an update."""
         step, samples = self.state.step, _samples(batches)
         logger.warning("step %d: skipped because its loss or gradient was not finite; samples of rank %d: %s", step, self.rank, samples)
         self.state.skipped_steps.append(step)
@@ -173,7 +170,7 @@ class Trainer:
         return {}
 
     def _save(self) -> None:
-        """Save in the middle of an epoch; stop if that was asked for."""
+        """Save in the middle of an epoch; raise StoppedError if a stop was requested."""
         self._upload()
         self.checkpoints.publish(self.clock.stamped(self.state))
         if self._request == Request.STOP:
@@ -181,7 +178,7 @@ class Trainer:
             raise StoppedError(f"run {self.config.run.name} was asked to stop; the same command continues from step {self.state.step}")
 
     def _end_epoch(self) -> None:
-        """Validate while the checkpoint is uploaded; report when it is published."""
+        """Validate while the checkpoint is uploaded; report after it is published."""
         state = self.state
         if state.step_in_epoch == self.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
@@ -199,7 +196,7 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         self.engine.train(False)
-        with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # its draws are after what was saved
+        with torch.random.fork_rng([self.device] if self.config.training.use_gpu else []):  # the checkpoint has the generators from before
             metrics = self.objective.validate()
         self.engine.train()
         return metrics
@@ -210,7 +207,7 @@ class Trainer:
             self.checkpoints.upload(self.engine, self.state.step)
 
     def _wait_until_published(self) -> None:
-        """Wait for the checkpoint on every rank: the manifest is rank 0's, and the first rank that ends takes the others with it."""
+        """Wait on every rank until rank 0 has written the manifest, because a rank that ends first would end the others."""
         with self.clock.stall(self.state):
             self.checkpoints.wait()
             dist.barrier()
@@ -221,11 +218,11 @@ def _samples(batches: Sequence[MicroBatch]) -> list[int]:
 
 
 def is_saving_step(state: TrainingState, steps_per_epoch: int, every_steps: int, request: Request) -> bool:
-    """Return whether the loop saves after this step; an epoch's last step is saved later, with its validation, unless that is asked for."""
+    """Return whether to save after this step; an epoch's last step is saved later, with its validation, unless there is a request."""
     return request != Request.NONE or (state.step % every_steps == 0 and state.step_in_epoch < steps_per_epoch)
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of a whole run, early stopping aside."""
+    """Return the optimizer steps of a whole run, without early stopping."""
     steps = config.training.epochs * steps_per_epoch
     return min(steps, config.training.max_steps or steps)

@@ -10,10 +10,10 @@ from recsys.train.failures import Failure
 
 
 class Incident(BaseModel, frozen=True, extra="forbid"):
-    """A return to a checkpoint: why, to which step, and what it cost.
+    """A return to a checkpoint: its causes, the checkpoint's step, and its cost.
 
-    `seconds` runs from that checkpoint to the end of the first new step: lost work, and the parts of the restart that follow. If the
-    owner was lost too, the time between its last sign of life and the next one's start is not included.
+    `seconds` is the time from the checkpoint to the end of the first new step: lost work and the restart, whose parts follow. If the
+    owner was lost too, the time between its last heartbeat and the next owner's start is not included.
     """
 
     causes: tuple[Failure, ...]
@@ -25,7 +25,7 @@ class Incident(BaseModel, frozen=True, extra="forbid"):
 
 
 class Epoch(BaseModel, frozen=True, extra="forbid"):
-    """An epoch's last step, mean losses, validation by the main metric, and speed."""
+    """An epoch's last step, mean losses, validation of the main metric, and speed."""
 
     step: int
     losses: dict[str, float]
@@ -35,11 +35,11 @@ class Epoch(BaseModel, frozen=True, extra="forbid"):
 
 
 class TrainingState(BaseModel, extra="forbid"):
-    """Where a run is.
+    """The progress of a run.
 
-    `history` has an entry per finished epoch; `loss_sums`, `epoch_samples` and `epoch_seconds` are of the one under way.
-    `skipped_steps` are those (from 0) whose samples made no update, since their loss was not finite. Seconds are those of steps that
-    count; `wall_seconds` includes what a kill took back. `saved_at` is seconds since 1970. `objective` is the objective's own state.
+    `history` has an entry per validation; `loss_sums`, `epoch_samples` and `epoch_seconds` belong to the current epoch. `skipped_steps`
+    are steps (from 0) that made no update because a loss or a gradient was not finite. Seconds are those of steps that were not lost;
+    `wall_seconds` includes lost work. `saved_at` is in seconds since 1970. `objective` is the objective's own state.
     """
 
     step: int = 0
@@ -66,14 +66,14 @@ class TrainingState(BaseModel, extra="forbid"):
     @model_validator(mode="before")
     @classmethod
     def _read_release_0_1(cls, data: Any) -> Any:
-        """Accept checkpoints of release 0.1, which had the objective's state as `duals`."""
+        """Accept checkpoints of release 0.1, which stored the objective's state as `duals`."""
         if isinstance(data, dict) and "duals" in data:
             data = data.copy()
             data["objective"] = {"duals": data.pop("duals")}
         return data
 
     def record_step(self, losses: dict[str, float], num_samples: int, seconds: float, wait_seconds: float) -> None:
-        """Count a step that was made, or left out, which has no losses."""
+        """Count a step; a skipped step has no losses."""
         self.step += 1
         self.step_in_epoch += 1
         self.samples_seen += num_samples
@@ -85,7 +85,7 @@ class TrainingState(BaseModel, extra="forbid"):
             self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss * num_samples
 
     def record_validation(self, metrics: dict[str, float], metric: str) -> None:
-        """Record an epoch's validation, the means over its steps, and whether it is the best so far."""
+        """Record an epoch's validation and mean losses, and whether it is the best so far."""
         self.validation = metrics
         losses = {name: total / max(1, self.epoch_samples) for name, total in self.loss_sums.items()}
         speed = self.epoch_samples / max(self.epoch_seconds, 1e-9)
@@ -98,11 +98,11 @@ class TrainingState(BaseModel, extra="forbid"):
 
     @property
     def goodput(self) -> float:
-        """The share of the run's whole time that went into steps that count, without waiting for data."""
+        """The share of the run's wall time spent in steps that were not lost, without waiting for data."""
         return (self.train_seconds - self.data_wait_seconds) / max(self.wall_seconds, 1e-9)
 
     def numbers(self, run: str) -> dict[str, Any]:
-        """Return the numbers of the report, as `training.json` has them."""
+        """Return the numbers of the report, as in `training.json`."""
         parts = {
             "steps": self.train_seconds - self.data_wait_seconds,
             "waiting for data": self.data_wait_seconds,
@@ -119,7 +119,7 @@ class TrainingState(BaseModel, extra="forbid"):
         }
 
     def is_finished(self, config: Config) -> bool:
-        """Return whether nothing is left to do: all epochs or steps done, or validation no longer improving."""
+        """Return whether the run is done: all epochs or steps, or early stopping."""
         training = config.training
         patience = training.early_stopping_patience or math.inf
         is_stopped_early = self.epochs_without_improvement >= patience

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that this project uses; PyTorch has no public one for it. A test fails when one of them moves."""
+"""All private names of PyTorch that this project uses, for lack of public ones. A test fails when one of them moves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ __all__ = ["TorchDispatchMode", "replaced", "storage_id", "tree_leaves", "tree_m
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """Return what identifies a tensor's memory, also on the meta device, where there is no address."""
+    """Return an id of a tensor's storage, also on the meta device, where there is no address."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -1,1 +1,1 @@
-"""The language model over item text: its files, its tokens and vectors, its pretraining, and free-text queries."""
+"""The language model over item text: its files, tokens and embeddings, its pretraining, and free-text queries."""

@@ -1,6 +1,6 @@
-"""Safety checks of a model folder, from file names, sizes and headers, before anything in it is loaded.
+"""Safety checks of a model folder by file names, sizes and headers, before anything in it is loaded.
 
-A model folder is untrusted input: weights must be safetensors, nothing in it may be code, and no file may lead out of it.
+A model folder is untrusted input: weights must be safetensors, no file may ask for code, and no link may leave the folder.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Config and tokenizer."""
+"""Patterns of config and tokenizer files."""
 
 WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 32 << 20
@@ -22,17 +22,17 @@ _IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention
 
 
 class BackboneError(Exception):
-    """A language model cannot be used; the message says why, and does not name the model."""
+    """A language model cannot be used; the message gives the reason without the model's name."""
 
 
 def check_files(folder: Path, names: set[str] | None = None) -> None:
     """Check the files of a model folder.
 
     Args:
-        names: of all of the model's files, where its weights are elsewhere and only config and tokenizer are in the folder.
+        names: all file names of the model, if its weights are elsewhere and the folder holds only config and tokenizer.
 
     Raises:
-        BackboneError: the model must not be loaded.
+        BackboneError: the model is incomplete or not safe to load.
     """
     folder = folder.resolve()
     for path in sorted(folder.iterdir()):
@@ -52,7 +52,7 @@ def check_files(folder: Path, names: set[str] | None = None) -> None:
 
 
 def _is_hub_blob(path: Path, folder: Path) -> bool:
-    """Return whether a file is a symlink of the hub's cache to its own blobs."""
+    """Return whether a file is a symlink in the Hugging Face cache to its own blobs."""
     return folder.parent.name == "snapshots" and path.resolve().is_relative_to(folder.parents[1].resolve() / "blobs")
 
 
@@ -65,13 +65,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BackboneError(f"{path.name} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise BackboneError(f"{path.name} is no JSON object")
-    if path.name != "tokenizer.json":  # which has a vocabulary, and no settings
+    if path.name != "tokenizer.json":  # it holds a vocabulary, no settings
         _refuse_code(path.name, content)
     return content
 
 
 def _refuse_code(name: str, content: dict[str, Any]) -> None:
-    """Refuse settings, at any depth, that ask for code from elsewhere."""
+    """Raise a BackboneError if a setting, at any depth, asks for external code."""
     for key, value in content.items():
         if key in _CODE_KEYS and value:
             raise BackboneError(f"{name} has '{key}', which asks for code or packages from elsewhere; it is never run here")
@@ -82,7 +82,7 @@ def _refuse_code(name: str, content: dict[str, Any]) -> None:
 
 
 def _check_names(names: set[str]) -> None:
-    """Check that the weights are safetensors, whole or with an index."""
+    """Check that the weights are safetensors, in one file or with an index."""
     if names.isdisjoint((WEIGHTS, _INDEX)):
         others = sorted(name for name in names if name.endswith((*_PICKLES, ".bin.index.json", ".safetensors")))
         advice = "; save it with model.save_pretrained, which writes safetensors" if others else ""
@@ -102,7 +102,7 @@ def _check_weights(folder: Path, weights: set[str], has_index: bool) -> None:
 
 
 def _header_fault(path: Path) -> str | None:
-    """Return what is wrong with the header of a safetensors file, or None."""
+    """Return the fault in the header of a safetensors file, or None."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

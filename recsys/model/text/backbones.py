@@ -1,4 +1,4 @@
-"""Language model backbones: locating, checking and loading them."""
+"""Locates, checks and loads language model backbones."""
 
 import hashlib
 import importlib.util
@@ -27,17 +27,17 @@ _MOST_LAYERS = 1000
 
 
 def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> str | None:
-    """Check that a backbone can be used as configured, from its config, tokenizer and weight headers alone.
+    """Check that a backbone can be used as configured, reading only its config, tokenizer and weight headers.
 
     Returns:
-        A folder with its config and tokenizer; None if it is made on the way, or the text is off.
+        A folder with its config and tokenizer; None if text is off or the backbone is `tiny`, which is created later.
 
     Raises:
-        UserError: it cannot; one line with the reason.
+        UserError: the backbone cannot be used; one line with the reason.
     """
     if text.mode == "off" or text.backbone == TINY:
         return None
-    names: set[str] | None = None  # of files besides those of the folder
+    names: set[str] | None = None  # all file names of the model, if its weights are not in the folder
     with _refusals(text):
         if text.backbone == MINILM:
             folder = minilm_folder()
@@ -62,10 +62,10 @@ def check_backbone(text: TextConfig, storage: Storage, scratch: Path) -> str | N
 def load_backbone(folder: str, text: TextConfig) -> nn.Module:
     """Load a backbone in float32, with LoRA adapters in mode `lora`; only safetensors and no remote code.
 
-    Of a model of encoder and decoder, such as T5, it is the encoder.
+    Of an encoder-decoder such as T5, only the encoder is loaded.
 
     Raises:
-        UserError: it cannot be loaded, or its weights are not those of its config.
+        UserError: it cannot be loaded, or its weights do not match its config.
     """
     with _refusals(text):
         if Path(folder).is_dir():
@@ -75,14 +75,14 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
             backbone, found = kind.from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-        except Exception as error:  # models of many kinds raise errors of many kinds
+        except Exception as error:  # each model class raises its own errors
             raise BackboneError(f"cannot be loaded ({_first_line(error)}); {_HINT}") from error
         missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
         if missing:
             raise BackboneError(f"its weights lack {missing[0]}; they are not those of its config.json")
     if getattr(backbone, "pooler", None) is not None:
-        backbone.pooler = None  # vectors are pooled here; its weights would stay random
-    backbone.config.use_cache = False  # a decoder would keep keys and values for generation
+        backbone.pooler = None  # `TextEncoder` does the pooling; the pooler's weights would stay random
+    backbone.config.use_cache = False  # the KV cache of decoders is only useful for generation
     if text.mode == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -93,10 +93,10 @@ def load_backbone(folder: str, text: TextConfig) -> nn.Module:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Load a backbone's tokenizer, set to pad on the right; no remote code.
+    """Load a backbone's tokenizer with padding on the right; no remote code.
 
-    Without a padding token it pads with its end token or, where it has none either, with its first: padding is masked wherever tokens
-    are read, so no vector depends on which it is, and no row of the model is added for it.
+    A tokenizer without a padding token pads with its end token or, without one, with its first token. Padding is masked wherever tokens
+    are read, so no embedding depends on this token, and the model needs no extra row.
     """
     from transformers import AutoTokenizer
 
@@ -116,7 +116,7 @@ def minilm_folder() -> Path:
 
 
 def fetch_folder(storage: Storage, uri: str, scratch: Path, patterns: Sequence[str] = ("*",)) -> Path:
-    """Copy some files of a stored model folder, not those of folders below it, to scratch; the same files are copied once."""
+    """Download the matching files of a stored model folder, without subfolders, to scratch; unchanged files are downloaded once."""
     files = [stored for stored in storage.expand(uri) if stored.uri.rpartition("/")[0] == uri.rstrip("/")]
     content = repr([(stored.uri, stored.num_bytes, stored.etag) for stored in files])
     folder = private_folder(scratch / "backbones" / hashlib.sha256(content.encode()).hexdigest()[:16])
@@ -128,7 +128,7 @@ def fetch_folder(storage: Storage, uri: str, scratch: Path, patterns: Sequence[s
 
 
 def backbone_identity(folder: str, with_weights: bool) -> str:
-    """Hash what a local backbone's vectors depend on, or its tokens alone without its weights; a hub name stands for itself."""
+    """Return a hash of a local backbone's tokenizer and config files, and of its weights `with_weights`; return a Hub name unchanged."""
     if not Path(folder).is_dir():
         return folder
     patterns = ("*.json", "*.txt", "*.model", *(["*.safetensors"] if with_weights else []))
@@ -138,7 +138,7 @@ def backbone_identity(folder: str, with_weights: bool) -> str:
 
 @contextmanager
 def _refusals(text: TextConfig) -> Iterator[None]:
-    """Name the backbone in a refusal of it."""
+    """Turn errors in the block into a UserError that names the backbone."""
     try:
         yield
     except BackboneError as error:
@@ -152,7 +152,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _hub_folder(name: str) -> Path:
-    """Fetch config and tokenizer of a model of the hub; what its cache has is not asked for again."""
+    """Download config and tokenizer of a Hub model; return the cached folder without a request if there is one."""
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise BackboneError(f"no such folder; {_HINT}")
     from huggingface_hub import get_session, hf_hub_url, snapshot_download, try_to_load_from_cache
@@ -162,7 +162,7 @@ def _hub_folder(name: str) -> Path:
     if isinstance(cached, str) and any(Path(cached).parent.glob(_TOKENIZER_FILES[0])):
         return Path(cached).parent
     try:
-        # The hub's own client tries for half a minute where nothing answers.
+        # The Hub's own client retries for half a minute if nothing answers.
         url = hf_hub_url(name, "config.json")
         answer = get_session().head(url, headers=build_hf_headers(), timeout=_HUB_SECONDS, follow_redirects=True)
         if answer.status_code >= 400:
@@ -170,22 +170,22 @@ def _hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), etag_timeout=_HUB_SECONDS))
     except BackboneError:
         raise
-    except Exception as error:  # of whichever client the hub's library uses
+    except Exception as error:  # the Hub library may use different HTTP clients
         reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"
         raise BackboneError(f"no such folder, and {reason}; {_HINT}") from None
 
 
 def _read_config(folder: str) -> tuple[Any, Any]:
-    """Read a model's config, and choose the class that loads what encodes text."""
+    """Return a model's config, and the class that loads its text encoder."""
     from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # configs of many kinds raise errors of many kinds
+    except Exception as error:  # each config class raises its own errors
         raise BackboneError(f"its config.json cannot be read ({_first_line(error)}); {_HINT}") from error
     if not isinstance(getattr(config, "hidden_size", None), int):
         raise BackboneError(f"a model of type {config.model_type} has no single width (hidden_size), as one over text alone has")
-    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5's saved encoder no longer says that it had a decoder
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # a saved T5 encoder is not marked as encoder-decoder
         return config, MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]
     if config.is_encoder_decoder:
         reason = f"is an encoder-decoder ({config.model_type}) whose encoder cannot be loaded alone"
@@ -203,7 +203,7 @@ def _read_tokenizer(folder: Path) -> Any:
 
 
 def _on_meta(config: Any, kind: Any) -> Any:
-    """Build a model without memory for its weights."""
+    """Build a model on the meta device, without memory for its weights."""
     from transformers import AutoModel
 
     if not 0 < getattr(config, "num_hidden_layers", 1) <= _MOST_LAYERS:
@@ -226,7 +226,7 @@ def _check_vocabulary(model: Any, tokenizer: Any) -> None:
 
 
 def _check_positions(model: Any, config: Any, tokenizer: Any, max_tokens: int) -> None:
-    """Check that the model has positions for `max_tokens`, and that the tokenizer's own tokens leave room for a text."""
+    """Check that the tokenizer can truncate a text to `max_tokens`, and that the model has as many positions."""
     try:
         encoded = tokenizer(["word " * (2 * max_tokens)], truncation=True, max_length=max_tokens)
         num_tokens = len(encoded["input_ids"][0])
@@ -239,14 +239,13 @@ def _check_positions(model: Any, config: Any, tokenizer: Any, max_tokens: int) -
     limits = [declared] if isinstance(declared, int) and declared > 0 else []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions"):
-            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))  # padding takes some
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))  # RoBERTa skips some
     num_positions = min(limits, default=max_tokens)
     if max_tokens > num_positions:
         raise BackboneError(f"has {num_positions} positions, fewer than model.text.max_tokens = {max_tokens}; {num_positions} would work")
 
 
 def _check_adapters(model: Any, targets: Sequence[str]) -> None:
-    """Check that `model.text.lora_targets` are linear layers of the model."""
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]

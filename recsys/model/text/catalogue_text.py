@@ -1,4 +1,4 @@
-"""Tokens and cached embeddings of all of a dataset's texts, made once per node and dataset."""
+"""Tokens and cached text embeddings of a dataset: tokens are computed once per node, embeddings once per dataset."""
 
 import hashlib
 import logging
@@ -24,14 +24,14 @@ from recsys.store import Storage, join
 
 TOKENIZED_AT_ONCE = 8192
 CHUNK_ROWS = 16_384
-"""Rows of one object of frozen vectors, which one rank encodes without a pause."""
+"""Rows per stored object of frozen vectors; a rank encodes one object between two barriers."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Those who share a piece of work: this one's number, how many they are, and how they wait for one another."""
+    """The ranks that share a piece of work: this rank, the world size, and a barrier."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,7 +42,7 @@ ALONE = Ranks()
 
 
 class VectorsManifest(BaseModel):
-    """Frozen vectors that are complete: rows (the padding item's first), width, and rows per object."""
+    """The manifest of complete frozen vectors; row 0 is padding."""
 
     num_rows: int
     width: int
@@ -55,9 +55,9 @@ class VectorsManifest(BaseModel):
 def text_tokens(
     folder: str, text: TextConfig, texts: Sequence[str], dataset: Dataset, scratch: Path, kind: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return the token ids of R texts (R, T), int32 and right-padded, and how many are real (R,), 1 at least.
+    """Return the token ids of R texts (R, T), int32 and right-padded, and the number of real tokens of each (R,), at least 1.
 
-    `kind` tells the files of other texts than the items' from those.
+    `kind` separates the files of other texts from those of item texts.
     """
 
     def build(new: Path) -> None:
@@ -87,9 +87,9 @@ def frozen_vectors(
     ranks: Ranks = ALONE,
     kind: str = "",
 ) -> Tensor:
-    """Return the vectors of R texts (R, H), computed once and stored with the dataset; all of `ranks` must call this.
+    """Return the embeddings of R texts (R, H), computed once and stored with the dataset. All of `ranks` must call this.
 
-    `kind` tells the files of other texts than the items' from those.
+    `kind` separates the files of other texts from those of item texts.
 
     Raises:
         UserError: stored vectors are damaged.
@@ -116,10 +116,10 @@ def frozen_vectors(
 def _encode_missing(
     folder: str, text: TextConfig, texts: Sequence[str], storage: Storage, uri: str, device: torch.device, ranks: Ranks
 ) -> None:
-    """Encode the chunks that the store lacks, and then write the manifest.
+    """Encode the chunks that are missing in the store, then write the manifest.
 
-    Rank r of N has chunks r, r + N, ... and all ranks meet after each round, so that none waits longer than for one chunk: a
-    barrier gives up after half an hour. Every rank runs the same rounds, whichever chunks it finds.
+    Rank r of N encodes chunks r, r + N, ... A barrier after each round limits the wait to the time of one chunk, because barriers time
+    out after half an hour. Every rank runs the same number of rounds, no matter which chunks exist.
     """
     num_rows = len(texts)
     num_chunks = -(-num_rows // CHUNK_ROWS)

@@ -1,4 +1,4 @@
-"""The text encoder: a language model over tokens, and pooled vectors."""
+"""The text encoder: a language model with pooling, batching by text length, and the `tiny` backbone."""
 
 import shutil
 import uuid
@@ -22,17 +22,17 @@ from recsys.store.backends import S3_SCHEME
 
 ENCODE_CHUNK = 64
 LENGTH_GROUPS = 4
-"""Forward passes of the language model per batch of texts, each as wide as its longest text."""
+"""Maximum forward passes of the language model per batch of texts; each encodes the texts of one length group."""
 
 TINY_VOCABULARY = 4096
 TINY_TEXTS = 200_000
-"""At most this many texts, spread evenly over the catalogue, train the tiny tokenizer."""
+"""Maximum number of texts, spread evenly over the catalogue, that train the tiny tokenizer."""
 
 TINY_SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 
 
 class TextEncoder(nn.Module):
-    """A Hugging Face encoder or decoder, pooled to one vector per text. Shapes: D texts, T tokens, H its width."""
+    """A Hugging Face encoder or decoder with pooling to one vector per text. Shapes: D texts, T tokens, H its width."""
 
     def __init__(self, backbone: Any, pooling: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
         self.width: int = backbone.config.hidden_size
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Encode right-padded token ids (D, T) where mask (D, T) is 1; return (D, H). The caller cuts padding that all texts have."""
+        """Encode right-padded token ids (D, T) where `mask` (D, T) is 1; return (D, H). Callers trim padding common to all texts."""
         hidden = self.backbone(input_ids=tokens, attention_mask=mask).last_hidden_state  # (D, T, H)
         if self.pooling == "first":
             return hidden[:, 0]
@@ -52,7 +52,7 @@ class TextEncoder(nn.Module):
 
 
 def locate_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
-    """Return a local folder with the backbone, or a hub name.
+    """Return a local folder with the backbone, or its Hub name.
 
     Raises:
         UserError: the backbone is not installed or not in the store.
@@ -67,26 +67,26 @@ def locate_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, both (D, T) int64, right-padded to the longest text; an empty text has one token at least."""
+    """Return token ids and mask, both (D, T) int64, right-padded to the longest text; an empty text has at least one token."""
     encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
     mask = encoded["attention_mask"].clone()
-    mask[:, 0] = 1  # a decoder's tokenizer gives an empty text no token at all, and a mean over nothing is NaN
+    mask[:, 0] = 1  # a decoder's tokenizer returns no token for an empty text, and an empty mean is NaN
     return encoded["input_ids"], mask
 
 
 def token_mask(lengths: Tensor, width: int) -> Tensor:
-    """Return 1 for the real ones of right-padded tokens, 0 for padding, (D, T) int64."""
+    """Return the mask of right-padded tokens, (D, T) int64: 1 for real tokens, 0 for padding."""
     return (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
 
 
 def load_frozen(folder: str, text: TextConfig, device: torch.device) -> TextEncoder:
-    """Load a backbone that is not trained."""
+    """Load a backbone in evaluation mode, without adapters."""
     return TextEncoder(load_backbone(folder, text.model_copy(update={"mode": "frozen"})), text.pooling).to(device).eval()
 
 
 @torch.no_grad()
 def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max_tokens: int, device: torch.device) -> Tensor:
-    """Encode texts with a frozen encoder, (D, H) float32 on the CPU; like lengths are encoded together."""
+    """Encode texts with a frozen encoder, similar lengths together; return (D, H) float32 on the CPU."""
     tokens, mask = tokenize(tokenizer, texts, max_tokens)
     lengths = mask.sum(1)
     vectors = torch.zeros(len(texts), encoder.width)
@@ -97,12 +97,12 @@ def encode_texts(encoder: TextEncoder, tokenizer: Any, texts: Sequence[str], max
 
 
 def group_widths(lengths: Tensor, max_groups: int = LENGTH_GROUPS) -> Tensor:
-    """Choose how wide groups of texts are, so that the least padding is computed (dynamic programming); return widths, rising.
+    """Return the widths of at most `max_groups` length groups, ascending, with the least total padding (dynamic programming).
 
-    A text of some length (one of `lengths`) belongs to the narrowest group that holds it.
+    A text, whose length is one of `lengths`, belongs to the narrowest group that fits it.
     """
     widths, counts = np.unique(lengths.numpy(), return_counts=True)
-    up_to = np.concatenate([[0], np.cumsum(counts)])  # texts no longer than each width
+    up_to = np.concatenate([[0], np.cumsum(counts)])  # number of texts up to each width
     cost = np.where(up_to == 0, 0.0, np.inf)
     firsts = []
     for _ in range(max_groups):
@@ -118,10 +118,10 @@ def group_widths(lengths: Tensor, max_groups: int = LENGTH_GROUPS) -> Tensor:
 
 
 def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: Tensor, on_host: Tensor) -> Tensor:
-    """Run the language model over some rows (D,) of `tokens` (R, T), similar lengths together; return (D, H).
+    """Encode the rows `on_host` (D,) of `tokens` (R, T) with the language model, similar lengths together; return (D, H).
 
-    `counts` (R,), the tokens that are real, `widths` of the groups and the rows lie on the CPU, `tokens` anywhere. The runs are as many
-    on every rank, whatever its rows: under ZeRO-3 each is collective. One without rows encodes the first.
+    The numbers of real tokens `counts` (R,), the group `widths` and the rows must be on the CPU; `tokens` may be on any device. Every rank
+    runs one forward per group, since a ZeRO-3 forward is collective; a group without rows encodes row 0.
     """
     device = next(encoder.parameters()).device
     group = torch.bucketize(counts[on_host], widths)
@@ -137,7 +137,7 @@ def encode_groups(encoder: TextEncoder, tokens: Tensor, counts: Tensor, widths: 
 
 
 def _tiny_backbone(text: TextConfig, dataset: Dataset, scratch: Path) -> str:
-    """Make a small Transformer with a tokenizer trained on the catalogue, once, in the store; return its URI."""
+    """Create a small Transformer in the store, once, with a tokenizer trained on the catalogue; return its URI."""
     uri = join(dataset.uri, "backbones", f"tiny-{text.max_tokens}")
     with locked(node_folder(scratch, dataset.manifest, f"tiny-{text.max_tokens}")):
         if not dataset.storage.exists(join(uri, "model.safetensors")):
@@ -158,15 +158,15 @@ def _make_tiny_backbone(uri: str, text: TextConfig, dataset: Dataset, scratch: P
         model = BertModel(
             BertConfig(vocab_size=len(tokenizer), max_position_embeddings=text.max_tokens, **TINY_SHAPE), add_pooling_layer=False
         )
-    model.config.save_pretrained(folder)  # not the model's own save_pretrained, which writes nothing on any rank but the first
+    model.config.save_pretrained(folder)  # the model's save_pretrained writes only on rank 0
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # the weights last: they mark it complete
+    for path in sorted(folder.iterdir(), key=lambda path: path.suffix == ".safetensors"):  # weights last: they mark it complete
         dataset.storage.create(join(uri, path.name), path.read_bytes())
     shutil.rmtree(folder)
 
 
 def _train_tokenizer(texts: Iterable[str]) -> Any:
-    """Train byte-pair encoding, the one trainer here that gives the same vocabulary each time."""
+    """Train a byte-pair encoding tokenizer; unlike the other trainers, it gives the same vocabulary each time."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Pretraining of the language model on item texts: masked tokens, and which texts belong together."""
+"""Pretraining of the language model on item texts: token prediction, and contrastive learning on pairs of texts."""
 
 from typing import Any
 
@@ -16,19 +16,22 @@ from recsys.schema import PADDING_ITEM
 
 MASKED, CONTRASTIVE = "masked", "contrastive"
 BACKBONE_PREFIX = "text_encoder.pooled.backbone."
-"""What a backbone's weights are called in the state of a `Pretrainer`."""
+"""Prefix of the backbone's weights in the state of a `Pretrainer`."""
 
 
 class Pretrainer(nn.Module):
-    """TextBatch -> losses by name. Shapes: B items, T tokens, N tokens to predict, H the language model's width, C candidates."""
+    """The trained module, from a TextBatch to losses by name.
+
+    Shapes: B items, T tokens, N tokens to predict, H the language model's width, C candidates.
+    """
 
     def __init__(self, text_encoder: TextEncoder, head: nn.Module, temperature: float) -> None:
         super().__init__()
-        self.text_encoder = nn.ModuleDict({"pooled": text_encoder, "head": head})  # all under the name that learns at the backbone's rate
+        self.text_encoder = nn.ModuleDict({"pooled": text_encoder, "head": head})  # this name selects the backbone's learning rate
         self.temperature = temperature
 
     def forward(self, batch: TextBatch) -> dict[str, Tensor]:
-        """Return the sum of each loss over its targets."""
+        """Return the sum of each loss over its targets, by name."""
         result = {}
         if batch.hidden:
             result[MASKED] = F.cross_entropy(*self.predict(batch.hidden), reduction="sum")
@@ -40,23 +43,23 @@ class Pretrainer(nn.Module):
         return result
 
     def predict(self, hidden: HiddenTokens) -> tuple[Tensor, Tensor]:
-        """Return the scores of all tokens (N, vocabulary), float32, and the right ones (N,)."""
+        """Return the logits (N, vocabulary) in float32, and the target tokens (N,)."""
         mask, is_target = token_mask(hidden.lengths, hidden.tokens.shape[1]), hidden.targets != NO_TARGET
         backbone: Any = self.text_encoder["pooled"].backbone
         states = backbone(input_ids=hidden.tokens, attention_mask=mask).last_hidden_state  # (B, T, H)
         return self.text_encoder["head"](states[is_target]).float(), hidden.targets[is_target]
 
     def encode(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Return the items' and their partners' vectors, (B, H) each, float32 and of length 1."""
+        """Return the vectors of the items and of their paired items, (B, H) each, float32 and normalized."""
         vectors = self.text_encoder["pooled"](pairs.tokens, token_mask(pairs.lengths, pairs.tokens.shape[1]))
         items, partners = F.normalize(vectors.float(), dim=-1).chunk(2)
         return items, partners
 
 
 def pair_scores(items: Tensor, partners: Tensor, candidates: Tensor, candidate_ids: Tensor, pairs: Pairs) -> Tensor:
-    """Return the cosine of each item and its partner, then those with the candidates (C, H) that are no known partner of it, (B, 1 + C).
+    """Return the cosine of each item with its paired item, followed by those with the candidates (C, H); (B, 1 + C).
 
-    What is left out, the item itself and padding too, is minus infinity.
+    Known pairs of the item, the item itself and padding are masked with minus infinity.
     """
     out = (candidate_ids == pairs.known.unsqueeze(-1)).any(1) | (candidate_ids == pairs.items.unsqueeze(1))  # (B, C)
     scores = (items @ candidates.T).masked_fill(out | (candidate_ids == PADDING_ITEM), -torch.inf)
@@ -64,13 +67,13 @@ def pair_scores(items: Tensor, partners: Tensor, candidates: Tensor, candidate_i
 
 
 def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, Hiding | None]:
-    """Build the module from the backbone in `folder`, all of whose weights learn, and what is hidden of the texts for it.
+    """Build the module from the backbone in `folder`, with all weights trained, and the token masking (None without token prediction).
 
     Raises:
-        UserError: the backbone cannot be loaded, or cannot predict tokens and shall.
+        UserError: the backbone cannot be loaded, or cannot predict tokens although the objectives need it.
     """
     settings, text = config.pretraining, config.model.text.model_copy(update={"mode": "full"})
-    torch.manual_seed(config.training.seed)  # for a head without weights of its own
+    torch.manual_seed(config.training.seed)  # for a head without pretrained weights
     encoder = TextEncoder(load_backbone(folder, text), text.pooling)
     if MASKED not in settings.objectives:
         return Pretrainer(encoder, nn.Identity(), settings.temperature), None
@@ -80,10 +83,10 @@ def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, Hiding | 
 
 
 def check_objectives(config: Config, folder: str) -> None:
-    """Check that a backbone can learn what `pretraining.objectives` asks for, from its config and tokenizer in `folder`.
+    """Check that a backbone supports `pretraining.objectives`, from its config and tokenizer in `folder`.
 
     Raises:
-        UserError: it predicts no tokens, or cannot hide any.
+        UserError: it cannot predict tokens, or its tokenizer has no token to mask with.
     """
     from transformers import AutoConfig
 
@@ -93,7 +96,7 @@ def check_objectives(config: Config, folder: str) -> None:
 
 
 def _language_model(backbone_config: Any, name: str) -> tuple[Any, bool]:
-    """Return the class that predicts this backbone's tokens, and whether it does so from those before."""
+    """Return the model class that predicts this backbone's tokens, and whether it is causal."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     for kinds, is_causal in ((MODEL_FOR_MASKED_LM_MAPPING, False), (MODEL_FOR_CAUSAL_LM_MAPPING, True)):
@@ -106,11 +109,11 @@ def _language_model(backbone_config: Any, name: str) -> tuple[Any, bool]:
 
 
 def _own_head(kind: Any, folder: str, backbone: Any) -> nn.Module | None:
-    """Load the head that was trained with the backbone; None where the folder has none, or it is not in one piece."""
+    """Load the head that was trained with the backbone; None if the folder has none or it is not a single module."""
     from transformers import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would warn of the very weights that are looked for
+    logging.set_verbosity_error()  # it would warn about missing head weights, which are checked below
     try:
         model, info = kind.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -127,7 +130,7 @@ def _own_head(kind: Any, folder: str, backbone: Any) -> nn.Module | None:
 
 
 def _new_head(backbone: Any, is_causal: bool) -> nn.Module:
-    """Make a head whose last layer is the input embeddings: alone for a decoder, behind BERT's transform for an encoder."""
+    """Build a head whose last layer shares the input embeddings: alone for a decoder, after BERT's transform for an encoder."""
     embeddings = backbone.get_input_embeddings()
     vocabulary, width = embeddings.weight.shape
     decoder = nn.Linear(width, vocabulary, bias=not is_causal)
@@ -139,7 +142,7 @@ def _new_head(backbone: Any, is_causal: bool) -> nn.Module:
 
 
 def _hiding(folder: str, config: Config, is_causal: bool) -> Hiding:
-    """Return how tokens are masked; a tokenizer without a mask token lends its token for the unknown."""
+    """Return the token masking; without a mask token, the tokenizer's unknown token is used."""
     tokenizer = load_tokenizer(folder)
     mask_token = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     if mask_token is None and not is_causal:

@@ -1,4 +1,4 @@
-"""Encodes free-text queries as vectors that join a history."""
+"""Encodes free-text queries as vectors that are part of a user's history."""
 
 import copy
 from collections.abc import Sequence
@@ -20,25 +20,25 @@ from recsys.model.text.catalogue_text import Ranks, frozen_vectors, text_tokens
 from recsys.model.text.encoder import TextEncoder, encode_groups, encode_texts, group_widths, load_frozen, locate_backbone
 
 TOKENIZER_AND_BACKBONE = "text_encoder"
-"""The folder of an export that what is typed is encoded with."""
+"""The folder of an export that holds the tokenizer and backbone for queries."""
 
 QUERIES = "queries-v1"
-"""Changes with how queries are made, so that none made otherwise are read."""
+"""Version of the stored queries. Change it when queries are generated differently, so that older ones are not read."""
 
 
 class TrainingQueries:
-    """Encodes the queries that training asks, as an item's text is encoded. Shapes: Q queries, R rows of `QueryTexts`, W width.
+    """Encodes training queries in the same way as item texts. Shapes: Q queries, R rows of `QueryTexts`, W width.
 
-    There may be more of them than a GPU holds: they stay on the CPU, in files that all processes of a node share.
+    The inputs may not fit on a GPU: they stay on the CPU, in files shared by all processes of a node.
     """
 
     def __init__(self, texts: Tensor, token_counts: Tensor) -> None:
-        """Take frozen vectors (R, H) and no counts, or tokens (R, T) and how many are real (R,)."""
+        """Take frozen vectors (R, H) with empty counts, or tokens (R, T) with the numbers of real tokens (R,)."""
         self._texts, self._token_counts = texts, token_counts
         self._group_widths = group_widths(token_counts)
 
     def __call__(self, item_encoder: ItemEncoder, rows: Integers) -> Tensor:
-        """Encode rows (Q,) as (Q, W); under ZeRO-3 every rank must call this, without rows too."""
+        """Encode rows (Q,) as (Q, W). Under ZeRO-3 every rank must call this, even without rows."""
         chosen, projection = torch.from_numpy(rows), item_encoder.sources["text"]
         if item_encoder.text_encoder is None:
             texts = self._texts[chosen].to(next(projection.parameters()).device)
@@ -49,20 +49,20 @@ class TrainingQueries:
 
 
 class QueryEncoder:
-    """Encodes what somebody typed with a trained model's language model and its projection; longer texts are cut."""
+    """Encodes queries with a trained language model and its projection; long texts are truncated."""
 
     def __init__(self, tokenizer: Any, text_encoder: TextEncoder, projection: nn.Module, max_tokens: int) -> None:
         self._tokenizer, self._text_encoder, self._projection, self._max_tokens = tokenizer, text_encoder, projection, max_tokens
 
     def __call__(self, queries: Sequence[str]) -> Tensor:
-        """Encode queries, of which there is one at least, as (Q, W)."""
+        """Encode at least one query; return (Q, W)."""
         device = next(self._projection.parameters()).device
         texts = encode_texts(self._text_encoder, self._tokenizer, queries, self._max_tokens, device)
         vectors: Tensor = self._projection(texts.to(device))
         return vectors
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer and the language model's weights as they are now, adapters merged into them."""
+        """Write the tokenizer and the language model's current weights, with adapters merged."""
         from peft import PeftModel
 
         backbone: Any = self._text_encoder.backbone
@@ -73,7 +73,7 @@ class QueryEncoder:
 
     @classmethod
     def load(cls, folder: Path, config: Config, projection_weights: dict[str, Tensor]) -> Self:
-        """Load what `save` wrote, and the projection's weights."""
+        """Load the files written by `save`, and set the projection's weights."""
         text_encoder = load_frozen(str(folder), config.model.text, torch.device("cpu"))
         projection = Projection(text_encoder.width, config.model.width)
         projection.load_state_dict(projection_weights)
@@ -81,7 +81,7 @@ class QueryEncoder:
 
 
 def query_encoder_of(config: Config, dataset: Dataset, item_encoder: ItemEncoder) -> QueryEncoder | None:
-    """Make the query encoder of a trained model on the CPU; None where it was trained without queries."""
+    """Build the query encoder of a trained model on the CPU; None if it was trained without queries."""
     text = config.model.text
     if not config.model.has_queries:
         return None
@@ -93,10 +93,10 @@ def query_encoder_of(config: Config, dataset: Dataset, item_encoder: ItemEncoder
 def read_training_queries(
     config: Config, dataset: Dataset, catalogue: ItemFeatures, device: torch.device, ranks: Ranks
 ) -> TrainingQueries | None:
-    """Read or compute what training asks with; all of `ranks` must call this. None where the model learns no queries.
+    """Read or compute the training queries; None if the model does not learn queries. All of `ranks` must call this.
 
     Raises:
-        UserError: the catalogue has no text, so that there is nothing to encode queries with.
+        UserError: the catalogue has no text, so queries cannot be encoded.
     """
     text, scratch = config.model.text, Path(config.run.scratch)
     if not config.model.has_queries:

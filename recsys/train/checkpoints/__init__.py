@@ -1,1 +1,1 @@
-"""Checkpoints in the store: their format, who may write them, resuming from them, and loading them as whole models."""
+"""Checkpoints in the store: format, lease, writing, resuming, and loading whole models."""

@@ -1,4 +1,4 @@
-"""Publishes a pretrained language model from a checkpoint, as a folder that `model.text.backbone` can name."""
+"""Publishes the pretrained language model of a checkpoint as a folder for `model.text.backbone`."""
 
 import hashlib
 import shutil
@@ -18,7 +18,7 @@ from recsys.train.checkpoints.manifest import MANIFEST_NAME, CheckpointFile, Che
 
 
 class BackboneManifest(BaseModel, frozen=True, extra="forbid"):
-    """What a published backbone was made of; written last, so that a folder without it does not count."""
+    """The origin and files of a published backbone. Written last: a folder without it is incomplete."""
 
     run: str
     checkpoint: str
@@ -32,9 +32,9 @@ class BackboneManifest(BaseModel, frozen=True, extra="forbid"):
 
 
 def publish_backbone(storage: Storage, checkpoint: str, scratch: Path) -> str:
-    """Publish the language model of a pretraining's checkpoint, unless that was done; return its folder in the store.
+    """Publish the language model of a pretraining checkpoint, unless already done; return its folder in the store.
 
-    The folder's name follows from what the checkpoint's files hold.
+    The folder's name is derived from the content of the checkpoint's files.
     """
     trained = read_manifest(storage, checkpoint)
     content = repr(sorted((file.path, file.sha256) for file in trained.files))
@@ -56,7 +56,6 @@ def publish_backbone(storage: Storage, checkpoint: str, scratch: Path) -> str:
 
 
 def _write_backbone(storage: Storage, checkpoint: str, trained: CheckpointManifest, scratch: Path, folder: Path) -> None:
-    """Write config, weights and tokenizer to a folder."""
     text = Config.model_validate(trained.config).model.text.model_copy(update={"mode": "full"})
     start = locate_backbone(text, Dataset.open(storage, trained.dataset), scratch)
     backbone: Any = load_backbone(start, text)

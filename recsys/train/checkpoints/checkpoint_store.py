@@ -1,4 +1,4 @@
-"""The checkpoints of one run: written asynchronously, published last, and found on resume."""
+"""The checkpoints of one run: written asynchronously, published by a manifest, and loaded on resume."""
 
 import hashlib
 import logging
@@ -48,7 +48,7 @@ _FILES = TypeAdapter(list[CheckpointFile])
 
 
 class CheckpointStore:
-    """The checkpoints of one run. As a context, it waits at the end for what it has begun, unless the block raised."""
+    """The checkpoints of one run. As a context manager it waits on exit for pending work, at most `GRACE_SECONDS` if the block raised."""
 
     def __init__(self, storage: Storage, config: Config, dataset: Dataset, token: int = 0) -> None:
         self._storage, self._config, self._dataset = storage, config, dataset
@@ -66,20 +66,20 @@ class CheckpointStore:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self.wait()
-        wait(self._begun, GRACE_SECONDS)  # only for a while, since another rank's part may never come
+        wait(self._begun, GRACE_SECONDS)  # with a timeout: another rank's part may never come
         self._is_abandoned.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def uri(self, step: int) -> str:
-        """Return the address of the checkpoint of a step."""
+        """Return the URI of a step's checkpoint."""
         return join(self._uri, f"step-{step:08d}")
 
     def steps(self) -> list[int]:
-        """List the steps that have a published checkpoint, oldest first."""
+        """Return the steps that have a published checkpoint, oldest first."""
         return published_steps(self._storage, self._config.run.name)
 
     def newest(self) -> CheckpointManifest | None:
-        """Return the last manifest that can be read, an error if none can; None where the run has no checkpoint."""
+        """Return the newest readable manifest, None if the run has no checkpoint; raise a UserError if all manifests are damaged."""
         steps = self.steps()
         for step in reversed(steps):
             try:
@@ -93,7 +93,7 @@ class CheckpointStore:
         return None
 
     def newest_world_size(self) -> int:
-        """Return how many ranks saved the newest checkpoint, 0 where there is none; every rank must call this."""
+        """Return the number of ranks that saved the newest checkpoint, 0 if there is none. Every rank must call this."""
         newest = self.newest() if dist.get_rank() == 0 else None
         return _broadcast(newest.world_size if newest else 0)
 
@@ -106,7 +106,7 @@ class CheckpointStore:
         return manifest
 
     def check_compatible(self, manifest: CheckpointManifest) -> None:
-        """Refuse by name, as a UserError, to resume from a checkpoint of another config or dataset."""
+        """Raise a UserError that names the difference if a checkpoint has another config or dataset."""
         run, advice = self._config.run.name, "set it back or choose another run.name"
         differences = config_differences(manifest.config, self._config.model_dump(mode="json"))
         if differences:
@@ -115,9 +115,9 @@ class CheckpointStore:
             raise UserError(f"data.dataset = {self._dataset.uri}: run {run} was trained on {manifest.dataset}; {advice}")
 
     def upload(self, engine: Engine, step: int) -> None:
-        """Copy this rank's part of the state and upload it asynchronously; every rank must call this.
+        """Copy this rank's part of the state and upload it asynchronously. Every rank must call this.
 
-        One checkpoint is under way at a time, so that no more than one copy is held: the one before is waited for.
+        Waits for the previous checkpoint first, so that at most one copy is held.
         """
         self.wait()
         if not self._attempt:
@@ -125,24 +125,24 @@ class CheckpointStore:
         self._begun.append(self._thread.submit(self._upload_part, step, dist.get_rank(), engine.snapshot(), _random_state()))
 
     def publish(self, state: TrainingState) -> None:
-        """Publish the checkpoint that is uploaded, with this state, as soon as all ranks' parts are there."""
+        """Publish the uploaded checkpoint with this state, asynchronously on rank 0, as soon as all ranks' parts are complete."""
         if dist.get_rank() == 0:
             self._begun.append(self._thread.submit(self._publish, state.model_copy(deep=True), dist.get_world_size()))
 
     def wait(self) -> None:
-        """Wait until this rank has done what it began, and raise its error; rank 0 has then published."""
+        """Wait for this rank's pending work and raise its error; on rank 0 the checkpoint is then published."""
         begun, self._begun = self._begun, []
         for work in begun:
             work.result()
 
     def raise_failure(self) -> None:
-        """Raise an error of this rank's asynchronous work so far, without waiting."""
+        """Raise an error of this rank's finished asynchronous work, without waiting."""
         for work in self._begun:
             if work.done():
                 work.result()
 
     def _upload_part(self, step: int, rank: int, snapshot: dict[str, Any], random_state: dict[str, torch.Tensor]) -> None:
-        """Write one rank's files, and last the list of them."""
+        """Write one rank's files, and the list of them last."""
         folder = private_folder(self._scratch / f"{self._attempt}-{rank}" / "state")
         try:
             with explained("write the checkpoint to", str(folder)):
@@ -159,7 +159,7 @@ class CheckpointStore:
         self._storage.write_bytes(self._part(step, rank), _FILES.dump_json(files))
 
     def _publish(self, state: TrainingState, world_size: int) -> None:
-        """Write the manifest when all parts are there; remove the checkpoints that are no longer kept."""
+        """Write the manifest when all parts are complete, then delete checkpoints that are no longer kept."""
         files = [file for rank in range(world_size) for file in self._wait_for_part(state.step, rank)]
         if self._is_abandoned.is_set():
             return
@@ -171,16 +171,16 @@ class CheckpointStore:
         self._lease.check()
         manifest = self._manifest(state, world_size, files)
         if not self._storage.create(join(uri, MANIFEST_NAME), manifest.sealed()):
-            # It was published before the epoch's validation, or late by a dead attempt or another owner.
+            # Already published: before the epoch's validation, or late by a dead attempt or another owner.
             if read_manifest(self._storage, uri).token > self._lease.token:
                 raise SupersededError(f"run.name = {manifest.run}: another process has published {uri}; is the run submitted twice?")
             self._storage.write_bytes(join(uri, MANIFEST_NAME), manifest.sealed())
-        own = [step for step in self.steps() if step <= state.step]  # what is later is another owner's
+        own = [step for step in self.steps() if step <= state.step]  # later steps belong to another owner
         for step in superfluous_steps(own, state.best_step, self._config.checkpoint.keep_last):
             self._remove(step)
 
     def _wait_for_part(self, step: int, rank: int) -> list[CheckpointFile]:
-        """Wait for another rank; a rank that died ends the whole group, and this with it."""
+        """Wait for a rank's part and return its files. If a rank dies, the whole group ends, and this wait with it."""
         part = self._part(step, rank)
         while not self._storage.exists(part):
             if self._is_abandoned.wait(_POLL_SECONDS):
@@ -209,15 +209,15 @@ class CheckpointStore:
         )
 
     def load_newest(self, engine: Engine) -> CheckpointManifest | None:
-        """Load the newest checkpoint that is whole into the engine and the random generators; None where the run has none.
+        """Load the newest intact checkpoint into the engine and the random generators; return None if the run has none.
 
-        Every rank must call this. Checkpoints that are found damaged, and what attempts that died have left, are removed.
+        Every rank must call this. It deletes damaged checkpoints that are newer, and files of dead attempts.
 
         Raises:
-            UserError: the newest is of something else, or all are damaged.
+            UserError: the newest has another config or dataset, or all are damaged.
         """
         rank = dist.get_rank()
-        for left in self._scratch.glob(f"*-{rank}"):  # by attempts of this rank that died
+        for left in self._scratch.glob(f"*-{rank}"):  # by dead attempts of this rank
             shutil.rmtree(left)
         loaded, problems = None, list[str]()
         for step in _broadcast(self.steps()[::-1] if rank == 0 else []):
@@ -238,7 +238,7 @@ class CheckpointStore:
         return loaded
 
     def _load(self, engine: Engine, step: int) -> CheckpointManifest:
-        """Load a checkpoint on every rank; what one rank finds damaged is raised on every rank, before any has begun to load."""
+        """Load a checkpoint on every rank. Damage found by one rank is raised on every rank before any of them starts to load."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         with _raised_on_every_rank():
             offered = self._offer(step) if rank == 0 else None
@@ -254,7 +254,7 @@ class CheckpointStore:
             engine.load(folder, is_universal)
             if manifest.world_size == world_size:
                 _restore_random_state(load_file(folder / f"random-{rank}.safetensors"))
-            else:  # there is no state to resume from, but the same change of workers shall give the same run
+            else:  # no saved state, but the same change of workers must be reproducible
                 seeds = (self._config.training.seed, step, rank)
                 torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
             dist.barrier()
@@ -263,7 +263,7 @@ class CheckpointStore:
         return manifest
 
     def _offer(self, step: int) -> CheckpointManifest:
-        """Check that a checkpoint is of this run; convert it where this number of ranks could not load it. For rank 0."""
+        """Check that a checkpoint belongs to this run; convert it if this number of ranks cannot load it. Called only on rank 0."""
         manifest = self._read(step)
         self.check_compatible(manifest)
         if needs_conversion(manifest, dist.get_world_size()):
@@ -274,19 +274,19 @@ class CheckpointStore:
         return self._scratch / f"universal-{manifest.attempt}-{manifest.state.step}.node"
 
     def _remove_after(self, step: int) -> None:
-        """Remove all that is newer than a checkpoint, and what attempts that died have left beside it."""
+        """Delete everything newer than a checkpoint, and unpublished files of dead attempts."""
         published = self.steps()
         for number in steps_in(found.uri for found in self._storage.list(self._uri)):
             if number > step or number not in published:
                 self._remove(number)
 
     def _remove(self, step: int) -> None:
-        self._storage.delete(join(self.uri(step), MANIFEST_NAME))  # first, so that no reader sees what is being removed
+        self._storage.delete(join(self.uri(step), MANIFEST_NAME))  # first, so that no reader uses a partly deleted checkpoint
         self._storage.delete_tree(self.uri(step))
 
 
 def superfluous_steps(steps: Iterable[int], best_step: int | None, keep_last: int) -> list[int]:
-    """Choose the checkpoints to delete: all but the last `keep_last` and the best."""
+    """Return the checkpoints to delete: all except the last `keep_last` and the best."""
     return [step for step in sorted(steps)[:-keep_last] if step != best_step]
 
 
@@ -302,7 +302,7 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _broadcast(value: T) -> T:
-    """Return rank 0's value; every rank must call this."""
+    """Return rank 0's value. Every rank must call this."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -310,7 +310,7 @@ def _broadcast(value: T) -> T:
 
 @contextmanager
 def _raised_on_every_rank() -> Iterator[None]:
-    """Raise the damage that the block found on any rank on every rank; every rank must call this."""
+    """Raise damage found in the block by any rank on every rank. Every rank must call this."""
     problems: list[str] = [""] * dist.get_world_size()
     problem = ""
     try:

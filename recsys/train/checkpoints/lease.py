@@ -1,8 +1,8 @@
-"""The lease on a run: one live owner at a time, with a growing number, its token, that its checkpoints carry.
+"""The lease on a run: one live owner at a time. Each owner has a higher token than the one before, and records it in its checkpoints.
 
-Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is created once, so
-that of racing owners one wins; `alive` is written anew every few seconds. Whoever finds it unchanged for `run.lease_seconds`, or, on the
-same machine, the process gone, may take over.
+Layout: `runs/{run}/owners/{token}/{owner.json, alive, attempt.json, stop, hang-{rank}, released}`. `owner.json` is a create-once write,
+so one of several concurrent owners wins. `alive` is a heartbeat, rewritten every `run.lease_seconds` / 4. Another process may take over
+if the heartbeat does not change for `run.lease_seconds` or, on the same machine, if the process is gone.
 """
 
 import logging
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 class SupersededError(UserError):
-    """Another process has taken the run over."""
+    """Another process has taken over the run."""
 
 
 class Owner(BaseModel, frozen=True, extra="forbid"):
-    """The process that trains a run; `machine` tells machines, and containers that do not see one another's processes, apart."""
+    """The process that trains a run; `machine` identifies the machine, or the container if it has its own process ids."""
 
     host: str
     machine: str
@@ -39,7 +39,7 @@ class Owner(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """Describe the calling process."""
+        """Return the calling process as an owner."""
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
@@ -49,7 +49,7 @@ class Owner(BaseModel, frozen=True, extra="forbid"):
         )
 
     def is_here(self) -> bool:
-        """Return whether this machine's list of processes would have it."""
+        """Return whether the owner's process would be visible to this process."""
         return bool(self.machine) and self.machine == _machine()
 
     def is_gone(self) -> bool:
@@ -61,7 +61,7 @@ class Owner(BaseModel, frozen=True, extra="forbid"):
 
 
 class Lease:
-    """The lease on a run, and the files of the owner with `token`; 0 is no owner, which may not publish while there is one."""
+    """The lease on a run, and the files of the owner with `token`. 0 means no owner: it may publish only if the run never had one."""
 
     def __init__(self, storage: Storage, run: str, token: int = 0) -> None:
         self._storage, self._run, self.token = storage, run, token
@@ -70,7 +70,7 @@ class Lease:
         self._uri = storage.uri("runs", run, "owners")
 
     def check(self) -> None:
-        """Raise SupersededError where another owner has taken the run over."""
+        """Raise SupersededError if another owner has taken over the run."""
         if (newest := self._newest()) != self.token:
             raise SupersededError(f"run.name = {self._run}: {self._owner(newest)} has taken it over; this process publishes nothing more")
 
@@ -83,7 +83,7 @@ class Lease:
         return self._storage.read_bytes(self._file(self.token, name))
 
     def ask_to_stop(self) -> None:
-        """Have the run publish a checkpoint after the step under way, and end."""
+        """Request that the run publishes a checkpoint after the current step and ends."""
         self.write("stop")
 
     def is_asked_to_stop(self) -> bool:
@@ -91,11 +91,11 @@ class Lease:
         return self._storage.exists(self._file(self.token, "stop"))
 
     def note_hang(self, rank: int) -> None:
-        """Note that a rank made no progress and was killed for it."""
+        """Record that a rank made no progress and was killed."""
         self.write(f"hang-{rank}")
 
     def take_hangs(self) -> list[int]:
-        """Return the ranks that were noted since the last time."""
+        """Return the ranks recorded by `note_hang` since the last call, and delete the records."""
         hang = self._file(self.token, "hang-")
         found = [stored.uri for stored in self._storage.list(hang.rpartition("/")[0]) if stored.uri.startswith(hang)]
         for uri in found:
@@ -104,9 +104,9 @@ class Lease:
 
     @contextmanager
     def held(self, lease_seconds: float) -> Iterator[int]:
-        """Hold the lease for the block and yield the new token; a UserError names the live owner, if the run has one.
+        """Hold the lease for the block and yield the new token; raise a UserError that names the live owner, if the run has one.
 
-        `lost` is then the owner before, if it died, and `lost_at` its last sign of life, in seconds since 1970.
+        Sets `lost` to the previous owner if it died, and `lost_at` to its last heartbeat, in seconds since 1970.
         """
         self._take(lease_seconds)
         ended = threading.Event()
@@ -117,7 +117,7 @@ class Lease:
         finally:
             ended.set()
             beating.join()
-            with suppress(UserError):  # without it, the next owner waits for a sign of life
+            with suppress(UserError):  # without it, the next owner waits for a heartbeat
                 self.write("released")
 
     def _take(self, lease_seconds: float) -> None:
@@ -151,13 +151,13 @@ class Lease:
         while True:
             try:
                 self.write("alive", str(time.time()).encode())
-            except Exception as error:  # whatever it is, the next sign of life may be given
+            except Exception as error:  # the next heartbeat may succeed
                 logger.warning("run %s: the heartbeat could not be written: %s", self._run, error)
             if ended.wait(seconds):
                 return
 
     def _newest(self) -> int:
-        """Return the last owner's token, 0 where there was none."""
+        """Return the last owner's token, 0 if there was none."""
         names = [found.uri.split("/")[-2] for found in self._storage.list(self._uri) if found.uri.endswith("/owner.json")]
         return max(map(int, names), default=0)
 
@@ -176,12 +176,12 @@ class Lease:
 
 
 def _machine() -> str:
-    """Name this machine, or this container of it; empty where that cannot be told."""
+    """Return an id of this machine or container; empty if unknown."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return f"{boot.read_text().strip()}-{namespace.stat().st_ino}" if boot.exists() and namespace.exists() else ""
 
 
 def _start_of(process_id: int) -> str | None:
-    """Return when a process of this machine started, in the kernel's ticks; None where there is none or it is a zombie."""
+    """Return the start time of a local process in kernel ticks; None if it does not exist or is a zombie."""
     fields = stat_of(process_id)
     return None if fields[:1] in ([], ["Z"]) else fields[19]

@@ -1,4 +1,4 @@
-"""Loads a checkpoint as a whole recommender on the CPU, and as a predictor."""
+"""Loads a checkpoint on the CPU as a whole recommender or as a predictor."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from recsys.train.engine import consolidate
 
 
 def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointManifest, Config, Dataset, Recommender]:
-    """Load a checkpoint as a whole module on the CPU, saved by any number of workers at any ZeRO stage."""
+    """Load a checkpoint, saved by any number of workers at any ZeRO stage, as a whole module on the CPU."""
     manifest = read_manifest(storage, uri)
     config = Config.model_validate(manifest.config).with_values({"run.scratch": scratch})
     dataset = Dataset.open(storage, manifest.dataset)
@@ -29,7 +29,7 @@ def load_trained(storage: Storage, uri: str, scratch: str) -> tuple[CheckpointMa
 
 
 def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scratch: str) -> dict[str, Tensor]:
-    """Load a checkpoint's whole float32 weights."""
+    """Return a checkpoint's whole weights in float32."""
     folder = private_folder(Path(scratch) / "checkpoints" / f"whole-{manifest.attempt}")
     fetch_files(storage, uri, manifest, folder)
     weights = consolidate(folder)
@@ -38,14 +38,14 @@ def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scrat
 
 
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
-    """Make a predictor of a trained module, its catalogue encoded anew."""
+    """Build a predictor from a trained module; encodes the catalogue."""
     vectors = encode_catalogue(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
     queries = query_encoder_of(config, dataset, recommender.item_encoder)
     return Predictor(config, dataset.manifest, recommender.catalogue, recommender.user_encoder, recommender.ranker, *vectors, queries)
 
 
 def check_given(storage: Storage, config: Config, uri: str) -> CheckpointManifest:
-    """Read a checkpoint's manifest; refuse, as a UserError, given keys that contradict what it carries."""
+    """Return a checkpoint's manifest; raise a UserError if keys given by the user contradict it."""
     manifest = read_manifest(storage, uri)
     refuse_contradictions(config, manifest.config, f"the checkpoint {uri}", "train with it under another run.name", manifest.run)
     if "data.dataset" in config.given:

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint, reading checkpoints, and which settings may differ on a resume.
 
-Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers believe manifests only, so what an attempt that
-died has left is never read.
+Layout: `runs/{run}/checkpoints/step-{step}/{manifest.json, files-{attempt}/...}`. Readers trust only manifests, so files of dead attempts
+are never read.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ MANIFEST_NAME = "manifest.json"
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class CheckpointFile(BaseModel, frozen=True, extra="forbid"):
@@ -38,12 +38,12 @@ class CheckpointFile(BaseModel, frozen=True, extra="forbid"):
 
     @classmethod
     def of(cls, path: Path, folder: Path, rank: int = 0) -> Self:
-        """Describe a local file below `folder`."""
+        """Return the entry of a local file below `folder`."""
         return cls(path=path.relative_to(folder).as_posix(), num_bytes=path.stat().st_size, sha256=sha256_of(path), rank=rank)
 
 
 class CheckpointManifest(BaseModel, frozen=True, extra="forbid"):
-    """What a checkpoint is of, and the files that it has; `token` is that of the owner who published it."""
+    """The origin, state and files of a checkpoint; `token` belongs to the owner that published it."""
 
     run: str
     token: int = 0
@@ -58,12 +58,12 @@ class CheckpointManifest(BaseModel, frozen=True, extra="forbid"):
     files: tuple[CheckpointFile, ...]
 
     def sealed(self) -> bytes:
-        """Return it as JSON whose first entry is the hash of all the rest."""
+        """Return the manifest as JSON whose first entry is the hash of the rest."""
         return _seal(self.model_dump_json(indent=1))
 
     @classmethod
     def unsealed(cls, data: bytes) -> Self:
-        """Read what `sealed` returned; a ValueError where it is not that."""
+        """Parse the output of `sealed`; raise a ValueError if it was changed."""
         body = "{\n" + data.decode().partition(",\n")[2]
         if _seal(body) != data:
             raise ValueError("its hash differs from the one that was written")
@@ -76,22 +76,22 @@ def _seal(body: str) -> bytes:
 
 
 def published_steps(storage: Storage, run: str) -> list[int]:
-    """List the steps of a run that have a published checkpoint, oldest first."""
+    """Return the steps of a run that have a published checkpoint, oldest first."""
     found = storage.list(storage.uri("runs", run, "checkpoints"))
     return sorted(steps_in(stored.uri for stored in found if stored.uri.endswith(f"/{MANIFEST_NAME}")))
 
 
 def steps_in(addresses: Iterable[str]) -> set[int]:
-    """Return the steps whose folders these addresses are in; what is not named as a checkpoint is not one."""
+    """Return the steps whose checkpoint folders contain these addresses; other addresses are ignored."""
     found = (re.search(r"/checkpoints/step-(\d{8,})/", address) for address in addresses)
     return {int(match[1]) for match in found if match}
 
 
 def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:
-    """Read a checkpoint's manifest.
+    """Return the manifest of the checkpoint at `uri`.
 
     Raises:
-        UserError: there is no checkpoint at `uri`, or its manifest is damaged.
+        UserError: there is no checkpoint at `uri`, or its manifest is damaged (DamagedCheckpointError).
     """
     if not uri or not storage.exists(join(uri, MANIFEST_NAME)):
         raise UserError(f"checkpoint = {uri or '(empty)'}: is not a checkpoint; give the 'checkpoint' that python -m jobs.train printed")
@@ -103,10 +103,10 @@ def read_manifest(storage: Storage, uri: str) -> CheckpointManifest:
 
 
 def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path, rank: int | None = None) -> None:
-    """Download a checkpoint's files, or those that one rank needs, and check them against the manifest.
+    """Download a checkpoint's files, or only those that `rank` needs, and verify them against the manifest.
 
     Raises:
-        DamagedCheckpointError: a file is missing or not what was saved; its name is in the message.
+        DamagedCheckpointError: a file is missing or damaged; the message names it.
     """
     for file in manifest.files:
         if rank in (None, file.rank) or Path(file.path).name == SHARED_FILE:
@@ -114,12 +114,12 @@ def fetch_files(storage: Storage, uri: str, manifest: CheckpointManifest, folder
 
 
 def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, folder: Path) -> None:
-    """Download the object `name` of the checkpoint at `uri` to `file.path` below `folder`, and check it as `fetch_files` does."""
+    """Download the object `name` of the checkpoint at `uri` to `file.path` below `folder`, and verify it as `fetch_files` does."""
     source, path = join(uri, name), folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if not storage.exists(source):
         raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is missing")
-    for _ in range(2):  # once more, since it may have been damaged on the way
+    for _ in range(2):  # retry once, since it may have been damaged in transit
         storage.download(source, path)
         if path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256:
             return
@@ -127,7 +127,7 @@ def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, fold
 
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """List the keys whose values forbid a resume, as `key: saved -> current`."""
+    """Return the keys whose values forbid a resume, as `key: saved -> current`."""
     before, after = dict(leaves(with_present_keys(saved))), dict(leaves(current))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"

@@ -1,6 +1,6 @@
 """Converts a checkpoint for another number of ranks, once, and verifies the result.
 
-Layout: `runs/{run}/checkpoints/step-{step}/universal-{attempt}.{tar, json}`; the second, the archive's size and hash, is written last.
+Layout: `runs/{run}/checkpoints/step-{step}/universal-{attempt}.{tar, json}`; the JSON file, the archive's size and hash, is last.
 """
 
 import logging
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def needs_conversion(manifest: CheckpointManifest, world_size: int) -> bool:
-    """Return whether `world_size` ranks cannot load the files as they are: each holds one rank's part of the optimizer's state."""
+    """Return whether `world_size` ranks need a converted checkpoint, because its optimizer shards are for another number."""
     return manifest.world_size != world_size and any(file.path.endswith(SHARDED_SUFFIX) for file in manifest.files)
 
 
 def offer_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Put a checkpoint's universal form beside it, unless it is there and whole, and unpack it to `folder`. For one process of the run."""
+    """Write a checkpoint's universal form next to it, unless an intact one exists, and unpack it to `folder`. One process calls this."""
     if storage.exists(join(uri, f"universal-{manifest.attempt}.json")):
         try:
             return fetch_universal(storage, uri, manifest, folder)
@@ -33,7 +33,7 @@ def offer_universal(storage: Storage, uri: str, manifest: CheckpointManifest, fo
 
 
 def fetch_universal(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    """Unpack a checkpoint's universal form to `folder`, once for all processes of this node."""
+    """Unpack a checkpoint's universal form to `folder`, once per node."""
 
     def unpack(new: Path) -> None:
         file = CheckpointFile.model_validate_json(storage.read_bytes(join(uri, f"universal-{manifest.attempt}.json")))
@@ -48,7 +48,7 @@ def fetch_universal(storage: Storage, uri: str, manifest: CheckpointManifest, fo
 
 def _convert(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
     logger.info("step %d: converting the checkpoint of %d workers to load on any number", manifest.state.step, manifest.world_size)
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that died
+    shutil.rmtree(folder, ignore_errors=True)  # left by a dead attempt
     archive = private_folder(folder) / "universal.tar"
     fetch_files(storage, uri, manifest, folder / "saved")
     convert_to_universal(folder / "saved", folder / "universal")

@@ -1,1 +1,1 @@
-"""What a run reports: progress, time, memory, FLOPs, profiles, trackers, and its page."""
+"""Monitoring of a run: progress, time, memory, FLOPs, profiles and trackers."""

@@ -1,4 +1,4 @@
-"""Where a run's time goes, and what each return to a checkpoint cost."""
+"""Measures where a run's time goes, and the cost of each return to a checkpoint."""
 
 import time
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from recsys.train.state import Incident, TrainingState
 
 
 class Clock:
-    """Measures one rank's attempt, and writes into the state what later readers need of it."""
+    """Measures one rank's attempt and records its times in the training state."""
 
     def __init__(self, attempt: Attempt, world_size: int) -> None:
         self.attempt, self._world_size = attempt, world_size
         self._constructed_at = self._loaded_at = time.time()
         self._resumed: CheckpointManifest | None = None
-        self._is_same_owner = False  # the process that made this attempt was there when the checkpoint was saved
+        self._is_same_owner = False  # the checkpoint was saved under this attempt's owner
         self._since, self._wall_seconds, self._has_stepped = attempt.owned_since, 0.0, False
-        self._lost_seconds = 0.0  # from the checkpoint to the end of the owner before
+        self._lost_seconds = 0.0  # from the checkpoint to the previous owner's last heartbeat
 
     def loaded(self, resumed: CheckpointManifest | None) -> None:
-        """Note that the model is built and its state loaded, from a checkpoint or from nothing."""
+        """Record that the model is built and, if there is a checkpoint, its state is loaded."""
         self._loaded_at, self._resumed = time.time(), resumed
         if resumed is None:
             return
@@ -34,19 +34,19 @@ class Clock:
 
     @contextmanager
     def stall(self, state: TrainingState) -> Iterator[None]:
-        """Count the block as time that a checkpoint held training up."""
+        """Count the block as time in which a checkpoint stalls training."""
         begin = time.monotonic()
         yield
         state.checkpoint_stall_seconds += time.monotonic() - begin
 
     def stamped(self, state: TrainingState) -> TrainingState:
-        """Write the time into a state that is about to be saved, and return it."""
+        """Set the times of a state that is about to be saved, and return it."""
         state.saved_at = time.time()
         state.wall_seconds = self._wall_seconds + state.saved_at - self._since
         return state
 
     def stepped(self, state: TrainingState, wait_seconds: float) -> None:
-        """Note the end of a step; after the first one it is known what the return to the checkpoint cost."""
+        """Record the end of a step; after the first one, add an incident with the cost of the restart, if it is one."""
         if self._has_stepped:
             return
         self._has_stepped = True

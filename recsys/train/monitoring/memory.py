@@ -24,14 +24,14 @@ from recsys.train.torch_internals import TorchDispatchMode, replaced, storage_id
 
 logger = logging.getLogger(__name__)
 _GATHERED = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at once, at most."""
+"""Maximum number of weights that ZeRO-3 keeps gathered at once."""
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of trained and frozen weights of a model, and the bytes of what is neither, such as a catalogue's features."""
+    """The numbers of trained and frozen weights of a model, and the bytes of its buffers, for example a catalogue's features."""
 
     trained: int
     frozen: int
@@ -39,7 +39,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """Measure a module."""
+        """Return the size of a module."""
         trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         frozen = sum(parameter.numel() for parameter in module.parameters()) - trained
         return cls(trained, frozen, sum(buffer.nbytes for buffer in module.buffers()))
@@ -47,7 +47,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one worker's device by part: those that stay all the time, and what each phase of a step adds to them in turn."""
+    """Bytes on one worker's device by part: `parts` are always held; each of `phases` of a step adds its own in turn."""
 
     parts: Mapping[str, int]
     phases: Mapping[str, Mapping[str, int]]
@@ -55,18 +55,18 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is held at once."""
+        """The maximum held at once."""
         return sum(self.parts.values()) + max(sum(phase.values()) for phase in self.phases.values())
 
     def table(self) -> str:
-        """Return a line per part, in MiB."""
+        """Return one line per part, in MiB."""
         rows = [("", name, size) for name, size in self.parts.items()]
         rows += [(f"{phase}: ", name, size) for phase, parts in self.phases.items() for name, size in parts.items()]
         rows.append(("", "at once, at most", self.peak_bytes))
         return "\n".join(f"{phase + name:<40}{size / 2**20:>12,.1f} MiB" for phase, name, size in rows if size)
 
     def fitting_micro_batch(self, capacity_bytes: int) -> int | None:
-        """Return the largest smaller micro batch that divides this one and would fit, if one would; activations grow with it."""
+        """Return the largest smaller micro batch that divides this one and fits, or None; activations are proportional to it."""
         activations = self.phases["computing"]["activations"]
         for size in range(self.micro_batch_size - 1, 0, -1):
             computing = {**self.phases["computing"], "activations": math.ceil(activations * size / self.micro_batch_size)}
@@ -76,7 +76,7 @@ class MemoryPlan:
         return None
 
     def check(self, capacity_bytes: int, where: str) -> None:
-        """Raise a UserError where the plan does not fit, with the largest parts, and a micro batch that would fit, if one would."""
+        """Raise a UserError if the plan does not fit, with the largest parts and a micro batch that would fit, if any."""
         if self.peak_bytes <= capacity_bytes:
             return
         fitting = self.fitting_micro_batch(capacity_bytes)
@@ -90,7 +90,7 @@ class MemoryPlan:
 
 
 def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, activation_bytes: int) -> MemoryPlan:
-    """Predict the bytes on one of `world_size` workers; `activation_bytes` are those of a micro batch, in both passes."""
+    """Return the predicted memory of one of `world_size` workers; `activation_bytes` covers both passes of a micro batch."""
     stage, element = training.zero_stage, 2 if training.precision == "bf16" else 4
     share = world_size if stage else 1
     size_bytes, trained = (size.trained + size.frozen) * element, size.trained * element
@@ -98,14 +98,14 @@ def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, acti
     kept = trained // world_size if stage >= 2 else trained
     bucket = min(size.trained, BUCKET_ELEMENTS) * element
     gathered = min(size.trained + size.frozen, _GATHERED) * element if stage == 3 else 0
-    is_apart = training.use_gpu  # what is offloaded leaves the device only where the host's memory is another
+    is_apart = training.use_gpu  # offloading saves device memory only if the host's memory is separate
     parts = {
         "weights": 0 if training.offload_parameters and is_apart else size_bytes // (world_size if stage == 3 else 1),
         "optimizer": 0 if training.offload_optimizer and is_apart else (12 if has_master else 8) * size.trained // share,
-        "buffers": size.buffer_bytes if is_apart else 0,  # on a CPU they are files that all processes of the machine share
+        "buffers": size.buffer_bytes if is_apart else 0,  # on a CPU they are files shared by all processes of the machine
         "bucket of gradients": bucket if stage == 3 else 0,
     }
-    saved = parts["weights"] if stage < 3 else size.frozen * element // world_size  # by rank 0, who has most
+    saved = parts["weights"] if stage < 3 else size.frozen * element // world_size  # on rank 0, which saves most
     parts["checkpoint's copy"] = 0 if is_apart else saved + (12 if has_master else 8) * size.trained // share
     computing = {
         "gathered weights": gathered,
@@ -113,7 +113,7 @@ def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, acti
         "bucket of gradients": bucket if stage in (1, 2) else 0,
         "activations": activation_bytes,
     }
-    # ZeRO-3 joins what it sends, twice; gloo copies that once more.
+    # ZeRO-3 concatenates the gradients to send twice; gloo copies them once more.
     sent = (2 if training.use_gpu else 3) * bucket if stage == 3 else bucket if stage == 0 else 0
     reducing = {"gathered weights": gathered, "gradients": kept, "gradients sent": sent}
     copies = 4 * size.trained // share if training.precision == "bf16" else 0
@@ -122,7 +122,7 @@ def plan_memory(size: ModelSize, training: TrainingConfig, world_size: int, acti
 
 
 def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: TrainingConfig, world_size: int) -> MemoryPlan:
-    """Predict the bytes on one of `world_size` workers from the largest micro batch of a step of its own, which sets training mode."""
+    """Return the predicted memory of this worker, from the largest micro batch of one of its steps. Sets training mode."""
     module.train()
     try:
         largest = max(batches, key=lambda batch: sum(tensor.numel() for _, tensor in tensors_of(batch)))
@@ -134,9 +134,9 @@ def plan_step(module: nn.Module, batches: Sequence[MicroBatch], training: Traini
 
 
 def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingConfig, accumulates: bool) -> int:
-    """Return the most bytes that a micro batch's forward and backward pass hold at once, besides weights and earlier gradients.
+    """Return the peak bytes of a micro batch's forward and backward pass, besides weights and earlier gradients.
 
-    Nothing is computed: the passes run on tensors without content. A gradient that ZeRO takes away at once counts until then.
+    Nothing is computed: the passes run on meta tensors. A gradient that ZeRO releases immediately counts until then.
     """
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     state = {name: _without_content(parameter, dtype) for name, parameter in module.named_parameters()}
@@ -153,7 +153,7 @@ def _trace_activations(module: nn.Module, batch: MicroBatch, training: TrainingC
 
 
 class _Pass(nn.Module):
-    """Both passes as one forward, so that what is computed again in the backward pass finds the same weights."""
+    """Both passes as one forward, so that recomputation in the backward pass uses the same weights."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Pass(nn.Module):
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors without content that live, and the most at once."""
+    """Counts the bytes of live meta tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -189,7 +189,7 @@ class _Allocations(TorchDispatchMode):
 
 
 class _Fused(torch.autograd.Function):
-    """Attention whose scores are never whole in memory: what it keeps are its inputs, its output and a number per row."""
+    """Fused attention: saves its inputs, its output and one number per row, never the full scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -203,9 +203,9 @@ class _Fused(torch.autograd.Function):
 
 
 def _fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
-    """Have attention allocate what its kernel does, which is fused; on a CPU not with dropout.
+    """Make attention allocate the same memory as its fused kernel; on a CPU only without dropout.
 
-    The function is replaced, since PyTorch's modes for functions end where the backward pass computes a layer again.
+    The function is replaced, because PyTorch's function modes are not active when the backward pass recomputes a layer.
     """
     plain = F.scaled_dot_product_attention
 
@@ -218,7 +218,7 @@ def _fused_attention(use_gpu: bool) -> AbstractContextManager[None]:
 
 
 class _Undecided(TorchFunctionMode):
-    """Answers no where a model asks whether nothing is masked, which a tensor without content cannot answer."""
+    """Returns False when a model reads the value of a meta tensor, for example to check whether nothing is masked."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in (Tensor.__bool__, Tensor.item) and args[0].device.type == "meta":
@@ -236,20 +236,20 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def capacity(module: nn.Module, use_gpu: bool, world_size: int) -> tuple[int, str]:
-    """Return how many bytes of a plan this rank can hold, with the weights that it holds already, and what that is called."""
+    """Return the bytes that this rank can hold, including weights that it holds already, and a description of this memory."""
     free, where = device_bytes(use_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     return free + (0 if use_gpu else sum(parameter.nbytes for parameter in module.parameters())), where
 
 
 def device_bytes(use_gpu: bool, local_workers: int) -> tuple[int, str]:
-    """Return how much memory each of a machine's workers has, and what that is called; on a CPU what is free now is shared."""
+    """Return the bytes of memory per worker of a machine, and a description; on a CPU, workers share the memory that is free now."""
     if use_gpu:
         return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
     return free_host_bytes() // local_workers, f"free memory for each of {local_workers} workers on this machine"
 
 
 def free_host_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what the machine has free, or what its container has where that is less; the kernel gives file caches back."""
+    """Return the free bytes of the machine, or of its container if those are fewer; file caches count as free."""
     free = _numbers(meminfo)["MemAvailable:"] << 10
     limit = (cgroup / "memory.max").read_text().strip() if (cgroup / "memory.max").exists() else "max"
     if limit == "max":

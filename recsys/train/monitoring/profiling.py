@@ -11,13 +11,13 @@ from recsys.store import Storage, private_folder
 
 logger = logging.getLogger(__name__)
 SETTLING_STEPS = 5
-"""First steps that are not profiled: they allocate, compile and fill caches."""
+"""First steps, which are not profiled: they allocate memory, compile and fill caches."""
 
 TABLE_ROWS = 40
 
 
 def step_profiler(config: Config, storage: Storage) -> Any:
-    """Make a profiler of `training.profile_steps` steps of this process, which then writes `runs/{run}/profile/`."""
+    """Return a profiler of `training.profile_steps` steps of this process, which then writes `runs/{run}/profile/`."""
     use_gpu, num_steps = config.training.use_gpu, config.training.profile_steps
     target = storage.uri("runs", config.run.name, "profile")
 

@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows a run by a line every few seconds, TensorBoard, trackers and a profile. For rank 0, as a context around its steps.
+    """Reports a run by a line every few seconds, TensorBoard, trackers and a profile. Used on rank 0, as a context around its steps.
 
-    With `flops_per_token` of the language model and `peak_flops` of the run's GPUs, the line has the share of the peak that is used.
+    With `flops_per_token` of the language model and `peak_flops` of the run's GPUs, the line includes MFU.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Progress:
         self._metric = config.evaluation.metric
         self._target = storage.uri("runs", config.run.name, "tensorboard")
         self._folder = private_folder(Path(config.run.scratch) / "tensorboard" / config.run.name)
-        self._writer = SummaryWriter(str(self._folder), purge_step=state.step or None)  # steps that are made again are drawn once
+        self._writer = SummaryWriter(str(self._folder), purge_step=state.step or None)  # repeated steps are shown once
         self._trackers = Trackers(config)
         self._profiler = step_profiler(config, storage) if config.training.profile_steps else None
         self._first_step, self._since = state.step, state.model_copy()
@@ -59,7 +59,7 @@ class Progress:
             self.close()
 
     def step(self, state: TrainingState, losses: dict[str, float], num_tokens: int, learning_rate: float) -> None:
-        """Record the optimizer step that `state` has just counted; `num_tokens` is what the language model read for it."""
+        """Record the optimizer step just counted in `state`; `num_tokens` is the number of tokens read by the language model."""
         self._tokens += num_tokens
         values = {f"loss/{name}": value for name, value in losses.items()} | {"learning_rate": learning_rate}
         self._write(values, state.step)
@@ -75,7 +75,7 @@ class Progress:
             self._last_line, self._since, self._tokens = now, state.model_copy(), 0
 
     def validation(self, state: TrainingState, metric: str) -> None:
-        """Record an epoch's validation and send the TensorBoard files to the store."""
+        """Record an epoch's validation and upload the TensorBoard files to the store."""
         self._metric, epochs = metric, self._config.training.epochs
         values = {f"validation/{name}": value for name, value in state.validation.items()}
         self._write(values, state.step)
@@ -88,7 +88,7 @@ class Progress:
         self._upload()
 
     def close(self) -> None:
-        """End the TensorBoard file and the trackers' records; send what of the former the store has not."""
+        """Close the TensorBoard file and upload it, and close the trackers."""
         if self._result:
             logger.info("trained %s", self._result)
         self._writer.close()
@@ -96,7 +96,7 @@ class Progress:
         self._trackers.close()
 
     def _upload(self) -> None:
-        with suppress(StoreError):  # the next time takes all of it along
+        with suppress(StoreError):  # the next upload includes everything
             for path in filter(Path.is_file, self._folder.iterdir()):
                 self._storage.upload(path, f"{self._target}/{path.name}")
 
@@ -105,7 +105,6 @@ class Progress:
             self._writer.add_scalar(name, value, step)
 
     def _speeds(self, state: TrainingState, seconds: float) -> dict[str, float]:
-        """Return what was reached in the seconds since the last line."""
         since = self._since
         speeds = {"samples/s": (state.samples_seen - since.samples_seen) / seconds}
         if self._tokens:
@@ -129,6 +128,6 @@ class Progress:
 
 
 def bar(done: int, total: int, width: int = 20) -> str:
-    """Draw how much is done."""
+    """Return a progress bar."""
     filled = width * done // max(1, total)
     return "█" * filled + "·" * (width - filled)

@@ -1,4 +1,4 @@
-"""The interface by which the loop reports its results; the reporter of Ray Train is in `recsys.launch.workers`."""
+"""The interface through which the loop reports its results; `recsys.launch.workers` implements it for Ray Train."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -10,21 +10,21 @@ Metrics = dict[str, float]
 
 
 class Request(IntEnum):
-    """What the loop may be asked for between two steps; of several ranks' requests the greatest is followed."""
+    """A request to the loop between two steps; the greatest of all ranks' requests applies."""
 
     NONE = 0
-    SAVE = 1  # a checkpoint now, since a machine will soon be gone
-    STOP = 2  # a checkpoint now, and no step more
+    SAVE = 1  # save a checkpoint now, since a machine will soon be gone
+    STOP = 2  # save a checkpoint now, then end the run
 
 
 class Reporter(Protocol):
-    """Told of every step, and once an epoch, by every rank, after its checkpoint is published."""
+    """Receives the results of every step and, after its checkpoint is published, of every epoch. Every rank has one."""
 
     def step(self, step: int, losses: Metrics, batches: Sequence[MicroBatch]) -> None:
-        """Take note of an optimizer step (from 0), its global losses and what this rank read for it."""
+        """Receive an optimizer step (from 0), its global losses and this rank's micro batches."""
 
     def request(self) -> Request:
-        """Return what this rank was asked for since the last step; it is enough to ask one rank."""
+        """Return the request to this rank since the last step; a request to one rank is enough."""
 
     def report(self, metrics: Metrics) -> None:
-        """Hand on the epoch's metrics; may wait for the other ranks."""
+        """Receive the epoch's metrics; may wait for the other ranks."""

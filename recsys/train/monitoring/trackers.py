@@ -1,6 +1,6 @@
-"""Sends metrics to MLflow and Weights & Biases, from a thread, so that no server delays a step.
+"""Sends metrics to MLflow and Weights & Biases from a thread, so that no server delays a step.
 
-A resumed run continues its record. Environment variables of their own say where the servers are (`MLFLOW_TRACKING_URI`,
+A resumed run continues its record. Environment variables of the services configure their servers (`MLFLOW_TRACKING_URI`,
 `WANDB_BASE_URL`, `WANDB_API_KEY`).
 """
 
@@ -22,11 +22,11 @@ from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 30.0
-"""How long a run that has ended waits for metrics that are still to be sent."""
+"""Maximum wait at the end of a run for metrics that are not sent yet."""
 
 
 class _MLflow:
-    """A run of the experiment `run.project`, found again by a tag that has its name."""
+    """A run of the experiment `run.project`; on resume it is found by the tag `recsys.run`."""
 
     def __init__(self, config: Config) -> None:
         from mlflow import MlflowClient
@@ -47,7 +47,7 @@ class _MLflow:
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        names = {name: name.replace("@", "_at_").replace("%", "percent") for name in scalars}  # MLflow allows neither
+        names = {name: name.replace("@", "_at_").replace("%", "percent") for name in scalars}  # MLflow does not allow @ and %
         self._client.log_batch(self._run_id, metrics=[self._metric(names[name], value, now, step) for name, value in scalars.items()])
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class _MLflow:
 
 
 class _WeightsAndBiases:
-    """A run of the project `run.project`, whose id follows from its name and its store."""
+    """A run of the project `run.project`, with an id derived from its name and its store."""
 
     def __init__(self, config: Config) -> None:
         import wandb
@@ -71,7 +71,7 @@ class _WeightsAndBiases:
         )
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)  # the service leaves out steps that are made again after a restart
+        self._run.log(dict(scalars), step=step)  # the service ignores steps repeated after a restart
 
     def close(self) -> None:
         self._run.finish()
@@ -81,10 +81,10 @@ _KINDS: dict[str, type[_MLflow | _WeightsAndBiases]] = {"mlflow": _MLflow, "wand
 
 
 class Trackers:
-    """All trackers of `run.trackers`. One that fails is left out from then on; the run continues."""
+    """All trackers of `run.trackers`. A tracker that fails is disabled with a warning; the run continues."""
 
     def __init__(self, config: Config) -> None:
-        """Begin to open them; a UserError names one that is not installed."""
+        """Start opening the trackers in a thread; raise a UserError if one is not installed."""
         for name in config.run.trackers:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"run.trackers = {name}: is not installed; pip install 'recsys[trackers]', or leave it out")
@@ -95,11 +95,11 @@ class Trackers:
         self._thread.start()
 
     def send(self, scalars: Mapping[str, float], step: int) -> None:
-        """Hand on what was measured after a step; returns at once."""
+        """Queue the metrics of a step; returns at once."""
         self._waiting.put((scalars, step))
 
     def close(self) -> None:
-        """Wait, for at most `GRACE_SECONDS`, until all is sent."""
+        """Wait at most `GRACE_SECONDS` until all metrics are sent."""
         self._waiting.put(None)
         self._thread.join(GRACE_SECONDS)
 
@@ -125,5 +125,5 @@ class Trackers:
 
 
 def _identity(config: Config) -> str:
-    """Name a run by its name and its store, in what both services allow."""
+    """Return an id for a run from its name and its store, in characters that both services allow."""
     return hashlib.sha256(f"{config.storage.root}/{config.run.name}".encode()).hexdigest()[:16]

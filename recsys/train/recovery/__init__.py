@@ -1,1 +1,1 @@
-"""What happens when workers fail: restarts, and the watchdog of ranks that hang."""
+"""Recovery from worker failures: restarts, and a watchdog for ranks that hang."""

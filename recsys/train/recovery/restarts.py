@@ -1,4 +1,4 @@
-"""Decides what follows when workers fail: a restart or the end of the run."""
+"""Decides after a worker failure whether to restart or to end the run."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ _ATTEMPT = "attempt.json"
 
 
 class Restarts:
-    """The starts of one owner's workers; a pickled copy of it works on in whatever process sees them fail."""
+    """Decides on starts of one owner's workers. A pickled copy continues in the process that sees the workers fail."""
 
     def __init__(self, config: Config, storage: Storage, lease: Lease, causes: tuple[Failure, ...] = ()) -> None:
         self._config, self._storage, self._lease, self._causes = config, storage, lease, causes
@@ -25,12 +25,12 @@ class Restarts:
         self._owned_since = time.time()
 
     def begin(self) -> None:
-        """Let workers be started for the first time."""
+        """Write the first attempt, which workers read at their start."""
         self._newest = self._newest_step()
         self._write()
 
     def after(self, failure: Failure) -> bool:
-        """Wait for the delay that is due and let workers be started again, or give the run up; return whether they start."""
+        """Wait for the backoff and write the next attempt, or give up the run; return whether workers should restart."""
         reason = self._note(failure)
         while reason is None:
             delay = delay_seconds(self._failures)
@@ -47,11 +47,11 @@ class Restarts:
         return False
 
     def read(self) -> Attempt:
-        """Return what was last decided: the start that is under way, or the end."""
+        """Return the last decision: the current attempt, or the end of the run."""
         return Attempt.model_validate_json(self._lease.read(_ATTEMPT))
 
     def _note(self, failure: Failure) -> str | None:
-        """Record a failure; return why the run should not restart, if it should not."""
+        """Record a failure; return why the run should not restart, or None."""
         training = self._config.training
         with suppress(StoreError):
             if (hung := self._lease.take_hangs()) and failure.kind in ("worker_lost", "collective"):
@@ -68,7 +68,6 @@ class Restarts:
             raise UserError(f"run {self._config.run.name} was asked to stop; the same command continues from its newest checkpoint")
 
     def _write(self, given_up: str | None = None) -> None:
-        """Write what workers are to do next."""
         attempt = Attempt(
             token=self._lease.token,
             causes=(*self._causes, *self._failures),

@@ -1,6 +1,6 @@
-"""Ends a rank whose steps no longer end, from a process that a stopped or deadlocked rank cannot delay.
+"""Kills a rank that hangs in a step, from a separate process that a stopped or deadlocked rank cannot delay.
 
-`python -m recsys.train.recovery.watchdog` is that process. It imports next to nothing until it has to say what it found.
+`python -m recsys.train.recovery.watchdog` is this process. It imports almost nothing until it has to report a hang.
 """
 
 import os
@@ -24,10 +24,10 @@ LONGEST_LOOK_SECONDS = 1.0
 
 
 class Watchdog:
-    """Watches the calling process for the block: from each `beat` on, the next `beat` or `rest` must come within the limit.
+    """Watches the calling process in the block: after each `beat`, the next `beat` or `rest` must come within the limit.
 
-    At rest, as it is at first, it may take any time, but must not be stopped for as long. Two ranks that wait for each other there are
-    ended by their collective's own limit.
+    At rest, which is the initial state, the process may take any time, but a signal must not stop it for longer than the limit. Ranks
+    that deadlock at rest end by the timeout of their collective.
     """
 
     def __init__(self, limit_seconds: float, storage: "StorageConfig", run: str, token: int, rank: int) -> None:
@@ -36,11 +36,11 @@ class Watchdog:
         self._process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stdin=subprocess.PIPE, env=environment)
 
     def beat(self) -> None:
-        """Say that a step has ended and another begins."""
+        """Report that a step has ended and another begins."""
         self._say(BEAT)
 
     def rest(self) -> None:
-        """Say that something begins that may take any time."""
+        """Report the start of work that may take any time."""
         self._say(REST)
 
     def _say(self, word: bytes) -> None:
@@ -58,7 +58,7 @@ class Watchdog:
 
 
 def is_silent(process_id: int, limit_seconds: float) -> bool:
-    """Read what the watched process says on stdin; return whether it is silent for too long, False if it ends before."""
+    """Read the watched process's reports on stdin; return True if it is silent for too long, False if it ends before."""
     word, silent_since = REST, time.monotonic()
     while time.monotonic() - silent_since < limit_seconds:
         ready, _, _ = select.select([sys.stdin], [], [], min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
@@ -67,13 +67,13 @@ def is_silent(process_id: int, limit_seconds: float) -> bool:
             if not said:
                 return False
             word = said[-1:]
-        if ready or (word == REST and stat_of(process_id)[:1] not in (["T"], ["t"])):  # at rest, but not held up by a signal
+        if ready or (word == REST and stat_of(process_id)[:1] not in (["T"], ["t"])):  # at rest, and not stopped by a signal
             silent_since = time.monotonic()
     return os.getppid() == process_id
 
 
 def main() -> None:
-    """Watch, and note in the store for the run's owner what was killed."""
+    """Watch a process; if it hangs, record this in the store for the run's owner and kill it."""
     process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
     if is_silent(int(process_id), float(limit_seconds)):
         print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
@@ -85,13 +85,13 @@ def main() -> None:
 
 
 def leave_word(process_id: int, storage: str, run: str, token: int, rank: int) -> None:
-    """Note in the store that this rank was found hanging."""
+    """Record in the store that this rank hangs."""
     from recsys.config.storage import StorageConfig
     from recsys.store import Storage
     from recsys.train.checkpoints.lease import Lease
 
     lease = Lease(Storage.from_config(StorageConfig.model_validate_json(storage)), run, token)
-    if os.getppid() == process_id:  # or others have ended it meanwhile
+    if os.getppid() == process_id:  # otherwise it has ended meanwhile
         lease.note_hang(rank)
 
 
