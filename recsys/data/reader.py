@@ -84,7 +84,7 @@ class Reader:
         return EpochPlan(self._row_group_sizes, training.global_batch_size, self._num_streams, window, training.seed, epoch)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield the micro batches of each step from `first_step` on; another thread builds them, and its errors are raised at their step."""
+        """Yield the micro batches of each step from `first_step` on. Another thread builds them; its errors are raised at their step."""
         last_step, rows = self.plan(epoch).num_steps, self.rows(epoch, first_step)
 
         def read(step: int) -> list[Batch]:
