@@ -81,7 +81,7 @@ def fit(
 
 
 def keep_best_epoch(module: nn.Module, epochs: int, train: Callable[[int], None], quality: Callable[[], float]) -> None:
-    """Train for all epochs, then load the weights of the best one; of equal epochs, the last."""
+    """Train for all epochs, then load the weights of the best epoch (the last one on ties)."""
     best, weights = -np.inf, module.state_dict()
     for epoch in range(epochs):
         module.train()

@@ -76,7 +76,7 @@ def fit_item_knn(data: TrainingData, config: Config) -> Baseline:
 
 
 def nearest_neighbors(matrix: csr_array, num_neighbors: int, shrinkage: float) -> csr_array:
-    """Return the largest |users of both| / (sqrt(|users of one| |users of other|) + shrinkage) of each item (column)."""
+    """Return each item's largest similarities |users of both| / (sqrt(|users of one| |users of other|) + shrinkage); items are columns."""
     by_item = matrix.T.tocsr()
     norms = np.sqrt(by_item.sum(1)).astype(np.float32)
     num_rows = max(1, CHUNK_CELLS // len(norms))

@@ -1,4 +1,4 @@
-"""BPR, matrix factorization and the factorization machine, which with ids only equals each of the others.
+"""BPR, matrix factorization and the factorization machine; with only ids, the machine is the same model as the other two.
 
 Shapes: N pairs, U users, I items, F features of one side, W width.
 """
@@ -59,7 +59,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
     @classmethod
     def of_ids(cls, data: TrainingData, width: int) -> "FactorizationMachine":
-        """Build a machine over ids only; users and items without training interactions have none."""
+        """Build a machine over ids only; users and items without training interactions have no feature."""
         return cls(*_id_features(data), width)
 
     @classmethod

@@ -80,7 +80,7 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
 
 
 def popularity_deciles(train_count: Integers) -> Integers:
-    """Return each item's popularity decile (I + 1,): 1 for the most popular items, 0 for cold ones; deciles have equal training interactions."""
+    """Return each item's popularity decile (I + 1,): 1 for the most popular items, 0 for cold ones; see `find_slices`."""
     order = np.argsort(-train_count, kind="stable")
     before = np.empty(len(order), np.int64)
     before[order] = np.cumsum(train_count[order]) - train_count[order]
