@@ -91,7 +91,7 @@ CATALOGUE_SCHEMA = pa.schema(
     ]
 )
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
-`numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
+`numbers` are standardized (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
 """One row per query text that users of one partition typed, numbered from 1 over all partitions and versions; partitions share no rows."""
