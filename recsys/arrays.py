@@ -1,4 +1,4 @@
-"""The types of NumPy arrays that signatures use."""
+"""Type aliases for NumPy arrays."""
 
 import numpy as np
 from numpy.typing import NDArray

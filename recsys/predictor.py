@@ -26,12 +26,12 @@ from recsys.model.user_encoder import UserEncoder
 ENCODE_CHUNK = 4096
 
 Queries = Sequence[str | None]
-"""What each user asks in words; None: nothing."""
+"""Each user's query text; None: no query."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Items from best to worst with their scores; equal scores by catalogue index, the lower first."""
+    """Items from best to worst with their scores; ties are ordered by ascending catalogue index."""
 
     items: Integers  # (k,)
     scores: NDArray[np.float32]  # (k,)
@@ -39,7 +39,7 @@ class Ranking:
 
 @dataclass(eq=False)
 class Predictor:
-    """Answers for users given by their histories and, where the model learned queries, by what they ask. B users, I items, W width."""
+    """Ranks items for users given by a history and, if the model learned queries, a query text. B users, I items, W width."""
 
     config: Config
     manifest: DatasetManifest
@@ -47,7 +47,7 @@ class Predictor:
     user_encoder: UserEncoder
     ranker: Ranker
     item_vectors: Tensor  # (I + 1, W) row 0 for padding
-    text_vectors: Tensor | None = None  # (I + 1, W) of the text alone, where the ranker matches it
+    text_vectors: Tensor | None = None  # (I + 1, W) of the text alone, if the ranker uses it
     query_encoder: QueryEncoder | None = None
 
     def __post_init__(self) -> None:
@@ -58,20 +58,20 @@ class Predictor:
 
     @cached_property
     def item_index(self) -> dict[str, int]:
-        """Catalogue indices by item id; made when first asked for, since training and evaluation never ask."""
+        """Catalogue index by item id; built on first use, since training and evaluation do not need it."""
         return {item_id: index for index, item_id in enumerate(self.catalogue.item_ids) if index}
 
     @torch.no_grad()
     def encode(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
-        """Return user vectors (B, W); an empty history without a query gives a vector that says nothing, so ask `popular` instead.
+        """Return user vectors (B, W); they carry no information for an empty history without a query (use `popular` there).
 
         Raises:
-            UserError: there is a query, and the model was trained without.
+            UserError: there is a query, but the model was trained without queries.
         """
         return self._encode(histories, queries)[0].float()
 
     def _encode(self, histories: Sequence[Sequences], queries: Queries | None) -> tuple[Tensor, Tensor, PackedHistories, Tensor]:
-        """Return the user vectors (B, W), the items' (P, W) of the packed histories, these, and each user's last place (B,)."""
+        """Return user vectors (B, W), the packed histories' item vectors (P, W), the packed histories, and each user's last place (B,)."""
         recent = Sequences.join([history.last(self.config.data.max_history) for history in histories])
         device = self.item_vectors.device
         typed = [query for query in queries or () if query is not None]
@@ -88,7 +88,7 @@ class Predictor:
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
-        """Return the retrieval score of every item (B, I + 1) on the CPU; the padding item's is -inf."""
+        """Return the retrieval scores (B, I + 1) of all items on the CPU; -inf for padding."""
         scores = self._retrieval(self.encode(histories, queries)).float().cpu()
         scores[:, 0] = -torch.inf
         return scores
@@ -96,12 +96,12 @@ class Predictor:
     def recommend(
         self, histories: Sequence[Sequences], k: int, exclude: Sequence[Integers], queries: Queries | None = None
     ) -> list[Ranking]:
-        """Rank the catalogue for each user without the excluded items; fewer than k where nothing else is left."""
+        """Return each user's top k items without the excluded ones; fewer if no others are left."""
         scores = self.score_catalogue(histories, queries).numpy()
         return [top_k(row, k, excluded) for row, excluded in zip(scores, exclude, strict=True)]
 
     def popular(self, k: int, exclude: Integers) -> Ranking:
-        """Rank by the number of training interactions: the answer for users of whom nothing is known."""
+        """Rank by the number of training interactions, for users without a history."""
         return top_k(self.popularity.numpy(), k, exclude)
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class Predictor:
         """Score candidates (catalogue indices) for each user.
 
         Returns:
-            Per user: `retrieval`, and each task's calibrated probability (binary) or value (regression), one per candidate.
+            Per user: `retrieval` and each task's calibrated probability (binary) or value (regression), one number per candidate.
         """
         encoded = self._encode(histories, queries)
         users, ranked_users = encoded[0].float(), self.ranker.read_users(*encoded)
@@ -132,7 +132,7 @@ class Predictor:
 
 
 def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
-    """Rank one user's scores (I + 1,); equal scores by index, the lower first; excluded and -inf items are left out."""
+    """Return the top k of one user's scores (I + 1,) without excluded and -inf items; ties are ordered by ascending index."""
     scores = scores.copy()
     scores[exclude] = -np.inf
     k = min(k, int(np.isfinite(scores).sum()))
@@ -146,7 +146,7 @@ def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
 
 @torch.no_grad()
 def encode_catalogue(item_encoder: ItemEncoder, num_items: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Encode all items, and the text that the ranker matches, if it does, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
+    """Return item vectors and, if the ranker uses text, text vectors, (I + 1, W) float32. Under ZeRO-3 every rank must call this."""
     was_training = item_encoder.training
     item_encoder.eval()
     chunks = [item_encoder.with_text(indices.to(device), indices) for indices in torch.arange(num_items + 1).split(ENCODE_CHUNK)]

@@ -1,4 +1,4 @@
-"""The vocabulary: column names, event kinds, tasks, feature kinds, and the Arrow schemas of a dataset."""
+"""Column names, event kinds, tasks, feature kinds, and the Arrow schemas of a dataset."""
 
 import math
 import re
@@ -18,20 +18,20 @@ VALUE = "value"
 QUERY = "query"
 
 PADDING_ITEM = 0
-"""Catalogue index that stands for "no item"; real items are numbered from 1."""
+"""Catalogue index of "no item"; real items are numbered from 1."""
 
 MAX_ID_CHARACTERS = 512
-"""The longest id of a user, an item or an event kind, wherever it is read."""
+"""Maximum length of a user id, an item id or an event kind."""
 
 LARGEST_SECONDS = 10**11
-"""From here on (the year 5138) a number of 12 or more digits is not a time in seconds."""
+"""Numbers from here on (12 digits, the year 5138) are not times in seconds."""
 
 _ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
 _DATE = re.compile(r"^(\d{4})[-/](\d\d?)[-/](\d\d?)(?!\d)")
 
 DEFAULT_EVENT = "interaction"
 KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
-"""Weak to strong; kinds that are not listed come after, by name."""
+"""Weak to strong."""
 
 TIE_RULE = "interactions of a user are sorted by time; equal times keep the input's order"
 RANK_TIE_RULE = "items with equal scores are ranked by catalogue index, the lower first"
@@ -47,8 +47,8 @@ EVENTS_SCHEMA = pa.schema(
         ("input_order", pa.int64()),
     ]
 )
-"""An event as every importer hands it on. `timestamp` is seconds, or the position within the user where there is no
-time; `value` is null where the event has none, `query` where no words led to it; `input_order` is the row's number over all input files."""
+"""One row per event, as every importer returns it. `timestamp` is seconds, or the position within the user's history if there are no
+times; `value` and `query` are null if the event has none; `input_order` is the row number over all input files."""
 
 _SEQUENCE_FIELDS = [
     ("items", pa.list_(pa.int32())),
@@ -57,7 +57,7 @@ _SEQUENCE_FIELDS = [
     ("values", pa.list_(pa.float32())),
     ("queries", pa.list_(pa.int32())),
 ]
-"""Interactions of one user, oldest first; `queries` are indices of QUERIES_SCHEMA, 0 where no words led to the interaction."""
+"""Interactions of one user, oldest first; `queries` are indices into QUERIES_SCHEMA, 0 for no query."""
 
 SEQUENCE_COLUMNS = tuple(name for name, _ in _SEQUENCE_FIELDS)
 
@@ -76,7 +76,7 @@ USERS_SCHEMA = pa.schema(
     ]
 )
 """One row per user. The first `num_train` interactions are training data, the next `num_validation` the validation targets, the rest
-the test targets, each oldest first; where parts are drawn at random the row as a whole is not in order."""
+the test targets, each oldest first. With a random split the row as a whole is not in order."""
 
 CATALOGUE_SCHEMA = pa.schema(
     [
@@ -91,13 +91,13 @@ CATALOGUE_SCHEMA = pa.schema(
     ]
 )
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
-`numbers` are standardised (NaN: missing), `train_count` counts the item's interactions in the training data."""
+`numbers` are standardized (NaN: missing), `train_count` counts the item's interactions in the training data."""
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
-"""One row per text that users of one partition typed, numbered from 1 over all partitions and versions, each of which has its own."""
+"""One row per query text that users of one partition typed, numbered from 1 over all partitions and versions; partitions share no rows."""
 
 COUNTS_SCHEMA = pa.schema([("item_index", pa.int32()), ("count", pa.int64())])
-"""One row per item whose interactions in the training data an appended version changes; `count` is added."""
+"""One row per item whose training interactions change in an appended version; `count` is added to the earlier count."""
 
 USER_STATISTICS_SCHEMA = pa.schema(
     [
@@ -113,9 +113,9 @@ USER_STATISTICS_SCHEMA = pa.schema(
         ("event_counts", pa.list_(pa.int64())),
     ]
 )
-"""One row per user, from the training interactions alone; null where there is no data for it. Variances are those of
-the population. `recency_seconds` runs from the user's last training interaction to where training data ends; what needs a
-time is null where the order is a position. `event_counts` follow the manifest's `event_kinds`."""
+"""One row per user, from the training interactions only; null if there is no data. Variances are population variances.
+`recency_seconds` is the time from the user's last training interaction to the end of the training data. Columns that need times are
+null if the order is by position. `event_counts` are in the order of the manifest's `event_kinds`."""
 
 ITEM_STATISTICS_SCHEMA = pa.schema(
     [
@@ -130,21 +130,21 @@ ITEM_STATISTICS_SCHEMA = pa.schema(
         ("period_counts", pa.list_(pa.int64())),
     ]
 )
-"""One row per item of the catalogue, as USER_STATISTICS_SCHEMA has it for users. `period_counts` are the item's training
-interactions in equal periods from the first training interaction of all to the last; none without time."""
+"""One row per catalogue item, otherwise as USER_STATISTICS_SCHEMA. `period_counts` are the item's training interactions in equal periods
+between the first and the last training interaction of the dataset; empty without times."""
 
 RESERVED_NAMES = ("rating", "like", "retrieval", "item_id", "known")
-"""Names of scores and of fields beside them; an event kind of such a name gives a task with `_event` behind it."""
+"""Names of scores and of fields next to them; the task of an event kind with one of these names gets the suffix `_event`."""
 
 FeatureKind = Literal["text", "categories", "numbers", "vectors"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that is predicted of a (user, item) pair besides the next item.
+    """A prediction for a (user, item) pair besides the next item.
 
-    `event`: the label is 1 where the event kind is at least as strong as this one. Otherwise the label comes from the
-    event's value: itself (regression) or `value >= threshold` (binary).
+    With `event`, the label is 1 if the event is at least as strong as this kind. Otherwise the label is the event's value (regression) or
+    `value >= threshold` (binary).
     """
 
     name: str
@@ -154,13 +154,13 @@ class Task:
 
 
 def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Order event kinds from weak to strong: as configured, then the known order, then by name."""
+    """Order event kinds from weak to strong: configured kinds outside the known order, then the known order, then all others by name."""
     order = {kind: position for position, kind in enumerate((*configured, *KNOWN_EVENT_ORDER))}
     return tuple(sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind)))
 
 
 def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
-    """Derive the ranking tasks from what the data has: values give `rating` and `like`, each stronger event kind one."""
+    """Return the ranking tasks: one per event kind above the weakest, and `rating` and `like` if there are values."""
     tasks = [Task(name=f"{kind}_event" if kind in RESERVED_NAMES else kind, kind="binary", event=kind) for kind in event_kinds[1:]]
     if num_values:
         tasks += [Task("rating", "regression"), Task("like", "binary", threshold=like_threshold)]
@@ -168,12 +168,12 @@ def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: 
 
 
 def normalise_id(text: str) -> str:
-    """Return an id as tables, settings and requests all spell it: in Unicode's NFC, without blanks around it."""
+    """Return the canonical form of an id in tables, settings and requests: Unicode NFC, without surrounding whitespace."""
     return unicodedata.normalize("NFC", text).strip()
 
 
 def read_time(text: str) -> float:
-    """Return the seconds of ISO 8601 text, with ` UTC`, a blank before the offset or slashes in the date allowed; NaN where it is none."""
+    """Parse ISO 8601 text to seconds since 1970, NaN if invalid; ` UTC`, a space before the offset and slashes in dates are allowed."""
     iso = _DATE.sub(lambda match: f"{match[1]}-{match[2]:0>2}-{match[3]:0>2}", text.strip()).replace("z", "Z")
     while (shorter := _ZONE.sub("", iso)) != iso:
         iso = shorter

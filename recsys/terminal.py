@@ -1,7 +1,7 @@
-"""The terminal of a verb shows this project's lines; all else that the verb, its libraries and its workers print goes to a log file.
+"""Terminal output of a verb: the terminal shows this project's log lines; all other output goes to a log file.
 
-The file replaces the process's stdout and stderr, so that it gets what libraries and child processes print, too. A worker's lines
-reach it through Ray; those of this project carry a mark, by which a thread finds and shows them.
+The file replaces the process's stdout and stderr, so it also receives the output of libraries and child processes. Workers' lines reach
+it through Ray; a thread shows those that carry this project's mark.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 TIME_FORMAT = "%H:%M:%S"
 POLL_SECONDS = 0.1
 PROGRESS = ("█", "·")
-"""Lines that begin with one of these replace one another on a terminal."""
+"""Prefixes of progress lines; on a terminal, each progress line replaces the previous one."""
 
 _SHOWN: "list[_Terminal]" = []
-"""The terminal, while the process's own stderr is a log file."""
+"""The terminal while the process's own stderr is a log file; empty otherwise."""
 
 
 def stream() -> TextIO:
@@ -39,7 +39,7 @@ def is_quiet() -> bool:
 
 @contextlib.contextmanager
 def output_to(log: Path | None) -> Iterator[None]:
-    """Send stdout and stderr of this process and its children to the file `log` in the block; without one everything to stderr."""
+    """Redirect stdout and stderr of this process and its children to the file `log` in the block; without `log`, log to stderr."""
     if log is None:
         _log_to(logging.StreamHandler())
         yield
@@ -73,7 +73,7 @@ def output_to(log: Path | None) -> Iterator[None]:
 
 
 def mark_lines(level: int = logging.INFO) -> None:
-    """Mark this project's log lines from `level` on in a worker of Ray, so that the driver shows them; all go to its log file."""
+    """Mark this project's log lines of at least `level` in a Ray worker, so that the driver shows them; all lines go to the log file."""
 
     def mark(record: logging.LogRecord) -> bool:
         vars(record)["mark"] = MARK if _is_own(record) and record.levelno >= level else ""
@@ -86,7 +86,7 @@ def mark_lines(level: int = logging.INFO) -> None:
 
 
 def _log_to(*handlers: logging.Handler) -> None:
-    """Log to these handlers only: all of this project, and of libraries from INFO on. Formats those that have no formatter."""
+    """Log to these handlers only: all levels of this project, INFO and above of libraries. Handlers without a formatter get one."""
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True, format=FORMAT, datefmt=TIME_FORMAT)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.DEBUG)
@@ -104,7 +104,7 @@ def _redirect(stdout: int, stderr: int) -> None:
 
 
 def _show_marked(file: TextIO, is_over: threading.Event) -> None:
-    """Show the marked lines that are added to the log, until it is over and all is read."""
+    """Show marked lines that are appended to the log, until `is_over` is set and everything is read."""
     rest = ""
     while True:
         was_over = is_over.is_set()
@@ -118,12 +118,11 @@ def _show_marked(file: TextIO, is_over: threading.Event) -> None:
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
-    """Writes whole lines; a line of progress on a terminal stays open, and the next line replaces it or goes below."""
+    """Writes whole lines. On a terminal a progress line stays open: the next progress line replaces it, other lines go below it."""
 
     is_open = False
 
     def write(self, line: str, is_progress: bool = False) -> None:
-        """Write a line."""
         with self.lock or contextlib.nullcontext():
             out = self.stream
             is_replaced = is_progress and out.isatty()
@@ -134,16 +133,15 @@ class _Terminal(logging.StreamHandler[TextIO]):
             self.is_open = is_replaced
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a log record."""
         self.write(self.format(record))
 
 
 def format_settings(values: Mapping[str, object], digits: int) -> str:
-    """Write settings in one line, such as `model.width=64`; floats with `digits` significant digits."""
+    """Format settings as one line, such as `model.width=64`, with floats to `digits` significant digits."""
     return " ".join(f"{key}={value:.{digits}g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
 
 
 def show(text: str) -> None:
-    """Show a line; nothing but the end of a line of progress for an empty one."""
+    """Show a line on the terminal; empty text only ends an open progress line."""
     terminal = _SHOWN[-1] if _SHOWN else _Terminal(sys.stderr)
     terminal.write(f"{time.strftime(TIME_FORMAT)} {text}" if text else "", text[2:].startswith(PROGRESS))

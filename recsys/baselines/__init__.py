@@ -1,4 +1,4 @@
-"""Baselines by name: each is fitted on a dataset's training data and ranks as the model does."""
+"""Baselines by name. Each is fitted on a dataset's training data and ranks items like the model."""
 
 from collections.abc import Callable
 
@@ -28,9 +28,9 @@ _FITS: dict[BaselineName, Callable[[TrainingData, Config], Baseline]] = {
 
 
 def fit_baseline(name: BaselineName, dataset: Dataset, catalogue: ItemFeatures, config: Config) -> Baseline:
-    """Fit a baseline on the training interactions; validation ones may choose its epoch or settings, test ones are not read.
+    """Fit a baseline on the training interactions; validation interactions may choose its epoch or settings, test ones are not used.
 
-    The outcome depends on the data, the config and `training.seed` alone; the caller's random numbers are left as they are.
+    The result depends only on the data, the config and `training.seed`; the caller's random state does not change.
     """
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)

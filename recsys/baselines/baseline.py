@@ -1,4 +1,4 @@
-"""The interface of a baseline, and fitting: gradient steps on mini-batches, and the best epoch by validation targets."""
+"""The baseline interface, and fitting by gradient descent, with the best epoch chosen on validation targets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ FINAL_FRACTION = 0.1
 
 
 class Baseline(ABC):
-    """Scores items for users given by their histories and indices, also for users not in training. Shapes: B users, P pairs, I items."""
+    """Scores items for users given by history and index, including users not in training. Shapes: B users, P pairs, I items."""
 
     @abstractmethod
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Score every item for each user, (B, I + 1); the score of padding is not used."""
+        """Return the scores of all items for each user (B, I + 1); the padding score is not used."""
 
     def score_catalogue(self, histories: Sequence[Integers], user_indices: Sequence[int]) -> Scores:
-        """Score every item for each user, (B, I + 1), -inf for padding; histories are catalogue indices, oldest first."""
+        """Return the scores of all items for each user (B, I + 1), -inf for padding; histories are catalogue indices, oldest first."""
         scores = np.array(self.score(histories, np.asarray(user_indices, np.int64)), np.float32)
         scores[:, 0] = -np.inf
         return scores
 
     def score_tasks(self, user_indices: Sequence[int], items: Integers, histories: Sequence[Integers]) -> dict[str, Scores] | None:
-        """Predict tasks for P pairs: probabilities, and values in their own units; None where it predicts no task."""
+        """Predict tasks for P pairs: probabilities, or values in their original units; None if the baseline predicts no task."""
         return None
 
 
@@ -45,7 +45,7 @@ class ValidationRanking:
         self._users = [user for user in zip(users.tolist(), histories, targets, strict=True) if len(user[2])]
 
     def __call__(self, baseline: Baseline) -> float:
-        """Return the mean reciprocal rank of the targets not seen before; ties rank the target last."""
+        """Return the mean reciprocal rank of the unseen targets; ties rank the target last."""
         reciprocals = [np.zeros(0)]
         for begin in range(0, len(self._users), USERS_AT_ONCE):
             users, histories, targets = zip(*self._users[begin : begin + USERS_AT_ONCE], strict=True)
@@ -63,9 +63,9 @@ def fit(
     epochs: int,
     learning_rate: float,
 ) -> None:
-    """Fit by Adam with a learning rate that falls from epoch to epoch; `loss` returns the mean loss of samples, given their indices.
+    """Fit with Adam and a linearly decaying learning rate; `loss` returns the mean loss of samples, given their indices.
 
-    An epoch is all samples, shuffled, at most `MAX_EPOCH_SAMPLES`.
+    An epoch is a random permutation of the samples, at most `MAX_EPOCH_SAMPLES` of them.
     """
     optimizer = torch.optim.Adam(module.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, FINAL_FRACTION, epochs)
@@ -81,7 +81,7 @@ def fit(
 
 
 def keep_best_epoch(module: nn.Module, epochs: int, train: Callable[[int], None], quality: Callable[[], float]) -> None:
-    """Train for all epochs and leave the module with the weights of the best; the last of equal ones."""
+    """Train for all epochs, then load the weights of the best epoch (the last one on ties)."""
     best, weights = -np.inf, module.state_dict()
     for epoch in range(epochs):
         module.train()

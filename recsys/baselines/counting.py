@@ -1,4 +1,4 @@
-"""Baselines that count: popularity, recent popularity, and item-kNN by shrunk cosine similarity of the items' users."""
+"""Counting baselines: popularity, recent popularity, and item-kNN with a shrunk cosine similarity between the items' users."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ NUM_NEIGHBORS = 50
 SHRINKAGE = 10.0
 HALF_LIVES = (np.inf, 32.0, 8.0, 2.0, 1.0)
 CHUNK_CELLS = 1 << 24
-"""Pairs of items that are held at once."""
+"""Maximum number of item pairs in memory."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Popularity(Baseline):
     item_scores: Scores  # (I + 1,)
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Repeat the items' scores."""
+        """Repeat the items' scores for each user."""
         return np.broadcast_to(self.item_scores, (len(users), len(self.item_scores)))
 
 
@@ -37,7 +37,7 @@ def fit_popularity(data: TrainingData, config: Config) -> Popularity:
 
 
 def fit_recent_popularity(data: TrainingData, config: Config) -> Popularity:
-    """Count the last tenth of the training interactions by time, or without time the last tenth of each user's.
+    """Count the last tenth of the training interactions by time or, without times, of each user's interactions.
 
     Ties are broken by the counts over all training data.
     """
@@ -53,10 +53,10 @@ def fit_recent_popularity(data: TrainingData, config: Config) -> Popularity:
 
 @dataclass(frozen=True)
 class ItemNeighbors(Baseline):
-    """Scores an item by its similarity to those of the history; an interaction `half_life` before the last weighs half as much."""
+    """Scores an item by its similarity to the history's items; the weight of an interaction halves every `half_life` interactions back."""
 
     similarity: csr_array  # (I + 1, I + 1) each item's neighbors
-    popularity: Scores  # (I + 1,) below every similarity, it orders items without neighbors in the history
+    popularity: Scores  # (I + 1,) lower than any similarity; orders items without neighbors in the history
     half_life: float
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
@@ -76,7 +76,7 @@ def fit_item_knn(data: TrainingData, config: Config) -> Baseline:
 
 
 def nearest_neighbors(matrix: csr_array, num_neighbors: int, shrinkage: float) -> csr_array:
-    """Keep of each item (column) the largest of |users of both| / (sqrt(|users of one| |users of other|) + shrinkage)."""
+    """Return each item's largest similarities |users of both| / (sqrt(|users of one| |users of other|) + shrinkage); items are columns."""
     by_item = matrix.T.tocsr()
     norms = np.sqrt(by_item.sum(1)).astype(np.float32)
     num_rows = max(1, CHUNK_CELLS // len(norms))

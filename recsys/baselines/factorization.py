@@ -1,4 +1,4 @@
-"""BPR, matrix factorization and the factorization machine, which with ids alone equals each of the others.
+"""BPR, matrix factorization and the factorization machine; with only ids, the machine is the same model as the other two.
 
 Shapes: N pairs, U users, I items, F features of one side, W width.
 """
@@ -22,27 +22,27 @@ from recsys.model.retrieval import RetrievalScores
 VALUE_PENALTY = 0.1
 BINARY_PENALTY = 0.03
 RANKING_PENALTY = 0.003
-"""Weights of the squared vectors of each sample, by what is fitted."""
+"""Weights of the squared vectors of each sample, by what is fitted: values, binary tasks or rankings."""
 BIAS_PENALTY = 0.001
 TASK_RATE = 0.005
 RANKING_RATE = 0.01
-"""Learning rates; with the penalties they were found on the validation targets of MovieLens 100K."""
+"""Learning rates. They and the penalties were tuned on the validation targets of MovieLens 100K."""
 NUM_SWEEPS = 10
 SETTINGS = ((10.0, 0.01), (3.0, 0.01), (1.0, 0.03))
-"""Settings to choose from: weight of all that was not taken relative to all that was, and the penalty."""
+"""Candidate settings: (total weight of items not taken, relative to items taken; penalty)."""
 
 PredictTask = Callable[[Integers, Integers], Scores]
-"""Users and items of pairs (N,) -> probabilities, or values in their own units, (N,)."""
+"""Users and items of pairs (N,) -> probabilities, or values in their original units, (N,)."""
 
 
 class FactorizationMachine(nn.Module, Baseline):
-    """The sum of binary features' biases and of the products of all pairs of their vectors (Rendle 2010).
+    """The sum of the biases of binary features and of all pairwise products of their vectors (Rendle 2010).
 
-    By Rendle's identity the sum over pairs is (|sum v|^2 - sum |v|^2) / 2, which costs O(W F). It is taken for user and item apart: only
-    the product of their two sums needs both, so a catalogue is ranked by one matrix product. Row 0 of users is a user not in training.
+    By Rendle's identity the sum over pairs is (|sum v|^2 - sum |v|^2) / 2, which costs O(W F). It is computed for user and item separately:
+    only the product of the two sums needs both, so one matrix product ranks a catalogue. Row 0 of users is a user not in training.
     """
 
-    user_features: Tensor  # (U + 1, F) rows of the table, 0 where there is none
+    user_features: Tensor  # (U + 1, F) rows of the table, 0 if there is none
     item_features: Tensor  # (I + 1, F)
 
     def __init__(self, user_features: Tensor, item_features: Tensor, width: int) -> None:
@@ -59,12 +59,12 @@ class FactorizationMachine(nn.Module, Baseline):
 
     @classmethod
     def of_ids(cls, data: TrainingData, width: int) -> "FactorizationMachine":
-        """Build one over ids alone; without a training interaction a user or an item has none."""
+        """Build a machine over ids only; users and items without training interactions have no feature."""
         return cls(*_id_features(data), width)
 
     @classmethod
     def of_features(cls, data: TrainingData, width: int) -> "FactorizationMachine":
-        """Build one over ids, user attributes and item categories."""
+        """Build a machine over ids, user attributes and item categories."""
         users, items = _id_features(data)
         attributes, categories = F.pad(torch.from_numpy(data.attributes), (0, 0, 1, 0)), data.catalogue.categories.long()
         first_attribute = data.num_users + data.num_items
@@ -74,13 +74,13 @@ class FactorizationMachine(nn.Module, Baseline):
         return cls(torch.cat([users, attributes], 1), torch.cat([items, categories], 1), width)
 
     def forward(self, users: Tensor, items: Tensor, penalty: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Score pairs; return scores and penalties, (N,) each."""
+        """Return the scores of pairs and their penalties, (N,) each."""
         user, user_alone, user_penalty = self.side(self.user_features[users], penalty)
         item, item_alone, item_penalty = self.side(self.item_features[items], penalty)
         return (user * item).sum(1) + user_alone + item_alone + self.bias, user_penalty + item_penalty
 
     def side(self, features: Tensor, penalty: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum of the features' vectors (N, W), the score of the features alone (N,) and the penalty (N,); features (N, F)."""
+        """Return, for features (N, F), the sum of their vectors (N, W), their score without the other side (N,) and the penalty (N,)."""
         rows = self.table(features)
         vectors, biases = rows[..., :-1], rows[..., -1]
         total, squares = vectors.sum(1), vectors.square().sum((1, 2))
@@ -89,7 +89,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Score every item for each user, without the terms of the user alone, which change no order."""
+        """Score every item for each user, without the user-only terms, which do not change the order."""
         user, _, _ = self.side(self.user_features[known_rows(users, self.user_features)])
         item, alone, _ = self.side(self.item_features)
         scores: Scores = (user @ item.T + alone).numpy()
@@ -97,7 +97,7 @@ class FactorizationMachine(nn.Module, Baseline):
 
 
 def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Number users (U + 1, 1), then items (I + 1, 1); 0 without a training interaction."""
+    """Return the feature rows of users (U + 1, 1) and of items (I + 1, 1), 0 without training interactions."""
     has_any = np.append(False, data.train.lengths > 0)
     users = np.where(has_any, np.arange(data.num_users + 1), 0)
     items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
@@ -106,7 +106,7 @@ def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Factorization(Baseline):
-    """Ranks by one model, and predicts each task of the data by another."""
+    """Ranks with one model, and predicts each task with another."""
 
     ranking: Baseline
     tasks: dict[str, PredictTask]
@@ -122,17 +122,17 @@ class Factorization(Baseline):
 
 
 def fit_bpr(data: TrainingData, config: Config) -> Baseline:
-    """Fit vectors of ids by BPR."""
+    """Fit id vectors by BPR."""
     return fit_pairwise(FactorizationMachine.of_ids(data, config.model.width), data, config)
 
 
 def fit_matrix_factorization(data: TrainingData, config: Config) -> Baseline:
-    """Fit biases and vectors of ids to each task; rank by the factorization of the binary matrix."""
+    """Fit id biases and vectors to each task; rank by the factorization of the binary interaction matrix."""
     return Factorization(fit_implicit(data, config), _fit_tasks(FactorizationMachine.of_ids, data, config))
 
 
 def fit_factorization_machine(data: TrainingData, config: Config) -> Baseline:
-    """Fit machines over ids, attributes and categories to each task, and one by BPR to rank."""
+    """Fit machines over ids, attributes and categories: one for each task, and one by BPR for ranking."""
     ranking = fit_pairwise(FactorizationMachine.of_features(data, config.model.width), data, config)
     return Factorization(ranking, _fit_tasks(FactorizationMachine.of_features, data, config))
 
@@ -163,7 +163,7 @@ def _fit_tasks(build: Callable[[TrainingData, int], FactorizationMachine], data:
 
 
 def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, config: Config) -> PredictTask:
-    """Fit a machine to a task, by squared error or cross-entropy; the loss of the validation labels chooses the epoch."""
+    """Fit a machine to a task, by squared error or cross-entropy; the loss on the validation labels chooses the epoch."""
     manifest = data.dataset.manifest
     is_binary = manifest.tasks[column].kind == "binary"
     criterion, penalty = (F.binary_cross_entropy_with_logits, BINARY_PENALTY) if is_binary else (F.mse_loss, VALUE_PENALTY)
@@ -200,21 +200,21 @@ class ImplicitFactors(Baseline):
     penalty: float
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
-        """Solve for the user's vector given the items'."""
+        """Score every item with the user vectors that solve the least squares for the histories."""
         vectors = solve(history_matrix(histories, len(self.items) - 1), self.items, self.weight, self.penalty)
         scores: Scores = RetrievalScores(torch.from_numpy(self.items))(torch.from_numpy(vectors)).numpy()
         return scores
 
 
 def fit_implicit(data: TrainingData, config: Config) -> Baseline:
-    """Fit by alternating least squares (Hu, Koren, Volinsky 2008) with some settings; choose by the validation targets."""
+    """Fit by alternating least squares (Hu, Koren, Volinsky 2008) with each of `SETTINGS`; choose by the validation targets."""
     density = data.matrix.nnz / (data.num_users * data.num_items)
     fitted = (_alternate(data.matrix, config, share * density, penalty) for share, penalty in SETTINGS)
     return max(fitted, key=ValidationRanking(data))
 
 
 def _alternate(matrix: csr_array, config: Config, weight: float, penalty: float) -> ImplicitFactors:
-    """Alternate between the users' and the items' vectors, from small random ones."""
+    """Run alternating least squares from small random item vectors."""
     by_item, width = matrix.T.tocsr(), config.model.width
     items = np.random.default_rng(config.training.seed).normal(0, 0.1 * width**-0.5, (matrix.shape[1], width)).astype(np.float32)
     for _ in range(NUM_SWEEPS):

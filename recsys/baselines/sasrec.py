@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley 2018): the recommender over ids alone, trained in one process."""
+"""SASRec (Kang and McAuley 2018): the recommender with only ids, trained in one process."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ ONLY_IDS = {
     "model.ranker": {},
     "fairness": {},
 }
-"""Settings that make a configured model SASRec; width, depth, dropout and loss stay as configured."""
+"""Settings that turn the configured model into SASRec; width, depth, dropout and loss stay as configured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SequentialRanking(Baseline):
 
 
 def fit_sasrec(data: TrainingData, config: Config) -> Baseline:
-    """Train by AdamW with the run's own rate, warm-up, cosine decay and batches; the validation targets choose the epoch."""
+    """Train with AdamW and the run's learning rate, warm-up, cosine decay and batch size; the validation targets choose the epoch."""
     training, optimizer_config = config.training, config.optimizer
     workers = {"training.num_workers": 1, "training.micro_batch_size": training.global_batch_size}
     epochs, manifest = config.evaluation.baseline_epochs, data.dataset.manifest

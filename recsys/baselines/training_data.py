@@ -1,4 +1,4 @@
-"""The data that baselines are fitted on: training interactions, user attributes, and items a user does not have."""
+"""The data that baselines are fitted on: training interactions, user attributes, and unseen items."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 
 MIN_USERS_OF_VALUE = 5
-"""A rarer value of a user attribute adds nothing to the user's id."""
+"""Attribute values with fewer users are dropped, since they add nothing to the user's id."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a baseline may use. `validation` may choose between epochs or settings, and trains nothing; test targets are left out.
+    """The data that a baseline may use. `validation` may only choose between epochs or settings; test targets are left out.
 
     Shapes: U users, I items, A attributes.
     """
@@ -34,7 +34,7 @@ class TrainingData:
     train: Sequences  # (U,)
     validation: Sequences  # (U,)
     num_users: int
-    attributes: Integers  # (U, A) number of each user's value from 1 up, over all attributes; 0: none, or a rare one
+    attributes: Integers  # (U, A) each user's value, numbered from 1 over all attributes; 0: missing or rare
     num_attribute_values: int
 
     @classmethod
@@ -53,7 +53,7 @@ class TrainingData:
 
     @cached_property
     def matrix(self) -> csr_array:
-        """Items of each user in training, (U, I + 1) of zeros and ones."""
+        """The training items of each user, a binary matrix (U, I + 1)."""
         shape = (self.num_users, self.num_items + 1)
         owners, items = self.train.owners, self.train.items
         matrix = csr_array((np.ones(len(items), np.float32), (owners, items)), shape=shape)
@@ -68,7 +68,7 @@ class TrainingData:
 
 
 class UnseenItems:
-    """Draws items that occur in training and that a user does not have there."""
+    """Draws items that occur in training but not in a user's training interactions."""
 
     def __init__(self, data: TrainingData) -> None:
         self._items = torch.from_numpy(np.flatnonzero(data.item_counts))
@@ -76,7 +76,7 @@ class UnseenItems:
         self._taken = torch.from_numpy(np.unique(data.train.owners * self._num_rows + data.train.items))
 
     def draw(self, users: Tensor) -> Tensor:
-        """Draw an item for each user, uniformly; a user who has nearly all items may be given one of them."""
+        """Draw an unseen item for each user, uniformly; a user with nearly all items may get a seen one."""
         items = self._items[torch.randint(len(self._items), users.shape)]
         for _ in range(8):
             pairs = users * self._num_rows + items
@@ -88,13 +88,13 @@ class UnseenItems:
 
 
 def join_histories(histories: Sequence[Integers], max_history: int | None = None) -> tuple[Integers, Integers]:
-    """Join B histories, or the last `max_history` items of each; return the items, and where each begins and the last ends (B + 1,)."""
+    """Concatenate B histories, or the last `max_history` items of each; return the items and the offsets (B + 1,)."""
     recent = histories if max_history is None else [history[-max_history:] for history in histories]
     return np.concatenate([np.zeros(0, np.int64), *recent]), np.cumsum([0, *map(len, recent)])
 
 
 def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArray[np.float32] | None = None) -> csr_array:
-    """Lay B histories out as (B, I + 1), each interaction with its weight, or 1; those of one item add up."""
+    """Return B histories as a matrix (B, I + 1) with the sum of each item's interaction weights; without `weights` each is 1."""
     items, offsets = join_histories(histories)
     values = np.ones(len(items), np.float32) if weights is None else weights
     matrix = csr_array((values, items, offsets), shape=(len(histories), num_items + 1))
@@ -103,19 +103,19 @@ def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArr
 
 
 def known_rows(users: Integers, table: Tensor) -> Tensor:
-    """Return the rows of users in a table (U + 1, ...) whose row 0 is a user that training did not have."""
+    """Return the rows of users in a table (U + 1, ...), row 0 for users not in training."""
     return torch.from_numpy(np.where((users >= 0) & (users < len(table) - 1), users + 1, 0))
 
 
 def labelled(interactions: Sequences, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return users, items and labels of the interactions that have a label of a task, (M,) each; values are standardised."""
+    """Return users, items and labels of the interactions that have a label of a task, (M,) each; values are standardized."""
     labels, masks = task_labels(manifest, torch.from_numpy(interactions.events), torch.from_numpy(interactions.values))
     has_label = masks[:, column] > 0
     return torch.from_numpy(interactions.owners)[has_label], torch.from_numpy(interactions.items)[has_label], labels[has_label, column]
 
 
 def _attributes(table: pa.Table) -> tuple[Integers, int]:
-    """Number the (attribute, value) pairs that are not rare; return each user's (U, A), and how many there are."""
+    """Number the (attribute, value) pairs that are not rare; return each user's numbers (U, A), and the number of pairs."""
     rows = [pairs or [] for pairs in table["attributes"].to_pylist()]
     counts = Counter(pair for pairs in rows for pair in pairs)
     common = sorted(pair for pair, count in counts.items() if count >= MIN_USERS_OF_VALUE and pair[1])

@@ -1,4 +1,4 @@
-"""The two-tower baseline: user attributes and the mean of the history against id and features of an item."""
+"""The two-tower baseline: one tower of user attributes and mean history, one of item id and features."""
 
 from collections.abc import Sequence
 
@@ -19,12 +19,12 @@ LEARNING_RATE = 0.005
 
 
 class TwoTower(nn.Module, Baseline):
-    """Ranks by the product of the towers; a user not in training is the history alone.
+    """Ranks by the dot product of the towers; a user not in training has only the history.
 
-    Shapes: N users, H interactions of all their histories, U users known, A attributes, I items, W width.
+    Shapes: N users, H interactions in all their histories, U known users, A attributes, I items, W width.
     """
 
-    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not in training, column 0 is always 0, so that there is a column
+    attributes: Tensor  # (U + 1, 1 + A) row 0 is a user not in training; column 0 is always 0, so that there is a column
 
     def __init__(self, data: TrainingData, config: Config) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class TwoTower(nn.Module, Baseline):
         self.network = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
     def users(self, rows: Tensor, history: Tensor, starts: Tensor, item_vectors: Tensor) -> Tensor:
-        """Encode users by their rows (N,) of the attributes and histories (H,) of rows of `item_vectors`; return (N, W)."""
+        """Return the vectors (N, W) of users, given their rows (N,) of `attributes` and histories (H,) of rows of `item_vectors`."""
         mean = F.embedding_bag(history, item_vectors, starts, mode="mean")
         known = self.dropout(mean + self.of_attributes(self.attributes[rows]))
         encoded: Tensor = known + self.network(known)
@@ -55,9 +55,9 @@ class TwoTower(nn.Module, Baseline):
 
 
 def fit_two_tower(data: TrainingData, config: Config) -> Baseline:
-    """Predict each training interaction from those before it, against the others of its batch.
+    """Fit by predicting each training interaction from those before it, with in-batch negatives.
 
-    The others are corrected for how often they are drawn, which is how often they occur (logQ: Yi et al. 2019).
+    The negatives are corrected for their sampling probability, which is their frequency in training (logQ: Yi et al. 2019).
     """
     towers, quality = TwoTower(data, config), ValidationRanking(data)
     users_of, items_of, positions = data.train.owners, data.train.items, data.train.positions

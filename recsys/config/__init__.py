@@ -1,4 +1,4 @@
-"""The config: frozen sections, read from TOML and `--set`, every key and every pair of keys checked before any work."""
+"""The config: frozen sections, loaded from TOML and `--set`, validated before any work starts."""
 
 from recsys.config.base import Section
 from recsys.config.tree import Config, load_config

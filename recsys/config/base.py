@@ -1,4 +1,4 @@
-"""The base of all sections: the frozen `Section`, common types, facts about settings, and walks over sections and their values."""
+"""The base class `Section`, shared field types, facts about settings, and iteration over sections and their values."""
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -15,7 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Fact(Enum):
-    """What is true of a setting besides its type; written in its annotation. A fact about a section holds for all of its fields."""
+    """A property of a setting besides its type, written in its annotation. A fact about a section applies to all of its fields."""
 
     PATH = "a local path or URI; `load_config` makes a relative path absolute"
     PATH_OR_NAME = "a name, or a path that `load_config` makes absolute if such a folder exists"
@@ -34,7 +34,7 @@ class Section(BaseModel):
 def fields_of(
     section: type[BaseModel], prefix: str = "", facts: frozenset[Fact] = frozenset()
 ) -> Iterator[tuple[str, FieldInfo, frozenset[Fact]]]:
-    """Yield key, field and facts of every setting of a section, then of each section below it, which comes before its own settings."""
+    """Yield key, field and facts of a section's settings, then of each nested section followed by its own settings."""
     for name, field in sorted(section.model_fields.items(), key=lambda named: section_of(named[1]) is not None):
         found = facts | {each for each in field.metadata if isinstance(each, Fact)}
         yield f"{prefix}{name}", field, found
@@ -43,12 +43,12 @@ def fields_of(
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that a field holds; None for a setting."""
+    """Return the section class of a field, or None if the field is a setting."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested sections as `section.key` and value."""
+    """Yield (`section.key`, value) for every value in nested sections."""
     for key, value in tree.items():
         yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]

@@ -1,4 +1,4 @@
-"""The config's section `data`: input tables, cleaning, features, splits and shards."""
+"""The config section `data`: input tables, cleaning, features, splits and shards."""
 
 import codecs
 import math
@@ -14,8 +14,8 @@ AUTO = "auto"
 
 
 def _read_seconds(value: Any) -> Any:
-    """Return a time given as ISO text, as TOML's own type or as a number in seconds since 1970."""
-    if isinstance(value, date):  # a datetime is one
+    """Return seconds since 1970 for ISO text, a TOML date or time, or a number."""
+    if isinstance(value, date):  # a datetime is also a date
         value = value.isoformat()
     if isinstance(value, str) and not value.lstrip("+-").isdigit():
         seconds = read_time(value)
@@ -32,7 +32,7 @@ InputPath = Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE]
 
 
 class ColumnsConfig(Section):
-    """The input's names of the event columns; the catalogue's and the users' id columns have the same names."""
+    """Names of the event columns in the input. The id columns of catalogue and users have the same names."""
 
     user_id: str = "user_id"
     """Column of user ids."""
@@ -41,7 +41,7 @@ class ColumnsConfig(Section):
     timestamp: str = "timestamp"
     """Column of times."""
     position: str = "position"
-    """Column of positions within a user's history, where there are no times."""
+    """Column of positions within a user's history, used if there is no timestamp column."""
     event: str = "event"
     """Column of event kinds, such as view or purchase; optional."""
     value: str = "value"
@@ -51,16 +51,16 @@ class ColumnsConfig(Section):
 
 
 class CsvConfig(Section):
-    r"""How CSV files are written; `auto` detects it from the beginning of each file."""
+    """Dialect of the CSV files; `auto` detects a setting from the beginning of each file."""
 
     separator: str = AUTO
     r"""Character between fields; `\t` is a tab."""
     quote: str = AUTO
-    """Character around fields; empty: none."""
+    """Quote character; empty: fields are not quoted."""
     escape: str = AUTO
-    """Character before a quote within quotes; empty: the quote is doubled."""
+    """Escape character before a quote within a quoted field; empty: quotes are doubled."""
     encoding: str = AUTO
-    """Python's name of the encoding, such as `cp1252`."""
+    """Encoding by its Python name, such as `cp1252`."""
 
     @field_validator("separator", mode="before")
     @classmethod
@@ -83,20 +83,20 @@ class CsvConfig(Section):
 
 
 class ItemFeaturesConfig(Section):
-    """Kinds of the catalogue's columns. If none is given, each column's kind follows from its type."""
+    """Feature columns of the catalogue, by kind. If no column is given, each column's kind is inferred from its type."""
 
     text: tuple[str, ...] = ()
     """Columns that the language model reads, in this order; the first is the title."""
     categories: tuple[str, ...] = ()
-    """Columns of one category or a list of categories."""
+    """Columns with one category or a list of categories."""
     numbers: tuple[str, ...] = ()
-    """Columns of numbers; they are standardised."""
+    """Numeric columns; they are standardized."""
     vectors: tuple[str, ...] = ()
     """Columns of pretrained vectors."""
     ignored: tuple[str, ...] = ()
     """Columns that are not used."""
     separator: str = "|"
-    """Splits text into categories; empty: no splitting."""
+    """Separator between the categories in a text; empty: texts are not split."""
     statistics: bool = False
     """Add statistics of the training interactions, such as popularity and mean value, as item features."""
 
@@ -107,10 +107,10 @@ class ItemFeaturesConfig(Section):
 
 
 class CleaningConfig(Section):
-    """Which readable events are dropped; every rule counts what it drops. Rules about time need timestamps."""
+    """Rules that drop readable events. Each rule counts the events that it drops; rules about time need timestamps."""
 
     max_events_per_minute: PositiveInt | None = None
-    """A user with more events within any minute of the clock is a bot and dropped entirely."""
+    """A user with more events in any clock minute counts as a bot; all events of the user are dropped."""
     min_time: Seconds = 0
     """Earliest time that is kept."""
     max_time: Seconds = 4_102_444_800  # 2100-01-01
@@ -144,7 +144,7 @@ class DataConfig(Section):
     source: Annotated[Literal["files", "synthetic"], Fact.INPUT, Fact.MAY_CHANGE] = "files"
     """Read `files`, or generate `synthetic` events."""
     folder: InputPath = ""
-    """Folder that has all tables under their usual names."""
+    """Folder with all tables under their usual names."""
     events: InputPath = ""
     """Event table: a file, a folder or a pattern."""
     items: InputPath = ""
@@ -152,26 +152,26 @@ class DataConfig(Section):
     users: InputPath = ""
     """User attributes: a file, a folder or a pattern; optional."""
     dataset: InputPath = ""
-    """Dataset that training reads, as `jobs.prepare_data` printed it."""
+    """Dataset that training reads, as printed by `jobs.prepare_data`."""
     base: InputPath = ""
-    """Dataset that these events are appended to."""
+    """Dataset that the events are appended to."""
     columns: Annotated[ColumnsConfig, Fact.INPUT] = ColumnsConfig()
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
     time_unit: Annotated[Literal["auto", "s", "ms", "us", "ns"], Fact.INPUT] = "auto"
-    """Unit of times that are numbers; `auto` infers it from the number of digits."""
+    """Unit of numeric times; `auto` infers it from the number of digits."""
     cleaning: CleaningConfig = CleaningConfig()
     pseudonym_key_env: str = ""
-    """Environment variable with the key that user ids are hashed with; empty: ids are kept."""
+    """Environment variable with the key for hashing user ids; empty: ids are not hashed."""
     synthetic: Annotated[SyntheticConfig, Fact.INPUT] = SyntheticConfig()
     event_kinds: tuple[str, ...] = ()
-    """Event kinds from weak to strong; kinds that are not listed follow in the known order."""
+    """Event kinds that are not in the known order, from weak to strong; they rank below the known kinds."""
     like_threshold: float = 4.0
     """Smallest value that counts as a like."""
     k_core: Count = 0
-    """Drop users and items with fewer interactions, repeatedly; 0: none."""
+    """Repeatedly drop users and items with fewer interactions than this; 0: off."""
     split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
-    """Hold out each user's last two interactions, all after a `time`, or a `random` share; a user's training interactions come first."""
+    """Hold out each user's last two interactions (`leave_one_out`), all interactions from a `time` on, or a `random` share."""
     validation_from: Seconds | None = None
     """Start of the validation data, for `split = "time"`."""
     test_from: Seconds | None = None
@@ -181,23 +181,23 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of the remaining interactions in the validation data, for `split = "random"`."""
     withheld_items: Fraction = 0.0
-    """Share of the catalogue that is kept out of training, so that it is cold in validation and test."""
+    """Share of the catalogue that is withheld from training, so that these items are cold in validation and test."""
     split_seed: int = 0
     """Seed of random splits and of the withheld items."""
     max_history: Annotated[int, Field(ge=2, le=4096)] = 50
-    """Longest history that the model reads; below the dataset's, training uses the end of each sample."""
+    """Longest history that the model reads; if it is below the dataset's, training samples are cut into pieces."""
     window_stride: PositiveInt | None = None
     """Interactions between the starts of two training samples of a long history; unset: `max_history`."""
     session_gap_seconds: PositiveInt = 1800
-    """A longer pause ends a session."""
+    """A pause longer than this ends a session."""
     num_shards: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Number of training shards; unset: from the size of the input."""
+    """Number of training shards; unset: chosen by the size of the input."""
     row_group_rows: PositiveInt = 1024
     """Samples per Parquet row group."""
     num_streams: Annotated[int, Field(ge=1, le=5040)] = 48
     """Number of streams that samples are read from in turn."""
     max_file_memory_bytes: Annotated[int, Field(ge=64 << 20), Fact.INPUT] = 4 << 30
-    """A file that needs more memory to be read is refused."""
+    """Input files that need more memory than this to be read are rejected."""
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:

@@ -1,4 +1,4 @@
-"""The config's sections `evaluation` and `search`."""
+"""The config sections `evaluation` and `search`."""
 
 from typing import Annotated, Literal, Self
 
@@ -15,29 +15,29 @@ class EvaluationConfig(Section):
     """Full ranking: every item of the catalogue is a candidate except those that the user has seen."""
 
     checkpoint: Annotated[str, Fact.PATH, Fact.MAY_CHANGE] = ""
-    """Checkpoint to evaluate, as `jobs.train` printed it."""
+    """Checkpoint to evaluate, as printed by `jobs.train`."""
     compare: Annotated[str, Fact.PATH, Fact.MAY_CHANGE] = ""
     """Another checkpoint to compare with by a paired significance test."""
     fairness_curve: Annotated[tuple[str, ...], Fact.PATH, Fact.MAY_CHANGE] = ()
-    """Checkpoints trained under other `fairness` bounds, for a curve of quality against the gap between groups."""
+    """Checkpoints trained with other `fairness` bounds, for a curve of quality against the gap between groups."""
     baselines: Annotated[tuple[BaselineName, ...], Fact.MAY_CHANGE] = ("popularity",)
-    """Baselines that are fitted on the same data and ranked in the same way; popularity always is."""
+    """Baselines to fit on the same data and evaluate in the same way; `popularity` is always included."""
     baseline_epochs: Annotated[PositiveInt, Fact.MAY_CHANGE] = 20
-    """Epochs of the baselines that are trained by gradient steps."""
+    """Epochs of the baselines that are trained by gradient descent."""
     fairness_attributes: Annotated[tuple[str, ...], Fact.MAY_CHANGE] = ()
     """User attributes whose groups are compared; empty: all with few values."""
     diversity: Annotated[tuple[Fraction, ...], Fact.MAY_CHANGE] = ()
-    """Weights of diversity to re-rank by, for a curve of quality against diversity."""
+    """Diversity weights to re-rank with, for a curve of quality against diversity."""
     diversity_method: Annotated[Literal["mmr", "dpp"], Fact.MAY_CHANGE] = "mmr"
     """Re-ranking by maximal marginal relevance or by a determinantal point process."""
     split: Annotated[Literal["validation", "test"], Fact.MAY_CHANGE] = "test"
-    """Part of the data that is predicted."""
+    """Split to evaluate on."""
     cutoffs: Annotated[tuple[PositiveInt, ...], Fact.MAY_CHANGE] = (5, 10, 20)
-    """The k of metrics such as `ndcg@k`."""
+    """Values of k in metrics such as `ndcg@k`."""
     metric: str = "ndcg@10"
     """Metric that chooses checkpoints, trials and exports: hr, ndcg, mrr or recall at one of `cutoffs`."""
     batch_size: Annotated[PositiveInt, Fact.MAY_CHANGE] = 256
-    """Users per batch of scoring."""
+    """Users per scoring batch."""
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
@@ -51,12 +51,12 @@ class EvaluationConfig(Section):
 
 
 class SearchConfig(Section):
-    """The hyperparameter search: Optuna proposes, ASHA stops, every trial is a whole training run."""
+    """Hyperparameter search: Optuna proposes trials, ASHA stops weak ones, and each trial is a full training run."""
 
     num_trials: PositiveInt = 4
     """Number of trials."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; unset: as many as the cluster has room for."""
+    """Maximum number of concurrent trials; unset: as many as fit on the cluster."""
     grace_epochs: PositiveInt = 2
     """Epochs before ASHA may stop a trial."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3

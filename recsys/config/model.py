@@ -1,4 +1,4 @@
-"""The config's section `model`: encoders, ranker and losses."""
+"""The config section `model`: encoders, ranker and losses."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,23 +10,23 @@ from recsys.config.base import Count, Fact, Fraction, NonNegative, Positive, Pos
 class TextConfig(Section):
     """The language model over item text.
 
-    A trained one runs, for a loss over the whole catalogue, over all texts in every micro batch; `refresh_steps` avoids that.
+    With a trained language model and a loss over the whole catalogue, every micro batch encodes all texts; `refresh_steps` avoids that.
     """
 
     mode: Annotated[Literal["off", "frozen", "lora", "full"], Fact.SEARCHED] = "frozen"
-    """No text, text encoded once, LoRA adapters trained, or all weights trained."""
+    """`off`: no text; `frozen`: texts are encoded once; `lora`: LoRA adapters are trained; `full`: all weights are trained."""
     backbone: Annotated[str, Fact.PATH_OR_NAME] = "minilm"
-    """`minilm`, `tiny`, a name on the hub, a folder or an `s3://` folder."""
+    """`minilm`, `tiny`, a name on the Hugging Face Hub, a folder or an `s3://` folder."""
     max_tokens: Annotated[int, Field(ge=4, le=4096)] = 32
-    """Maximum number of tokens that are read of a text."""
+    """Maximum number of tokens per text."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """Pooling of token vectors into the text vector."""
     lora_rank: PositiveInt = 8
-    """Rank of LoRA adapters."""
+    """Rank of the LoRA adapters."""
     lora_targets: tuple[str, ...] = ()
     """Names of the linear layers that get adapters; empty: all."""
     refresh_steps: Count = 0
-    """If above 0, the language model runs over the texts of the micro batch only; cached vectors of the others are refreshed this often."""
+    """If above 0, only texts in the micro batch are encoded; cached embeddings of all texts are refreshed every this many steps."""
 
 
 class LossConfig(Section):
@@ -39,11 +39,11 @@ class LossConfig(Section):
     negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
     """Distribution of the negatives; scores are corrected by its log probability."""
     calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """How far `gbce` calibrates the positive probability for its negatives: 0 not at all, 1 fully."""
+    """Strength of the calibration of `gbce` for its number of negatives: 0 none, 1 full."""
     temperature: Positive = 1.0
-    """Scores are divided by this."""
+    """Temperature that scores are divided by."""
     chunk_bytes: Annotated[int, Field(ge=1 << 16)] | None = None
-    """Bytes of scores in memory at once; unset: chosen by device."""
+    """Maximum bytes of scores in memory; unset: chosen by device."""
 
     @model_validator(mode="after")
     def _check_negatives(self) -> Self:
@@ -53,7 +53,7 @@ class LossConfig(Section):
 
     @property
     def draws_negatives(self) -> bool:
-        """Return whether the loss compares with items that are drawn for each step."""
+        """Return whether the loss samples negatives for each step."""
         return self.kind == "gbce" or (self.kind == "sampled" and self.negatives != "in_batch")
 
 
@@ -61,25 +61,25 @@ class RankerConfig(Section):
     """How a (user, item) pair is scored for each task."""
 
     kind: Literal["concatenation", "additive", "regression"] = "concatenation"
-    """A network over user, item and product; gated bilinear and text scores; or, for values, a regression on each user's past values."""
+    """A network over user, item and product; gated bilinear and text scores; or, for values, a regression on the user's past values."""
     num_factors: PositiveInt = 16
-    """Factors of an item that `regression` regresses on."""
+    """Number of item factors that `regression` uses."""
     factor_dropout: Fraction = 0.5
-    """Dropout of the item vector that the factors are made of."""
+    """Dropout on the item vector that the factors are computed from."""
     num_experts: PositiveInt = 1
-    """Experts that the tasks share, mixed by a gate per task."""
+    """Number of experts that the tasks share; each task mixes them with its own gate."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """Weights of the tasks among each other: equal, or learned."""
+    """Weights of the tasks relative to each other: equal (`fixed`) or learned (`uncertainty`)."""
     task_weight: NonNegative = 0.1
-    """Weight of the tasks beside the retrieval loss."""
+    """Weight of the task losses relative to the retrieval loss."""
     imbalance: Literal["none", "weight", "sample"] = "none"
-    """Rare positives get weight, or negatives are sampled; probabilities are calibrated back."""
+    """For rare positives: `weight` them, or `sample` the negatives; predicted probabilities are calibrated back."""
     negatives_per_positive: Positive = 1.0
     """Negatives per positive that `sample` keeps."""
 
 
 class ModelConfig(Section):
-    """The recommender's shape."""
+    """Architecture of the recommender."""
 
     width: Annotated[int, Field(ge=4), Fact.SEARCHED] = 64
     """Width of user and item vectors."""
@@ -90,32 +90,32 @@ class ModelConfig(Section):
     dropout: Annotated[Fraction, Fact.SEARCHED] = 0.2
     """Dropout in the user encoder."""
     attention: Literal["softmax", "hstu", "ligr"] = "softmax"
-    """Softmax; SiLU weights with gated output (HSTU); or softmax with a learned gate on each residual (LiGR)."""
+    """Softmax; SiLU weights with gated output (`hstu`); or softmax with a learned gate on each residual (`ligr`)."""
     positions: Literal["learned", "rotary", "none"] = "learned"
-    """Encoding of positions in a history."""
+    """Positional encoding of the history."""
     use_ids: bool = True
-    """Learn a vector per item id."""
+    """Learn an embedding per item id."""
     id_dropout: Fraction = 0.0
-    """Share of items whose id vector is dropped in a step, so that text and features learn to stand alone."""
+    """Share of items whose id embedding is dropped in a step, so that text and features learn to work without it."""
     id_buckets: Count = 0
     """Rows of a hashed id table for large catalogues; 0: one row per item."""
     id_hashes: PositiveInt = 2
-    """Rows of the hashed table that make up an id's vector."""
+    """Rows of the hashed table that are summed into an id embedding."""
     use_features: bool = True
-    """Use categories, numbers and given vectors of the catalogue."""
+    """Use the catalogue's categories, numbers and pretrained vectors."""
     use_gaps: bool = True
     """Use the time between interactions."""
     use_values: bool = True
     """Use the values (ratings) of past interactions."""
     query_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of samples that are also predicted with a free-text query, typed by the user or taken from the target's text."""
+    """Share of samples that are also trained with a free-text query, typed by the user or made from the target's text."""
     text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     ranker: RankerConfig = RankerConfig()
 
     @property
     def keeps_texts(self) -> bool:
-        """Return whether training caches the vectors of texts outside the micro batch."""
+        """Return whether training uses cached text embeddings for items outside the micro batch."""
         return self.text.refresh_steps > 0
 
     @property

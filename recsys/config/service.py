@@ -1,4 +1,4 @@
-"""The config's sections `export` and `service`: publishing versions and answering from them."""
+"""The config sections `export` and `service`: publishing versions and serving them."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,13 +11,13 @@ class ExportConfig(Section):
     """Publishing an immutable version and moving the aliases."""
 
     checkpoint: Annotated[str, Fact.PATH] = ""
-    """Checkpoint to export, as `jobs.train` or `tune.search` printed it."""
+    """Checkpoint to export, as printed by `jobs.train` or `tune.search`."""
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
-    """Name that versions are published under; empty: the run's."""
+    """Name that versions are published under; empty: the run's name."""
     promote: Literal["if_better", "always", "never"] = "if_better"
     """When the alias `production` moves to the new version."""
     num_golden: Count = 16
-    """Answers that are stored with the version and compared by every replica before it serves."""
+    """Number of users whose recommendations are stored with the version; every replica must reproduce them before it serves."""
 
 
 class ServiceConfig(Section):
@@ -40,9 +40,9 @@ class ServiceConfig(Section):
     max_candidates: PositiveInt = 5000
     """Largest number of candidates of a request."""
     max_batch_size: PositiveInt = 32
-    """Largest number of requests that are answered in one batch."""
+    """Maximum number of requests per batch."""
     batch_wait_seconds: NonNegative = 0.002
-    """Time that a request waits for others to form a batch with."""
+    """Maximum time that a request waits for its batch to fill."""
     min_replicas: PositiveInt = 1
     """Smallest number of scorer replicas."""
     max_replicas: PositiveInt = 2
@@ -52,7 +52,7 @@ class ServiceConfig(Section):
     cpus_per_replica: Positive = 1
     """CPUs that Ray reserves per scorer replica."""
     request_timeout_seconds: Positive = 10.0
-    """A request that takes longer is answered with an error."""
+    """A request that takes longer than this is answered with an error."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:

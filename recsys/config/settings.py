@@ -1,4 +1,4 @@
-"""The settings as text, from the docstrings of their fields: what `--help` prints, and the settings page.
+"""The settings as text, from the docstrings of their fields, for `--help` and the settings page.
 
 `python -m recsys.config.settings > recsys/config/README.md` writes the page.
 """
@@ -54,7 +54,7 @@ def _default_text(field: FieldInfo) -> str:
 
 
 def _type_text(field: FieldInfo) -> str:
-    """Describe a setting's type, such as `integer >= 1`."""
+    """Return a setting's type as text, such as `integer >= 1`."""
     return _schema_text(TypeAdapter(field.rebuild_annotation()).json_schema())
 
 

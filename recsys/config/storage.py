@@ -1,4 +1,4 @@
-"""The config's sections `storage` and `run`: where artifacts are stored, and how a run is named and resumed."""
+"""The config sections `storage` and `run`: where artifacts are stored, and how a run is named and resumed."""
 
 from typing import Annotated, Literal, get_args
 
@@ -10,7 +10,7 @@ Stage = Literal["prepare_data", "train", "train_id_only", "search", "evaluate", 
 
 
 class StorageConfig(Section):
-    """The store of all artifacts. Credentials come from the AWS credential chain only."""
+    """Where artifacts are stored. Credentials come from the AWS credential chain only."""
 
     root: Annotated[str, Fact.PATH] = "store"
     """A local folder or `s3://bucket/prefix`."""
@@ -21,16 +21,16 @@ class StorageConfig(Section):
 
 
 class RunConfig(Section):
-    """The run's name and what is local to it."""
+    """The run's name, how it resumes, its local folder and its trackers."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")] = "default"
-    """A run is submitted and resumed under this name."""
+    """Name that the run is submitted and resumed under."""
     scratch: Annotated[str, Fact.PATH] = "scratch"
     """Local folder for temporary files, caches and logs."""
     resume: Literal["auto", "must", "never"] = "auto"
     """`auto` resumes from the newest checkpoint if there is one, `must` refuses to start a new run, `never` refuses to resume."""
     lease_seconds: Positive = 30.0
-    """A lease on the run that another machine has not renewed for this long has expired."""
+    """Seconds after which another machine's lease on the run expires if it is not renewed."""
     stages: tuple[Stage, ...] = get_args(Stage)
     """Stages of `jobs.pipeline`, in this order."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = ()

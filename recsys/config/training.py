@@ -1,4 +1,4 @@
-"""The config's sections `optimizer`, `training`, `fairness`, `pretraining` and `checkpoint`."""
+"""The config sections `optimizer`, `training`, `fairness`, `pretraining` and `checkpoint`."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -12,7 +12,7 @@ class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: Annotated[Positive, Fact.SEARCHED] = 1e-3
-    """Peak learning rate of everything but the language model."""
+    """Peak learning rate of all weights except the language model's."""
     backbone_learning_rate: Positive = 5e-5
     """Peak learning rate of the language model."""
     weight_decay: NonNegative = 0.01
@@ -26,7 +26,7 @@ class OptimizerConfig(Section):
     final_fraction: Annotated[float, Field(ge=0, le=1), Fact.MAY_CHANGE] = 0.1
     """Learning rate at the end of the cosine decay, as a share of the peak."""
     clip_norm: Positive = 1.0
-    """Largest global norm of the gradients."""
+    """Maximum global norm of the gradients."""
 
 
 class TrainingConfig(Section):
@@ -35,17 +35,17 @@ class TrainingConfig(Section):
     num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], Fact.MAY_CHANGE] = 2
     """Number of workers; `[min, max]` is elastic: the run restarts from its checkpoint when the cluster grows or shrinks."""
     use_gpu: Annotated[bool, Fact.MACHINE] = False
-    """One GPU per worker."""
+    """Use one GPU per worker."""
     cpus_per_worker: Annotated[Positive, Fact.MAY_CHANGE] = 1
     """CPUs that Ray reserves per worker."""
     zero_stage: Annotated[int, Field(ge=0, le=3), Fact.MACHINE] = 2
-    """DeepSpeed ZeRO stage: shards nothing (0), optimizer state (1), gradients too (2), weights too (3)."""
+    """DeepSpeed ZeRO stage: shards nothing (0), the optimizer state (1), also gradients (2), also weights (3)."""
     offload_optimizer: Annotated[bool, Fact.MACHINE] = False
-    """Keep the optimizer state in host memory and step there; needs ZeRO 1 or higher."""
+    """Keep the optimizer state in host memory and run the optimizer there; needs ZeRO 1 or higher."""
     offload_parameters: Annotated[bool, Fact.MACHINE] = False
     """Keep the weights in host memory too; needs ZeRO 3."""
     recompute_activations: Annotated[bool, Fact.MAY_CHANGE] = False
-    """Keep only the inputs of the Transformer layers and recompute the rest in the backward pass."""
+    """Activation checkpointing: keep only the inputs of Transformer layers and recompute the rest in the backward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and activations in the forward and backward pass."""
     global_batch_size: PositiveInt = 128
@@ -59,23 +59,23 @@ class TrainingConfig(Section):
     early_stopping_patience: Annotated[PositiveInt | None, Fact.MAY_CHANGE] = 5
     """Stop after this many epochs without improvement of `evaluation.metric`."""
     shuffle_row_groups: Count = 2
-    """Samples are shuffled within windows of this many row groups of each stream; 0: the order of the shards."""
+    """Samples are shuffled within windows of this many row groups of each stream; 0: no shuffling."""
     shuffle_histories: bool = False
     """Shuffle each user's interactions in every epoch, for splits without an order in time."""
     prefetch_bytes: Annotated[Count, Fact.MACHINE] = 16 << 20
-    """Maximum number of bytes that are read ahead of training."""
+    """Maximum number of bytes that are prefetched."""
     cache_bytes: Annotated[Count, Fact.MACHINE] = 8 << 30
     """Size of each node's disk cache of shards from S3."""
     max_failures: Annotated[Count, Fact.MAY_CHANGE] = 3
     """Maximum number of restarts after failures without a new checkpoint in between."""
     hang_seconds: Annotated[Positive, Fact.MAY_CHANGE] = 600.0
-    """A worker whose step takes longer counts as failed."""
+    """A worker whose step takes longer than this counts as failed."""
     on_non_finite: Annotated[Literal["stop", "roll_back", "skip"], Fact.MAY_CHANGE] = "roll_back"
-    """On a loss that is not finite: `stop`, or return to the newest checkpoint and try the step once more (`roll_back`) or `skip` it."""
+    """On a non-finite loss: `stop`, or return to the newest checkpoint and either retry the step once (`roll_back`) or `skip` it."""
     log_every_seconds: Annotated[NonNegative, Fact.MAY_CHANGE] = 5.0
     """Interval of progress lines."""
     profile_steps: Annotated[Count, Fact.MAY_CHANGE] = 0
-    """Steps that the first worker runs under PyTorch's profiler."""
+    """Number of steps that the first worker profiles with PyTorch's profiler."""
     seed: int = 0
     """Seed of initial weights, sample order and dropout."""
 
@@ -123,33 +123,33 @@ class TrainingConfig(Section):
 
 
 class FairnessConfig(Section):
-    """A bound, held in training, on how far any group of a user attribute may fall behind in `evaluation.metric`.
+    """A bound, enforced in training, on how far any group of a user attribute may fall behind in `evaluation.metric`.
 
-    The dual variables of groups that are too small to be compared stay 0. The best checkpoint is chosen by the metric of all users.
+    The dual variables of groups that are too small to compare stay 0. The best checkpoint is chosen by the metric over all users.
     """
 
     attribute: str = ""
-    """User attribute whose groups are held together; empty: no bound."""
+    """User attribute that defines the groups; empty: no bound."""
     max_gap: NonNegative = 0.0
     """Largest allowed gap, as a share of the mean over the validation users."""
     dual_rate: Positive = 0.5
-    """Step size of the dual variables: weight that a group gains per epoch and unit of relative gap beyond the bound."""
+    """Step size of the dual variables: the weight that a group gains per epoch for each unit of relative gap above the bound."""
 
 
 class PretrainingConfig(Section):
-    """What the language model learns from the catalogue alone, before any label; `training` and `optimizer` apply too.
+    """Pretraining of the language model on the catalogue's texts; `training` and `optimizer` apply too.
 
-    All weights of `model.text.backbone` are trained, at `optimizer.backbone_learning_rate`, whatever `model.text.mode` is.
+    All weights of `model.text.backbone` are trained, at `optimizer.backbone_learning_rate`, for any `model.text.mode`.
     """
 
     objectives: Annotated[tuple[Literal["masked", "contrastive"], ...], Field(min_length=1)] = ("masked", "contrastive")
-    """`masked` predicts masked tokens (a decoder: the next token), `contrastive` pairs texts of items that the same users took in a row."""
+    """`masked` predicts masked tokens (a decoder: the next token); `contrastive` matches texts of items that the same users took."""
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of tokens that are masked."""
     temperature: Positive = 0.05
     """Temperature of the contrastive loss."""
     window: PositiveInt = 3
-    """How many interactions apart two items of a contrastive pair may be."""
+    """Maximum distance, in interactions, between the two items of a contrastive pair."""
 
 
 class CheckpointConfig(Section):
@@ -158,4 +158,4 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 200
     """Optimizer steps between checkpoints; one is also written after each epoch."""
     keep_last: PositiveInt = 2
-    """Checkpoints that are kept besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best one."""

@@ -1,4 +1,4 @@
-"""The whole config tree, loading it from TOML and `--set`, and one line for every mistake in it."""
+"""The config tree, how it is loaded from TOML and `--set`, and one-line messages for errors in it."""
 
 import difflib
 import json
@@ -46,7 +46,7 @@ class Config(Section):
 
     @property
     def given(self) -> frozenset[str]:
-        """Return the keys that a file or the command line gave; the others have their default or were adopted."""
+        """Return the keys given in a file or on the command line; the others are defaults or were adopted from a dataset or checkpoint."""
         return self._given
 
     @model_validator(mode="before")
@@ -72,20 +72,20 @@ class Config(Section):
 
     @property
     def served_export(self) -> str:
-        """Return the export name that the service answers from."""
+        """Return the name of the export that the service serves."""
         return self.service.export or self.export_name
 
     def as_given(self, keys: frozenset[str]) -> "Config":
-        """Return a copy for which these keys were given."""
+        """Return a copy with `given` set to these keys."""
         copy = self.model_copy()
         copy._given = keys
         return copy
 
     def with_values(self, values: dict[str, Any]) -> "Config":
-        """Return a copy with `{"section.key": value}` replaced, checked as a whole.
+        """Return a copy with the values of `{"section.key": value}` replaced, validated as a whole.
 
         Raises:
-            UserError: a key is unknown or a value breaks a rule.
+            UserError: a key is unknown or a value is invalid.
         """
         tree = self.model_dump(mode="json")
         for key, value in values.items():
@@ -94,7 +94,7 @@ class Config(Section):
 
 
 def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a config, such as an older checkpoint's, with the keys and baselines of earlier releases under their present names."""
+    """Return a config tree with the keys and baselines of earlier releases renamed to their current names."""
     evaluation = tree.get("evaluation")
     if not isinstance(evaluation, dict):
         return tree
@@ -105,10 +105,10 @@ def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides, check all, and make local paths absolute.
+    """Load a TOML file, apply `section.key=value` overrides, validate, and make local paths absolute.
 
     Raises:
-        UserError: the file cannot be read, a key is unknown, or a value breaks a rule; one line.
+        UserError: the file cannot be read, a key is unknown or a value is invalid; the message is one line.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -128,7 +128,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 
 def _parse_value(text: str) -> Any:
-    """Read a value as TOML would; what is not TOML is a plain string."""
+    """Parse a TOML value; text that is not TOML is a plain string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -153,7 +153,7 @@ def _validate(tree: dict[str, Any], given: frozenset[str]) -> Config:
 
 
 def _explain(error: ValidationError) -> str:
-    """Turn the first broken rule into one line: key, value, rule, and the nearest known key."""
+    """Return one line about the first error: key, value, rule, and the closest known key."""
     first = error.errors()[0]
     key, value = ".".join(str(part) for part in first["loc"]), json.dumps(first["input"], default=str)
     fields = {known: field for known, field, _ in fields_of(Config)}
@@ -165,13 +165,13 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "value_error":
         is_setting = key in fields and section_of(fields[key]) is None
         return f"{key} = {value}: {first['ctx']['error']}" if is_setting else str(first["ctx"]["error"])
-    while "." in key and key not in fields:  # below a key are places in a list, and names of alternatives
+    while "." in key and key not in fields:  # drop list positions and names of alternatives
         key = key.rpartition(".")[0]
     return f"{key} = {value}: {first['msg']}"
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Make local paths absolute, since workers and jobs run in folders of their own."""
+    """Make local paths absolute, since workers and jobs run in other folders."""
     values: dict[str, Any] = {}
     for key, _, facts in fields_of(Config):
         if facts.isdisjoint((Fact.PATH, Fact.PATH_OR_NAME)):

@@ -1,4 +1,4 @@
-"""Which verb reads which settings; a verb warns about settings that it does not read, and refuses contradicting ones."""
+"""The settings that each verb reads. A verb warns about settings that it does not read and refuses contradicting ones."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -12,16 +12,16 @@ from recsys.errors import UserError
 logger = logging.getLogger(__name__)
 
 TRIALS = "-trials/"
-"""Separates the search's run name from the trial's in the run name of a trial."""
+"""Separator between the search's run name and the trial's name in the run name of a trial."""
 
 _FACTS = {key: facts for key, _, facts in fields_of(Config)}
 
 SEARCHED = tuple(key for key, facts in _FACTS.items() if Fact.SEARCHED in facts)
-"""Keys that a search varies: its trials have values of their own."""
+"""Keys that a search varies; each trial has its own values."""
 
 
 class VerbSettings(NamedTuple):
-    """Sections and keys: those that a verb reads, those below them that it ignores, and those that its input was made with."""
+    """Sections and keys that a verb reads, those below them that it ignores, and those that its input was made with."""
 
     read: tuple[str, ...]
     ignored: tuple[str, ...] = ()
@@ -70,25 +70,25 @@ _ONLY_WITH = {
     ("split", "time"): ("data.validation_from", "data.test_from"),
     ("split", "random"): ("data.test_fraction", "data.validation_fraction"),
 }
-"""Keys of `data` that have a meaning only where another one has this value."""
+"""Keys of `data` that are used only if another key has this value."""
 
 
 def facts_of(key: str) -> frozenset[Fact]:
-    """Return the facts of a key or section; for one that this release does not know, those of the section around it."""
+    """Return the facts of a key or section; for an unknown key, those of the section around it."""
     while key and key not in _FACTS:
         key = key.rpartition(".")[0]
     return _FACTS.get(key, frozenset())
 
 
 def reads(verb: str, key: str, stages: Iterable[str] = tuple(STAGES)) -> bool:
-    """Return whether a verb reads a key; the pipeline reads what these stages read."""
+    """Return whether a verb reads a key; the pipeline also reads what `stages` read."""
     settings = VERBS[verb]
     by_stage = verb == "jobs.pipeline" and any(reads(STAGES[stage], key) for stage in stages)
     return by_stage or (_is_under(key, settings.read) and not _is_under(key, settings.ignored))
 
 
 def unread(verb: str, config: Config) -> list[str]:
-    """List the given keys that the verb never reads; a section with no key that is read is listed as `section.*`.
+    """Return the given keys that the verb does not read; a section without any read key is returned as `section.*`.
 
     Keys that the verb's dataset, checkpoint or export carries are left to `refuse_contradictions`.
     """
@@ -105,7 +105,7 @@ def _inactive_keys(data: DataConfig) -> list[str]:
 
 
 def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List the given keys with another value in what is carried, whose sections count alone: (key, given, carried)."""
+    """Return (key, given value, carried value) for the given keys that affect the result and differ in `carried`."""
     own, theirs = dict(leaves(config.model_dump(mode="json"))), dict(leaves(carried))
     return [
         (key, own[key], theirs[key])
@@ -115,12 +115,12 @@ def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str
 
 
 def refuse_contradictions(config: Config, carried: Mapping[str, Any], carrier: str, advice: str, run: str = "") -> None:
-    """Refuse keys that contradict what a dataset, or a checkpoint or export of a run, was made with.
+    """Raise if a given key contradicts what a dataset, or a checkpoint or export of a run, was made with.
 
-    A trial of a search has values of its own for what the search varies: these count, and a warning says so.
+    For keys that a search varies, the trial's own value is used, and a warning is logged.
 
     Raises:
-        UserError: there is one; the line has key, both values and `carrier`.
+        UserError: a key contradicts; the message has the key, both values and `carrier`.
     """
     for key, given, made_with in contradictions(config, carried):
         if TRIALS not in run or key not in SEARCHED:

@@ -1,4 +1,4 @@
-"""A micro batch, and building one from samples: histories packed with next to no padding, targets, labels."""
+"""The micro batch, and how it is built from samples: packed histories with little padding, targets and labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -18,30 +18,30 @@ from recsys.data.text.queries import QueryDraws
 from recsys.schema import PADDING_ITEM
 
 Groups = tuple[tuple[int, int], ...]
-"""(histories, places of each) of every group, in the order in which they lie."""
+"""(number of histories, places per history) of each group, in order."""
 
 CPU_GROUP_COST = 32
 GPU_GROUP_COST = 4096
-"""How many padded places one more group is worth: attention runs once per group, and that costs most on a GPU."""
+"""Cost of one more group, in padded places: attention runs once per group, which is most expensive on a GPU."""
 
 
 @dataclass(frozen=True)
 class PackedHistories:
-    """B histories in P places, oldest first; those of like length lie together, each as long as the longest of its group."""
+    """B histories packed into P places, oldest interaction first. Histories of similar length share a group, padded to its longest one."""
 
     items: Tensor  # (P,) 0 is padding
     events: Tensor  # (P,) event kind, from 1; 0 is padding
     times: Tensor  # (P,) seconds
     values: Tensor  # (P,) NaN where there is none
     groups: Groups
-    query_places: Tensor | None = None  # (Q,) the last places of the histories that a query follows; nothing else is known of them
+    query_places: Tensor | None = None  # (Q,) places of queries, each the last of its history; there only `times` is set
 
 
 Record = TypeVar("Record")
 
 
 def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """Copy a dataclass with `change` applied to each of its tensors, and to those of the dataclasses in it."""
+    """Return a copy of a dataclass with `change` applied to every tensor in it, including those in nested dataclasses."""
 
     def changed(value: Any) -> Any:
         return change(value) if isinstance(value, Tensor) else map_tensors(value, change) if is_dataclass(value) else value
@@ -50,16 +50,16 @@ def map_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 
 
 def group_lengths(lengths: Integers, group_cost: int) -> tuple[Integers, Groups]:
-    """Choose groups with the fewest padded places, each group counting as `group_cost` more (dynamic programming over the lengths).
+    """Choose the groups that minimize padded places plus `group_cost` per group (dynamic programming over the lengths).
 
     Args:
         lengths: (B,) at least 1 each.
 
     Returns:
-        The place at which each history begins (B,), and the groups.
+        The first place of each history (B,), and the groups.
     """
     distinct, counts = np.unique(lengths, return_counts=True)
-    up_to = np.concatenate([[0], np.cumsum(counts)])  # histories no longer than each length
+    up_to = np.concatenate([[0], np.cumsum(counts)])  # number of histories up to each length
     cost, first = np.zeros(len(distinct) + 1), np.zeros(len(distinct) + 1, np.int64)
     for last in range(1, len(cost)):
         costs = cost[:last] + (up_to[last] - up_to[:last]) * distinct[last - 1] + group_cost
@@ -78,13 +78,13 @@ def group_lengths(lengths: Integers, group_cost: int) -> tuple[Integers, Groups]
 
 
 def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None) -> tuple[PackedHistories, Integers]:
-    """Pack histories of `items` and, where there are, `events`, `timestamps` and `values`; a history may be empty.
+    """Pack histories of `items` and, if present, `events`, `timestamps` and `values`; a history may be empty.
 
     Args:
-        has_query: (B,) which histories get one more place, for a query; its time is that of the interaction before.
+        has_query: (B,) which histories get one more place for a query; its time is that of the last interaction.
 
     Returns:
-        The packed histories, and the place at which each begins (B,).
+        The packed histories, and the first place of each (B,).
     """
     columns, lengths, source = histories.columns, histories.lengths, histories.places
     first_places, groups = group_lengths(np.maximum(lengths if has_query is None else lengths + has_query, 1), group_cost)
@@ -123,33 +123,33 @@ def group_cost(is_gpu: bool) -> int:
 class Batch:
     """One micro batch. Shapes: B samples, P places of their histories, N targets, D distinct items, T tasks, G groups, K negatives.
 
-    `histories.items`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is padding.
-    The targets of Q queries are the last of the N.
+    `histories.items`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is padding. The
+    last Q of the N targets belong to queries.
     """
 
     sample_ids: Tensor  # (B,)
     items: Tensor  # (D,)
-    items_on_host: Integers  # (D,) the same, which stays on the CPU; where texts are kept, those of histories and targets alone
+    items_on_host: Integers  # (D,) `items` on the CPU; with cached text embeddings only the items of histories and targets
     histories: PackedHistories
-    target_places: Tensor  # (N,) the place that each target comes after
+    target_places: Tensor  # (N,) the place before each target
     targets: Tensor  # (N,)
     labels: Tensor  # (N, T) of the target
-    label_mask: Tensor  # (N, T) 1 where there is a label
-    group_mask: Tensor  # (N, G) 1 where the target's user is in the group; no columns where no groups are compared
-    negatives: Tensor  # (K,) empty where the loss draws none
+    label_mask: Tensor  # (N, T) 1 if there is a label
+    group_mask: Tensor  # (N, G) 1 if the target's user is in the group; G is 0 without `fairness.attribute`
+    negatives: Tensor  # (K,) empty if the loss draws none
     negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
-    query_texts: Integers | None = None  # (Q,) rows of `QueryTexts`, on the CPU; None where training asks nothing
+    query_texts: Integers | None = None  # (Q,) rows of `QueryTexts`, on the CPU; None without queries
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device, without waiting where the memory is pinned."""
+        """Copy to a device, asynchronously if the memory is pinned."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """Move to page-locked memory, from which a GPU copies in the background."""
+        """Copy to page-locked memory, from which a GPU copies asynchronously."""
         return map_tensors(self, Tensor.pin_memory)
 
     def valid_counts(self) -> Tensor:
-        """Count retrieval targets, labels by task and targets by group, (1 + T + G,), in float64 since they are summed over ranks."""
+        """Return the counts of targets, labels per task and targets per group (1 + T + G,), in float64 for summing over ranks."""
         counts = torch.cat([self.label_mask.new_tensor([len(self.targets)]), self.label_mask.sum(0), self.group_mask.sum(0)])
         return counts.to(torch.float64)
 
@@ -157,37 +157,37 @@ class Batch:
 PADDING_SAMPLE = Sequences.of_offsets(
     {"items": np.zeros(1, np.int32)}, np.array([0, 1]), sample_id=np.array([-1]), first_target=np.array([1])
 )
-"""What a rank without a sample trains on: it has no target."""
+"""The sample of a rank that has none in a step: one place of padding without a target."""
 
 
 def shuffle_histories(samples: Sequences, seed: int, epoch: int) -> Sequences:
-    """Put each row's interactions in an order of its own, which follows from the sample, the seed and the epoch alone."""
+    """Shuffle the interactions of each row; the order depends only on the sample, the seed and the epoch."""
     samples = samples.compact()
     owners = samples.owners
     draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), seed, epoch)[owners]
-    keys = stable_hash(draws + torch.from_numpy(samples.positions), 3)  # by 0 to 2 the queries are drawn
+    keys = stable_hash(draws + torch.from_numpy(samples.positions), 3)  # seeds 0 to 2 draw the queries
     order = np.lexsort((keys.numpy(), owners))
     return replace(samples, columns={name: column[order] for name, column in samples.columns.items()})
 
 
 def cut_histories(samples: Sequences, max_history: int, stride: int) -> Sequences:
-    """Cut samples of more than `max_history` + 1 interactions and leave the others whole: every target stays one, exactly once."""
+    """Cut samples of more than `max_history` + 1 interactions into pieces; every target remains a target exactly once."""
     is_long = samples.lengths > max_history + 1
     return cut_windows(samples, max_history, np.where(is_long, stride, samples.lengths)) if is_long.any() else samples
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns training samples into a `Batch`; with a `shuffle_seed`, every epoch has its histories in another order.
+    """Builds a `Batch` from training samples; with a `shuffle_seed`, histories are reshuffled in every epoch.
 
-    Samples of a dataset that was prepared for longer histories than `max_history` are cut, the pieces `stride` targets apart.
+    Samples of more than `max_history` + 1 interactions are cut into pieces that are `stride` targets apart.
     """
 
     manifest: DatasetManifest
     takes_whole_catalogue: bool
     group_cost: int = CPU_GROUP_COST
     groups: UserGroups | None = None
-    negative_rates: Tensor | None = None  # (T,) of the negative labels, the share that is kept
+    negative_rates: Tensor | None = None  # (T,) the share of negative labels that is kept
     queries: QueryDraws | None = None
     shuffle_seed: int | None = None
     keeps_texts: bool = False
@@ -195,7 +195,7 @@ class Collator:
     stride: int | None = None
 
     def __call__(self, samples: Sequences, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
-        """Build a micro batch; no samples give one place of padding, so that every rank runs every step."""
+        """Build a micro batch. Without samples it is one place of padding, so that every rank runs every step."""
         if len(samples) == 0:
             samples = PADDING_SAMPLE
         elif self.shuffle_seed is not None:
@@ -203,7 +203,7 @@ class Collator:
         sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
             samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
-        first_target, histories = samples.scalars["first_target"], samples.within(0, samples.lengths - 1)  # the last is a target alone
+        first_target, histories = samples.scalars["first_target"], samples.within(0, samples.lengths - 1)  # the last one is only a target
         num_targets = samples.lengths - first_target
         owners, after = np.repeat(np.arange(len(samples)), num_targets), ranges(first_target, num_targets)  # of each target
         asked = None if self.queries is None else self.queries(samples, epoch)
@@ -238,7 +238,7 @@ class Collator:
         return np.zeros((len(sample_ids), 0), np.float32) if self.groups is None else self.groups.mask(sample_ids)
 
     def _index_items(self, *indices: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """List the distinct items, padding first, and replace catalogue indices by positions in that list."""
+        """Return the distinct items, padding first, and the catalogue indices as positions among them."""
         if self.takes_whole_catalogue:
             return torch.arange(self.manifest.num_items + 1), list(indices)
         items, positions = torch.unique(torch.cat([torch.tensor([PADDING_ITEM]), *indices]), return_inverse=True)
@@ -246,5 +246,5 @@ class Collator:
 
 
 def _column(samples: Sequences, name: str, places: Integers) -> Tensor:
-    """Gather a column; one that was not read is zeros."""
+    """Gather a column, or zeros if the column was not read."""
     return torch.from_numpy(samples.columns[name][places]) if name in samples.columns else torch.zeros(len(places))

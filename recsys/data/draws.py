@@ -1,4 +1,4 @@
-"""Seeded draws that are the same on every machine, device and version: a hash of integers, and negatives of sampled losses."""
+"""Seeded draws that are the same on every machine, device and version: integer hashes, and negatives of sampled losses."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 
 
 def stable_hash(numbers: Tensor, seed: int) -> Tensor:
-    """Hash int64 numbers to int64 from 0 to 2^63 - 1, another way for each seed: splitmix64 (Steele et al. 2014)."""
+    """Hash int64 numbers to the range 0 to 2^63 - 1, differently for each seed: splitmix64 (Steele et al. 2014)."""
     words = numbers + _signed(_STEP * (seed + 1))
     words = (words ^ _shift(words, 30)) * _signed(_FIRST)  # wraps at 64 bits
     words = (words ^ _shift(words, 27)) * _signed(_SECOND)
@@ -20,25 +20,25 @@ def stable_hash(numbers: Tensor, seed: int) -> Tensor:
 
 
 def sample_draws(sample_ids: Tensor, seed: int, epoch: int) -> Tensor:
-    """Draw a number for each sample, another one in each epoch, to be hashed further: what is drawn is the same on any number of ranks."""
+    """Return a random number per sample and epoch, to be hashed further; it is the same for any number of ranks."""
     return stable_hash(stable_hash(sample_ids, seed), epoch)
 
 
 def _shift(words: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros whatever the sign."""
+    """Shift right logically: fill with zeros, also for negative numbers."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(word: int) -> int:
-    """Read the lowest 64 bits as a signed number, the only kind that tensors hold."""
+    """Return the lowest 64 bits as a signed number, since tensors hold only int64."""
     return (word + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def negative_items(catalogue: ItemFeatures, model: ModelConfig) -> torch.Tensor:
-    """List the items that a target is compared with, by catalogue index: those that training saw, or every one.
+    """Return the catalogue indices of possible negatives: items seen in training, or all items.
 
-    To be scored low is all that an item which training never saw could learn as a negative. So it is none where training teaches what
-    text and features are worth alone; where it does not, nothing else would keep the score of such an item down.
+    An item unseen in training could only learn a low score as a negative. It is excluded if training also scores items without their id
+    (`id_dropout`, or no ids). Otherwise it is included, since nothing else would keep its score low.
     """
     is_compared = catalogue.train_count > 0
     if model.use_ids and not model.id_dropout:
@@ -47,7 +47,7 @@ def negative_items(catalogue: ItemFeatures, model: ModelConfig) -> torch.Tensor:
 
 
 class NegativeSampler:
-    """Draws each step's negatives, the same on every rank: uniformly from `negative_items`, or as often as training saw them."""
+    """Draws each step's negatives, the same on every rank: uniformly from `negative_items`, or in proportion to training interactions."""
 
     def __init__(self, catalogue: ItemFeatures, config: Config) -> None:
         loss = config.model.loss

@@ -1,4 +1,4 @@
-"""The catalogue, read part by part and as tensors; row 0 is the padding item."""
+"""The catalogue, read in parts and as tensors; row 0 is the padding item."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -29,15 +29,15 @@ Location = tuple[FileSystem | None, str]
 
 @dataclass(frozen=True)
 class CatalogueSource:
-    """The Parquet files of a catalogue, read in parts of at most PART_ROWS rows, anew with each call."""
+    """The Parquet files of a catalogue, read in parts of at most PART_ROWS rows; each call reads them again."""
 
     first: Sequence[Location]  # the first version's rows, in the order of `item_index`
-    later: Sequence[Location] = ()  # those of later versions: the last row of an index counts
+    later: Sequence[Location] = ()  # rows of later versions; the last row of an index counts
     counts: Sequence[Location] = ()  # `count` to be added to the `train_count` of `item_index`
 
     @classmethod
     def of_dataset(cls, dataset: Dataset) -> "CatalogueSource":
-        """Locate a dataset's shards."""
+        """Build from a dataset's shards."""
         shards, counts = dataset.manifest.catalogue_shards, dataset.manifest.count_shards
         num_first = sum(shard.dataset == shards[0].dataset for shard in shards)
         locations = [dataset.storage.locate(dataset.address(shard)) for shard in (*shards, *counts)]
@@ -48,7 +48,7 @@ class CatalogueSource:
         return _read_parts([*self.first, *self.later], [ITEM_INDEX, *columns])
 
     def sorted_rows(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield `item_index` and some columns, one row per item in the order of the index; later versions' rows are held in memory."""
+        """Yield `item_index` and some columns, one row per item, sorted by index; rows of later versions are held in memory."""
         with_index = [ITEM_INDEX, *columns]
         later = list(_read_parts(self.later, with_index))
         if not later:
@@ -63,12 +63,12 @@ class CatalogueSource:
         yield newest.slice(begin)
 
     def added_counts(self) -> Iterator[pa.Table]:
-        """Yield the counts to be added."""
+        """Yield the counts to add to `train_count`."""
         return _read_parts(self.counts, [ITEM_INDEX, "count"])
 
 
 def _read_parts(locations: Sequence[Location], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Read some row groups after others: pyarrow would fetch all that it is asked for at once."""
+    """Yield tables of a few row groups at a time, since pyarrow fetches all requested row groups at once."""
     for filesystem, path in locations:
         with pq.ParquetFile(path, filesystem=filesystem) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -88,21 +88,21 @@ _ARRAYS: dict[str, tuple[str, DTypeLike]] = {
     "train_count": ("", np.int64),
     "has_text": ("", np.bool_),
 }
-"""Of each array, the list column that it is as wide as (none: one value per item) and its type."""
+"""Per array: the list column that determines its width (empty: one value per item), and its type."""
 
 
 @dataclass(frozen=True)
 class ItemFeatures:
     """Item features by catalogue index. The tensors are views of read-only files.
 
-    Shapes: I items, K most categories of one item, N number columns, V vector width. Row 0 is padding.
+    Shapes: I items, K maximum number of categories per item, N number columns, V vector width. Row 0 is padding.
     """
 
     item_ids: Sequence[str]  # I + 1, "" first
     titles: Sequence[str]  # I + 1
     texts: Sequence[str]  # I + 1
     categories: Tensor  # (I + 1, K) int32, 0 where there is none
-    numbers: Tensor  # (I + 1, N) standardised, 0 where missing
+    numbers: Tensor  # (I + 1, N) standardized, 0 where missing
     has_number: Tensor  # (I + 1, N) bool
     vectors: Tensor  # (I + 1, V)
     train_count: Tensor  # (I + 1,) int64
@@ -111,17 +111,17 @@ class ItemFeatures:
 
     @property
     def num_items(self) -> int:
-        """Items, the padding item not counted."""
+        """Number of items without the padding item."""
         return len(self.item_ids) - 1
 
     @classmethod
     def read(cls, dataset: Dataset, scratch: Path | None = None) -> "ItemFeatures":
-        """Read a dataset's catalogue from files below `scratch`, or a folder of its own, that all processes of the node share."""
+        """Load a dataset's catalogue; the processes of a node share its files below `scratch`, or use temporary files if it is None."""
         return cls._read(CatalogueSource.of_dataset(dataset), dataset.manifest, scratch)
 
     @classmethod
     def read_file(cls, path: Path, manifest: DatasetManifest, scratch: Path | None = None) -> "ItemFeatures":
-        """Read a Parquet file with the whole catalogue of the dataset that `manifest` describes; `scratch` as in `read`."""
+        """Load the whole catalogue of the dataset with this `manifest` from a Parquet file; `scratch` as in `read`."""
         return cls._read(CatalogueSource([(None, str(path))]), manifest, scratch)
 
     @classmethod
@@ -142,12 +142,12 @@ class ItemFeatures:
 
 
 def node_folder(scratch: Path, manifest: DatasetManifest, name: str) -> Path:
-    """Name the folder below `scratch` where the processes of a node share something made of a dataset's catalogue."""
+    """Return the folder below `scratch` where the processes of a node share files derived from a dataset's catalogue."""
     return scratch / "catalogues" / f"{manifest.fingerprint[:16]}-{name}"
 
 
 def _shapes(source: CatalogueSource, manifest: DatasetManifest) -> dict[str, tuple[int, ...]]:
-    """Lay the arrays out; the categories are read for it, since no manifest says how many an item has at most."""
+    """Return the shape of each array. Reads the categories, since the manifest lacks their maximum number per item."""
     longest = (pc.max(pc.list_value_length(part["categories"])).as_py() or 0 for part in source.rows(["categories"]))
     widths = {"categories": max(longest, default=0), "numbers": len(manifest.number_columns), "vector": manifest.vector_size}
     rows = manifest.num_items + 1
@@ -155,10 +155,10 @@ def _shapes(source: CatalogueSource, manifest: DatasetManifest) -> dict[str, tup
 
 
 def _fill(arrays: dict[str, NDArray[Any]], source: CatalogueSource) -> None:
-    """Fill arrays of zeros, which the padding item's row stays.
+    """Fill arrays of zeros; the row of the padding item stays zero.
 
     Raises:
-        UserError: the catalogue has not one row for each index.
+        UserError: an index is out of range or has no row.
     """
     num_items = len(arrays["train_count"]) - 1
     has_row = np.zeros(num_items + 1, np.bool_)
@@ -180,14 +180,14 @@ def _fill(arrays: dict[str, NDArray[Any]], source: CatalogueSource) -> None:
 
 
 def _strings(source: CatalogueSource) -> Iterator[pa.Table]:
-    """Return ids, titles and texts in parts, the padding item's first; a missing text is empty."""
+    """Yield ids, titles and texts in parts, the padding item first; missing texts are empty."""
     yield pa.table([[""], [""], [""]], schema=_STRINGS)
     for part in source.sorted_rows(_STRINGS.names):
         yield pa.table([pc.fill_null(part[name], "") for name in _STRINGS.names], schema=_STRINGS)
 
 
 def _rectangle(column: pa.ChunkedArray, width: int, filler: float) -> NDArray[Any]:
-    """Lay a list column out as a rectangle, shorter lists filled up with `filler`."""
+    """Return a list column as a 2D array, shorter lists padded with `filler`."""
     lists = column.combine_chunks()
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     values = lists.flatten().to_numpy(zero_copy_only=False)

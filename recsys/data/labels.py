@@ -1,4 +1,4 @@
-"""What is known of a target besides its item: the labels of the tasks, which negatives are kept, and the group of its user."""
+"""Task labels of targets, the draw of negative labels, and user groups."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ MAX_ROW_GROUPS = 64
 
 
 def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label of each task and whether there is one, both (..., T) float32.
+    """Return the labels of each task and their mask, both (..., T) float32.
 
-    `events` are kinds from 0, `values` NaN where missing; regression labels are standardised over the training data.
+    `events` are kinds from 0, missing `values` are NaN. Regression labels are standardized over the training data.
     """
     labels, masks = [torch.zeros((*values.shape, 0))], [torch.zeros((*values.shape, 0))]
     has_value = ~values.isnan()
@@ -44,10 +44,10 @@ def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tu
 
 
 def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
-    """Draw which labels (N, T) are kept: positives all, negatives with probability `rates` (T,), where that is below 1.
+    """Return which labels (N, T) are kept: all positives, and negatives with probability `rates` (T,).
 
-    A target, known by its sample's id and its place in the sample (N,), is drawn alike in every epoch and on every rank; of shuffled
-    histories a place has another interaction in each epoch, and so others are kept.
+    The draw depends on the sample id and the place in the sample (N,), so it is the same in every epoch and on every rank. With shuffled
+    histories a place holds another interaction in each epoch, so other negatives are kept.
     """
     kept = torch.ones_like(labels)
     for task in torch.nonzero(rates < 1).flatten().tolist():
@@ -57,10 +57,10 @@ def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Te
 
 
 def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:
-    """Return how much training sees of each task's negatives, as against its positives, (T,) float32.
+    """Return the weight of each task's negatives in training, relative to its positives, (T,) float32.
 
-    `sample` keeps the share of them that leaves `negatives_per_positive`; `weight` weighs positives by negatives / positives, which is
-    to weigh negatives by the inverse. Regression has no negatives: 1, as with no balance asked for.
+    `sample`: the share of negatives to keep for `negatives_per_positive`. `weight`: positives / negatives, since positives are weighted by
+    the inverse. Regression tasks, and all tasks without `imbalance`, have 1.
     """
     tasks = dataset.manifest.tasks
     is_binary = torch.tensor([task.kind == "binary" for task in tasks], dtype=torch.bool)
@@ -73,7 +73,7 @@ def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:
 
 
 def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Count the positive and all labels of each task in some row groups of the training data, (T,) float64 each."""
+    """Return the number of positive labels and of all labels per task in some row groups of the training data, (T,) float64 each."""
     source = RowGroupSource(dataset, ["items", "events", "values", "first_target"])
     positives, labels = torch.zeros(2, len(dataset.manifest.tasks), dtype=torch.float64)
     for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
@@ -86,10 +86,10 @@ def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], list[str]]:
-    """Read the users with `num_train`, their values of one attribute, empty where not known, and the groups' names.
+    """Return the users with `num_train`, their values of an attribute (empty if unknown), and the group names.
 
     Raises:
-        UserError: no user has the attribute, or it has too many values to be groups.
+        UserError: the attribute does not have 2 to MAX_GROUPS values.
     """
     users = dataset.read_users([USER_INDEX, "attributes", "num_train"])
     values = [dict(attributes or []).get(attribute) or "" for attributes in users["attributes"].to_pylist()]
@@ -105,18 +105,18 @@ def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], 
 
 @dataclass(frozen=True)
 class UserGroups:
-    """The values of a user attribute, and which of them each training sample's user has."""
+    """The values of a user attribute, and the value of each training sample's user."""
 
     names: tuple[str, ...]
-    of_sample: NDArray[np.int8]  # (samples,) index into `names`, NO_GROUP where the attribute is not known
-    shares: tuple[float, ...]  # of the training targets, by group
+    of_sample: NDArray[np.int8]  # (samples,) index into `names`, NO_GROUP if unknown
+    shares: tuple[float, ...]  # share of the training targets per group
 
     @classmethod
     def read(cls, dataset: Dataset, attribute: str) -> "UserGroups":
-        """Read one attribute of all users; a byte per training sample stays in memory.
+        """Read one attribute of all users; keeps one byte per training sample in memory.
 
         Raises:
-            UserError: no user has the attribute, or it has too many values to be groups.
+            UserError: the attribute does not have 2 to MAX_GROUPS values.
         """
         users, values, names = read_groups(dataset, attribute)
         number = {"": NO_GROUP} | {name: index for index, name in enumerate(names)}
@@ -129,5 +129,5 @@ class UserGroups:
         return cls(tuple(names), of_user[np.concatenate(owners)], tuple(map(float, shares)))
 
     def mask(self, sample_ids: Integers) -> NDArray[np.float32]:
-        """Return the group of each sample (N,) as a mask (N, G) of ones and zeros; a sample without a group has no one."""
+        """Return the groups of samples (N,) as a mask (N, G) of ones and zeros; zeros for a sample without a group."""
         return (self.of_sample[sample_ids][:, None] == np.arange(len(self.names))).astype(np.float32)

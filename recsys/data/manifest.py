@@ -19,7 +19,7 @@ from recsys.store import Storage, join
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION: Final = 5
-"""Goes up whenever the same input and config would give another dataset."""
+"""Increased whenever the same input and config would give another dataset."""
 
 USER_INDEX = "user_index"
 
@@ -31,8 +31,8 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One Parquet file; `path` is relative to the folder of its dataset.
 
-    `dataset` names the sibling folder of the version that wrote it, empty for this one. `etag` is the store's own mark of the content
-    when it was written.
+    `dataset` is the sibling folder of the version that wrote the file, empty for this version. `etag` is the store's ETag when it was
+    written.
     """
 
     path: str
@@ -44,14 +44,14 @@ class Shard(_Record):
 
     @property
     def num_rows(self) -> int:
-        """Rows over all row groups."""
+        """Number of rows in all row groups."""
         return sum(self.row_groups)
 
 
 class ColumnUse(_Record):
-    """A column of an input table and what it is used as: an id, an event's part, an attribute or a feature's kind; empty: it is not used.
+    """A column of an input table. `use` is its role: an id, a part of the event, an attribute or a kind of feature; empty: not used.
 
-    `type` is what the file declares, `reason` why it is not used, or what else there is to say of it.
+    `type` is the type that the file declares. `reason` says why the column is not used, or is another remark.
     """
 
     table: str
@@ -62,7 +62,7 @@ class ColumnUse(_Record):
 
 
 class Example(_Record):
-    """A refused row: its file, its number in it from 1 (a header is no row), and the value that the rule is about."""
+    """A rejected row: its file, its row number from 1 (without the header), and the value that broke the rule."""
 
     file: str
     row: int
@@ -70,10 +70,10 @@ class Example(_Record):
 
 
 class DatasetManifest(_Record):
-    """Everything that a reader needs to know of a dataset without opening a shard.
+    """Everything that a reader needs to know about a dataset without opening a shard.
 
-    A version above 1 was appended to `base`, a sibling folder: its lists of shards begin with the older versions' shards, its totals
-    count them all, `inputs`, `rejected` and `noticed` are of what was appended. Of users, catalogue and statistics the last row of an
+    A version above 1 was appended to `base`, a sibling folder. Its shard lists begin with the shards of older versions, and its totals
+    include them; `inputs`, `rejected` and `noticed` describe only the appended data. In users, catalogue and statistics the last row of an
     index counts.
     """
 
@@ -90,11 +90,11 @@ class DatasetManifest(_Record):
     num_targets: int
     num_queries: int = 0
     rejected: dict[str, int]  # rows dropped, by rule
-    noticed: dict[str, int] = {}  # what was kept but is odd
-    rejected_examples: dict[str, tuple[Example, ...]] = {}  # up to three of each rule
+    noticed: dict[str, int] = {}  # unusual data that was kept, by rule
+    rejected_examples: dict[str, tuple[Example, ...]] = {}  # up to three per rule
     columns: tuple[ColumnUse, ...] = ()
     warnings: tuple[str, ...] = ()
-    time_unit: str = ""  # what times that are numbers were read as
+    time_unit: str = ""  # unit that numeric times were read in
     items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -104,22 +104,22 @@ class DatasetManifest(_Record):
     num_streams: int
     category_vocabulary: tuple[str, ...]
     number_columns: tuple[str, ...]
-    number_moments: tuple[tuple[float, float], ...] = ()  # mean and standard deviation of each before it was standardised
+    number_moments: tuple[tuple[float, float], ...] = ()  # (mean, standard deviation) of each column before it was standardized
     vector_size: int
     train_shards: tuple[Shard, ...]
     users_shards: tuple[Shard, ...]
     catalogue_shards: tuple[Shard, ...]
-    count_shards: tuple[Shard, ...] = ()  # what later versions add to the catalogue's `train_count`
+    count_shards: tuple[Shard, ...] = ()  # counts that later versions add to the catalogue's `train_count`
     user_statistics_shards: tuple[Shard, ...] = ()
     item_statistics_shards: tuple[Shard, ...] = ()
-    query_shards: tuple[Shard, ...] = ()  # what users typed, in the order of its indices
+    query_shards: tuple[Shard, ...] = ()  # typed queries, in the order of their indices
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Self:
-        """Read a manifest that lies at `where`.
+        """Parse the manifest stored at `where`.
 
         Raises:
-            UserError: it is none, or of another format.
+            UserError: the text is not a manifest, or has another format.
         """
         try:
             return cls.model_validate_json(text)
@@ -132,7 +132,7 @@ class DatasetManifest(_Record):
 
     @property
     def num_samples(self) -> int:
-        """Training samples, which are the rows of the training shards."""
+        """Number of training samples, which are the rows of the training shards."""
         return sum(shard.num_rows for shard in self.train_shards)
 
     @property
@@ -145,7 +145,7 @@ _NOT_CONTENT = ("fingerprint", "inputs", "base", "rejected_examples", "columns",
 
 
 def content_fingerprint(fields: dict[str, Any]) -> str:
-    """Hash what a dataset contains: the manifest without its fingerprint, descriptions of the input, and the places of shards."""
+    """Hash a dataset's content: the manifest without its fingerprint, descriptions of the input, and the locations of shards."""
 
     def without_place(value: Any) -> Any:
         is_shards = isinstance(value, (list, tuple)) and value and isinstance(value[0], dict) and "sha256" in value[0]
@@ -157,21 +157,21 @@ def content_fingerprint(fields: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A manifest together with the folder that its own shards are in; those of older versions are in sibling folders."""
+    """A manifest and the folder of its own shards; shards of older versions are in sibling folders."""
 
     storage: Storage
     uri: str
     manifest: DatasetManifest
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.storage, self.uri, self.manifest)  # tables that were read stay behind
+        return type(self), (self.storage, self.uri, self.manifest)  # without the cached tables
 
     @classmethod
     def open(cls, storage: Storage, uri: str, key: str = "data.dataset") -> "Dataset":
-        """Read a dataset's manifest; `key` is the config's for its address.
+        """Open a dataset by its manifest; `key` is the config key of its address.
 
         Raises:
-            UserError: there is no dataset at `uri`, or it is of another format.
+            UserError: there is no dataset at `uri`, or it has another format.
         """
         if not uri:
             raise UserError(f"{key}: is empty; give the 'dataset' that python -m jobs.prepare_data printed")
@@ -182,14 +182,14 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """The last part of the address, which later versions know this one by."""
+        """The last part of the address; later versions refer to this version by it."""
         return self.uri.rpartition("/")[2]
 
     def adopt(self, config: Config) -> Config:
-        """Return the config with the data section that this dataset was made by; a shorter `data.max_history` that was given is kept.
+        """Return the config with the data section that this dataset was made with; a given shorter `data.max_history` is kept.
 
         Raises:
-            UserError: another key of that section was given and says otherwise.
+            UserError: another given key of that section has another value.
         """
         made_by = dict(self.manifest.data_config)
         longest = made_by.get("max_history", config.data.max_history)
@@ -200,7 +200,7 @@ class Dataset:
         return config.with_values({f"data.{key}": value for key, value in made_by.items()} | {"data.dataset": self.uri})
 
     def address(self, shard: Shard) -> str:
-        """Return the address of a shard, whichever version wrote it."""
+        """Return the address of a shard of this or an older version."""
         return join(self.sibling(shard.dataset) if shard.dataset else self.uri, shard.path)
 
     def sibling(self, name: str) -> str:
@@ -209,7 +209,7 @@ class Dataset:
 
     @cached_property
     def catalogue(self) -> pa.Table:
-        """The items, sorted by `item_index` (CATALOGUE_SCHEMA), with the training interactions of all versions counted."""
+        """The items, sorted by `item_index` (CATALOGUE_SCHEMA), with `train_count` over all versions."""
         rows = self.catalogue_rows
         counts = rows["train_count"].to_numpy().copy()
         for added in map(self.read_shard, self.manifest.count_shards):
@@ -218,24 +218,24 @@ class Dataset:
 
     @cached_property
     def catalogue_rows(self) -> pa.Table:
-        """The items as the last shard with a row of each has them, sorted by `item_index`; `train_count` is the first version's."""
+        """The newest row of each item, sorted by `item_index`; `train_count` lacks the counts that later versions add."""
         rows = pa.concat_tables([self.read_shard(shard) for shard in self.manifest.catalogue_shards])
         return (rows if self.manifest.version == 1 else last_rows(rows, "item_index")).combine_chunks()
 
     def read_users(self, columns: list[str] | None = None) -> pa.Table:
-        """Read all users, sorted by `user_index` (USERS_SCHEMA), each as the newest version with a row of that user has it."""
+        """Read all users, sorted by `user_index` (USERS_SCHEMA), with the newest row of each user."""
         with_index = columns and list(dict.fromkeys([*columns, USER_INDEX]))
         users = pa.concat_tables([self.read_shard(shard, with_index) for shard in self.manifest.users_shards])
         users = users if self.manifest.version == 1 else last_rows(users, USER_INDEX)
         return users.select(columns or users.column_names).combine_chunks()
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
-        """Read one shard whole, or some of its columns."""
+        """Read all columns of a shard, or some of them."""
         filesystem, path = self.storage.locate(self.address(shard))
         return pq.read_table(path, filesystem=filesystem, columns=columns, partitioning=None)
 
 
 def last_rows(table: pa.Table, index: str) -> pa.Table:
-    """Keep the last row of each value of the column `index`, sorted by it."""
+    """Return the last row for each value of the column `index`, sorted by it."""
     values, last = np.unique(table[index].to_numpy()[::-1], return_index=True)
     return table.take(pa.array(table.num_rows - 1 - last)) if len(values) else table

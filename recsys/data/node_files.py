@@ -1,4 +1,4 @@
-"""Files that the processes of a node share: a cache with a limit, and files that are built once under a lock and memory-mapped."""
+"""Files shared by the processes of a node: a size-limited cache, and memory-mapped files that are built once under a lock."""
 
 import errno
 import fcntl
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Bytes by key in a folder below a limit: the least recently used are dropped; a full disk turns it off, with a warning.
+    """An LRU cache of bytes by key, in a folder of limited size; if a write fails, it logs a warning and turns itself off.
 
-    Each process looks at the folder's size again after it has written a hundredth of the limit, and then frees a fifth, so that
-    up to twenty processes together stay below the limit.
+    Each process checks the folder's size after it has written a hundredth of the limit, and then frees down to 80 %, so that up to twenty
+    processes together stay below the limit.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class DiskCache:
         self._is_on = True
 
     def get(self, key: str) -> bytes | None:
-        """Return what was put under a key, if it is still there."""
+        """Return the bytes stored under a key, or None."""
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -52,7 +52,7 @@ class DiskCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Keep bytes under a key; an entry that alone is too large for the limit is not kept."""
+        """Store bytes under a key; entries larger than a tenth of the limit are not stored."""
         if not self._is_on or len(data) > 10 * self._bytes_between_checks:
             return
         try:
@@ -64,7 +64,7 @@ class DiskCache:
             logger.warning("%s: cannot write to the disk cache (%s); continuing without it; free disk space", self._folder, error.strerror)
 
     def drop(self, key: str) -> None:
-        """Forget an entry, such as one that turned out to be damaged."""
+        """Remove an entry, such as a damaged one."""
         self._path(key).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
@@ -87,7 +87,7 @@ class DiskCache:
                 total -= size
 
     def _entries(self) -> Iterator[tuple[int, int, str]]:
-        """Return (time of last use, bytes, path) of each entry."""
+        """Yield (time of last use, bytes, path) of each entry."""
         for folder in os.scandir(self._folder):
             for entry in os.scandir(folder.path) if folder.is_dir() else ():
                 with suppress(FileNotFoundError):
@@ -96,7 +96,7 @@ class DiskCache:
 
 
 KEPT_UNUSED_SECONDS = 7 * 24 * 3600
-"""An entry that was not opened for this long is removed when another one is built beside it."""
+"""An entry that was not opened for this long is removed when another one is built in its parent folder."""
 
 _STRINGS_AT_ONCE = 4096
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -104,10 +104,10 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 @contextmanager
 def shared_entry(folder: Path, build: Callable[[Path], None]) -> Iterator[Path]:
-    """Return the folder that `build` has filled, here or in another process of this node.
+    """Yield the folder that `build` has filled, in this or another process of this node.
 
-    Whoever comes first builds, the others wait. A builder writes under another name, so one that dies leaves nothing that is read.
-    Files must be opened inside the block; what is mapped then stays readable even when the entry is removed later.
+    The first process builds, the others wait. The build uses a temporary name, so an interrupted build is never read. Files must be opened
+    inside the block; mapped files stay readable even if the entry is removed later.
 
     Raises:
         UserError: the disk is full.
@@ -121,10 +121,10 @@ def shared_entry(folder: Path, build: Callable[[Path], None]) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, waits: bool = True) -> Iterator[None]:
-    """Hold the node's lock of that name, which the system gives up for a process that dies.
+    """Hold the node's lock of that name; the operating system releases it if the process dies.
 
     Raises:
-        BlockingIOError: another process holds it, and this one does not wait.
+        BlockingIOError: another process holds the lock, and `waits` is False.
     """
     private_folder(folder.parent)
     with folder.with_name(f"{folder.name}.lock").open("a") as file:
@@ -133,9 +133,9 @@ def locked(folder: Path, waits: bool = True) -> Iterator[None]:
 
 
 def create_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Make an array of zeros in a file, to be filled in place.
+    """Create an array of zeros in a file, to be filled in place.
 
-    The disk's space is taken here, where a full disk is an error: met later, in mapped memory, it would kill the process.
+    Disk space is allocated here, so that a full disk raises an error; later, in mapped memory, it would kill the process.
     """
     array = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     if hasattr(os, "posix_fallocate"):
@@ -145,7 +145,7 @@ def create_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArra
 
 
 def map_array(path: Path) -> Tensor:
-    """View an array's file as a tensor, read-only: writing to it would end the process."""
+    """Memory-map an array's file as a read-only tensor; writing to it would kill the process."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -160,12 +160,12 @@ def write_table(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> Non
 
 
 def map_table(path: Path) -> pa.Table:
-    """View an Arrow file as a table."""
+    """Memory-map an Arrow file as a table."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 class Strings(Sequence[str]):
-    """A column of strings read like a list of them; each is made when it is asked for, so that none is held in memory."""
+    """A string column as a sequence; each string is created on access, so none is held in memory."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._column = column
@@ -193,13 +193,13 @@ class Strings(Sequence[str]):
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    """Fill a folder under another name and rename it; the caller holds the entry's lock, so a leftover is a dead builder's."""
+    """Build under a temporary name, then rename it; the caller holds the entry's lock, so a leftover is from a process that died."""
     _remove_unused(folder.parent)
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         build(private_folder(new))
-        pa.default_memory_pool().release_unused()  # or this process would keep what it read, for as long as it lives
+        pa.default_memory_pool().release_unused()  # otherwise the pool keeps this memory until the process ends
         for path in filter(Path.is_file, new.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())

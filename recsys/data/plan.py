@@ -1,13 +1,13 @@
-"""Who reads which samples at which step: a pure function of sizes, seed and epoch, without I/O.
+"""Which rank reads which samples in which step: a pure function of sizes, seed and epoch, without I/O.
 
-The row groups of a dataset are permuted and laid end to end; the line is cut into S streams whose lengths differ by
-one sample at most, and each stream is shuffled within windows of some row groups. Sample m of the epoch is the
-(m // S)-th of stream m % S; step t holds samples t*G to (t+1)*G, and rank r of N those with m % N == r. So
+The row groups of a dataset are permuted and concatenated. The result is cut into S streams whose lengths differ by at most one sample, and
+each stream is shuffled within windows of some row groups. Sample m of the epoch is sample m // S of stream m % S. Step t holds samples t*G
+to (t+1)*G; rank r of N reads those with m % N == r. Therefore:
 
-- the order depends on the dataset, the seed and the epoch alone, and a step holds the same samples for any N;
-- where N divides S, a rank reads its own streams and of the row groups only theirs; for other N it reads all;
-- the position after step t is arithmetic: (epoch, t) is the whole state, and nothing that was passed is read again;
-- every sample occurs once: the last step is smaller, and no rank's share of a step differs from another's by over one.
+- the order depends only on the dataset, the seed and the epoch, and a step holds the same samples for any N;
+- if N divides S, a rank reads only its own streams and their row groups; otherwise it reads all row groups;
+- (epoch, t) is the whole state: a run resumes after any step without reading earlier samples;
+- every sample occurs once: the last step is smaller, and the ranks' shares of a step differ by at most one sample.
 """
 
 from bisect import bisect_right
@@ -23,17 +23,17 @@ from recsys.arrays import Integers
 
 @dataclass(frozen=True)
 class Window:
-    """What is shuffled together: spans of row groups, at the places from `begin` to `end` of a stream."""
+    """Samples that are shuffled together: spans of row groups, at the places from `begin` to `end` of a stream."""
 
     stream: int
     number: int
     begin: int
     end: int
-    spans: tuple[tuple[int, int, int], ...]  # row group, and from which of its rows to which
+    spans: tuple[tuple[int, int, int], ...]  # (row group, first row, end row)
 
     @property
     def num_samples(self) -> int:
-        """Rows over all spans."""
+        """Number of rows in all spans."""
         return self.end - self.begin
 
 
@@ -53,17 +53,17 @@ class EpochPlan:
 
     @property
     def num_streams(self) -> int:
-        """Streams that the samples are dealt from."""
+        """Number of streams; 1 without shuffling."""
         return self.streams if self.window else 1
 
     @cached_property
     def num_samples(self) -> int:
-        """Samples in the epoch; each occurs exactly once."""
+        """Number of samples in the epoch; each occurs exactly once."""
         return sum(self.row_groups)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps in the epoch; the last may hold fewer samples."""
+        """Number of optimizer steps in the epoch; the last may hold fewer samples."""
         return -(-self.num_samples // self.global_batch_size)
 
     def numbers(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1) -> Integers:
@@ -84,21 +84,21 @@ class EpochPlan:
         return ids
 
     def windows(self, stream: int) -> tuple[Window, ...]:
-        """Cut a stream into the windows that are shuffled, in the order in which they are read."""
+        """Return the windows of a stream, in the order in which they are read."""
         if stream not in self._cut:
             self._cut[stream] = tuple(self._cut_stream(stream))
         return self._cut[stream]
 
     def window_at(self, stream: int, place: int) -> int:
-        """Return the number of the window that holds a place of a stream; of a place past its end, how many windows there are."""
+        """Return the number of the window that holds a place of a stream; for a place past the end, the number of windows."""
         return bisect_right(self.windows(stream), place, key=attrgetter("end"))
 
     def line_ids(self, window: Window) -> Integers:
-        """Return the sample ids of a window's spans, laid end to end."""
+        """Return the sample ids of a window, unshuffled."""
         return np.concatenate([np.arange(start, stop) + self._group_begins[group] for group, start, stop in window.spans])
 
     def shuffle(self, window: Window) -> Integers:
-        """Return the order in which a window's rows, laid end to end, are taken."""
+        """Return the permutation of a window's rows."""
         if not self.window:
             return np.arange(window.num_samples)
         return _permutation(window.num_samples, (self.seed, self.epoch, window.stream, window.number))
@@ -132,7 +132,7 @@ class EpochPlan:
 
     @cached_property
     def _line(self) -> tuple[Integers, Integers]:
-        """The row groups in the order in which they are laid end to end, and where each ends on that line."""
+        """The row groups in the epoch's order, and where each ends in their concatenation."""
         order = np.arange(len(self.row_groups))
         if self.window:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)

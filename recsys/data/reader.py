@@ -1,4 +1,4 @@
-"""Reads the samples that the plan names, in its order and ahead of training."""
+"""Reads the samples of the plan, in its order and ahead of training."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ _FETCHING_THREADS = 8
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every step this rank reads."""
+    """The part of every step that this rank reads."""
 
     rank: int
     world_size: int
@@ -41,10 +41,10 @@ class Share:
 
 
 class Reader:
-    """Gives each step's micro batches of one rank, read and collated on threads of their own.
+    """Yields one rank's micro batches of each step, read and collated on background threads.
 
-    The order and its promises are the plan's; a run resumes at any (epoch, step), with any number of ranks, without reading what was
-    passed. A shard that is not the manifest's stops it.
+    The order is the plan's: a run resumes at any (epoch, step), with any number of ranks, without reading earlier samples. A shard that
+    differs from the manifest raises an error.
     """
 
     def __init__(self, dataset: Dataset, catalogue: ItemFeatures, config: Config, share: Share) -> None:
@@ -84,10 +84,7 @@ class Reader:
         return EpochPlan(self._row_group_sizes, training.global_batch_size, self._num_streams, window, training.seed, epoch)
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield the micro batches of each step from `first_step` to the epoch's end, built on another thread.
-
-        An error there is raised here, at the step that it belongs to.
-        """
+        """Yield the micro batches of each step from `first_step` on. Another thread builds them; its errors are raised at their step."""
         last_step, rows = self.plan(epoch).num_steps, self.rows(epoch, first_step)
 
         def read(step: int) -> list[Batch]:
@@ -105,7 +102,7 @@ class Reader:
                 thread.shutdown(wait=False, cancel_futures=True)
 
     def rows(self, epoch: int, first_step: int = 0) -> Generator[Sequences, None, None]:
-        """Yield this rank's rows of each step, uncollated and on the calling thread, decoded ahead on others."""
+        """Yield this rank's uncollated rows of each step; other threads read and decode them ahead."""
         plan, share = self.plan(epoch), self._share
         begin = first_step * plan.global_batch_size
         touching = begin + (share.rank - begin) % share.world_size + share.world_size * np.arange(plan.num_streams)
@@ -129,7 +126,7 @@ class Reader:
 
 
 def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]:
-    """Name the columns of the training shards that a batch is made of; the others are not fetched."""
+    """Return the columns of the training shards that a batch needs; the others are not fetched."""
     is_wanted = {
         "items": True,
         "events": len(manifest.event_kinds) > 1,
@@ -142,14 +139,13 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
 
 
 def _num_cores() -> int:
-    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
-    """Return up to which step the rows are gathered at once: as many as make the work per step small.
+    """Return the end of the steps whose rows are gathered at once; more rows at once mean less work per step.
 
-    In the shards' order it is to the end of a window, so that rows which follow each other on the disk are handed on as they are.
+    Without shuffling the steps end with a window, so that rows that are consecutive on disk are not rearranged.
     """
     num_steps = max(1, _SPAN_ROWS * world_size // plan.global_batch_size)
     if plan.num_streams == 1:
@@ -159,9 +155,10 @@ def _span_end(plan: EpochPlan, step: int, world_size: int) -> int:
 
 
 def _gather(loader: WindowLoader, numbers: Integers, num_streams: int, world_size: int) -> Sequences:
-    """Get the rows of some consecutive samples of a rank, in order.
+    """Return the rows of consecutive samples of a rank, in order.
 
-    Its numbers rise by the number of ranks, so they go round the rank's streams in one period, each time as far on in every stream.
+    Their numbers increase by `world_size`, so they cycle through the rank's streams with a fixed period, and every cycle advances each
+    stream by the same number of places.
     """
     if not len(numbers):
         return PADDING_SAMPLE[:0]

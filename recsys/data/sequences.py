@@ -1,4 +1,4 @@
-"""The one type for sequences of unlike length: samples, histories, targets. No torch here: preparing data works without."""
+"""Sequences of different lengths: samples, histories, targets. Does not import torch, since data preparation works without it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +13,14 @@ from recsys.arrays import Integers
 from recsys.schema import SEQUENCE_COLUMNS
 
 HISTORY_COLUMNS = ("items", "events", "timestamps", "values")
-"""What a history consists of; users and samples may have `queries` beside them."""
+"""The columns of a history; users and samples may also have `queries`."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """R rows of interactions, each oldest first: row r's are `columns[name][starts[r]:starts[r] + lengths[r]]`; N in all.
+    """R rows with N interactions in total, oldest first; row r is `columns[name][starts[r]:starts[r] + lengths[r]]`.
 
-    Rows may lie anywhere in the columns and overlap, so choosing, cutting and reordering rows copies no interaction.
+    Rows may start anywhere in the columns and may overlap, so selecting, cutting and reordering rows does not copy interactions.
     """
 
     columns: Mapping[str, NDArray[Any]]
@@ -30,14 +30,14 @@ class Sequences:
 
     @classmethod
     def of_offsets(cls, columns: Mapping[str, NDArray[Any]], offsets: Integers, **scalars: NDArray[Any]) -> "Sequences":
-        """Build from rows end to end: row r's interactions are `[offsets[r]:offsets[r + 1]]`."""
+        """Build from consecutive rows: row r's interactions are `[offsets[r]:offsets[r + 1]]`."""
         return cls(columns, offsets[:-1], np.diff(offsets), scalars)
 
     @classmethod
     def of(
         cls, items: ArrayLike, events: ArrayLike | None = None, timestamps: ArrayLike | None = None, values: ArrayLike | None = None
     ) -> "Sequences":
-        """Build one user's history; without events all are of the weakest kind (0), without times all gaps are zero."""
+        """Build one user's history; without events all are of the weakest kind (0), without timestamps all gaps are zero."""
         length = len(np.atleast_1d(np.asarray(items)))
         zeros = np.zeros(length, np.int64)
         columns: dict[str, NDArray[Any]] = {
@@ -50,7 +50,7 @@ class Sequences:
 
     @classmethod
     def from_table(cls, table: pa.Table, **scalars: NDArray[Any]) -> "Sequences":
-        """View a table of TRAIN_SCHEMA or USERS_SCHEMA, of whose columns some may be missing; integer columns become scalars."""
+        """Build from a table of TRAIN_SCHEMA or USERS_SCHEMA, in which columns may be missing; integer columns become scalars."""
         table = table.combine_chunks()
         lists = {name: table[name].chunk(0) for name in SEQUENCE_COLUMNS if name in table.column_names}
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
@@ -60,7 +60,7 @@ class Sequences:
 
     @classmethod
     def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
-        """Put the rows of one or more parts with the same columns end to end."""
+        """Concatenate the rows of one or more parts with the same columns."""
         if len(parts) == 1:
             return parts[0]
         columns = {name: np.concatenate([part.flat(name) for part in parts]) for name in parts[0].columns}
@@ -72,40 +72,40 @@ class Sequences:
         return len(self.lengths)
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> "Sequences":
-        """View some rows, by a slice, their numbers or a mask."""
+        """Return a view of some rows, by a slice, row numbers or a mask."""
         scalars = {name: column[rows] for name, column in self.scalars.items()}
         return Sequences(self.columns, self.starts[rows], self.lengths[rows], scalars)
 
     def within(self, begins: int | Integers, ends: int | Integers) -> "Sequences":
-        """View each row from `begins` to `ends`, which count from its first interaction."""
+        """Return a view of each row from `begins` to `ends`, counted from its first interaction."""
         return replace(self, starts=self.starts + begins, lengths=np.maximum(ends - begins, 0))
 
     def last(self, length: int) -> "Sequences":
-        """View the most recent `length` interactions of each row."""
+        """Return a view of the most recent `length` interactions of each row."""
         return self.within(np.maximum(self.lengths - length, 0), self.lengths)
 
     def compact(self) -> "Sequences":
-        """Copy the interactions, if need be, so that the rows lie end to end and nothing lies between them."""
+        """Return the rows end to end in their columns without gaps; copies the interactions if necessary."""
         columns = {name: self.flat(name) for name in self.columns}
         return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths)
 
     def cast(self, **dtypes: DTypeLike) -> "Sequences":
-        """Convert columns."""
+        """Convert columns to other types."""
         return replace(self, columns={**self.columns, **{name: self.columns[name].astype(dtype) for name, dtype in dtypes.items()}})
 
     def flat(self, name: str) -> NDArray[Any]:
-        """Return a column of all rows, end to end (N,): a view where they lie so."""
+        """Return a column of all rows (N,), as a view if the rows are consecutive."""
         places, column = self.places, self.columns[name]
-        return column[places] if isinstance(places, slice) else column.take(places, mode="clip")  # "clip" spares a pass of checking
+        return column[places] if isinstance(places, slice) else column.take(places, mode="clip")  # "clip" skips a bounds check
 
     def split(self, name: str) -> list[NDArray[Any]]:
-        """Return a column row by row."""
+        """Return a column as one array per row."""
         column, stops = self.columns[name], self.starts + self.lengths
         return [column[start:stop] for start, stop in zip(self.starts.tolist(), stops.tolist(), strict=True)]
 
     @cached_property
     def places(self) -> slice | Integers:
-        """Where the N interactions are in the columns."""
+        """Positions of the N interactions in the columns; a slice if the rows are consecutive."""
         stops = self.starts + self.lengths
         if len(self) and (self.starts[1:] == stops[:-1]).all():
             return slice(int(self.starts[0]), int(stops[-1]))
@@ -123,7 +123,7 @@ class Sequences:
 
     @property
     def offsets(self) -> Integers:
-        """Where each row begins in what `flat` returns, and where the last one ends (R + 1,)."""
+        """Start of each row in what `flat` returns, then the end of the last row (R + 1,)."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @property
@@ -143,22 +143,22 @@ class Sequences:
 
     @property
     def values(self) -> NDArray[Any]:
-        """Values such as ratings, NaN where there is none (N,)."""
+        """Values such as ratings, NaN if missing (N,)."""
         return self.flat("values")
 
 
 def ranges(starts: Integers, lengths: Integers) -> Integers:
-    """List the numbers from each start, as many as its length, one range after another."""
+    """Concatenate the ranges of `lengths` numbers from `starts` on."""
     numbers: Integers = np.arange(lengths.sum())
     numbers += np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
     return numbers
 
 
 def cut_windows(sequences: Sequences, max_history: int, strides: Integers) -> Sequences:
-    """View the windows that every target of each sequence is a target of exactly once; targets begin at the scalar `first_target`.
+    """Cut each sequence into windows; each target from the scalar `first_target` on is a target in exactly one window.
 
-    From the end backwards, a window holds at most `max_history + 1` interactions, of which the last `strides` (R,), or fewer, are
-    targets. A stride below `max_history` gives the targets more history and costs more samples.
+    Windows are cut from the end backwards. Each holds at most `max_history + 1` interactions, of which the last `strides` (R,), or fewer,
+    are targets. A stride below `max_history` gives the targets more history and costs more samples.
     """
     lengths, first = sequences.lengths, sequences.scalars["first_target"]
     num_windows = np.maximum(-(-(lengths - first) // strides), 0)

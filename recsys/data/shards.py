@@ -1,4 +1,4 @@
-"""Row groups of the training shards: fetched by byte ranges, verified, cached, and loaded ahead of the plan within a byte limit."""
+"""Row groups of the training shards: fetched by byte range, verified, cached, and prefetched in the plan's order within a byte limit."""
 
 import heapq
 import io
@@ -26,11 +26,10 @@ _DECODE_ATTEMPTS = 3
 
 
 class RowGroupSource:
-    """Random access to the training rows by row group, numbered over all shards in the manifest's order; threads may share it.
+    """Random access to the training rows by row group, numbered over all shards in the manifest's order. Thread-safe.
 
-    Only the columns asked for are fetched. A shard must be the one that the manifest describes: its ETag is compared with every
-    answer, and where it differs (a dataset that was copied) the shard is hashed once. What came over a network or from the cache is
-    checked by the pages' checksums.
+    Only the requested columns are fetched. Each read compares the shard's ETag with the manifest; if it differs (a copied dataset), the
+    whole shard is hashed once. Remote and cached data is verified by the checksums of Parquet pages.
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], cache: DiskCache | None = None) -> None:
@@ -44,14 +43,14 @@ class RowGroupSource:
         """Read one row group.
 
         Raises:
-            UserError: the shard is missing, replaced or damaged; the line names it.
+            UserError: the shard is missing, replaced or damaged; the message names it.
         """
         file, number = self._groups[group]
         return file.read(number)
 
 
 class _ShardFile:
-    """One shard; its footer is read when it is first used."""
+    """One shard; its footer is read on first use."""
 
     def __init__(self, dataset: Dataset, shard: Shard, columns: Sequence[str], cache: DiskCache | None) -> None:
         self._storage = dataset.storage
@@ -76,7 +75,7 @@ class _ShardFile:
         raise AssertionError("unreachable")
 
     def _read_local(self, group: int) -> pa.Table:
-        """Read straight from the file, which is opened each time: there may be more shards than a process may have open."""
+        """Read from a local file, opened for each read: there may be more shards than a process may open files."""
         footer = self._open()
         found = self._storage.stat(self._uri)
         if found is not None and found.etag != self._etag:
@@ -88,7 +87,7 @@ class _ShardFile:
 
     def _read_remote(self, group: int) -> pa.Table:
         source = _RangeFile(self._shard.num_bytes, self._fetch)
-        try:  # with pre_buffer, columns that lie near each other are fetched as one range
+        try:  # pre_buffer fetches neighbouring columns as one range
             file = pq.ParquetFile(source, metadata=self._open(), pre_buffer=True, page_checksum_verification=True)
             return file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError):
@@ -99,7 +98,7 @@ class _ShardFile:
 
     def _open(self) -> pq.FileMetaData:
         with self._opening:
-            if self._footer is None:  # not from the cache: a footer has no checksum
+            if self._footer is None:  # bypasses the cache, since a footer has no checksum
                 footer = pq.read_metadata(_RangeFile(self._shard.num_bytes, self._fetch_from_store))
                 if tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups)) != self._shard.row_groups:
                     raise self._replaced("its row groups are not the manifest's")
@@ -131,7 +130,7 @@ class _ShardFile:
         raise self._replaced("it changes while it is read")
 
     def _verify(self) -> None:
-        """Hash the whole shard: one that was copied has another ETag and the same content."""
+        """Compare the shard's hash with the manifest: a copied shard has another ETag and the same content."""
         with TemporaryDirectory() as folder:
             path = Path(folder) / "shard.parquet"
             self._storage.download(self._uri, path)
@@ -148,7 +147,7 @@ class _ShardFile:
 
 
 class _RangeFile(io.RawIOBase):
-    """A file of which every read is fetched as one range; `fetched` lists their ends."""
+    """A file that fetches each read as one byte range; `fetched` lists the (start, stop) of each."""
 
     def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
         self._size, self._fetch, self._place = size, fetch, 0
@@ -174,10 +173,10 @@ _FIRST_BYTES_PER_SAMPLE = 1024.0
 
 
 class WindowLoader:
-    """One rank's windows of one epoch, in the order in which its steps need them; one thread may ask at a time.
+    """Loads one rank's windows of one epoch, in the order in which its steps need them. Not thread-safe.
 
-    `numbers` are the rank's first samples (see `EpochPlan.numbers`), enough of them to touch every stream that it reads. At most
-    `prefetch_bytes` of windows are loaded, or being loaded, beyond those that a step already needs.
+    `numbers` are the rank's first samples (see `EpochPlan.numbers`), at least one of each stream that it reads. At most about
+    `prefetch_bytes` of windows are loaded ahead of those that a step already needs.
     """
 
     def __init__(self, plan: EpochPlan, source: RowGroupSource, numbers: Integers, prefetch_bytes: int, num_threads: int) -> None:
@@ -193,7 +192,7 @@ class WindowLoader:
         self._bytes_per_sample = _FIRST_BYTES_PER_SAMPLE
 
     def take(self, stream: int, start: int, stop: int) -> Iterator[Sequences]:
-        """Return the rows at places `start` to `stop` of a stream; places may only grow from call to call."""
+        """Yield the rows at places `start` to `stop` of a stream; places must not decrease from call to call."""
         mine = self._loaded[stream]
         while mine and mine[0][0].end <= start:
             mine.popleft()
@@ -208,11 +207,11 @@ class WindowLoader:
                 yield rows[max(start - window.begin, 0) : stop - window.begin]
 
     def close(self) -> None:
-        """Let the threads end; what is being loaded is not waited for."""
+        """Shut down the threads without waiting for pending loads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _submit_ahead(self) -> None:
-        """Start loading until the limit, one window at least."""
+        """Start loading windows up to the limit, at least one."""
         while not self._ahead or sum(window.num_samples for window, _ in self._ahead) * self._bytes_per_sample < self._prefetch_bytes:
             window = next(self._next, None)
             if window is None:
@@ -225,7 +224,7 @@ class WindowLoader:
         return rows[self._plan.shuffle(window)].compact() if self._plan.window else rows
 
     def _read(self, group: int, start: int, stop: int) -> pa.Table:
-        """Read rows of one row group; one that a cut between streams divides is decoded once for them, if not too many are in use."""
+        """Read rows of one row group; a row group that is cut between streams is decoded once for all, unless too many are in use."""
         if stop - start == self._plan.row_groups[group]:
             return self._source.read(group)
         fresh: Future[pa.Table] = Future()
@@ -241,7 +240,7 @@ class WindowLoader:
         return reading.result().slice(start, stop - start)
 
     def _in_order_of_need(self, numbers: Integers) -> Iterator[Window]:
-        """Return the windows from the first place of each stream on, by the number of the sample that needs them first."""
+        """Yield the windows from each stream's first place on, ordered by the sample that needs them first."""
         streams = self._plan.num_streams
         first_places = {number % streams: number // streams for number in reversed(numbers.tolist())}
         waiting = (self._plan.windows(stream)[self._plan.window_at(stream, place) :] for stream, place in first_places.items())

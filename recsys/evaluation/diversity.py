@@ -1,4 +1,4 @@
-"""Re-ranking for diversity as pure functions, the content vectors that items are alike by, and the curve of quality against diversity."""
+"""Re-ranking for diversity as pure functions, content vectors for item similarity, and the curve of quality against diversity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +16,18 @@ from recsys.evaluation.metrics import coverage, intra_list_diversity, ranking_me
 from recsys.evaluation.ranking import NUM_CANDIDATES, Ranked
 
 OWN_SHARE = 0.1
-"""Share of each item that no other has, for `dpp`: without it no list could be longer than the vectors, or hold two equal ones."""
+"""Weight of the identity in the kernel of `dpp`. Without it, no list could be longer than the vectors or hold two equal items."""
 
 Rerank = Callable[[Floats, Floats, float, int], Integers]
 
 
 def content_vectors(catalogue: ItemFeatures) -> csr_array | None:
-    """Describe each item by its categories, or else by its given vector, or else by the words of its text.
+    """Return content vectors of items: of their categories, else their pretrained vectors, else the words of their texts.
 
-    The model's own vectors would let it judge itself, and no two models could be compared.
+    The model's own vectors are not used: the model would judge itself, and models could not be compared.
 
     Returns:
-        (I + 1, C) of rows of length 1, or 0 where nothing is known of an item; None where the catalogue has nothing.
+        (I + 1, C) rows of norm 1, or 0 for an item without content; None if the catalogue has no content.
     """
     if catalogue.categories.any():
         categories = catalogue.categories.numpy()
@@ -44,7 +44,7 @@ def content_vectors(catalogue: ItemFeatures) -> csr_array | None:
 
 
 def mmr(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integers:
-    """Rank by maximal marginal relevance: an item adds minus its similarity to the most similar one taken (Carbonell, Goldstein 1998).
+    """Rank by maximal marginal relevance, which penalizes similarity to the closest item already taken (Carbonell, Goldstein 1998).
 
     Args:
         relevance: (B, N).
@@ -66,15 +66,15 @@ def mmr(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integer
 
 
 def dpp(relevance: Floats, similarity: Floats, weight: float, k: int) -> Integers:
-    """Rank by the greedy MAP of a determinantal point process: an item adds the log of what it multiplies det(S) by.
+    """Rank by the greedy MAP of a determinantal point process: an item's gain is the increase of log det(S).
 
-    S is `similarity` with OWN_SHARE of each item set apart. The Cholesky factor grows by a row each step, O(N k) in all steps but the
-    product (Chen et al. 2018, algorithm 1). Arguments and result as in `mmr`.
+    S = (1 - OWN_SHARE) `similarity` + OWN_SHARE I. The Cholesky factor grows by a row each step, which costs O(N k) (Chen et al. 2018,
+    algorithm 1). Arguments and result as in `mmr`.
     """
     num_users, num_candidates = relevance.shape
     k = min(k, num_candidates)
     left = (1 - weight) * relevance
-    residual = np.ones((num_users, num_candidates))  # d^2, of S's diagonal of 1
+    residual = np.ones((num_users, num_candidates))  # d^2; the diagonal of S is 1
     factor = np.zeros((k, num_users, num_candidates))  # c
     users, taken = np.arange(num_users), []
     for step in range(k):
@@ -92,13 +92,13 @@ METHODS: dict[str, Rerank] = {"mmr": mmr, "dpp": dpp}
 
 
 def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None, config: EvaluationConfig) -> list[dict[str, Any]]:
-    """Re-rank each user's best NUM_CANDIDATES items by every weight, 0 first; return quality, diversity and coverage of the lists.
+    """Re-rank each user's best NUM_CANDIDATES items with each weight, 0 first; return quality, diversity and coverage of the lists.
 
     Args:
         targets: (users, targets) in the order of `ranked.ranks`.
 
     Raises:
-        UserError: the catalogue has nothing to compare items by.
+        UserError: the catalogue has no content to compare items by.
     """
     if vectors is None:
         raise UserError("evaluation.diversity: the catalogue has no categories, vectors or text to tell items apart by; leave it empty")
@@ -118,7 +118,7 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
 
 
 def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: EvaluationConfig, weights: list[float]) -> Integers:
-    """Return some users' lists by each weight (weights, users, k), 0 where a user has fewer candidates."""
+    """Return the lists of some users for each weight (weights, users, k), padded with 0."""
     top = ranked.top[users, :NUM_CANDIDATES]
     is_item = top > 0
     relevance = _relevance(ranked.top_scores[users, :NUM_CANDIDATES].astype(np.float64), is_item)
@@ -137,7 +137,7 @@ def _relevance(scores: Floats, is_item: Any) -> Floats:
 
 
 def _ranks_in(lists: Integers, targets: Integers) -> Integers:
-    """Find the rank of each target in its user's list; one beyond the list where it is not in it, 0 where there is no target."""
+    """Return the rank of each target in its user's list: k + 1 if it is not in the list, 0 if there is no target."""
     is_here = targets[:, :, None] == lists[:, None, :]  # (U, T, k)
     ranks: Integers = np.where(is_here.any(2), 1 + is_here.argmax(2), lists.shape[1] + 1)
     return np.where(targets > 0, ranks, 0)

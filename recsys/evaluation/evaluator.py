@@ -1,4 +1,4 @@
-"""The whole evaluation of a predictor on a split: metrics beside baselines, slices, fairness, queries, diversity and comparisons."""
+"""The evaluation of a predictor on a split: metrics, baselines, slices, fairness, queries, diversity and comparisons."""
 
 import logging
 import time
@@ -43,7 +43,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     """Evaluate a predictor on `evaluation.split`; `load` is needed for `evaluation.compare` and `evaluation.fairness_curve`.
 
     Raises:
-        UserError: the split has no users, or the config names an attribute, a checkpoint or a re-ranking that cannot be.
+        UserError: the split has no users, or a configured attribute, checkpoint or re-ranking is not possible on this dataset.
     """
     users, catalogue = read_evaluation_users(dataset, config.split), predictor.catalogue
     measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
@@ -79,7 +79,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures rankings and task predictions on the users of a split, the same way for models and baselines. Shapes: I items."""
+    """Measures rankings and task predictions on the users of a split, in the same way for models and baselines. Shapes: I items."""
 
     config: EvaluationConfig
     manifest: DatasetManifest
@@ -88,11 +88,11 @@ class Measures:
     vectors: csr_array | None  # (I + 1, C)
 
     def rank(self, score: ScoreUsers) -> Ranked:
-        """Rank all users' targets."""
+        """Rank the targets of all users."""
         return rank_users(score, self.users, self.config, self.train_count == 0)
 
     def per_user(self, ranked: Ranked) -> dict[str, Floats]:
-        """Compute every metric that is a mean over users, (users,) each."""
+        """Compute the metrics that are averaged over users, (users,) each."""
         metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
         news, percentiles = information(self.train_count), popularity_percentiles(self.train_count)
         for k in self.config.cutoffs:
@@ -104,9 +104,9 @@ class Measures:
         return metrics
 
     def summarise(self, ranked: Ranked) -> dict[str, float]:
-        """Average the metrics over users, and add those of all lists together.
+        """Average the metrics over users, and add the metrics of all lists together.
 
-        popularity_lift@k is the mean popularity percentile of what is recommended over that of the users' histories (Abdollahpouri 2019).
+        popularity_lift@k is the mean popularity percentile of the recommended items over that of the users' histories (Abdollahpouri 2019).
         """
         percentiles, num_items = popularity_percentiles(self.train_count), len(self.train_count) - 1
         before = float(np.mean([percentiles[user.history.items].mean() for user in self.users]))
@@ -118,12 +118,12 @@ class Measures:
         return metrics
 
     def tasks(self, predict: PredictTasks) -> TaskMeasures:
-        """Measure the tasks that are predicted."""
+        """Measure the predicted tasks."""
         return measure_tasks(predict, self.manifest, self.users, self.config.batch_size)
 
 
 def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
-    """Fit the baselines of `evaluation.baselines` on the training data; return the metrics of each, popularity's always and first."""
+    """Fit `evaluation.baselines` on the training data and return the metrics of each; popularity is always included, as the first."""
     results = {POPULARITY: measures.summarise(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
     config = predictor.config.model_copy(update={"evaluation": measures.config})
     for name in measures.config.baselines:
@@ -152,9 +152,9 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
 
 
 def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
-    """Compare the rank of each user's first target, where there is a query for it, with it and without (`ranked`).
+    """Compare the ranks of the users' first targets with a query to those without (`ranked`), for targets that have a query.
 
-    Queries are what users typed, or else words of the target's text.
+    Queries are those that users typed or, if there are none, words of the target's text.
     """
     texts, has_text = predictor.catalogue.texts, predictor.catalogue.has_text.numpy()
     is_typed = any(user.query for user in measures.users)
@@ -192,7 +192,7 @@ def _load_other(load: Load, key: str, address: str, dataset: Dataset) -> Predict
 
 
 def _fairness_point(measures: Measures, ranked: Ranked, predictor: Predictor, address: str) -> dict[str, Any]:
-    """Return the main metric of a model and the gaps between groups, with the bound that it was trained under."""
+    """Return a model's main metric and gaps between groups, and the bound that it was trained with."""
     config, bound = measures.config, predictor.config.fairness
     values = measures.per_user(ranked)[config.metric]
     gaps = fairness_gaps(values, measures.users, config.fairness_attributes)

@@ -1,6 +1,6 @@
 """Ranking metrics as pure functions of ranks and lists; task metrics are in `tasks.py`.
 
-Shapes: U users, T most targets of one user, I items, k the list's length.
+Shapes: U users, T maximum number of targets per user, I items, k list length.
 """
 
 import numpy as np
@@ -41,15 +41,15 @@ def ranking_metrics(ranks: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floa
 def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tuple[int, ...]) -> dict[str, Floats]:
     """Compute the exact expectation of `ranking_metrics` for a random order of each user's candidates.
 
-    With R targets among n candidates the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
+    With R targets among n candidates, the first r ranks hold none with probability prod over j < r of (n - R - j) / (n - j), and any one
     rank holds one with probability R / n.
 
     Args:
         num_targets: (U,) at least 1.
-        num_candidates: (U,) at least as many.
+        num_candidates: (U,) at least `num_targets`.
     """
     places = np.arange(max(cutoffs))
-    left = (num_candidates[:, None] - places).astype(np.float64)  # (U, k) candidates for each rank
+    left = (num_candidates[:, None] - places).astype(np.float64)  # (U, k) candidates left at each rank
     none_so_far = np.cumprod(np.clip(left - num_targets[:, None], 0, None) / np.maximum(left, 1), axis=1)
     is_first = -np.diff(none_so_far, axis=1, prepend=1.0)  # this rank holds the first target
     share = num_targets / num_candidates
@@ -64,7 +64,7 @@ def random_metrics(num_targets: Integers, num_candidates: Integers, cutoffs: tup
 
 
 def _discounts(k: int) -> Floats:
-    """Sum 1 / log2(1 + r) over the ranks 1 .. n, for each n up to k."""
+    """Return the sums of 1 / log2(1 + r) over the ranks 1 .. n, for n = 1 .. k."""
     return np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))
 
 
@@ -74,7 +74,7 @@ def coverage(recommended: Integers, num_items: int) -> float:
 
 
 def gini(recommended: Integers, num_items: int) -> float:
-    """Return how unequally often the items of the whole catalogue are recommended: 0 all alike, 1 - 1 / I one item alone.
+    """Return the Gini coefficient of recommendations over the catalogue: 0 if all items are equally frequent, 1 - 1 / I if only one occurs.
 
     With counts x_1 <= .. <= x_I: sum over i of (2 i - I - 1) x_i, divided by I times their sum (Gini 1912).
     """
@@ -94,24 +94,24 @@ def information(train_count: Integers) -> Floats:
 
 
 def popularity_percentiles(train_count: Integers) -> Floats:
-    """Return for each item the share of the catalogue with fewer training interactions, plus half of that with as many (I + 1,)."""
+    """Return the share of the catalogue with fewer training interactions than each item, plus half the share with as many (I + 1,)."""
     return np.concatenate([[0.0], (rankdata(train_count[1:]) - 0.5) / (len(train_count) - 1)])
 
 
 def list_mean(values: Floats, recommended: Integers) -> Floats:
-    """Average a value of items (I + 1,) over each user's list (U, k); an empty list gives 0."""
+    """Average values of items (I + 1,) over each user's list (U, k); an empty list gives 0."""
     is_item = recommended != PADDING_ITEM
     means: Floats = np.where(is_item, values[recommended], 0.0).sum(1) / np.maximum(is_item.sum(1), 1)
     return means
 
 
 def intra_list_diversity(recommended: Integers, vectors: csr_array) -> Floats:
-    """Return 1 - the mean cosine of all pairs of a user's list (U, k); a list of one item gives 0.
+    """Return 1 - the mean cosine over all pairs of a user's list (U, k); a list of one item gives 0.
 
-    Of n unit vectors the sum over ordered pairs is |sum of v|^2 - sum of |v|^2.
+    The sum over ordered pairs of unit vectors v is |sum of v|^2 - sum of |v|^2.
 
     Args:
-        vectors: (I + 1, C) rows of length 1, or 0 where nothing is known of an item: it is like no other.
+        vectors: (I + 1, C) rows of norm 1, or 0 for an item without content, which is similar to no other.
     """
     num_users, k = recommended.shape
     is_item = recommended != PADDING_ITEM

@@ -1,4 +1,4 @@
-"""Ranks users' targets over the whole catalogue."""
+"""Ranking of users' targets over the whole catalogue."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,10 +25,10 @@ ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
 
 @dataclass(frozen=True)
 class Ranked:
-    """Per user: the ranks of the distinct targets, by index, and the best items.
+    """Per user: the ranks of the distinct targets, sorted by index, and the best items.
 
-    Ranks run from 1 and are 0 where a user has fewer targets. `like_ranks` are those of a cold target among the cold items, and of a warm
-    one among the warm items. `top` is 0 where there are fewer items; it is longer than the longest list where lists are re-ranked.
+    Ranks start at 1 and are padded with 0. `like_ranks` are the ranks of cold targets among cold items and of warm targets among warm
+    items. `top` is padded with 0; if lists are re-ranked, it is longer than the largest cutoff.
     """
 
     ranks: Integers  # (users, targets)
@@ -37,22 +37,22 @@ class Ranked:
     top_scores: Scores  # (users, k)
 
     def head(self, num_users: int) -> "Ranked":
-        """Keep the first users."""
+        """Return the first users."""
         return replace(self, **{field.name: getattr(self, field.name)[:num_users] for field in fields(self)})
 
     @classmethod
     def join(cls, parts: Sequence["Ranked"]) -> "Ranked":
-        """Put the users of several parts together."""
+        """Concatenate the users of several parts."""
         return cls(*(rectangle([row for part in parts for row in getattr(part, field.name)]) for field in fields(cls)))
 
 
 def score_by(predictor: Predictor) -> ScoreUsers:
-    """Score users by a predictor."""
+    """Return a function that scores users with a predictor."""
     return lambda users: predictor.score_catalogue([user.history for user in users]).numpy()
 
 
 def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: Mask | None = None) -> Ranked:
-    """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) marks the items that training never saw."""
+    """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) marks the items without training interactions."""
     depth = max(config.cutoffs + (NUM_CANDIDATES,) * bool(config.diversity))
     rows: list[tuple[NDArray[Any], ...]] = []
     for batch in batches(users, config.batch_size):
@@ -66,9 +66,9 @@ def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: Evalu
 
 
 def target_ranks(scores: Scores, user: EvaluationUser, is_cold: Mask | None = None) -> tuple[Integers, Integers]:
-    """Rank each distinct target, by index, among all unseen items, and among the unseen cold or warm ones, as it is cold or warm itself.
+    """Rank each distinct target, sorted by index, among all unseen items, and among the unseen items that are cold or warm like it.
 
-    A rank is 1 + the number of candidates that score higher, or the same at a lower index.
+    A rank is 1 + the number of candidates with a higher score, or with the same score and a lower index.
     """
     is_unseen = np.ones(len(scores), np.bool_)
     is_unseen[PADDING_ITEM] = False

@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 
 def resampled_counts(num_users: int, generator: np.random.Generator) -> Iterator[Floats]:
-    """Yield resamples of the users with replacement, as how often each is drawn (Efron 1979)."""
+    """Yield bootstrap resamples of the users, as the number of times that each is drawn (Efron 1979)."""
     for _ in range(NUM_RESAMPLES):
         yield np.bincount(generator.integers(0, num_users, num_users), minlength=num_users).astype(np.float64)
 
@@ -27,19 +27,19 @@ def resampled_means(values: Floats, generator: np.random.Generator) -> Floats:
 
 
 def interval_95(resamples: Floats) -> Interval:
-    """Take the middle 95 % of resampled numbers."""
+    """Return the 95 % percentile interval of resampled numbers."""
     low, high = np.percentile(resamples, [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrap_intervals(values: Mapping[str, Floats]) -> dict[str, Interval]:
-    """Return the 95 % percentile interval of the mean over users of each metric (users,); all see the same resamples."""
+    """Return the 95 % percentile interval of the mean over users of each metric (users,); all metrics share the same resamples."""
     means = resampled_means(np.stack(list(values.values()), axis=1), np.random.default_rng(_SEED))
     return {name: interval_95(column) for name, column in zip(values, means.T, strict=True)}
 
 
 def measure_intervals(measures: Mapping[str, Callable[[Floats], float]], num_users: int) -> dict[str, Interval]:
-    """Return the same intervals of metrics that are functions of how often each user counts."""
+    """Return the same intervals for metrics that are functions of how often each user counts."""
     if not measures:
         return {}
     draws = resampled_counts(num_users, np.random.default_rng(_SEED))
@@ -48,14 +48,14 @@ def measure_intervals(measures: Mapping[str, Callable[[Floats], float]], num_use
 
 
 def sign_flip_p(differences: Floats) -> Floats:
-    """Test two-sided whether paired differences (users, M) have the mean 0, by flipping signs at random (Fisher 1935).
+    """Return the two-sided p-values of paired differences (users, M) having the mean 0, by random sign flips (Fisher 1935).
 
-    p = (1 + the number of flips whose mean is as far from 0 as the one found) / (1 + the number of flips).
+    p = (1 + the number of flips whose mean is at least as far from 0 as the observed mean) / (1 + the number of flips).
     """
     generator = np.random.default_rng(_SEED)
     moving = differences[differences.any(axis=1)]  # flipping a 0 changes nothing
     total = moving.sum(axis=0)
-    found = np.abs(total) * (1 - 1e-9)  # sums in another order are not smaller
+    found = np.abs(total) * (1 - 1e-9)  # tolerates the rounding of sums in another order
     num_as_far = np.zeros(len(total))
     num_bytes = max(1, math.ceil(len(moving) / 8))
     at_once = max(1, _FLIP_BYTES_AT_ONCE // num_bytes)

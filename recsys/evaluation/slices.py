@@ -1,4 +1,4 @@
-"""Metrics of slices of the users and of their targets, gaps between groups of users, and the paired comparison of two checkpoints."""
+"""Metrics on slices of users and targets, gaps between groups of users, and the paired comparison of two checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ WARM, WARM_AMONG_WARM = "warm target", "warm target among warm items"
 
 @dataclass(frozen=True)
 class Slice:
-    """Some targets, counted as if their users had no others; those stay candidates. Shapes: U users, T most targets of one user."""
+    """A subset of the targets; their users' other targets are not counted but remain candidates.
+
+    Shapes: U users, T maximum number of targets per user.
+    """
 
     is_target: Mask  # (U, T)
     num_candidates: Integers  # (U,)
@@ -32,25 +35,25 @@ class Slice:
 
     @property
     def is_member(self) -> Mask:
-        """Which users have such a target (U,)."""
+        """Mask of the users with a target in the slice (U,)."""
         return np.asarray(self.is_target.any(axis=1))
 
     def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Floats]:
-        """Compute each metric of the slice's users (members,)."""
+        """Compute each metric for the slice's users (members,)."""
         ranks = ranked.like_ranks if self.is_among_like else ranked.ranks
         return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
 
     def random(self, cutoff: int) -> dict[str, Floats]:
-        """Compute the expectation of a random order of the candidates (members,)."""
+        """Compute the expectation of each metric for a random order of the candidates (members,)."""
         members = self.is_member
         return random_metrics(self.is_target.sum(1)[members], self.num_candidates[members], (cutoff,))
 
 
 def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[str, Slice]:
-    """Cut users by history length, target and attribute; slices with few users are left out.
+    """Return slices by history length, target and user attribute; slices with few users are left out.
 
-    Deciles cut the catalogue, most popular items first, into ten parts with a tenth of the training interactions each; cold items are
-    in none. Attributes with many values are left out.
+    Deciles split the catalogue, most popular items first, into ten parts with a tenth of the training interactions each; cold items are in
+    none. Attributes with many values are left out.
     """
     targets = target_items(users)
     num_unseen, num_unseen_cold = _count_candidates(users, train_count)
@@ -77,7 +80,7 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
 
 
 def popularity_deciles(train_count: Integers) -> Integers:
-    """Return each item's decile, 1 the most popular, by the training interactions of more popular items; 0 for cold items (I + 1,)."""
+    """Return each item's popularity decile (I + 1,): 1 for the most popular items, 0 for cold ones; see `find_slices`."""
     order = np.argsort(-train_count, kind="stable")
     before = np.empty(len(order), np.int64)
     before[order] = np.cumsum(train_count[order]) - train_count[order]
@@ -86,7 +89,7 @@ def popularity_deciles(train_count: Integers) -> Integers:
 
 
 def evaluate_slices(slices: dict[str, Slice], ranked: Ranked, metric: str) -> dict[str, dict[str, Any]]:
-    """Average the main metric and the hit rate over each slice's users, beside the expectation of a random order."""
+    """Average the main metric and the hit rate over each slice's users, and add the expectation of a random order."""
     cutoff = int(metric.partition("@")[2])
     names = tuple(dict.fromkeys((metric, f"hr@{cutoff}")))
     result = {}
@@ -111,9 +114,9 @@ def _count_candidates(users: Sequence[EvaluationUser], train_count: Integers) ->
 
 
 def fairness_gaps(values: Floats, users: Sequence[EvaluationUser], attributes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Compare the mean of a metric (users,) between the groups of each attribute; without `attributes` of all that have few values.
+    """Compare the mean of a metric (users,) between the groups of each attribute; without `attributes`, of all with few values.
 
-    The gap is the largest group mean minus the smallest; relative, it is divided by the mean over the users of all compared groups.
+    The gap is the largest group mean minus the smallest; the relative gap is divided by the mean over the users of all compared groups.
     Users without a value and groups with fewer than MIN_GROUP_USERS are left out and counted.
 
     Raises:
@@ -153,9 +156,9 @@ def _compare(values: Floats, groups: NDArray[np.str_]) -> dict[str, Any]:
 
 
 def compare(ranked: Ranked, other: Ranked, slices: dict[str, Slice], cutoffs: tuple[int, ...], metric: str) -> dict[str, Any]:
-    """Test the ranking metrics of two rankings of the same users in pairs; of the slices, the main metric alone.
+    """Compare two rankings of the same users by paired tests of the ranking metrics; per slice, of the main metric only.
 
-    Each difference is this one minus the other, with a 95 % interval of paired resamples and a two-sided p of sign flips.
+    Each difference is `ranked` minus `other`, with a 95 % interval of paired resamples and a two-sided p-value of sign flips.
     """
     mine, theirs = (ranking_metrics(each.ranks, cutoffs) for each in (ranked, other))
     cutoff = int(metric.partition("@")[2])
@@ -170,7 +173,7 @@ def compare(ranked: Ranked, other: Ranked, slices: dict[str, Slice], cutoffs: tu
 
 
 def sentence(compared: dict[str, Any], metric: str) -> str:
-    """Return the comparison by one metric in a line."""
+    """Return the comparison by one metric as one line."""
     found = compared["metrics"][metric]
     low, high = found["interval_95"]
     return (

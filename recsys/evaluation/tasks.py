@@ -1,4 +1,4 @@
-"""Predictions of (user, target) pairs against labels: AUC, log loss, RMSE, calibration."""
+"""Metrics of task predictions for (user, target) pairs: AUC, log loss, RMSE, calibration error."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ NUM_BINS = 15
 _SMALLEST = np.finfo(np.float64).tiny
 
 Measure = Callable[[Floats], float]
-"""How often each user counts (U,) -> a metric: ones give its value, the counts of a resample that of the resample."""
+"""Number of times that each user counts (U,) -> a metric. Ones give the metric itself, the counts of a resample that of the resample."""
 
 
 def task_measures(kind: str, labels: Floats, predictions: Floats, owners: Integers) -> dict[str, Measure]:
     """Return the metrics of a task: rmse of a regression; logloss, ece, auc and uauc of probabilities.
 
-    AUC and UAUC are left out where no two labels can be compared.
+    AUC and UAUC are left out if no two labels can be compared.
 
     Args:
         owners: (N,) the user of each label.
@@ -57,7 +57,7 @@ def calibration_error(labels: Floats, predictions: Floats, weights: Floats) -> f
 
 
 def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measure:
-    """Build the AUC, ties counting half (Mann and Whitney 1947); predictions are sorted once for all weights."""
+    """Return the AUC as a function of user counts, ties counting half (Mann and Whitney 1947); predictions are sorted only once."""
     order = np.argsort(predictions, kind="stable")
     sorted_predictions, is_positive, users = predictions[order], labels[order] > 0, owners[order]
     starts = np.flatnonzero(np.diff(sorted_predictions, prepend=-np.inf))  # of each distinct prediction
@@ -72,7 +72,7 @@ def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measur
 
 
 def user_auc(labels: Floats, predictions: Floats, owners: Integers) -> tuple[Integers, Floats]:
-    """Compute the AUC of each user who has labels of both classes; their plain mean is the UAUC."""
+    """Compute the AUC of each user who has labels of both classes; their unweighted mean is the UAUC."""
     order = np.argsort(owners, kind="stable")
     users, areas = [], []
     for own in np.split(order, np.flatnonzero(np.diff(owners[order])) + 1):
@@ -88,11 +88,11 @@ def user_auc(labels: Floats, predictions: Floats, owners: Integers) -> tuple[Int
 
 Predictions = dict[str, NDArray[np.float32]]
 PredictTasks = Callable[[Sequence[EvaluationUser]], Predictions | None]
-"""Users -> by task, one number for every target of every user, in their order; None: no task is predicted."""
+"""Users -> per task, one number for each target of each user, in their order; None: no task is predicted."""
 
 
 def predict_by(predictor: Predictor) -> PredictTasks:
-    """Predict tasks by a predictor."""
+    """Return a function that predicts tasks with a predictor."""
 
     def predict(users: Sequence[EvaluationUser]) -> Predictions:
         scored = predictor.score([user.history for user in users], [user.targets.items for user in users])
@@ -103,7 +103,7 @@ def predict_by(predictor: Predictor) -> PredictTasks:
 
 @dataclass(frozen=True)
 class TaskMeasures:
-    """The metrics of tasks by `task.metric`, how many labels each task has, and why a task has no metrics."""
+    """The metrics of tasks by `task.metric`, the number of labels per task, and the reason why a task has no metrics."""
 
     num_users: int
     num_labels: dict[str, int]
@@ -111,7 +111,7 @@ class TaskMeasures:
     absent: dict[str, str]
 
     def values(self) -> dict[str, float]:
-        """Compute the metrics, with the numbers of labels as `task.num_labels`."""
+        """Compute the metrics, and add the numbers of labels as `task.num_labels`."""
         return {**self.num_labels, **{name: measure(np.ones(self.num_users)) for name, measure in self.measures.items()}}
 
     def intervals(self) -> dict[str, Interval]:
@@ -120,7 +120,7 @@ class TaskMeasures:
 
 
 def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Sequence[EvaluationUser], batch_size: int) -> TaskMeasures:
-    """Predict every task of all targets, and compare the predictions with the labels that there are."""
+    """Predict every task for all targets, and compare the predictions with the existing labels."""
     parts = [predict(batch) or {} for batch in batches(users, batch_size)] if manifest.tasks else [{}]
     events, values = (torch.from_numpy(np.concatenate([getattr(user.targets, name) for user in users])) for name in ("events", "values"))
     labels, mask = (array.numpy() for array in task_labels(manifest, events, values))

@@ -1,4 +1,4 @@
-"""The users of an evaluation: those with a target in the split."""
+"""The users of an evaluation, which are those with a target in the split."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ _COLUMNS = [USER_INDEX, *HISTORY_COLUMNS, "queries", "num_train", "num_validatio
 
 @dataclass(frozen=True)
 class EvaluationUser:
-    """One user's history before the split's cut, and the targets after it that were not seen before.
+    """One user's history before the split, and the targets in the split that are not in the history.
 
-    `query` is the index of what the user typed before the first target, 0 for nothing.
+    `query` is the index of the query typed before the first target, 0 for none.
     """
 
     user_index: int
@@ -33,7 +33,7 @@ class EvaluationUser:
 
 
 def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
-    """Read the users that have a target in the split; a target that the user had seen before counts as none.
+    """Read the users with a target in the split; targets that the user has seen before do not count.
 
     Raises:
         UserError: there is no such user.
@@ -42,7 +42,7 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
 
 
 def refuse_no_users(dataset: Dataset, split: str) -> None:
-    """Check that some user has a target in the split, reading no more than it takes to find one.
+    """Check that some user has a target in the split; stops at the first such user.
 
     Raises:
         UserError: there is no such user.
@@ -65,12 +65,12 @@ def _find_users(dataset: Dataset, split: str) -> Iterator[EvaluationUser]:
 
 
 def _read_rows(rows: pa.RecordBatch, split: str) -> Iterator[EvaluationUser]:
-    """Cut some rows of the table; the users' arrays are views, so that no list of all interactions is made."""
+    """Split some rows of the table into histories and targets; histories are views, so that their interactions are not copied."""
     everything = Sequences.from_table(pa.Table.from_batches([rows])).cast(items=np.int64, events=np.int64)
     begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
     if split == "test":
         begins, ends = ends, everything.lengths
-    interactions = replace(everything, scalars={})  # of which each user would keep an array
+    interactions = replace(everything, scalars={})  # scalars would add an array per user
     histories, rest = interactions.within(0, begins), interactions.within(begins, ends)
     attributes, user_indices = rows["attributes"].to_pylist(), rows[USER_INDEX].to_pylist()
     for row, (seen, items) in enumerate(zip(histories.split("items"), rest.split("items"), strict=True)):
@@ -90,18 +90,18 @@ def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[Eva
 
 
 def target_items(users: Sequence[EvaluationUser]) -> Integers:
-    """List each user's distinct targets by index, (users, most targets of one user), 0 where a user has fewer."""
+    """Return each user's distinct targets, sorted by index and padded with 0, (users, maximum number of targets)."""
     return rectangle([np.unique(user.targets.items) for user in users])
 
 
 def groups_of(users: Sequence[EvaluationUser]) -> dict[str, NDArray[np.str_]]:
-    """Return each user's value of every attribute, empty where a user has none, by the attribute's name."""
+    """Return, by attribute name, the value of each user, empty if a user has none."""
     names = sorted({name for user in users for name in user.attributes})
     return {name: np.array([user.attributes.get(name) or "" for user in users]) for name in names}
 
 
 def rectangle(rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Stack rows of unlike length, padded with 0."""
+    """Stack rows of different lengths, padded with 0."""
     lengths = np.array([len(row) for row in rows])
     filled = np.zeros((len(rows), lengths.max()), rows[0].dtype)
     filled[np.arange(filled.shape[1]) < lengths[:, None]] = np.concatenate(rows)

@@ -1,4 +1,4 @@
-"""An export's files, in formats that run no code when they are loaded: written, loaded, and held against golden answers."""
+"""Writes and loads an export's files, in formats that run no code on loading, and checks them against golden answers."""
 
 import json
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ from recsys.schema import CATALOGUE_SCHEMA, USER_ID
 PROJECTION = "item_encoder.sources.text."
 USERS_FILE = "users.arrow"
 USERS_FILE_0_1 = "users.parquet"
-"""What release 0.1 wrote; it is read into memory."""
+"""The file that release 0.1 wrote, which is loaded into memory."""
 
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Export:
-    """A version that is loaded to answer: its predictor, and what its users did."""
+    """A loaded version: its predictor, and its users' histories."""
 
     predictor: Predictor
     profiles: ArrowProfiles
@@ -59,7 +59,7 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
 
 
 def _write_catalogue(dataset: Dataset, train_count: Integers, path: Path) -> None:
-    """Write the catalogue part by part, with the training interactions of all versions counted, (I + 1,)."""
+    """Write the catalogue in parts, with `train_count` (I + 1,) over all versions."""
     column = CATALOGUE_SCHEMA.get_field_index("train_count")
     with pq.ParquetWriter(path, CATALOGUE_SCHEMA) as writer:
         for part in CatalogueSource.of_dataset(dataset).sorted_rows(CATALOGUE_SCHEMA.names[1:]):
@@ -68,10 +68,10 @@ def _write_catalogue(dataset: Dataset, train_count: Integers, path: Path) -> Non
 
 
 def load_export(folder: Path, scratch: Path | None = None) -> Export:
-    """Load a version, whose files the registry has verified; with `scratch` the processes of a node share the catalogue.
+    """Load a version whose files the registry has verified; with `scratch`, the processes of a node share the catalogue.
 
     Raises:
-        UserError: the export is of another format, or the loaded model does not give the golden scores that it was published with.
+        UserError: the export has another format, or the loaded model does not reproduce the golden scores that it was published with.
     """
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     manifest = DatasetManifest.parse((folder / "dataset.json").read_bytes(), str(folder / "dataset.json"))
@@ -97,7 +97,7 @@ def load_export(folder: Path, scratch: Path | None = None) -> Export:
 
 
 def golden_answers(predictor: Predictor, profiles: ArrowProfiles, num_users: int, k: int = 10) -> list[dict[str, Any]]:
-    """Answer for some users. A model that learned queries answers each once more, for words of the text of the item taken last."""
+    """Return the recommendations for some users. A model with queries answers each user once more, for words of the last item's text."""
     users = list(islice(profiles.items(), num_users))
     asked: list[tuple[str, str | None, Sequences]] = [(user_id, None, history) for user_id, history in users]
     if predictor.query_encoder is not None:
@@ -115,7 +115,7 @@ def golden_answers(predictor: Predictor, profiles: ArrowProfiles, num_users: int
 
 
 def check_golden(predictor: Predictor, profiles: ProfileStore, golden: list[dict[str, Any]]) -> None:
-    """Compare with the published answers.
+    """Compare the predictor's scores with the published answers.
 
     Raises:
         UserError: a user is missing, or a score differs by more than `TOLERANCE`.

@@ -16,14 +16,14 @@ BATCH_ROWS = 1 << 16
 
 
 class ProfileStore(Protocol):
-    """What is known of users."""
+    """Finds the histories of users."""
 
     def find(self, user_id: str) -> Sequences | None:
-        """Return what a user did; None for an unknown user."""
+        """Return a user's history; None for an unknown user."""
 
 
 class ArrowProfiles:
-    """The users of an export, sorted by a hash of their ids. A look-up is a binary search; nothing is copied but the history found."""
+    """The users of an export, sorted by a hash of their ids. A look-up is a binary search; only the history found is copied."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
         self._batches = [_Columns(batch) for batch in batches if batch.num_rows]
@@ -36,7 +36,7 @@ class ArrowProfiles:
 
     @classmethod
     def open(cls, path: Path) -> "ArrowProfiles":
-        """Map a file that `write_profiles` wrote; its pages are read when they are needed, and shared by the processes of a node."""
+        """Memory-map a file written by `write_profiles`; its pages are loaded on demand and shared by the processes of a node."""
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         return cls([reader.get_batch(number) for number in range(reader.num_record_batches)])
 
@@ -44,10 +44,10 @@ class ArrowProfiles:
         return sum(len(columns.hashes) for columns in self._batches)
 
     def find(self, user_id: str) -> Sequences | None:
-        """Return what a user did; None for an unknown user."""
+        """Return a user's history; None for an unknown user."""
         user_hash = _hash(user_id)
         number = int(np.searchsorted(self._first_hashes, user_hash, side="right")) - 1
-        while number >= 0:  # ids with equal hashes may lie on both sides of a batch's end
+        while number >= 0:  # ids with equal hashes may span two batches
             columns = self._batches[number]
             begin, end = (int(np.searchsorted(columns.hashes, user_hash, side)) for side in ("left", "right"))
             for row in range(begin, end):
@@ -82,7 +82,7 @@ class _Columns:
 
 
 def write_profiles(users: pa.Table, path: Path) -> None:
-    """Write a table of users (`user_id` and the sequences of USERS_SCHEMA) as a file that `ArrowProfiles.open` maps."""
+    """Write a table of users (`user_id` and the sequences of USERS_SCHEMA) as a file for `ArrowProfiles.open`."""
     table = _sorted(users)
     with pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table, BATCH_ROWS)

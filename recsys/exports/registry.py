@@ -1,8 +1,8 @@
-"""Versions of exports and the aliases that name them.
+"""Versions of exports and the aliases that point to them.
 
-`{root}/exports/{name}/versions/{version}/manifest.json` is created once and last, so a version is there whole or not at
-all. Its files lie beside it in a folder of the one attempt that won. `{root}/exports/{name}/aliases/{alias}/` is a log
-with one object per generation, each created once: the highest counts, and nothing that was ever true is lost.
+`{root}/exports/{name}/versions/{version}/manifest.json` is a create-once write and is written last, so a version is either complete or
+absent. Its files are next to it, in a folder of the attempt that won. `{root}/exports/{name}/aliases/{alias}/` is a log with one
+create-once object per generation: the highest generation is current, and the history is never lost.
 """
 
 import math
@@ -46,7 +46,7 @@ class ExportFile(_Record):
 
 
 class ExportManifest(_Record):
-    """What a version consists of; `attempt` names the folder beside the manifest that its files are in."""
+    """The files and metadata of a version; `attempt` is the folder next to the manifest that holds the files."""
 
     format_version: Literal[1] = 1
     name: Name
@@ -58,7 +58,7 @@ class ExportManifest(_Record):
 
 
 class AliasEntry(_Record):
-    """One generation of an alias: which version it named from then on, and why."""
+    """One generation of an alias: the version that it points to, and why."""
 
     generation: Annotated[int, Field(ge=1)]
     version: Name
@@ -68,7 +68,7 @@ class AliasEntry(_Record):
 
 
 class Registry:
-    """The versions and aliases of one export name. Holds no state of its own: every answer is read from the store."""
+    """The versions and aliases of one export name. Stateless: every call reads the store."""
 
     def __init__(self, storage: Storage, name: str) -> None:
         self._storage = storage
@@ -76,10 +76,10 @@ class Registry:
         self._root = storage.uri("exports", name)
 
     def publish(self, folder: Path, version: str, metadata: dict[str, Any]) -> tuple[ExportManifest, bool]:
-        """Publish all files below `folder` as a version; return the version's manifest and whether this call made it.
+        """Publish all files below `folder` as a version; return the version's manifest and whether this call created it.
 
-        A version that is there already is returned as it is. Of publishers that race, one wins; the others remove what
-        they uploaded. A publisher that dies leaves a folder that no manifest names, which is never read.
+        Idempotent: an existing version is returned as it is. If publishers race, one wins and the others delete their uploads. A publisher
+        that dies leaves a folder that no manifest refers to and that is never read.
         """
         if self._storage.exists(self._manifest_uri(version)):
             return self.manifest(version), False
@@ -117,7 +117,7 @@ class Registry:
         """Read a version's manifest.
 
         Raises:
-            UserError: there is no such version, or its manifest is damaged or another version's.
+            UserError: the version does not exist, or its manifest is damaged or belongs to another version.
         """
         uri = self._manifest_uri(version)
         if not self._storage.exists(uri):
@@ -129,9 +129,9 @@ class Registry:
         return manifest
 
     def fetch(self, version: str, folder: Path) -> Path:
-        """Bring a version's files to `folder/name/version` and return that path; all sizes and hashes hold then.
+        """Download a version's files to `folder/name/version`, verify their sizes and hashes, and return that path.
 
-        Files that are there already and whole are not downloaded again.
+        Files that are already there and intact are not downloaded again.
 
         Raises:
             UserError: a file is missing in the store or differs from the manifest.
@@ -151,7 +151,7 @@ class Registry:
         return target
 
     def read(self, manifest: ExportManifest, path: str) -> bytes:
-        """Read one small file of a version, unverified."""
+        """Read one small file of a version without verifying it."""
         return self._storage.read_bytes(self._file_uri(manifest, path))
 
     def history(self, alias: str) -> list[AliasEntry]:
@@ -159,23 +159,23 @@ class Registry:
         return [self._read(uri, AliasEntry) for uri in self._generations(alias)]
 
     def current(self, alias: str) -> AliasEntry | None:
-        """Read the generation of an alias that counts."""
+        """Return the current generation of an alias, or None."""
         uris = self._generations(alias)
         return self._read(uris[-1], AliasEntry) if uris else None
 
     def resolve(self, alias: str) -> str | None:
-        """Return the version that an alias names."""
+        """Return the version that an alias points to, or None."""
         entry = self.current(alias)
         return entry.version if entry else None
 
     def promote(self, alias: str, version: str, reason: str, seen: int | None = None) -> bool:
-        """Let an alias name `version`; return whether it does so now.
+        """Point an alias to `version`; return whether it points to it now.
 
-        `seen`: the generation that the decision was made upon (0: none yet). Where the alias has moved on since, nothing
-        is changed and the answer is False: compare again. Without `seen`, the last to promote has its way.
+        `seen` is the generation that the decision was based on (0: none yet). If the alias has changed since, nothing happens and the
+        result is False: compare again. Without `seen`, the last promotion wins.
 
         Raises:
-            UserError: there is no such version.
+            UserError: the version does not exist.
         """
         self.manifest(version)
         while True:
@@ -189,10 +189,10 @@ class Registry:
                 return True
 
     def roll_back(self, alias: str, reason: str) -> str:
-        """Let an alias name the version before its current one again; return that version. Again goes further back.
+        """Point an alias to its previous version again and return that version; repeated calls go further back.
 
         Raises:
-            UserError: there is no version before, or somebody else moved the alias at the same time.
+            UserError: there is no previous version, or the alias was moved at the same time.
         """
         history = self.history(alias)
         version = previous_version(history)
@@ -233,12 +233,12 @@ class Registry:
 
 
 def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, float | None] | None, metric: str) -> bool:
-    """Return whether a candidate's metric beats the incumbent's; equal does not, NaN never, and no incumbent is beaten by all else.
+    """Return whether a candidate's metric is better than the incumbent's; equal is not, NaN never is, and any number beats no incumbent.
 
-    NaN comes back from a manifest as None, since JSON has no other word for it.
+    NaN is stored in a manifest as None, since JSON has no NaN; any number beats it.
 
     Raises:
-        UserError: one of them does not have the metric.
+        UserError: the candidate or the incumbent does not have the metric.
     """
     if metric not in candidate:
         raise UserError(f"evaluation.metric = '{metric}': is not among the candidate's metrics; {', '.join(candidate) or 'it has none'}")
@@ -256,7 +256,7 @@ def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, flo
 
 
 def previous_version(history: list[AliasEntry]) -> str | None:
-    """Find the version that a roll back leads to: promotions stack up, a roll back takes the topmost off."""
+    """Return the version that a rollback leads to: promotions push onto a stack, and a rollback pops the top."""
     stack: list[str] = []
     for entry in history:
         if entry.action == "roll_back":
@@ -268,7 +268,7 @@ def previous_version(history: list[AliasEntry]) -> str | None:
 
 
 def _find_damage(path: Path, file: ExportFile) -> str | None:
-    """Say how a local file differs from what was published; None if it does not."""
+    """Return how a local file differs from the published one, or None."""
     if not path.is_file():
         return "is not there"
     if (num_bytes := path.stat().st_size) != file.num_bytes:

@@ -1,6 +1,6 @@
-"""The corpus of pretraining: the catalogue's texts with masked tokens, and pairs of texts.
+"""The pretraining corpus: the catalogue's texts with masked tokens, and pairs of texts.
 
-Every draw is a hash of the seed, the epoch and the item, so that it is the same wherever and with whatever else an item is read.
+Every draw is a hash of the seed, the epoch and the item, so it does not depend on the rank or on the other items of a micro batch.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from recsys.errors import UserError
 from recsys.schema import PADDING_ITEM
 
 NO_TARGET = -100
-"""The target of a token that is not to be predicted, which cross-entropy ignores."""
+"""Target of a token that is not predicted; cross-entropy ignores it."""
 
 VALIDATION = 1 << 32
-"""Stands for the epoch in the draws of the validation, which are the same each time."""
+"""Used as the epoch in the draws of validation, so that these are always the same."""
 
 _FORMAT = "v1"
 _FEWEST_HELD_OUT = 64
@@ -34,7 +34,7 @@ _MOST_HELD_OUT = 4096
 
 @dataclass(frozen=True)
 class HiddenTokens:
-    """Right-padded tokens (B, T), how many are real (B,), and what is to be predicted at each place (B, T)."""
+    """Right-padded tokens (B, T), their lengths (B,), and the target at each place (B, T)."""
 
     tokens: Tensor
     lengths: Tensor
@@ -43,18 +43,18 @@ class HiddenTokens:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Items and a partner of each. The first B rows of `tokens` and `lengths` are the items', the others the partners'."""
+    """Items and a co-occurring partner of each. The first B rows of `tokens` and `lengths` are the items', the others the partners'."""
 
     items: Tensor  # (B,)
-    partners: Tensor  # (B,) PADDING_ITEM where an item has none
-    known: Tensor  # (B, K) all partners of an item, filled up with PADDING_ITEM
+    partners: Tensor  # (B,) PADDING_ITEM if an item has none
+    known: Tensor  # (B, K) all partners of an item, padded with PADDING_ITEM
     tokens: Tensor  # (2B, T)
     lengths: Tensor  # (2B,)
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One micro batch of items (B,), with a part for each objective. T is the longest text's tokens."""
+    """One micro batch of items (B,), with a part for each objective. T is the length of the longest text."""
 
     sample_ids: Tensor
     hidden: HiddenTokens | None
@@ -65,7 +65,7 @@ class TextBatch:
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def valid_counts(self) -> Tensor:
-        """Count the tokens to predict, then the pairs, as far as there are such parts; float64 since they are summed over ranks."""
+        """Return the number of tokens to predict and of pairs, for the parts that exist, in float64 for summing over ranks."""
         counts = [(self.hidden.targets != NO_TARGET).sum()] if self.hidden else []
         counts += [(self.pairs.partners != PADDING_ITEM).sum()] if self.pairs else []
         return torch.stack(counts).to(torch.float64)
@@ -73,17 +73,17 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class TextSplit:
-    """The items with text in the order of a hash of their indices, which a run shuffles anew; the first are held out for validation."""
+    """The items with text, ordered by a hash of their indices; the first ones are held out for validation."""
 
     held_out: Integers
     trained: NDArray[np.int32]
 
     @classmethod
     def read(cls, dataset: Dataset, catalogue: ItemFeatures, scratch: Path) -> "TextSplit":
-        """Order the items, once on this node; a twentieth is held out, of a small catalogue more and of a large one less.
+        """Order the items, once per node; hold out a twentieth, or more of a small catalogue and less of a large one.
 
         Raises:
-            UserError: there are too few.
+            UserError: there are fewer than 5 items with text.
         """
 
         def build(folder: Path) -> None:
@@ -98,16 +98,16 @@ class TextSplit:
         return cls(order[:num_held_out].astype(np.int64), order[num_held_out:])
 
     def is_held_out(self, items: Integers) -> Mask:
-        """Return which items are held out; those without text may be either."""
+        """Return which items are held out; the result is arbitrary for items without text."""
         return np.asarray(_hash(items) <= _hash(self.held_out[-1:]))
 
 
 @dataclass(frozen=True)
 class Hiding:
-    """How tokens become targets. Without a `mask_token` each token but the first is one, predicted from those before it.
+    """Turns tokens into targets. Without a `mask_token`, every token except the first is predicted from those before it.
 
-    Otherwise the share `fraction` of the tokens, `special` ones aside. Of them 8 in 10 are replaced by the mask token, 1 in 10 by any
-    token, and 1 in 10 stay (Devlin et al. 2019, section 3.1).
+    Otherwise a share `fraction` of the tokens that are not `special` are targets. Of these, 8 in 10 are replaced by the mask token, 1 in 10
+    by a random token, and 1 in 10 are kept (Devlin et al. 2019, section 3.1).
     """
 
     fraction: float
@@ -116,7 +116,7 @@ class Hiding:
     vocabulary: int
 
     def __call__(self, tokens: Integers, lengths: Integers, draws: Floats) -> HiddenTokens:
-        """Hide tokens (B, T) by draws (B, 3, T) in [0, 1)."""
+        """Mask tokens (B, T) according to draws (B, 3, T) in [0, 1)."""
         is_target = np.arange(tokens.shape[1]) < lengths[:, None]
         if self.mask_token is None:
             targets = np.roll(np.where(is_target, tokens, NO_TARGET), -1, axis=1)
@@ -132,7 +132,7 @@ class Hiding:
 
 @dataclass(frozen=True)
 class TextCollator:
-    """Turns items into a `TextBatch`, without hidden tokens where there is no `hiding`, without pairs where there are no `partners`."""
+    """Builds a `TextBatch` from items, with masked tokens if there is `hiding`, with pairs if there are `partners`."""
 
     tokens: Tensor  # (I + 1, T)
     lengths: Tensor  # (I + 1,)
@@ -142,7 +142,7 @@ class TextCollator:
     seed: int
 
     def __call__(self, items: Integers, epoch: int) -> TextBatch:
-        """Build a micro batch; no items give the padding item, so that every rank runs every step."""
+        """Build a micro batch. Without items it holds the padding item, so that every rank runs every step."""
         items = items if len(items) else np.array([PADDING_ITEM])
         width = self.tokens.shape[1]
         draws = _hash(self.seed, epoch, items[:, None], np.arange(1 + 3 * width)) // 2**10 / 2.0**53
@@ -157,7 +157,7 @@ class TextCollator:
         return TextBatch(torch.from_numpy(items), hidden, pairs)
 
     def _pairs(self, source: Partners, items: Integers, draws: Floats, may_be_held_out: bool) -> Pairs:
-        """Draw a partner of each item by how often they were taken together; what is held out is no partner in training."""
+        """Draw a partner of each item in proportion to their co-occurrence; in training, held-out items are not drawn."""
         known, counts = source.of(items)
         ends = np.cumsum(counts if may_be_held_out else counts * ~self.split.is_held_out(known), axis=1)  # (B, K)
         has_partner = ends[:, -1] > 0
@@ -167,13 +167,13 @@ class TextCollator:
         return Pairs(*map(torch.from_numpy, (items, partners, known, tokens, lengths)))
 
     def _texts(self, items: Integers) -> tuple[Integers, Integers]:
-        """Return tokens (B, T) and lengths (B,), cut to the longest."""
+        """Return tokens (B, T) and lengths (B,) of items; T is the longest length."""
         lengths = self.lengths[items].numpy().astype(np.int64)
         return self.tokens[items, : lengths.max()].numpy().astype(np.int64), lengths
 
 
 def _hash(*parts: int | Integers) -> Integers:
-    """Hash numbers, broadcast against each other, to numbers from 0 to 2^63 - 1."""
+    """Hash numbers, broadcast against each other, to the range 0 to 2^63 - 1."""
     value = torch.zeros(1, dtype=torch.int64)
     for part in parts:
         value = stable_hash(value ^ torch.as_tensor(part), seed=0)

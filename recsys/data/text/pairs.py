@@ -1,4 +1,4 @@
-"""Co-occurring items, counted from the training data within bounded memory."""
+"""Co-occurrence of items, counted from the training data in bounded memory."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from recsys.data.shards import RowGroupSource
 from recsys.errors import UserError
 
 MOST_PARTNERS = 32
-"""Co-occurring items that are kept per item, the most frequent ones."""
+"""Maximum number of co-occurring items per item; the most frequent are kept."""
 
 _FORMAT = "v1"
 _CHUNK_PAIRS = 1 << 22
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Partners:
-    """The items that users took within `window` interactions of each item, the most frequent first.
+    """The items that users took within `window` interactions of each item, most frequent first.
 
-    Those of item i are `items[offsets[i]:offsets[i + 1]]`, and `counts` says how often. The arrays are views of files.
+    Those of item i are `items[offsets[i]:offsets[i + 1]]`, with their `counts`. The arrays are memory-mapped.
     """
 
     offsets: Integers  # (I + 2,)
@@ -41,10 +41,10 @@ class Partners:
 
     @classmethod
     def read(cls, dataset: Dataset, catalogue: ItemFeatures, window: int, scratch: Path) -> "Partners":
-        """Count the pairs of items with text in the training rows, once on this node.
+        """Count the pairs of items with text in the training rows, once per node.
 
         Raises:
-            UserError: there is no such pair.
+            UserError: there are no pairs.
         """
 
         def build(folder: Path) -> None:
@@ -55,7 +55,7 @@ class Partners:
             return cls(*(map_array(entry / f"{name}.npy").numpy() for name in ("offsets", "items", "counts")))
 
     def of(self, items: Integers) -> tuple[Integers, Integers]:
-        """Return the partners of items (B,) and their counts, both (B, K), zeros behind; K is the longest list's length, 1 at least."""
+        """Return the partners of items (B,) and their counts, both (B, K) padded with 0; K is the longest list's length, at least 1."""
         starts = self.offsets[items]
         lengths = self.offsets[items + 1] - starts
         places = np.arange(lengths.max(initial=1))
@@ -67,10 +67,10 @@ class Partners:
 
 
 def near_pairs(table: pa.Table, window: int) -> Iterator[tuple[Integers, Integers]]:
-    """Return the items of training rows (TRAIN_SCHEMA) that are at most `window` interactions apart, as earlier and later ones.
+    """Yield pairs of items in training rows (TRAIN_SCHEMA) that are at most `window` interactions apart, as earlier and later items.
 
-    Rows may overlap, but an interaction is a target in one of them only: a pair counts where its later one is a target, and is not found
-    where a cut between two rows of a long history parts it.
+    Rows may overlap, but an interaction is a target in only one of them, so a pair counts where its later item is a target. Pairs that are
+    separated by a cut between two rows of a long history are not found.
     """
     lists = table["items"].combine_chunks()
     items, lengths = lists.flatten().to_numpy().astype(np.int64), lists.value_lengths().to_numpy()
@@ -84,9 +84,10 @@ def near_pairs(table: pa.Table, window: int) -> Iterator[tuple[Integers, Integer
 
 
 def _count(dataset: Dataset, catalogue: ItemFeatures, window: int, folder: Path) -> None:
-    """Fill a folder with the arrays of `Partners`.
+    """Write the arrays of `Partners` to a folder.
 
-    Sorted pieces of the pairs go to files by blocks of items, with about equally many pairs each; then block after block is summed up.
+    Sorted chunks of pairs are appended to a file per block of items, with about equally many pairs each; then the blocks are summed one by
+    one.
     """
     base = catalogue.num_items + 1
     load = np.cumsum(catalogue.train_count.numpy())
@@ -115,7 +116,7 @@ def _count(dataset: Dataset, catalogue: ItemFeatures, window: int, folder: Path)
 
 
 def _sorted_pieces(dataset: Dataset, has_text: Mask, window: int, base: int) -> Iterator[tuple[Integers, Integers]]:
-    """Read the training rows and give pairs in both directions as keys `item * base + partner`, sorted, with their counts."""
+    """Yield sorted chunks of pairs in both directions: keys `item * base + partner` and their counts."""
     source = RowGroupSource(dataset, ("items", "first_target"))
     pending: list[Integers] = []
     for group in range(len(source)):
@@ -130,7 +131,7 @@ def _sorted_pieces(dataset: Dataset, has_text: Mask, window: int, base: int) -> 
 
 
 def _most_frequent(pieces: Integers, base: int) -> tuple[Integers, Integers, Integers]:
-    """Sum the counts of equal keys (rows are key and count); return items, partners and counts, the best `MOST_PARTNERS` per item."""
+    """Sum the counts of equal keys, given rows (key, count); return items, partners and counts of each item's `MOST_PARTNERS` best."""
     keys, inverse = np.unique(pieces[:, 0], return_inverse=True)
     counts = np.bincount(inverse, weights=pieces[:, 1], minlength=len(keys)).astype(np.int64)
     anchors, partners = np.divmod(keys, base)

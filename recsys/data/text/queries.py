@@ -1,4 +1,4 @@
-"""Queries typed by users or made of item texts, and which samples get one."""
+"""Queries typed by users or made from item texts, and the draw of samples that get one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from recsys.schema import QUERIES_SCHEMA, QUERY
 _FORMAT = "v1"
 
 NUM_VARIANTS = 4
-"""Queries that are made of each item's text for training."""
+"""Number of queries made from each item's text for training."""
 
 EVALUATION_VARIANT = NUM_VARIANTS
-"""What an evaluation asks is made as in training, and by draws that training never makes."""
+"""The variant that evaluation uses: made as in training, with draws that training never uses."""
 
 MAX_WORDS = 8
 FIRST_WORDS = 32
-"""A query has words of a text's beginning alone, since the language model reads no more of it."""
+"""A query takes words from the beginning of a text, since the language model reads no further."""
 
 ALONE_RATE = 0.1
-"""One query in this many has no history before it, as of an unknown user."""
+"""Share of queries without a history, as for an unknown user."""
 
 
 def drop_words(text: str, item: int, variant: int) -> str:
-    """Keep 1 to `MAX_WORDS` words of a text, in their order; the draws depend on the item's index and the variant alone."""
+    """Return 1 to `MAX_WORDS` words of a text, in order; the draws depend only on the item's index and the variant."""
     words = text.split()[:FIRST_WORDS]
     if not words:
         return ""
@@ -44,7 +44,7 @@ def drop_words(text: str, item: int, variant: int) -> str:
 
 
 def read_queries(dataset: Dataset, scratch: Path) -> Sequence[str]:
-    """Read what users typed, by index less one, from a file below `scratch` that all processes of the node share."""
+    """Load the typed queries, in order from query index 1, from a file below `scratch` that the processes of a node share."""
     if not dataset.manifest.num_queries:
         return ()
 
@@ -56,7 +56,7 @@ def read_queries(dataset: Dataset, scratch: Path) -> Sequence[str]:
 
 
 class QueryTexts(Sequence[str]):
-    """All queries that training asks. Row v x (I + 1) + i is variant v of item i's text, made when it is asked for; behind are `typed`."""
+    """All queries of training: row v x (I + 1) + i is variant v of item i's text, made on access; the `typed` queries follow."""
 
     def __init__(self, texts: Sequence[str], typed: Sequence[str] = ()) -> None:
         self._texts, self._typed = texts, typed
@@ -80,23 +80,24 @@ class QueryTexts(Sequence[str]):
 
 @dataclass(frozen=True)
 class Asked:
-    """The Q targets of a micro batch that are predicted with a query too, those first whose query follows their sample's whole history.
+    """The Q targets of a micro batch that are also predicted with a query.
 
-    The others, E of them, come after a part of it or after nothing, which is a history of its own.
+    Queries after the whole history of their sample come first. The other E queries follow a part of the history or no history; each gets
+    its own history.
     """
 
-    samples: Integers  # (Q,) places among the rows
-    targets: Integers  # (Q,) places in their samples
+    samples: Integers  # (Q,) row of each target's sample
+    targets: Integers  # (Q,) place of each target in its sample
     texts: Integers  # (Q,) rows of `QueryTexts`
-    own_lengths: Integers  # (E,)
+    own_lengths: Integers  # (E,) lengths of the other histories
 
     @property
     def num_whole(self) -> int:
-        """How many queries follow a whole history."""
+        """Number of queries that follow a whole history."""
         return len(self.samples) - len(self.own_lengths)
 
     def histories(self, of_samples: Sequences) -> tuple[Sequences, Mask]:
-        """Add the E others behind the samples' histories; return them all, and which of them a query follows."""
+        """Append the E other histories to those of the samples; return all, and which of them a query follows."""
         rows = np.append(np.arange(len(of_samples)), self.samples[self.num_whole :])
         has_query = np.arange(len(rows)) >= len(of_samples)
         has_query[self.samples[: self.num_whole]] = True
@@ -105,10 +106,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class QueryDraws:
-    """Draws the samples that are asked with a query by their ids and the epoch, so that it is the same on any number of ranks.
+    """Draws the samples that get a query by their ids and the epoch, so the draw is the same for any number of ranks.
 
-    Where users typed something, one of the sample's targets that it led to is asked for by it; of other samples the last target, where
-    it has text, by words of that.
+    If typed queries led to targets of a sample, one of these targets is predicted with its query. Otherwise the last target, if it has
+    text, is predicted with words of that text.
     """
 
     rate: float
@@ -116,7 +117,7 @@ class QueryDraws:
     has_text: Tensor  # (I + 1,) bool
 
     def __call__(self, samples: Sequences, epoch: int) -> Asked:
-        """Choose samples, and of each a target."""
+        """Choose samples, and one target of each."""
         last = samples.lengths - 1
         items = samples.columns["items"][samples.starts + last].astype(np.int64)
         draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), self.seed, epoch)
@@ -134,7 +135,7 @@ class QueryDraws:
 
 
 def _draw_typed(samples: Sequences, draws: Integers) -> tuple[Integers, Integers]:
-    """Draw one of each row's targets that a typed query led to; return their places and queries: the last place and 0 where none did."""
+    """Draw one target with a typed query per row; return places and queries, or the last place and 0 if a row has none."""
     first = samples.scalars["first_target"]
     candidates = samples.within(first, samples.lengths)
     queries = candidates.flat("queries").astype(np.int64)
