@@ -154,8 +154,8 @@ class Task:
 
 
 def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Order event kinds from weak to strong: configured kinds outside the known order, then the known order, then all others by name."""
-    order = {kind: position for position, kind in enumerate((*configured, *KNOWN_EVENT_ORDER))}
+    """Order event kinds from weak to strong: first the configured kinds, then those of the known order, then all others by name."""
+    order = {kind: position for position, kind in enumerate(dict.fromkeys((*configured, *KNOWN_EVENT_ORDER)))}
     return tuple(sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind)))
 
 

@@ -165,7 +165,7 @@ class DataConfig(Section):
     """Environment variable with the key for hashing user ids; empty: ids are not hashed."""
     synthetic: Annotated[SyntheticConfig, Fact.INPUT] = SyntheticConfig()
     event_kinds: tuple[str, ...] = ()
-    """Event kinds that are not in the known order, from weak to strong; they rank below the known kinds."""
+    """Event kinds from weak to strong; other kinds rank above them: impression, view, click, favorite, cart, purchase, then by name."""
     like_threshold: float = 4.0
     """Smallest value that counts as a like."""
     k_core: Count = 0

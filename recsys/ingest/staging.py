@@ -86,7 +86,7 @@ def _check_unit(job: Job, raw: pa.Table) -> None:
         row = raw[INPUT_ORDER][place].as_py() % (1 << FILE_SHIFT) + 1
         raise UserError(
             f"row {row}: the time {number} is not in {UNIT_NAMES[job.time_unit]}, the unit that was inferred from the first times of "
-            "the input; set data.time_unit to the unit of all times times"
+            "the input; set data.time_unit to the unit of all times"
         )
 
 
