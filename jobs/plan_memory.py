@@ -14,11 +14,11 @@ def run(config: Config) -> dict[str, Any]:
     import torch
 
     from recsys.data.manifest import Dataset
-    from recsys.model.text.catalogue_text import ALONE
+    from recsys.model.text.catalogue_text import SINGLE_PROCESS
     from recsys.model.user_encoder import recompute_activations
     from recsys.objectives.next_item import NextItem
     from recsys.store import Storage
-    from recsys.train.monitoring.memory import plan_step
+    from recsys.train.memory_plan import plan_step
 
     training = config.training
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
@@ -27,7 +27,7 @@ def run(config: Config) -> dict[str, Any]:
         "training.num_workers": 1,
         "training.global_batch_size": training.micro_batch_size * micro_batches,
     }
-    objective = NextItem(dataset.adopt(config.with_values(alone)), dataset, torch.device("cpu"), ALONE)
+    objective = NextItem(dataset.adopt(config.with_values(alone)), dataset, torch.device("cpu"), SINGLE_PROCESS)
     if training.recompute_activations:
         recompute_activations(objective.module)
     plan = plan_step(objective.module, next(iter(objective.steps(0))), training, training.min_workers)

@@ -114,7 +114,7 @@ class ModelConfig(Section):
     ranker: RankerConfig = RankerConfig()
 
     @property
-    def keeps_texts(self) -> bool:
+    def caches_texts(self) -> bool:
         """Return whether training uses cached text embeddings for items outside the micro batch."""
         return self.text.refresh_steps > 0
 
@@ -132,7 +132,7 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
             )
-        if self.keeps_texts and (self.text.mode not in ("lora", "full") or self.loss.kind != "full"):
+        if self.caches_texts and (self.text.mode not in ("lora", "full") or self.loss.kind != "full"):
             raise ValueError(
                 f"model.text.refresh_steps = {self.text.refresh_steps} needs model.text.mode = lora or full, and model.loss.kind = full; "
                 "0 would work"

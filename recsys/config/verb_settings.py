@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from recsys.config.base import Fact, fields_of, leaves
 from recsys.config.data import DataConfig
-from recsys.config.tree import Config
+from recsys.config.root import Config
 from recsys.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -190,7 +190,7 @@ class Collator:
     negative_rates: Tensor | None = None  # (T,) the share of negative labels that is kept
     queries: QueryDraws | None = None
     shuffle_seed: int | None = None
-    keeps_texts: bool = False
+    caches_texts: bool = False
     max_history: int | None = None
     stride: int | None = None
 
@@ -222,7 +222,7 @@ class Collator:
         return Batch(
             sample_ids=torch.tensor(sample_ids_before),
             items=items,
-            items_on_host=(torch.cat([packed.items, wanted]).unique() if self.keeps_texts else items).numpy(),
+            items_on_host=(torch.cat([packed.items, wanted]).unique() if self.caches_texts else items).numpy(),
             histories=replace(packed, items=history),
             target_places=target_places,
             targets=targets,

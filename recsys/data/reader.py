@@ -70,7 +70,7 @@ class Reader:
             rates,
             queries,
             config.training.seed if config.training.shuffle_histories else None,
-            config.model.keeps_texts,
+            config.model.caches_texts,
             config.data.max_history,
             config.data.window_stride,
         )

@@ -27,12 +27,12 @@ ScoreUsers = Callable[[Sequence[EvaluationUser]], Scores]
 class Ranked:
     """Per user: the ranks of the distinct targets, sorted by index, and the best items.
 
-    Ranks start at 1 and are padded with 0. `like_ranks` are the ranks of cold targets among cold items and of warm targets among warm
+    Ranks start at 1 and are padded with 0. `group_ranks` are the ranks of cold targets among cold items and of warm targets among warm
     items. `top` is padded with 0; if lists are re-ranked, it is longer than the largest cutoff.
     """
 
     ranks: Integers  # (users, targets)
-    like_ranks: Integers  # (users, targets)
+    group_ranks: Integers  # (users, targets)
     top: Integers  # (users, k)
     top_scores: Scores  # (users, k)
 

@@ -31,7 +31,7 @@ class Slice:
 
     is_target: Mask  # (U, T)
     num_candidates: Integers  # (U,)
-    is_among_like: bool = False  # ranked by `like_ranks`
+    is_within_group: bool = False  # ranked by `group_ranks`
 
     @property
     def is_member(self) -> Mask:
@@ -40,7 +40,7 @@ class Slice:
 
     def metrics(self, ranked: Ranked, cutoff: int) -> dict[str, Floats]:
         """Compute each metric for the slice's users (members,)."""
-        ranks = ranked.like_ranks if self.is_among_like else ranked.ranks
+        ranks = ranked.group_ranks if self.is_within_group else ranked.ranks
         return ranking_metrics(np.where(self.is_target, ranks, 0)[self.is_member], (cutoff,))
 
     def random(self, cutoff: int) -> dict[str, Floats]:
@@ -70,12 +70,12 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
     by_target = {WARM: is_warm} | {f"popularity decile {decile}": deciles == decile for decile in range(1, NUM_DECILES + 1)}
     slices = {
         COLD: Slice(is_cold, num_unseen),
-        COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_among_like=True),
+        COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_within_group=True),
         **{name: Slice(is_target, num_unseen) for name, is_target in by_target.items()},
         **{name: Slice(is_real & is_member[:, None], num_unseen) for name, is_member in by_user.items()},
     }
     if num_unseen_cold.any():
-        slices[WARM_AMONG_WARM] = Slice(is_warm, num_unseen - num_unseen_cold, is_among_like=True)
+        slices[WARM_AMONG_WARM] = Slice(is_warm, num_unseen - num_unseen_cold, is_within_group=True)
     return {name: each for name, each in slices.items() if each.is_member.sum() >= MIN_SLICE_USERS}
 
 

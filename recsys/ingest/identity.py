@@ -13,8 +13,8 @@ from recsys.data.manifest import FORMAT_VERSION
 from recsys.errors import UserError
 from recsys.ingest.clean.pseudonyms import PSEUDONYM_KEY, key_identity
 from recsys.ingest.clean.times import guess_unit
+from recsys.ingest.sources.column_mapping import import_events
 from recsys.ingest.sources.formats import FilePart
-from recsys.ingest.sources.importers import import_events
 from recsys.ingest.sources.input_files import event_columns, find_files, find_in_folder
 from recsys.ingest.sources.sandbox import reading, run_limited
 from recsys.ingest.synthetic.events import GENERATOR_VERSION

@@ -13,10 +13,10 @@ from pydantic import Field
 
 from recsys.config.data import DataConfig
 from recsys.data.manifest import ColumnUse, Dataset, Shard
-from recsys.ingest.clean.overlap import Overlap
+from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Found
 from recsys.ingest.ray_tasks import Outcome, Record, Reported, run_tasks
-from recsys.ingest.write.counts import Counts, Limits
+from recsys.ingest.write.report_counts import Counts, Limits
 from recsys.schema import TIMESTAMP
 from recsys.store import Storage, join, sha256_of
 

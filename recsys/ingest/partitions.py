@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from recsys.arrays import Integers, Mask
 from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
-from recsys.ingest.clean.cleaning import drop_bots, drop_duplicates, notice_order
-from recsys.ingest.clean.overlap import Overlap
+from recsys.ingest.clean.cleaning import drop_bots, sort_and_deduplicate, notice_order
+from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.job import Job, Partition, Written
 from recsys.ingest.shuffle import read_partition, read_table, write_table
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.staging import ATTRIBUTES, STAGED_USERS
-from recsys.ingest.write.counts import Limits
+from recsys.ingest.write.feature_statistics import Moments, read_histories
+from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
-from recsys.ingest.write.statistics import Moments, read_histories
 from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE
 
 ITEM_INDEX_NAME = "item_index.parquet"
@@ -36,7 +36,7 @@ def merge_events(job: Job, partition: int) -> Partition:
     """
     rejects, noticed = Rejects(), Counter[str]()
     pieces = read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA)
-    distinct, _ = drop_duplicates(pieces)
+    distinct, _ = sort_and_deduplicate(pieces)
     rejects.add_missing("duplicate", pieces, distinct)
     events, _ = drop_bots(distinct, job.data.cleaning.max_events_per_minute if job.has_time else None)
     rejects.add_missing("bot", distinct, events)

@@ -18,7 +18,7 @@ from recsys.config.data import DataConfig
 from recsys.data.manifest import MANIFEST_NAME, ColumnUse, Dataset, DatasetManifest, content_fingerprint
 from recsys.errors import UserError
 from recsys.ingest.append import KNOWN_INDEX_NAME, adopt, changed_items, extend, open_base, refuse_other_input
-from recsys.ingest.clean.overlap import Overlap
+from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects, remedy, tell
 from recsys.ingest.clean.times import UNIT_NAMES
 from recsys.ingest.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
@@ -30,9 +30,9 @@ from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.staging import stage_events, stage_users
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
+from recsys.ingest.write.feature_statistics import item_numbers, join_moments
 from recsys.ingest.write.measuring import measure, write_dataset_report
 from recsys.ingest.write.splits import withheld
-from recsys.ingest.write.statistics import item_numbers, join_moments
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
 from recsys.store import ObjectInfo, Storage, join
 from recsys.store.backends import TEMP_PREFIX

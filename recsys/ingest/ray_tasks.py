@@ -64,7 +64,7 @@ def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[
     import ray.data  # Ray reads its environment at import, after `recsys.launch.head.connect` has set it
     from ray.data import TaskPoolStrategy
 
-    _quieten()
+    _silence()
     outcomes = {number: outcome for number, outcome in record.read().items() if number < len(tasks)}
     waiting = [number for number in range(len(tasks)) if number not in outcomes]
 
@@ -130,7 +130,7 @@ def _num_cores() -> int:
     return max(1, min(slots, (os.cpu_count() or 1) * len(nodes)))
 
 
-def _quieten() -> None:
+def _silence() -> None:
     """Turn off Ray Data's own progress output, which describes its operators and their resources."""
     import ray.data
 

@@ -15,8 +15,8 @@ from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import UNIT_NAMES, find_other_unit
 from recsys.ingest.job import Cleaned, Job
 from recsys.ingest.shuffle import write_pieces
+from recsys.ingest.sources.column_mapping import Imported, import_events, import_users
 from recsys.ingest.sources.formats import FILE_SHIFT, INPUT_ORDER, FilePart
-from recsys.ingest.sources.importers import Imported, import_events, import_users
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of
 from recsys.schema import EVENTS_SCHEMA, TIMESTAMP, USER_ID, USERS_SCHEMA
@@ -41,7 +41,7 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
 
     imported = ((part, import_events(job.storage, part, job.data, job.time_column)) for part in parts)
     num_rows, uses = _write_pieces(job, "pieces", task, imported, clean)
-    _hide_users(job, rejects, "null_user", "long_id", "negative_id")
+    _redact_users(job, rejects, "null_user", "long_id", "negative_id")
     return Cleaned(rows=num_rows, rejected=rejects, examples=rejects.examples, noticed=noticed, uses=uses)
 
 
@@ -50,7 +50,7 @@ def stage_users(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
     rejects = Rejects()
     imported = ((part, import_users(job.storage, part, job.data)) for part in parts)
     num_rows, uses = _write_pieces(job, "user-pieces", task, imported, lambda raw: _with_attributes(raw, rejects))
-    _hide_users(job, rejects, "user_null_id", "user_long_id")
+    _redact_users(job, rejects, "user_null_id", "user_long_id")
     return Cleaned(rows=num_rows, rejected=rejects, examples=rejects.examples, uses=uses)
 
 
@@ -90,7 +90,7 @@ def _check_unit(job: Job, raw: pa.Table) -> None:
         )
 
 
-def _hide_users(job: Job, rejects: Rejects, *rules: str) -> None:
+def _redact_users(job: Job, rejects: Rejects, *rules: str) -> None:
     if job.data.pseudonym_key_env:
         rejects.hide(rules)
 

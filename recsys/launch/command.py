@@ -55,7 +55,7 @@ def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--verbose", action="store_true", help="show what goes to the log file otherwise")
     if {"-h", "--help"} & set(sys.argv):
-        from recsys.config.settings import help_text
+        from recsys.config.help_text import help_text
 
         parser.epilog = f"settings:\n\n{help_text(name)}"
     return parser

@@ -20,7 +20,7 @@ from recsys.evaluation.users import refuse_no_users
 from recsys.launch.head import connect
 from recsys.model.text.backbones import check_backbone
 from recsys.model.text.pretraining import check_objectives
-from recsys.objectives.objective import MakeObjective
+from recsys.objectives.objective import ObjectiveFactory
 from recsys.report.pages import TRAINING, write_report
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
@@ -58,7 +58,7 @@ def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
     return check_backbone(text, storage, Path(config.run.scratch))
 
 
-def launch(config: Config, make: MakeObjective, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+def launch(config: Config, make: ObjectiveFactory, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train the objective built by `make` on a cluster, and return the result that `jobs.train` prints.
 
     A finished run is not started again; a killed run resumes from its newest checkpoint.

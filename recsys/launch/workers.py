@@ -25,7 +25,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import StoreError, UserError
 from recsys.launch.head import PRIVATE
 from recsys.launch.ray_internals import RestartingTrainer, WorkerHealthCheckTimeoutError, is_preempted, worker_nodes
-from recsys.objectives.objective import MakeObjective, MicroBatch
+from recsys.objectives.objective import MicroBatch, ObjectiveFactory
 from recsys.store import Storage
 from recsys.terminal import mark_lines
 from recsys.train.checkpoints.lease import Lease
@@ -81,7 +81,7 @@ class RayReporter:
         ray.train.report(metrics)
 
 
-def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: MakeObjective, callbacks: Sequence[Any]) -> None:
+def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: ObjectiveFactory, callbacks: Sequence[Any]) -> None:
     """Start the workers, and restart them after failures that may pass, until the run is done.
 
     Raises:
@@ -159,7 +159,7 @@ def check_resources(config: Config) -> None:
         )
 
 
-def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Sequence[Any]) -> None:
+def _fit(config: Config, restarts: Restarts, make: ObjectiveFactory, callbacks: Sequence[Any]) -> None:
     """Run the workers until they finish or may not restart. Ray's own records go to the run's folder under a new name.
 
     With a known name Ray would resume by its own rules; here the checkpoints decide where a run resumes.
@@ -195,7 +195,7 @@ def _fit(config: Config, restarts: Restarts, make: MakeObjective, callbacks: Seq
             storage.delete_tree(records)
 
 
-def _run_worker(make: MakeObjective, config: Config, restarts: Restarts) -> None:
+def _run_worker(make: ObjectiveFactory, config: Config, restarts: Restarts) -> None:
     mark_lines(logging.WARNING if TRIALS in config.run.name else logging.INFO)  # a search shows one line per trial
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

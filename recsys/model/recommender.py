@@ -17,7 +17,7 @@ from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.ranker import Ranker, TaskLosses, build_regression
 from recsys.model.retrieval import GroupBound, Loss, full_softmax, gather_from_ranks, gbce, sampled_softmax
 from recsys.model.text.backbones import load_backbone
-from recsys.model.text.catalogue_text import ALONE, Ranks, frozen_vectors, text_tokens
+from recsys.model.text.catalogue_text import SINGLE_PROCESS, Ranks, frozen_vectors, text_tokens
 from recsys.model.text.encoder import TextEncoder, locate_backbone
 from recsys.model.text.queries import TrainingQueries, read_training_queries
 from recsys.model.user_encoder import UserEncoder
@@ -96,7 +96,7 @@ def _read_item_text(config: Config, dataset: Dataset, catalogue: ItemFeatures, d
     return ItemText(tokens=tokens, lengths=lengths, encoder=TextEncoder(load_backbone(folder, text), text.pooling))
 
 
-def build_recommender(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks = ALONE) -> Recommender:
+def build_recommender(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks = SINGLE_PROCESS) -> Recommender:
     """Build the recommender, with initial weights that depend only on the seed. All of `ranks` must call this to share the encoding.
 
     The catalogue is memory-mapped from files below `run.scratch`, so the processes of a node share one copy.

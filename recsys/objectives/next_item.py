@@ -64,9 +64,9 @@ class NextItem(Objective):
     def before_step(self, step: int) -> None:
         """Refresh the cached text embeddings if that is due, or if the loaded state has none."""
         encoder, every = self.module.item_encoder, self._config.model.text.refresh_steps
-        if encoder.kept_text is None:
+        if encoder.cached_texts is None:
             return
-        if step % every == 0 or not (self._has_texts or bool(encoder.kept_text.any())):
+        if step % every == 0 or not (self._has_texts or bool(encoder.cached_texts.any())):
             encoder.refresh_texts(self._ranks.rank, self._ranks.world_size)
         self._has_texts = True
 

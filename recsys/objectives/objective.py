@@ -65,7 +65,7 @@ class Objective(Protocol):
         """Restore a state returned by `state`."""
 
 
-MakeObjective = Callable[[Config, Dataset, torch.device, Ranks], Objective]
+ObjectiveFactory = Callable[[Config, Dataset, torch.device, Ranks], Objective]
 """Builds a rank's objective. Initial weights depend only on the config's seed. All of `Ranks` must call this."""
 
 

@@ -13,8 +13,8 @@ from recsys.config import Config
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
-from recsys.data.text.corpus import VALIDATION, HiddenTokens, Pairs, TextBatch, TextCollator, TextSplit
-from recsys.data.text.pairs import Partners
+from recsys.data.text.cooccurrence import Cooccurrences
+from recsys.data.text.corpus import VALIDATION, MaskedTokens, Pairs, TextBatch, TextCollator, TextSplit
 from recsys.model.retrieval import gather_from_ranks
 from recsys.model.text.catalogue_text import Ranks, text_tokens
 from recsys.model.text.encoder import locate_backbone
@@ -38,7 +38,7 @@ class TextPretraining(Objective):
         settings, text, scratch = config.pretraining, config.model.text, Path(config.run.scratch)
         catalogue = ItemFeatures.read(dataset, scratch)
         folder = locate_backbone(text, dataset, scratch)
-        self.module, hiding = build_pretrainer(config, folder)
+        self.module, masking = build_pretrainer(config, folder)
         self.weights = {name: 1.0 for name in (MASKED, CONTRASTIVE) if name in settings.objectives}
         self.metric = PAIR_AUC if CONTRASTIVE in settings.objectives else "masked_accuracy"
         self._config, self._device, self._ranks, self._num_streams = config, device, ranks, dataset.manifest.num_streams
@@ -46,8 +46,8 @@ class TextPretraining(Objective):
         self._collate = TextCollator(
             *text_tokens(folder, text, catalogue.texts, dataset, scratch),
             split=self._split,
-            hiding=hiding,
-            partners=Partners.read(dataset, catalogue, settings.window, scratch) if CONTRASTIVE in settings.objectives else None,
+            masking=masking,
+            partners=Cooccurrences.read(dataset, catalogue, settings.window, scratch) if CONTRASTIVE in settings.objectives else None,
             seed=config.training.seed,
         )
 
@@ -66,7 +66,7 @@ class TextPretraining(Objective):
 
     def num_tokens(self, batch: TextBatch) -> int:
         """Return the number of real tokens of a micro batch."""
-        return sum(int(part.lengths.sum()) for part in (batch.hidden, batch.pairs) if part is not None)
+        return sum(int(part.lengths.sum()) for part in (batch.masked, batch.pairs) if part is not None)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -78,16 +78,16 @@ class TextPretraining(Objective):
         batches = [self._collate(own[begin : begin + size], VALIDATION).to(self._device) for begin in range(0, longest, size)]
         metrics: dict[str, float] = {}
         if MASKED in self.weights:
-            judged = (self._judge_tokens(batch.hidden) for batch in batches if batch.hidden)
+            judged = (self._judge_tokens(batch.masked) for batch in batches if batch.masked)
             metrics |= self._means(("masked_loss", "masked_accuracy"), judged)
         if CONTRASTIVE in self.weights:
             pairs = [batch.pairs for batch in batches if batch.pairs]
             metrics |= self._means(("contrastive_loss", "recall@1", PAIR_AUC), self._judge_pairs(pairs))
         return metrics
 
-    def _judge_tokens(self, hidden: HiddenTokens) -> tuple[Tensor | int, ...]:
+    def _judge_tokens(self, masked: MaskedTokens) -> tuple[Tensor | int, ...]:
         """Return the summed loss, the number of correct predictions and the number of predictions."""
-        scores, right = self.module.predict(hidden)
+        scores, right = self.module.predict(masked)
         return F.cross_entropy(scores, right, reduction="sum"), (scores.argmax(1) == right).sum(), len(right)
 
     def _judge_pairs(self, batches: list[Pairs]) -> Iterator[tuple[Tensor | int, ...]]:

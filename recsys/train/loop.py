@@ -15,13 +15,13 @@ from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.model.text.catalogue_text import Ranks
 from recsys.model.user_encoder import recompute_activations
-from recsys.objectives.objective import MakeObjective, MicroBatch, tensors_of
+from recsys.objectives.objective import MicroBatch, ObjectiveFactory, tensors_of
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
 from recsys.train.engine import Engine, learning_rate_factor
 from recsys.train.failures import Attempt, NonFiniteError, StoppedError, TrainingError, describe
+from recsys.train.memory_plan import MemoryPlan, capacity, plan_step
 from recsys.train.monitoring.clock import Clock
 from recsys.train.monitoring.flops import flops_of
-from recsys.train.monitoring.memory import MemoryPlan, capacity, plan_step
 from recsys.train.monitoring.progress import Progress
 from recsys.train.monitoring.reporter import Reporter, Request
 from recsys.train.recovery.watchdog import Watchdog
@@ -36,7 +36,9 @@ class Trainer:
     Every rank must create one, after the process group is initialised, and call `run`.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, reporter: Reporter, make: MakeObjective, attempt: Attempt | None = None) -> None:
+    def __init__(
+        self, config: Config, dataset: Dataset, reporter: Reporter, make: ObjectiveFactory, attempt: Attempt | None = None
+    ) -> None:
         self.config, self.reporter = config, reporter
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.clock = Clock(attempt or Attempt(), self.world_size)

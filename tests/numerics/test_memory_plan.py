@@ -16,7 +16,7 @@ from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.loop import Trainer
-from recsys.train.monitoring.memory import ModelSize, free_host_bytes, plan_memory
+from recsys.train.memory_plan import ModelSize, free_host_bytes, plan_memory
 from tests.benchmarks.gpu_training import TINY, make_decoder
 from tests.datasets import make_dataset, small_settings
 from tests.distributed import run_distributed
@@ -139,9 +139,9 @@ def test_a_container_may_have_less_than_the_machine(tmp_path: Path) -> None:
 
 def refused(config: Config) -> str:
     """Return the error that ends a run on a machine with too little memory, and check that no step was made."""
-    import recsys.train.monitoring.memory
+    import recsys.train.memory_plan
 
-    recsys.train.monitoring.memory.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")
+    recsys.train.memory_plan.device_bytes = lambda use_gpu, local_workers: (1 << 20, "a small machine")
     reporter = LocalReporter()
     with pytest.raises(UserError) as refusal:
         Trainer(config, Dataset.open(Storage.from_config(config.storage), config.data.dataset), reporter, NextItem).run()

@@ -109,13 +109,13 @@ def test_what_training_computes_at_a_query_is_what_is_answered(config: Config, f
     predictor = build_predictor(shaped, dataset, model)
     rows, batch = rows_and_batch(dataset, model)
     asked = QueryDraws(0.999, 1, model.catalogue.has_text)(rows, 0)
-    own_lengths = np.append(asked.targets[: asked.num_whole], asked.own_lengths)
-    assert (own_lengths == 0).any()  # some queries have an empty history
+    cut_lengths = np.append(asked.targets[: asked.num_whole], asked.cut_lengths)
+    assert (cut_lengths == 0).any()  # some queries have an empty history
     assert has_queries == bool((asked.targets < rows.lengths[asked.samples] - 1).any())
     texts = QueryTexts(model.catalogue.texts, read_queries(dataset, Path(config.run.scratch)))
     expected = 0.0
     for number, (row, text) in enumerate(zip(asked.samples.tolist(), asked.texts.tolist(), strict=True)):
-        begin, end = rows.starts[row], rows.starts[row] + own_lengths[number]
+        begin, end = rows.starts[row], rows.starts[row] + cut_lengths[number]
         history = Sequences.of(*(rows.columns[name][begin:end].astype(kind) for name, kind in COLUMNS.items()))
         scores = predictor.score_catalogue([history], [texts[text]])[0]
         target = int(rows.columns["items"][begin + asked.targets[number]])

@@ -17,7 +17,7 @@ from recsys.data.draws import stable_hash
 from recsys.data.items import ItemFeatures, node_folder
 from recsys.data.manifest import Dataset
 from recsys.data.node_files import create_array, map_array, shared_entry
-from recsys.data.text.pairs import Partners
+from recsys.data.text.cooccurrence import Cooccurrences
 from recsys.errors import UserError
 from recsys.schema import PADDING_ITEM
 
@@ -33,7 +33,7 @@ _MOST_HELD_OUT = 4096
 
 
 @dataclass(frozen=True)
-class HiddenTokens:
+class MaskedTokens:
     """Right-padded tokens (B, T), their lengths (B,), and the target at each place (B, T)."""
 
     tokens: Tensor
@@ -57,7 +57,7 @@ class TextBatch:
     """One micro batch of items (B,), with a part for each objective. T is the length of the longest text."""
 
     sample_ids: Tensor
-    hidden: HiddenTokens | None
+    masked: MaskedTokens | None
     pairs: Pairs | None
 
     def to(self, device: torch.device) -> "TextBatch":
@@ -66,7 +66,7 @@ class TextBatch:
 
     def valid_counts(self) -> Tensor:
         """Return the number of tokens to predict and of pairs, for the parts that exist, in float64 for summing over ranks."""
-        counts = [(self.hidden.targets != NO_TARGET).sum()] if self.hidden else []
+        counts = [(self.masked.targets != NO_TARGET).sum()] if self.masked else []
         counts += [(self.pairs.partners != PADDING_ITEM).sum()] if self.pairs else []
         return torch.stack(counts).to(torch.float64)
 
@@ -103,7 +103,7 @@ class TextSplit:
 
 
 @dataclass(frozen=True)
-class Hiding:
+class TokenMasking:
     """Turns tokens into targets. Without a `mask_token`, every token except the first is predicted from those before it.
 
     Otherwise a share `fraction` of the tokens that are not `special` are targets. Of these, 8 in 10 are replaced by the mask token, 1 in 10
@@ -115,7 +115,7 @@ class Hiding:
     special: tuple[int, ...]
     vocabulary: int
 
-    def __call__(self, tokens: Integers, lengths: Integers, draws: Floats) -> HiddenTokens:
+    def __call__(self, tokens: Integers, lengths: Integers, draws: Floats) -> MaskedTokens:
         """Mask tokens (B, T) according to draws (B, 3, T) in [0, 1)."""
         is_target = np.arange(tokens.shape[1]) < lengths[:, None]
         if self.mask_token is None:
@@ -127,18 +127,18 @@ class Hiding:
             targets = np.where(is_target, tokens, NO_TARGET)
             others = (replacement * self.vocabulary).astype(np.int64)
             tokens = np.where(is_target, np.select([action < 0.8, action < 0.9], [self.mask_token, others], tokens), tokens)
-        return HiddenTokens(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(targets))
+        return MaskedTokens(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(targets))
 
 
 @dataclass(frozen=True)
 class TextCollator:
-    """Builds a `TextBatch` from items, with masked tokens if there is `hiding`, with pairs if there are `partners`."""
+    """Builds a `TextBatch` from items, with masked tokens if there is `masking`, with pairs if there are `partners`."""
 
     tokens: Tensor  # (I + 1, T)
     lengths: Tensor  # (I + 1,)
     split: TextSplit
-    hiding: Hiding | None
-    partners: Partners | None
+    masking: TokenMasking | None
+    partners: Cooccurrences | None
     seed: int
 
     def __call__(self, items: Integers, epoch: int) -> TextBatch:
@@ -146,17 +146,17 @@ class TextCollator:
         items = items if len(items) else np.array([PADDING_ITEM])
         width = self.tokens.shape[1]
         draws = _hash(self.seed, epoch, items[:, None], np.arange(1 + 3 * width)) // 2**10 / 2.0**53
-        hidden = pairs = None
-        if self.hiding:
+        masked = pairs = None
+        if self.masking:
             tokens, lengths = self._texts(items)
             own = draws[:, 1:].reshape(-1, 3, width)[:, :, : tokens.shape[1]]
-            hidden = self.hiding(tokens, lengths, own)
-            hidden.targets[torch.from_numpy(items == PADDING_ITEM)] = NO_TARGET
+            masked = self.masking(tokens, lengths, own)
+            masked.targets[torch.from_numpy(items == PADDING_ITEM)] = NO_TARGET
         if self.partners:
             pairs = self._pairs(self.partners, items, draws[:, :1], may_be_held_out=epoch == VALIDATION)
-        return TextBatch(torch.from_numpy(items), hidden, pairs)
+        return TextBatch(torch.from_numpy(items), masked, pairs)
 
-    def _pairs(self, source: Partners, items: Integers, draws: Floats, may_be_held_out: bool) -> Pairs:
+    def _pairs(self, source: Cooccurrences, items: Integers, draws: Floats, may_be_held_out: bool) -> Pairs:
         """Draw a partner of each item in proportion to their co-occurrence; in training, held-out items are not drawn."""
         known, counts = source.of(items)
         ends = np.cumsum(counts if may_be_held_out else counts * ~self.split.is_held_out(known), axis=1)  # (B, K)

@@ -29,7 +29,7 @@ MAX_WORDS = 8
 FIRST_WORDS = 32
 """A query takes words from the beginning of a text, since the language model reads no further."""
 
-ALONE_RATE = 0.1
+NO_HISTORY_RATE = 0.1
 """Share of queries without a history, as for an unknown user."""
 
 
@@ -79,7 +79,7 @@ class QueryTexts(Sequence[str]):
 
 
 @dataclass(frozen=True)
-class Asked:
+class QueryTargets:
     """The Q targets of a micro batch that are also predicted with a query.
 
     Queries after the whole history of their sample come first. The other E queries follow a part of the history or no history; each gets
@@ -89,19 +89,19 @@ class Asked:
     samples: Integers  # (Q,) row of each target's sample
     targets: Integers  # (Q,) place of each target in its sample
     texts: Integers  # (Q,) rows of `QueryTexts`
-    own_lengths: Integers  # (E,) lengths of the other histories
+    cut_lengths: Integers  # (E,) lengths of the other histories
 
     @property
     def num_whole(self) -> int:
         """Number of queries that follow a whole history."""
-        return len(self.samples) - len(self.own_lengths)
+        return len(self.samples) - len(self.cut_lengths)
 
     def histories(self, of_samples: Sequences) -> tuple[Sequences, Mask]:
         """Append the E other histories to those of the samples; return all, and which of them a query follows."""
         rows = np.append(np.arange(len(of_samples)), self.samples[self.num_whole :])
         has_query = np.arange(len(rows)) >= len(of_samples)
         has_query[self.samples[: self.num_whole]] = True
-        return of_samples[rows].within(0, np.append(of_samples.lengths, self.own_lengths)), has_query
+        return of_samples[rows].within(0, np.append(of_samples.lengths, self.cut_lengths)), has_query
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class QueryDraws:
     seed: int
     has_text: Tensor  # (I + 1,) bool
 
-    def __call__(self, samples: Sequences, epoch: int) -> Asked:
+    def __call__(self, samples: Sequences, epoch: int) -> QueryTargets:
         """Choose samples, and one target of each."""
         last = samples.lengths - 1
         items = samples.columns["items"][samples.starts + last].astype(np.int64)
@@ -124,14 +124,14 @@ class QueryDraws:
         chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
         targets, typed = _draw_typed(samples, choice) if "queries" in samples.columns else (last, np.zeros(len(samples), np.int64))
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))
-        is_alone = alone[chosen] < ALONE_RATE * 2.0**63
-        is_own = is_alone | (targets[chosen] < last[chosen])
+        has_no_history = alone[chosen] < NO_HISTORY_RATE * 2.0**63
+        is_own = has_no_history | (targets[chosen] < last[chosen])
         order = np.argsort(is_own, kind="stable")
         chosen, num_own = chosen[order], int(is_own.sum())
         made = choice[chosen] % NUM_VARIANTS * len(self.has_text) + items[chosen]
         texts = np.where(typed[chosen] > 0, NUM_VARIANTS * len(self.has_text) + typed[chosen] - 1, made)
-        own_lengths = np.where(is_alone[order], 0, targets[chosen])[len(chosen) - num_own :]
-        return Asked(chosen, targets[chosen], texts, own_lengths)
+        cut_lengths = np.where(has_no_history[order], 0, targets[chosen])[len(chosen) - num_own :]
+        return QueryTargets(chosen, targets[chosen], texts, cut_lengths)
 
 
 def _draw_typed(samples: Sequences, draws: Integers) -> tuple[Integers, Integers]:

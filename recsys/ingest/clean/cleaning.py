@@ -156,7 +156,7 @@ def notice_rounded(raw: pa.Table) -> Counter[str]:
     return +Counter(rounded_id=pc.sum(pc.or_(*found)).as_py() or 0)
 
 
-def drop_duplicates(events: pa.Table) -> tuple[pa.Table, int]:
+def sort_and_deduplicate(events: pa.Table) -> tuple[pa.Table, int]:
     """Keep the first, by input order, of events that agree in user, item, time and kind; also return the number dropped.
 
     The result is sorted by the tie rule: user, time, input order.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from recsys.config.data import CsvConfig
 from recsys.errors import UserError
-from recsys.ingest.sources.layouts import path_columns
+from recsys.ingest.sources.known_layouts import path_columns
 from recsys.ingest.sources.lines import BATCH_ROWS
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import plain

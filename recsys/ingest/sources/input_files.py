@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 from recsys.config.data import DataConfig
 from recsys.data.manifest import ColumnUse
 from recsys.errors import UserError
+from recsys.ingest.sources.column_mapping import Items, find_event_columns, import_items
 from recsys.ingest.sources.formats import FilePart, group_parts, plan_parts
-from recsys.ingest.sources.importers import Items, find_event_columns, import_items
-from recsys.ingest.sources.layouts import ATOMIC_SUFFIXES, COMMON_SUFFIXES, choose_by_name, is_table
+from recsys.ingest.sources.known_layouts import ATOMIC_SUFFIXES, COMMON_SUFFIXES, choose_by_name, is_table
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.schema import FeatureKind
 from recsys.store import ObjectInfo, Storage, fixed_part
@@ -55,7 +55,7 @@ def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]
 
 
 def event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str, str]:
-    """Run `importers.find_event_columns` in the child process."""
+    """Run `column_mapping.find_event_columns` in the child process."""
     found: dict[str, str] = run_limited(data.max_file_memory_bytes, find_event_columns, storage, uri, data)
     return found
 
@@ -67,7 +67,7 @@ def plan_tasks(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) 
 
 
 def read_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig) -> Items:
-    """Run `importers.import_items` in the child process; the table comes back as an Arrow file."""
+    """Run `column_mapping.import_items` in the child process; the table comes back as an Arrow file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.arrow"
         kinds, uses = run_limited(data.max_file_memory_bytes, _write_items, str(path), storage, list(files), data)

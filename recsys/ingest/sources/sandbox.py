@@ -128,8 +128,8 @@ class _Child:
             return None
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not uri:
-            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_words(log_start)}")
-        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_words(log_start)}"))
+            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_stderr_line(log_start)}")
+        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_stderr_line(log_start)}"))
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -140,7 +140,7 @@ class _Child:
                 with suppress(BrokenPipeError):
                     stream.close()
 
-    def _last_words(self, log_start: int) -> str:
+    def _last_stderr_line(self, log_start: int) -> str:
         """Return the first line that the child wrote to stderr in the call in which it died."""
         words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
         return next((line.strip()[:200] for line in words if line.strip()), "it wrote nothing, which is typical when memory runs out")

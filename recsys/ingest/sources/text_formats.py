@@ -15,7 +15,7 @@ import pyarrow.csv as arrow_csv
 from recsys.config.data import CsvConfig
 from recsys.errors import UserError
 from recsys.ingest.sources.delimited import HEADER_BYTES, as_text, read_delimited, read_names
-from recsys.ingest.sources.layouts import ATOMIC_SUFFIXES, movielens_columns
+from recsys.ingest.sources.known_layouts import ATOMIC_SUFFIXES, movielens_columns
 from recsys.ingest.sources.lines import MAX_LINE_BYTES, batches, open_stream, read_lines
 from recsys.ingest.sources.scalars import JsonNumber, json_number, name_key
 from recsys.store import Storage

@@ -14,9 +14,17 @@ from recsys.data.sequences import Sequences
 from recsys.ingest.job import Job, Limited, Measured, Written, present
 from recsys.ingest.partitions import staged_withheld
 from recsys.ingest.shuffle import read_table, write_table
-from recsys.ingest.write.counts import Limits, count_partition, merge_counts
+from recsys.ingest.write.feature_statistics import (
+    USED_COLUMNS,
+    ItemTotals,
+    TrainSpan,
+    item_statistics,
+    item_sums,
+    read_histories,
+    user_statistics,
+)
+from recsys.ingest.write.report_counts import Limits, count_partition, merge_counts
 from recsys.ingest.write.report_numbers import dataset_numbers
-from recsys.ingest.write.statistics import USED_COLUMNS, ItemTotals, TrainSpan, item_statistics, item_sums, read_histories, user_statistics
 from recsys.report.pages import DATASET, write_report
 from recsys.store import join
 

@@ -11,8 +11,8 @@ from recsys.arrays import Integers
 from recsys.data.manifest import DatasetManifest
 from recsys.ingest.clean.rejects import NOTICED, REJECTED
 from recsys.ingest.clean.times import UNIT_NAMES
-from recsys.ingest.write.counts import GAP_EDGES, LENGTH_EDGES, SPLITS, Limits, time_edges, value_edges, value_scale
-from recsys.ingest.write.statistics import NUM_PERIODS
+from recsys.ingest.write.feature_statistics import NUM_PERIODS
+from recsys.ingest.write.report_counts import GAP_EDGES, LENGTH_EDGES, SPLITS, Limits, time_edges, value_edges, value_scale
 
 State = Literal["pass", "note", "fail"]
 _NUM_RANKS = 200

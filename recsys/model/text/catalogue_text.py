@@ -38,7 +38,7 @@ class Ranks:
     barrier: Callable[[], object] = lambda: None
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 class VectorsManifest(BaseModel):
@@ -84,7 +84,7 @@ def frozen_vectors(
     dataset: Dataset,
     scratch: Path,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     kind: str = "",
 ) -> Tensor:
     """Return the embeddings of R texts (R, H), computed once and stored with the dataset. All of `ranks` must call this.

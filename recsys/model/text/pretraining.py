@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys.config import Config
-from recsys.data.text.corpus import NO_TARGET, HiddenTokens, Hiding, Pairs, TextBatch
+from recsys.data.text.corpus import NO_TARGET, MaskedTokens, Pairs, TextBatch, TokenMasking
 from recsys.errors import UserError
 from recsys.model.retrieval import gather_from_ranks
 from recsys.model.text.backbones import load_backbone, load_tokenizer
@@ -33,8 +33,8 @@ class Pretrainer(nn.Module):
     def forward(self, batch: TextBatch) -> dict[str, Tensor]:
         """Return the sum of each loss over its targets, by name."""
         result = {}
-        if batch.hidden:
-            result[MASKED] = F.cross_entropy(*self.predict(batch.hidden), reduction="sum")
+        if batch.masked:
+            result[MASKED] = F.cross_entropy(*self.predict(batch.masked), reduction="sum")
         if batch.pairs:
             items, partners = self.encode(batch.pairs)
             candidates, candidate_ids = gather_from_ranks(partners), gather_from_ranks(batch.pairs.partners)
@@ -42,12 +42,12 @@ class Pretrainer(nn.Module):
             result[CONTRASTIVE] = (scores.logsumexp(1) - scores[:, 0])[batch.pairs.partners != PADDING_ITEM].sum()
         return result
 
-    def predict(self, hidden: HiddenTokens) -> tuple[Tensor, Tensor]:
+    def predict(self, masked: MaskedTokens) -> tuple[Tensor, Tensor]:
         """Return the logits (N, vocabulary) in float32, and the target tokens (N,)."""
-        mask, is_target = token_mask(hidden.lengths, hidden.tokens.shape[1]), hidden.targets != NO_TARGET
+        mask, is_target = token_mask(masked.lengths, masked.tokens.shape[1]), masked.targets != NO_TARGET
         backbone: Any = self.text_encoder["pooled"].backbone
-        states = backbone(input_ids=hidden.tokens, attention_mask=mask).last_hidden_state  # (B, T, H)
-        return self.text_encoder["head"](states[is_target]).float(), hidden.targets[is_target]
+        states = backbone(input_ids=masked.tokens, attention_mask=mask).last_hidden_state  # (B, T, H)
+        return self.text_encoder["head"](states[is_target]).float(), masked.targets[is_target]
 
     def encode(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return the vectors of the items and of their paired items, (B, H) each, float32 and normalized."""
@@ -66,7 +66,7 @@ def pair_scores(items: Tensor, partners: Tensor, candidates: Tensor, candidate_i
     return torch.cat([(items * partners).sum(-1, keepdim=True), scores], 1)
 
 
-def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, Hiding | None]:
+def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, TokenMasking | None]:
     """Build the module from the backbone in `folder`, with all weights trained, and the token masking (None without token prediction).
 
     Raises:
@@ -79,7 +79,7 @@ def build_pretrainer(config: Config, folder: str) -> tuple[Pretrainer, Hiding | 
         return Pretrainer(encoder, nn.Identity(), settings.temperature), None
     kind, is_causal = _language_model(encoder.backbone.config, text.backbone)
     head = _own_head(kind, folder, encoder.backbone) or _new_head(encoder.backbone, is_causal)
-    return Pretrainer(encoder, head, settings.temperature), _hiding(folder, config, is_causal)
+    return Pretrainer(encoder, head, settings.temperature), _token_masking(folder, config, is_causal)
 
 
 def check_objectives(config: Config, folder: str) -> None:
@@ -92,7 +92,7 @@ def check_objectives(config: Config, folder: str) -> None:
 
     if MASKED in config.pretraining.objectives:
         _, is_causal = _language_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), config.model.text.backbone)
-        _hiding(folder, config, is_causal)
+        _token_masking(folder, config, is_causal)
 
 
 def _language_model(backbone_config: Any, name: str) -> tuple[Any, bool]:
@@ -141,7 +141,7 @@ def _new_head(backbone: Any, is_causal: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(backbone.config.hidden_size, width), nn.GELU(), nn.LayerNorm(width), decoder)
 
 
-def _hiding(folder: str, config: Config, is_causal: bool) -> Hiding:
+def _token_masking(folder: str, config: Config, is_causal: bool) -> TokenMasking:
     """Return the token masking; without a mask token, the tokenizer's unknown token is used."""
     tokenizer = load_tokenizer(folder)
     mask_token = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
@@ -150,4 +150,6 @@ def _hiding(folder: str, config: Config, is_causal: bool) -> Hiding:
             f"model.text.backbone = {config.model.text.backbone}: its tokenizer has no mask token and none for the unknown; "
             "pretraining.objectives=['contrastive'] would work"
         )
-    return Hiding(config.pretraining.mask_fraction, None if is_causal else mask_token, tuple(tokenizer.all_special_ids), len(tokenizer))
+    return TokenMasking(
+        config.pretraining.mask_fraction, None if is_causal else mask_token, tuple(tokenizer.all_special_ids), len(tokenizer)
+    )

@@ -14,7 +14,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from recsys.config.base import Fact, leaves
-from recsys.config.tree import with_present_keys
+from recsys.config.root import with_present_keys
 from recsys.config.verb_settings import facts_of
 from recsys.errors import UserError
 from recsys.store import Storage, join, sha256_of

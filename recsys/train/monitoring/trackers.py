@@ -105,18 +105,18 @@ class Trackers:
 
     def _work(self) -> None:
         for name in self._config.run.trackers:
-            with self._left_out_if_it_fails(name):
+            with self._disable_on_error(name):
                 self._open[name] = _KINDS[name](self._config)
         while True:
             item = self._waiting.get()
             for opened, tracker in list(self._open.items()):
-                with self._left_out_if_it_fails(opened):
+                with self._disable_on_error(opened):
                     tracker.send(*item) if item is not None else tracker.close()
             if item is None:
                 return
 
     @contextmanager
-    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+    def _disable_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from recsys.config.storage import StorageConfig
 
 BEAT, REST = b"b", b"r"
-LONGEST_WORD_SECONDS = 15.0
-LONGEST_LOOK_SECONDS = 1.0
+MAX_RECORD_SECONDS = 15.0
+MAX_POLL_SECONDS = 1.0
 
 
 class Watchdog:
@@ -61,7 +61,7 @@ def is_silent(process_id: int, limit_seconds: float) -> bool:
     """Read the watched process's reports on stdin; return True if it is silent for too long, False if it ends before."""
     word, silent_since = REST, time.monotonic()
     while time.monotonic() - silent_since < limit_seconds:
-        ready, _, _ = select.select([sys.stdin], [], [], min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
+        ready, _, _ = select.select([sys.stdin], [], [], min(MAX_POLL_SECONDS, limit_seconds / 4))
         if ready:
             said = os.read(sys.stdin.fileno(), 4096)
             if not said:
@@ -77,14 +77,14 @@ def main() -> None:
     process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
     if is_silent(int(process_id), float(limit_seconds)):
         print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
-        word = threading.Thread(target=leave_word, args=(int(process_id), storage, run, int(token), int(rank)), daemon=True)
+        word = threading.Thread(target=record_hang, args=(int(process_id), storage, run, int(token), int(rank)), daemon=True)
         word.start()
-        word.join(LONGEST_WORD_SECONDS)
+        word.join(MAX_RECORD_SECONDS)
         if os.getppid() == int(process_id):
             os.kill(int(process_id), signal.SIGKILL)
 
 
-def leave_word(process_id: int, storage: str, run: str, token: int, rank: int) -> None:
+def record_hang(process_id: int, storage: str, run: str, token: int, rank: int) -> None:
     """Record in the store that this rank hangs."""
     from recsys.config.storage import StorageConfig
     from recsys.store import Storage

@@ -9,7 +9,7 @@ import torch
 
 from recsys.config import load_config
 from recsys.data.manifest import Dataset
-from recsys.model.text.catalogue_text import ALONE
+from recsys.model.text.catalogue_text import SINGLE_PROCESS
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from tests.benchmarks.run import bare_step
@@ -24,7 +24,7 @@ def main() -> None:
     config = load_config(None, options["settings"])
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     config = dataset.adopt(config)
-    trained = NextItem(config, dataset, torch.device("cpu"), ALONE)
+    trained = NextItem(config, dataset, torch.device("cpu"), SINGLE_PROCESS)
     steps = itertools.chain.from_iterable(trained.steps(epoch) for epoch in itertools.count())
     batches = [batch for (batch,) in itertools.islice(steps, options["num_steps"])]
     optimizer = torch.optim.AdamW(trained.module.parameters(), lr=config.optimizer.learning_rate)

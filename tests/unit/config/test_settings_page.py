@@ -9,7 +9,7 @@ import pytest
 
 from recsys.config import Config
 from recsys.config.base import fields_of, section_of
-from recsys.config.settings import help_text, page
+from recsys.config.help_text import help_text, page
 from recsys.config.verb_settings import VERBS, reads
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ def test_every_setting_has_one_sentence() -> None:
 
 def test_the_page_in_the_repository_is_the_one_that_the_docstrings_give() -> None:
     written = (ROOT / "recsys" / "config" / "README.md").read_text(encoding="utf-8")
-    assert written == page(), "python -m recsys.config.settings > recsys/config/README.md writes it anew"
+    assert written == page(), "python -m recsys.config.help_text > recsys/config/README.md writes it anew"
     assert all(f"| `{key}` |" in written for key in SETTINGS)
 
 

@@ -34,9 +34,9 @@ def test_target_ranks(scores: list[float], history: list[int], targets: list[int
 def test_targets_are_ranked_among_the_unseen_items_of_their_like_too() -> None:
     scores = np.array([9, 5, 4, 4, 2, 1, 7], np.float32)
     is_cold = np.array([False, False, True, True, True, False, True])
-    ranks, like_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
+    ranks, group_ranks = target_ranks(scores, user([6], [3, 4, 5]), is_cold)
     assert ranks.tolist() == [3, 4, 5]
-    assert like_ranks.tolist() == [2, 3, 2]  # cold: 6 is seen, 2 ties with 3 and is first; warm: 1 is before 5
+    assert group_ranks.tolist() == [2, 3, 2]  # cold: 6 is seen, 2 ties with 3 and is first; warm: 1 is before 5
 
 
 def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:
@@ -51,7 +51,7 @@ def test_rank_users_agrees_with_sorting_the_whole_catalogue() -> None:
         target = int(one.targets.items[0])
         assert ranked.ranks[number].tolist() == [order.index(target) + 1]
         like = [item for item in order if is_cold[item] == is_cold[target]]
-        assert ranked.like_ranks[number].tolist() == [like.index(target) + 1]
+        assert ranked.group_ranks[number].tolist() == [like.index(target) + 1]
         assert ranked.top[number].tolist() == order[:20]
         assert ranked.top_scores[number].tolist() == row[order[:20]].tolist()
 

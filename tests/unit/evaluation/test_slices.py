@@ -49,7 +49,7 @@ def test_cold_targets_count_by_themselves_among_all_and_among_the_cold() -> None
     members = [index for index in range(len(users)) if index % 3 == 0]
     assert np.flatnonzero(slices[COLD].is_member).tolist() == members
     found = evaluate_slices(slices, ranked, "ndcg@10")
-    for name, ranks in ((COLD, ranked.ranks), (COLD_AMONG_COLD, ranked.like_ranks)):
+    for name, ranks in ((COLD, ranked.ranks), (COLD_AMONG_COLD, ranked.group_ranks)):
         own = [[int(ranks[index][np.unique(users[index].targets.items) <= 8][0])] for index in members]
         expected = ranking_metrics(np.array(own), (10,))
         assert found[name]["num_users"] == len(members)

@@ -10,8 +10,8 @@ import torch
 
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.text.corpus import NO_TARGET, VALIDATION, Hiding, TextCollator, TextSplit
-from recsys.data.text.pairs import Partners
+from recsys.data.text.cooccurrence import Cooccurrences
+from recsys.data.text.corpus import NO_TARGET, VALIDATION, TextCollator, TextSplit, TokenMasking
 from recsys.errors import UserError
 from recsys.store import Storage
 from tests.datasets import make_dataset
@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_dataset(Storage(str(tmp_path_factory.mktemp("texts") / "store")), num_users=200, num_items=120)
 
 
-def make_collator(dataset: Dataset, folder: Path, seed: int = 0, hiding: Hiding | None = None) -> TextCollator:
+def make_collator(dataset: Dataset, folder: Path, seed: int = 0, masking: TokenMasking | None = None) -> TextCollator:
     catalogue = ItemFeatures.read(dataset)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, WIDTH + 1, (dataset.manifest.num_items + 1,), generator=generator, dtype=torch.int32)
@@ -35,8 +35,8 @@ def make_collator(dataset: Dataset, folder: Path, seed: int = 0, hiding: Hiding 
         tokens=tokens,
         lengths=lengths,
         split=TextSplit.read(dataset, catalogue, folder),
-        hiding=hiding or Hiding(0.3, MASK, SPECIAL, VOCABULARY),
-        partners=Partners.read(dataset, catalogue, 3, folder),
+        masking=masking or TokenMasking(0.3, MASK, SPECIAL, VOCABULARY),
+        partners=Cooccurrences.read(dataset, catalogue, 3, folder),
         seed=seed,
     )
 
@@ -46,14 +46,14 @@ def test_of_the_hidden_tokens_8_in_10_are_masked_1_is_any_and_1_stays() -> None:
     tokens = generator.integers(10, VOCABULARY, (4000, WIDTH))
     tokens[:, 0] = SPECIAL[2]
     lengths = generator.integers(1, WIDTH + 1, len(tokens))
-    hidden = Hiding(0.15, MASK, SPECIAL, VOCABULARY)(tokens, lengths, generator.random((len(tokens), 3, WIDTH)))
-    is_target = (hidden.targets != NO_TARGET).numpy()
+    masked = TokenMasking(0.15, MASK, SPECIAL, VOCABULARY)(tokens, lengths, generator.random((len(tokens), 3, WIDTH)))
+    is_target = (masked.targets != NO_TARGET).numpy()
     may_be = (np.arange(WIDTH) < lengths[:, None]) & (np.arange(WIDTH) > 0)
     assert not is_target[~may_be].any()
     assert is_target[may_be].mean() == pytest.approx(0.15, abs=0.01)
-    assert (hidden.tokens.numpy()[~is_target] == tokens[~is_target]).all()
-    assert (hidden.targets.numpy()[is_target] == tokens[is_target]).all()
-    shown = hidden.tokens.numpy()[is_target]
+    assert (masked.tokens.numpy()[~is_target] == tokens[~is_target]).all()
+    assert (masked.targets.numpy()[is_target] == tokens[is_target]).all()
+    shown = masked.tokens.numpy()[is_target]
     stays = shown == tokens[is_target]
     assert (shown == MASK).mean() == pytest.approx(0.8, abs=0.02)
     assert stays.mean() == pytest.approx(0.1, abs=0.02)
@@ -64,9 +64,9 @@ def test_of_the_hidden_tokens_8_in_10_are_masked_1_is_any_and_1_stays() -> None:
 
 def test_without_a_mask_token_each_token_follows_from_those_before() -> None:
     tokens = np.array([[11, 12, 13, 14], [21, 22, 0, 0], [31, 0, 0, 0]])
-    hidden = Hiding(0.15, None, SPECIAL, VOCABULARY)(tokens, np.array([4, 2, 1]), np.zeros((3, 3, 4)))
-    assert hidden.tokens.tolist() == tokens.tolist()
-    assert hidden.targets.tolist() == [
+    masked = TokenMasking(0.15, None, SPECIAL, VOCABULARY)(tokens, np.array([4, 2, 1]), np.zeros((3, 3, 4)))
+    assert masked.tokens.tolist() == tokens.tolist()
+    assert masked.targets.tolist() == [
         [12, 13, 14, NO_TARGET],
         [22, NO_TARGET, NO_TARGET, NO_TARGET],
         [NO_TARGET] * 4,
@@ -79,9 +79,9 @@ def test_a_draw_depends_on_seed_epoch_and_item_alone(dataset: Dataset, tmp_path:
 
     def draws(collate: TextCollator, items: np.ndarray, epoch: int) -> dict[int, tuple[int, list[int]]]:
         batch = collate(items, epoch)
-        assert batch.hidden is not None
+        assert batch.masked is not None
         assert batch.pairs is not None
-        targets = [[value for value in row if value != NO_TARGET] for row in batch.hidden.targets.tolist()]
+        targets = [[value for value in row if value != NO_TARGET] for row in batch.masked.targets.tolist()]
         return dict(zip(items.tolist(), zip(batch.pairs.partners.tolist(), targets, strict=True), strict=True))
 
     first = draws(collate, items, 0)
@@ -134,7 +134,7 @@ def test_a_catalogue_without_texts_is_refused(dataset: Dataset, tmp_path: Path) 
 
 
 def test_no_items_give_a_batch_that_counts_for_nothing(dataset: Dataset, tmp_path: Path) -> None:
-    for hiding in (None, Hiding(0.15, None, SPECIAL, VOCABULARY)):
-        batch = make_collator(dataset, tmp_path, hiding=hiding)(np.zeros(0, np.int64), 0)
+    for masking in (None, TokenMasking(0.15, None, SPECIAL, VOCABULARY)):
+        batch = make_collator(dataset, tmp_path, masking=masking)(np.zeros(0, np.int64), 0)
         assert batch.sample_ids.tolist() == [0]
         assert batch.valid_counts().tolist() == [0.0, 0.0]

@@ -15,9 +15,9 @@ from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.data.sequences import Sequences
 from recsys.data.text.queries import (
-    ALONE_RATE,
     EVALUATION_VARIANT,
     MAX_WORDS,
+    NO_HISTORY_RATE,
     NUM_VARIANTS,
     QueryDraws,
     QueryTexts,
@@ -87,8 +87,8 @@ def draws_of(dataset: Dataset, epoch: int, world_size: int, micro_batch_size: in
             assert (batch.query_texts % (catalogue.num_items + 1))[made].tolist() == targets[torch.from_numpy(made)].tolist()
             typed = batch.query_texts[~made] - NUM_VARIANTS * (catalogue.num_items + 1)
             assert (catalogue.num_items - typed).tolist() == targets[torch.from_numpy(~made)].tolist()
-            is_alone = [int(place == _start(batch, int(place))) for place in batch.histories.query_places]
-            found += list(zip(targets.tolist(), batch.query_texts.tolist(), is_alone, strict=True))
+            has_no_history = [int(place == _start(batch, int(place))) for place in batch.histories.query_places]
+            found += list(zip(targets.tolist(), batch.query_texts.tolist(), has_no_history, strict=True))
     return sorted(found)
 
 
@@ -117,8 +117,8 @@ def test_as_many_samples_are_asked_as_the_rate_says() -> None:
     has_text = torch.tensor([False, True, True, True])
     asked = QueryDraws(0.3, 7, has_text)(rows, 2)
     assert len(asked.samples) / number == pytest.approx(0.3, abs=0.02)
-    assert (asked.own_lengths == 0).all()
-    assert len(asked.own_lengths) / len(asked.samples) == pytest.approx(ALONE_RATE, abs=0.02)
+    assert (asked.cut_lengths == 0).all()
+    assert len(asked.cut_lengths) / len(asked.samples) == pytest.approx(NO_HISTORY_RATE, abs=0.02)
     assert np.bincount(asked.texts // 4) / len(asked.texts) == pytest.approx(np.full(NUM_VARIANTS, 1 / NUM_VARIANTS), abs=0.02)
     assert len(QueryDraws(1.0, 7, has_text)(rows, 2).samples) == number
     assert len(QueryDraws(1.0, 7, ~has_text)(rows, 2).samples) == 0
@@ -150,7 +150,7 @@ def test_a_query_takes_the_place_after_its_history_and_adds_a_target(dataset: Da
     asked = draws(rows, 3)
     batch = Collator(dataset.manifest, True, group_cost, queries=draws)(rows, *NOTHING, 3)
     num_plain = len(plain.targets)
-    assert (len(asked.samples), asked.own_lengths.tolist()) == (4, [0])
+    assert (len(asked.samples), asked.cut_lengths.tolist()) == (4, [0])
     assert len(batch.targets) == num_plain + 4
     assert batch.valid_counts()[0] == num_plain + 4
     for name in ("targets", "labels", "label_mask"):
@@ -191,9 +191,9 @@ def test_what_was_typed_is_asked_where_it_was_typed() -> None:
         assert set((asked.texts[kinds == kind] % 17).tolist()) == {last}
         assert (asked.texts[kinds == kind] < NUM_VARIANTS * 17).all()
     own, targets = asked.samples[asked.num_whole :], asked.targets[asked.num_whole :]
-    assert set(asked.own_lengths[targets < 3].tolist()) == {0, 1}
-    assert (asked.own_lengths[targets == 3] == 0).all()
-    assert (asked.own_lengths == 0).mean() < 0.5 < (own % 4 == 0).mean()
+    assert set(asked.cut_lengths[targets < 3].tolist()) == {0, 1}
+    assert (asked.cut_lengths[targets == 3] == 0).all()
+    assert (asked.cut_lengths == 0).mean() < 0.5 < (own % 4 == 0).mean()
     without_text = QueryDraws(0.5, 3, ~has_text)(rows, 1)
     assert set((without_text.samples % 4).tolist()) == {0, 3}
 
@@ -202,7 +202,7 @@ def test_a_typed_query_follows_the_history_before_its_target(dataset: Dataset) -
     rows = rows_of([[1, 2, 3, 4], [5, 6, 7]], [1, 1], [[0, 0, 3, 0], [0, 0, 2]])
     draws = QueryDraws(1.0, 5, torch.arange(41) > 0)
     asked = draws(rows, 0)
-    assert (asked.samples.tolist(), asked.targets.tolist(), asked.own_lengths.tolist()) == ([1, 0], [2, 2], [2])
+    assert (asked.samples.tolist(), asked.targets.tolist(), asked.cut_lengths.tolist()) == ([1, 0], [2, 2], [2])
     batch = Collator(dataset.manifest, True, queries=draws)(rows, *NOTHING)
     places = batch.histories.query_places
     assert places is not None

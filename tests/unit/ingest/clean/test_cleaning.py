@@ -12,7 +12,7 @@ from recsys.ingest.clean.cleaning import (
     apply_rules,
     cast_events,
     drop_bots,
-    drop_duplicates,
+    sort_and_deduplicate,
     notice_ids,
     notice_order,
 )
@@ -107,7 +107,7 @@ def test_ties_keep_the_input_order_and_duplicates_their_first() -> None:
             ("b", "i3", 1, "view", None, 9),
         ]
     )
-    kept, num_duplicates = drop_duplicates(events)
+    kept, num_duplicates = sort_and_deduplicate(events)
     assert num_duplicates == 1
     assert [(row["user_id"], row["item_id"], row["event"], row["input_order"]) for row in kept.to_pylist()] == [
         ("a", "i1", "view", 2),

@@ -12,8 +12,8 @@ import pytest
 
 from recsys.config.data import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
+from recsys.ingest.sources.column_mapping import Items, import_events, import_items, import_users
 from recsys.ingest.sources.formats import plan_parts
-from recsys.ingest.sources.importers import Items, import_events, import_items, import_users
 from recsys.ingest.sources.input_files import find_files
 from recsys.ingest.sources.item_columns import is_index_name, title_column
 from recsys.store import Storage

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from recsys.config.data import DataConfig
 from recsys.ingest.clean.cleaning import cast_events, notice_rounded
+from recsys.ingest.sources.column_mapping import import_events
 from recsys.ingest.sources.formats import plan_parts
-from recsys.ingest.sources.importers import import_events
 from recsys.ingest.sources.input_files import find_files
 from recsys.ingest.sources.scalars import ids_of, numbers_of, parsed_lists, plain, simple_lists, spell
 from recsys.schema import normalise_id

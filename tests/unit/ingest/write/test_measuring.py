@@ -10,7 +10,7 @@ import pytest
 from recsys.config import load_config
 from recsys.data.manifest import Dataset, Shard, last_rows
 from recsys.ingest.prepare import prepare
-from recsys.ingest.write.statistics import TrainSpan, item_numbers, join_moments, read_histories, user_statistics
+from recsys.ingest.write.feature_statistics import TrainSpan, item_numbers, join_moments, read_histories, user_statistics
 from recsys.report.pages import DATASET
 from recsys.schema import ITEM_STATISTICS_SCHEMA
 from recsys.store import Storage, join

@@ -17,7 +17,7 @@ from recsys.store import Storage
 from tests.without_ray import patch_run_tasks, run_once
 
 Event = tuple[str, str, int, str]  # user, item, time, query
-Asked = dict[tuple[str, int], str | None]  # (user, time) -> query
+QueryTargets = dict[tuple[str, int], str | None]  # (user, time) -> query
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,13 @@ def prepared(folder: Path, events: Sequence[Event], *overrides: str, name: str =
     return prepare(config, Storage.from_config(config.storage))
 
 
-def asked(dataset: Dataset, scratch: Path) -> Asked:
+def asked(dataset: Dataset, scratch: Path) -> QueryTargets:
     """Return the queries in the users' rows, and check that the training rows agree."""
     texts = [None, *read_queries(dataset, scratch)]
     users = dataset.read_users().to_pylist()
     ids = {row["user_index"]: row["user_id"] for row in users}
 
-    def of(rows: list[dict]) -> Asked:
+    def of(rows: list[dict]) -> QueryTargets:
         return {
             (ids[row["user_index"]], time): texts[query]
             for row in rows

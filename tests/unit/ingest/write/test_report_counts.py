@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.sequences import Sequences
-from recsys.ingest.write.counts import (
+from recsys.ingest.write.report_counts import (
     GAP_EDGES,
     LENGTH_EDGES,
     Counts,

@@ -37,7 +37,7 @@ def scratch(tmp_path: Path) -> Path:
     return tmp_path / "scratch"
 
 
-def vectors_of(dataset: Dataset, scratch: Path, ranks: Ranks = catalogue_text.ALONE) -> torch.Tensor:
+def vectors_of(dataset: Dataset, scratch: Path, ranks: Ranks = catalogue_text.SINGLE_PROCESS) -> torch.Tensor:
     folder = locate_backbone(TEXT, dataset, scratch)
     return frozen_vectors(folder, TEXT, ItemFeatures.read(dataset, scratch).texts, dataset, scratch, CPU, ranks)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 
 from recsys.config import Config, load_config
-from recsys.data.text.corpus import NO_TARGET, HiddenTokens, Pairs, TextBatch
+from recsys.data.text.corpus import NO_TARGET, MaskedTokens, Pairs, TextBatch
 from recsys.errors import UserError
 from recsys.model.text.encoder import _train_tokenizer
 from recsys.model.text.pretraining import BACKBONE_PREFIX, build_pretrainer
@@ -42,23 +42,23 @@ def make_config(folder: Path, *objectives: str) -> Config:
     return load_config().with_values({"model.text.backbone": str(folder), "pretraining.objectives": list(objectives)})
 
 
-def some_tokens(folder: Path) -> HiddenTokens:
+def some_tokens(folder: Path) -> MaskedTokens:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, 30, (3, 7), generator=generator)
     lengths = torch.tensor([7, 4, 5])
     is_target = (torch.arange(7) < lengths[:, None]) & (torch.rand(3, 7, generator=generator) < 0.6)
-    return HiddenTokens(tokens, lengths, torch.where(is_target, tokens.flip(0), NO_TARGET))
+    return MaskedTokens(tokens, lengths, torch.where(is_target, tokens.flip(0), NO_TARGET))
 
 
 @pytest.mark.parametrize("kind", ["encoder-with-head", "decoder-with-head"])
 def test_a_head_that_the_backbone_brings_is_used(folder: Path, kind: str) -> None:
     model, _ = build_pretrainer(make_config(folder / kind, "masked"), str(folder / kind))
-    hidden = some_tokens(folder)
-    sums = model.eval()(TextBatch(torch.arange(3), hidden, None))
+    masked = some_tokens(folder)
+    sums = model.eval()(TextBatch(torch.arange(3), masked, None))
     whole = (BertForMaskedLM if "encoder" in kind else LlamaForCausalLM).from_pretrained(folder / kind).eval()
-    mask = (torch.arange(7) < hidden.lengths[:, None]).long()
-    logits = whole(input_ids=hidden.tokens, attention_mask=mask).logits
-    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), hidden.targets, reduction="sum")
+    mask = (torch.arange(7) < masked.lengths[:, None]).long()
+    logits = whole(input_ids=masked.tokens, attention_mask=mask).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), masked.targets, reduction="sum")
     torch.testing.assert_close(sums["masked"], expected)
 
 

@@ -48,12 +48,12 @@ _PATH_COLUMN = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)=(.*)")
 _PATH_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
-def find_column(house_name: str, columns: ColumnsConfig, names: Iterable[str]) -> str:
+def find_column(canonical_name: str, columns: ColumnsConfig, names: Iterable[str]) -> str:
     """Return a column's name in the file: the configured one, or a known layout's if the config has the default and it is absent."""
-    name: str = getattr(columns, house_name)
-    if name != house_name or name in names:
+    name: str = getattr(columns, canonical_name)
+    if name != canonical_name or name in names:
         return name
-    return next((alias for alias in _ALIASES.get(house_name, ()) if alias in names), name)
+    return next((alias for alias in _ALIASES.get(canonical_name, ()) if alias in names), name)
 
 
 def is_amazon_review(names: Iterable[str]) -> bool:

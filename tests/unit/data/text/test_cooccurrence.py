@@ -10,8 +10,7 @@ import pytest
 
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
-from recsys.data.text import pairs
-from recsys.data.text.pairs import Partners, near_pairs
+from recsys.data.text.cooccurrence import Cooccurrences, near_pairs
 from recsys.errors import UserError
 from recsys.store import Storage
 from tests.datasets import make_dataset, windows_of
@@ -60,15 +59,15 @@ def test_windows_that_overlap_give_each_pair_once(stride: int, window: int) -> N
 def test_the_most_frequent_partners_are_those_of_a_plain_count(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_pairs: int, chunk_pairs: int, most: int
 ) -> None:
-    monkeypatch.setattr(pairs, "_BLOCK_PAIRS", block_pairs)
-    monkeypatch.setattr(pairs, "_CHUNK_PAIRS", chunk_pairs)
-    monkeypatch.setattr(pairs, "MOST_PARTNERS", most)
+    monkeypatch.setattr(cooccurrence, "_BLOCK_PAIRS", block_pairs)
+    monkeypatch.setattr(cooccurrence, "_CHUNK_PAIRS", chunk_pairs)
+    monkeypatch.setattr(cooccurrence, "MAX_COOCCURRENCES", most)
     expected: dict[int, Counter[int]] = {}
     for sequence in train_sequences(dataset):
         for (one, other), count in plain_pairs(sequence, 2).items():
             expected.setdefault(one, Counter())[other] += count
             expected.setdefault(other, Counter())[one] += count
-    found = Partners.read(dataset, ItemFeatures.read(dataset), 2, tmp_path / "scratch")
+    found = Cooccurrences.read(dataset, ItemFeatures.read(dataset), 2, tmp_path / "scratch")
     items, counts = found.of(np.arange(1, dataset.manifest.num_items + 1))
     for item in range(1, dataset.manifest.num_items + 1):
         best = sorted(expected.get(item, Counter()).items(), key=lambda pair: (-pair[1], pair[0]))[:most]
@@ -80,7 +79,7 @@ def test_an_item_without_text_is_nobodys_partner(dataset: Dataset, tmp_path: Pat
     catalogue = ItemFeatures.read(dataset)
     catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[7] = False
-    found = Partners.read(dataset, catalogue, 2, tmp_path / "scratch")
+    found = Cooccurrences.read(dataset, catalogue, 2, tmp_path / "scratch")
     assert found.items.size
     assert 7 not in found.items
     assert not found.of(np.array([7]))[0].any()
@@ -91,4 +90,4 @@ def test_where_there_are_no_pairs_the_error_says_what_would_work(dataset: Datase
     catalogue = replace(catalogue, has_text=catalogue.has_text.clone())
     catalogue.has_text[:] = False
     with pytest.raises(UserError, match=r"pretraining.objectives=\['masked'\] would work"):
-        Partners.read(dataset, catalogue, 2, tmp_path / "scratch")
+        Cooccurrences.read(dataset, catalogue, 2, tmp_path / "scratch")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.data.sequences import Sequences
-from recsys.ingest.write.statistics import (
+from recsys.ingest.write.feature_statistics import (
     NUM_PERIODS,
     ItemTotals,
     Moments,

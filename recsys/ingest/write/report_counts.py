@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
 from recsys.data.sequences import Sequences
+from recsys.ingest.write.feature_statistics import session_lengths, training_part
 from recsys.ingest.write.splits import TEST, VALIDATION, part_by_place
-from recsys.ingest.write.statistics import session_lengths, training_part
 
 NUM_TIME_BINS = 60
 NUM_VALUE_BINS = 40

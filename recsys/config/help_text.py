@@ -1,6 +1,6 @@
 """The settings as text, from the docstrings of their fields, for `--help` and the settings page.
 
-`python -m recsys.config.settings > recsys/config/README.md` writes the page.
+`python -m recsys.config.help_text > recsys/config/README.md` writes the page.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from recsys.config.base import fields_of, section_of
-from recsys.config.tree import Config
+from recsys.config.root import Config
 from recsys.config.verb_settings import reads
 
 _HEAD = """# Settings

@@ -13,8 +13,8 @@ from recsys.config.data import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.ingest.clean.cleaning import cast_events
 from recsys.ingest.sources import formats, lines
+from recsys.ingest.sources.column_mapping import find_event_columns, import_events, import_items, import_users
 from recsys.ingest.sources.formats import plan_parts
-from recsys.ingest.sources.importers import find_event_columns, import_events, import_items, import_users
 from recsys.ingest.sources.input_files import find_files
 from recsys.store import Storage
 

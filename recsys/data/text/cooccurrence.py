@@ -17,7 +17,7 @@ from recsys.data.node_files import create_array, map_array, shared_entry
 from recsys.data.shards import RowGroupSource
 from recsys.errors import UserError
 
-MOST_PARTNERS = 32
+MAX_COOCCURRENCES = 32
 """Maximum number of co-occurring items per item; the most frequent are kept."""
 
 _FORMAT = "v1"
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Partners:
+class Cooccurrences:
     """The items that users took within `window` interactions of each item, most frequent first.
 
     Those of item i are `items[offsets[i]:offsets[i + 1]]`, with their `counts`. The arrays are memory-mapped.
@@ -40,7 +40,7 @@ class Partners:
     counts: NDArray[np.int32]
 
     @classmethod
-    def read(cls, dataset: Dataset, catalogue: ItemFeatures, window: int, scratch: Path) -> "Partners":
+    def read(cls, dataset: Dataset, catalogue: ItemFeatures, window: int, scratch: Path) -> "Cooccurrences":
         """Count the pairs of items with text in the training rows, once per node.
 
         Raises:
@@ -84,7 +84,7 @@ def near_pairs(table: pa.Table, window: int) -> Iterator[tuple[Integers, Integer
 
 
 def _count(dataset: Dataset, catalogue: ItemFeatures, window: int, folder: Path) -> None:
-    """Write the arrays of `Partners` to a folder.
+    """Write the arrays of `Cooccurrences` to a folder.
 
     Sorted chunks of pairs are appended to a file per block of items, with about equally many pairs each; then the blocks are summed one by
     one.
@@ -131,13 +131,13 @@ def _sorted_pieces(dataset: Dataset, has_text: Mask, window: int, base: int) -> 
 
 
 def _most_frequent(pieces: Integers, base: int) -> tuple[Integers, Integers, Integers]:
-    """Sum the counts of equal keys, given rows (key, count); return items, partners and counts of each item's `MOST_PARTNERS` best."""
+    """Sum the counts of equal keys, given rows (key, count); return items, partners and counts of each item's `MAX_COOCCURRENCES` best."""
     keys, inverse = np.unique(pieces[:, 0], return_inverse=True)
     counts = np.bincount(inverse, weights=pieces[:, 1], minlength=len(keys)).astype(np.int64)
     anchors, partners = np.divmod(keys, base)
     order = np.lexsort((partners, -counts, anchors))
     anchors, partners, counts = anchors[order], partners[order], counts[order]
-    is_kept = np.arange(len(anchors)) - np.searchsorted(anchors, anchors) < MOST_PARTNERS
+    is_kept = np.arange(len(anchors)) - np.searchsorted(anchors, anchors) < MAX_COOCCURRENCES
     return anchors[is_kept], partners[is_kept], counts[is_kept]
 
 

@@ -22,7 +22,7 @@ from recsys.ingest.sources.item_columns import (
     scalar_lists,
     title_column,
 )
-from recsys.ingest.sources.layouts import catalogue_kinds, find_column, is_amazon_review
+from recsys.ingest.sources.known_layouts import catalogue_kinds, find_column, is_amazon_review
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
 from recsys.ingest.sources.text_formats import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
@@ -76,7 +76,7 @@ def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str
 
 
 def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> dict[str, str]:
-    found = {house_name: find_column(house_name, columns, names) for house_name in (USER_ID, ITEM_ID)}
+    found = {canonical_name: find_column(canonical_name, columns, names) for canonical_name in (USER_ID, ITEM_ID)}
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
     if is_jsonl(uri):
@@ -85,12 +85,12 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
         name = find_column(optional, columns, names)
         if name and (name in names or name != optional):
             found[optional] = name
-    for house_name, name in found.items():
+    for canonical_name, name in found.items():
         if name == INPUT_ORDER:
-            raise UserError(f"{uri}: its column '{name}' ({house_name}) has a name that is reserved for the row number; rename it")
+            raise UserError(f"{uri}: its column '{name}' ({canonical_name}) has a name that is reserved for the row number; rename it")
         if name not in names:
-            wanted = f"'{columns.timestamp}' or '{columns.position}'" if house_name == POSITION else f"'{name}'"
-            raise _missing(uri, wanted, house_name, names)
+            wanted = f"'{columns.timestamp}' or '{columns.position}'" if canonical_name == POSITION else f"'{name}'"
+            raise _missing(uri, wanted, canonical_name, names)
     return found
 
 
@@ -112,7 +112,7 @@ def import_events(storage: Storage, part: FilePart, data: DataConfig, time_colum
             ]
             yield pa.table([*columns, table[INPUT_ORDER]], [*found, INPUT_ORDER])
 
-    used = {own: house_name for house_name, own in found.items()}
+    used = {own: canonical_name for canonical_name, own in found.items()}
     return Imported(
         tuple(_use("events", header, name, used.get(name, ""), "" if name in used else _unused_event(name, used)) for name in header),
         tables(),

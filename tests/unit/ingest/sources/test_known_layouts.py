@@ -13,10 +13,10 @@ from recsys.config.data import ColumnsConfig, DataConfig, ItemFeaturesConfig
 from recsys.errors import UserError
 from recsys.ingest.clean.cleaning import cast_events
 from recsys.ingest.clean.times import guess_unit
+from recsys.ingest.sources.column_mapping import find_event_columns, import_events, import_items, import_users
 from recsys.ingest.sources.formats import plan_parts
-from recsys.ingest.sources.importers import find_event_columns, import_events, import_items, import_users
 from recsys.ingest.sources.input_files import find_files, find_in_folder
-from recsys.ingest.sources.layouts import path_columns
+from recsys.ingest.sources.known_layouts import path_columns
 from recsys.store import ObjectInfo, Storage
 
 REAL = Path(__file__).parents[5] / "shared" / "data"

@@ -46,13 +46,13 @@ def test_the_language_model_learns_from_the_items_of_the_micro_batch_alone(tmp_p
     model = build_recommender(config, dataset, torch.device("cpu")).double().eval()
     rows = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]).slice(0, 3), sample_id=np.arange(3))
     nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-    kept, whole = (Collator(dataset.manifest, takes_whole_catalogue=True, keeps_texts=keeps)(rows, *nothing) for keeps in (True, False))
+    kept, whole = (Collator(dataset.manifest, takes_whole_catalogue=True, caches_texts=keeps)(rows, *nothing) for keeps in (True, False))
     occurring = set(rows.columns["items"][np.concatenate([np.arange(s, s + n) for s, n in zip(rows.starts, rows.lengths, strict=True)])])
     assert occurring <= set(kept.items_on_host.tolist()) <= occurring | {0}
     assert len(kept.items_on_host) < len(whole.items_on_host)
 
     model.item_encoder.refresh_texts(0, 1)
-    assert bool(model.item_encoder.kept_text[1:].any(1).all())
+    assert bool(model.item_encoder.cached_texts[1:].any(1).all())
     found = gradients_of(model, kept)
     of_others = gradients_of(model, whole)
     encode = model.item_encoder._text
@@ -85,12 +85,12 @@ def refreshed(config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     encoder = build_recommender(config, open_dataset(config), torch.device("cpu"), ranks).item_encoder
     encoder.refresh_texts(ranks.rank, ranks.world_size)
     with torch.no_grad():
-        return encoder.kept_text.numpy(), encoder.eval()._text(None).numpy()
+        return encoder.cached_texts.numpy(), encoder.eval()._text(None).numpy()
 
 
 def test_the_ranks_share_a_refresh(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    assert config.model.keeps_texts
+    assert config.model.caches_texts
     for kept, expected in run_distributed(refreshed, 3, config):
         np.testing.assert_allclose(kept, expected, rtol=1e-5, atol=1e-6)
 
