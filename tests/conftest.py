@@ -20,6 +20,9 @@ from recsys.store import Storage
 from tests.proxy import FaultProxy
 from tests.servers import answers
 
+# Tests run in parallel: with a thread per core in each process, OpenMP's barriers wait up to 50 times as long as one thread computes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
 
