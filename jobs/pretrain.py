@@ -9,7 +9,7 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Pretrain `model.text.backbone` on `data.dataset` with the sections `pretraining`, `training` and `optimizer`."""
-    from recsys.launch.run import check_pretraining, launch  # imported here so that config errors do not wait for torch
+    from recsys.launch.driver import check_pretraining, launch  # imported here so that config errors do not wait for torch
     from recsys.objectives.text_pretraining import TextPretraining
     from recsys.store import Storage
     from recsys.train.checkpoints.backbone import publish_backbone

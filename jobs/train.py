@@ -8,7 +8,7 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.launch.run import check_training, launch  # imported here so that config errors do not wait for torch
+    from recsys.launch.driver import check_training, launch  # imported here so that config errors do not wait for torch
     from recsys.objectives.next_item import NextItem
 
     check_training(config)

@@ -24,7 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     The result is stored, so submitting the same search again returns it.
     """
     from recsys.data.manifest import Dataset  # imported here so that config errors do not wait for torch
-    from recsys.launch.run import check_training
+    from recsys.launch.driver import check_training
 
     check_training(config, *config.search.text_mode)
     storage = Storage.from_config(config.storage)

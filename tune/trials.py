@@ -12,7 +12,7 @@ from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from recsys.config import Config
-from recsys.launch.run import launch
+from recsys.launch.driver import launch
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.terminal import format_settings

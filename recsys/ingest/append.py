@@ -40,7 +40,7 @@ from recsys.data.manifest import Dataset, last_rows
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.ingest.clean.pseudonyms import refuse_other_key
-from recsys.ingest.identity import Inputs, content_config
+from recsys.ingest.inputs import Inputs, content_config
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue
 from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order

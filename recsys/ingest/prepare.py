@@ -21,18 +21,18 @@ from recsys.ingest.append import KNOWN_INDEX_NAME, adopt, changed_items, extend,
 from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects, remedy, tell
 from recsys.ingest.clean.times import UNIT_NAMES
-from recsys.ingest.identity import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
+from recsys.ingest.input_tasks import stage_events, stage_users
+from recsys.ingest.inputs import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
 from recsys.ingest.job import Cleaned, Job, Partition, Written, present
-from recsys.ingest.partitions import IS_WITHHELD, ITEM_INDEX_NAME, WriteTask, core_round, merge_events, write_shards
+from recsys.ingest.partition_tasks import IS_WITHHELD, ITEM_INDEX_NAME, WriteTask, core_round, merge_events, write_shards
 from recsys.ingest.shuffle import read_table, write_table
 from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
-from recsys.ingest.staging import stage_events, stage_users
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
 from recsys.ingest.write.feature_statistics import item_numbers, join_moments
-from recsys.ingest.write.measuring import measure, write_dataset_report
 from recsys.ingest.write.splits import withheld
+from recsys.ingest.write.statistics_passes import measure, write_dataset_report
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
 from recsys.store import ObjectInfo, Storage, join
 from recsys.store.backends import TEMP_PREFIX

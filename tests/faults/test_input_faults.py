@@ -17,12 +17,12 @@ import pytest
 
 from recsys.config.data import DataConfig
 from recsys.errors import UserError
+from recsys.ingest.input_tasks import stage_events
 from recsys.ingest.job import Job
 from recsys.ingest.sources.column_mapping import import_events
 from recsys.ingest.sources.formats import FilePart
 from recsys.ingest.sources.input_files import event_columns, find_files, plan_tasks, read_items
 from recsys.ingest.sources.sandbox import run_limited
-from recsys.ingest.staging import stage_events
 from recsys.store import Storage
 
 ROOT = Path(__file__).parents[2]

@@ -86,7 +86,7 @@ def read_ledger(scratch: Path, world_size: int) -> tuple[Ledger, dict[int, int]]
 
 def run(config: Config) -> dict[str, Any]:
     """Train with a ledger."""
-    from recsys.launch.run import launch
+    from recsys.launch.driver import launch
     from tests.resume.ledger import Recording as Imported  # workers find it by this name, and not in their own `__main__`
 
     return launch(config, Imported)

@@ -25,7 +25,7 @@ from recsys.ingest.sources.item_columns import (
 from recsys.ingest.sources.known_layouts import catalogue_kinds, find_column, is_amazon_review
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
-from recsys.ingest.sources.text_formats import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
+from recsys.ingest.sources.text_files import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
 from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind
 from recsys.store import ObjectInfo, Storage
 

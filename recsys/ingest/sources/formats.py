@@ -13,7 +13,7 @@ from recsys.ingest.sources.known_layouts import path_columns
 from recsys.ingest.sources.lines import BATCH_ROWS
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import plain
-from recsys.ingest.sources.text_formats import TEXT, read_text, read_text_header
+from recsys.ingest.sources.text_files import TEXT, read_text, read_text_header
 from recsys.store import ObjectInfo, Storage
 
 INPUT_ORDER = "input_order"

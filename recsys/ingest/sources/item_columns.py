@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from recsys.errors import UserError
 from recsys.ingest.sources.scalars import is_list, is_number, is_text, numbers_of, parsed_lists, simple_lists, spell
-from recsys.ingest.sources.text_formats import JSON_VALUE, TEXT, WHOLE_JSON
+from recsys.ingest.sources.text_files import JSON_VALUE, TEXT, WHOLE_JSON
 from recsys.schema import FeatureKind
 
 TITLE_NAMES = ("title", "name", "product_title", "product_name", "item_title", "item_name", "headline")

@@ -10,6 +10,7 @@ import pytest
 
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
+from recsys.data.text import cooccurrence
 from recsys.data.text.cooccurrence import Cooccurrences, near_pairs
 from recsys.errors import UserError
 from recsys.store import Storage

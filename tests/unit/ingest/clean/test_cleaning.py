@@ -12,9 +12,9 @@ from recsys.ingest.clean.cleaning import (
     apply_rules,
     cast_events,
     drop_bots,
-    sort_and_deduplicate,
     notice_ids,
     notice_order,
+    sort_and_deduplicate,
 )
 from recsys.ingest.sources.scalars import numbers_of, spell
 from recsys.schema import EVENTS_SCHEMA

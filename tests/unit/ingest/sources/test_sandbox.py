@@ -183,7 +183,7 @@ def _is_running(process_id: int) -> bool:
 
 
 def test_the_child_is_light() -> None:
-    code = "import sys, recsys.ingest.staging; print(*sys.modules)"
+    code = "import sys, recsys.ingest.input_tasks; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "pyarrow" in loaded
     assert not {"torch", "ray", "deepspeed", "transformers"}.intersection(loaded)

@@ -12,7 +12,7 @@ from recsys.config.data import DataConfig
 from recsys.data.manifest import DatasetManifest, Shard, last_rows
 from recsys.data.sequences import Sequences
 from recsys.ingest.job import Job, Limited, Measured, Written, present
-from recsys.ingest.partitions import staged_withheld
+from recsys.ingest.partition_tasks import staged_withheld
 from recsys.ingest.shuffle import read_table, write_table
 from recsys.ingest.write.feature_statistics import (
     USED_COLUMNS,

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from recsys.arrays import Integers, Mask
 from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
-from recsys.ingest.clean.cleaning import drop_bots, sort_and_deduplicate, notice_order
+from recsys.ingest.clean.cleaning import drop_bots, notice_order, sort_and_deduplicate
 from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects
+from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.job import Job, Partition, Written
 from recsys.ingest.shuffle import read_partition, read_table, write_table
 from recsys.ingest.sources.formats import INPUT_ORDER
-from recsys.ingest.staging import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, train_table, users_table

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys.config.data import DataConfig
-from recsys.ingest.identity import choose_num_shards
+from recsys.ingest.inputs import choose_num_shards
 from recsys.store import ObjectInfo, Storage
 
 
