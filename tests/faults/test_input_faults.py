@@ -273,7 +273,7 @@ def test_hostile_text(folder: Path, name: str, content: bytes, expected: dict[st
 def test_a_catalogue_bomb_is_refused_too(folder: Path) -> None:
     path = gzip_of(folder / "a.jsonl.gz", b"", b'{"item_id": 1, "title": "%s"}\n' % (b"x" * MEBI))
     storage = Storage(str(folder))
-    with pytest.raises(UserError, match=rf"{path}: its \d+ bytes stand for"):
+    with pytest.raises(UserError, match=rf"{path}: its \d+ bytes expand to"):
         read_items(storage, find_files(storage, "items", str(path)), data_of(4 * LIMIT))
 
 

@@ -5,11 +5,9 @@ import csv
 import gc
 import json
 import os
-import pickle
 import resource
 import select
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -18,7 +16,9 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
 
 import pyarrow as pa
 from pydantic_core import to_jsonable_python
@@ -29,7 +29,6 @@ BAD_FILE_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError
 """Errors that decoders and casts raise on bad content."""
 
 _IDLE_SECONDS = 300
-_LENGTH = struct.Struct("<Q")
 _QUIET_ENVIRONMENT = {
     # A memory pool that returns memory, and no arenas or threads that count against the limit before anything is read.
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -52,22 +51,18 @@ def run_limited(limit_bytes: int, function: Callable[..., Any], *arguments: Any)
         UserError: the function raised one or ran out of memory, or a file crashed the child; one line with the file.
         RuntimeError: the function or the child failed for another reason.
     """
-    request = pickle.dumps((limit_bytes, function, arguments))
+    reply = None
     with _lock:
-        while True:
+        while reply is None:
             if _children and _children[0].environment != os.environ:
                 _children.pop().close()
             if not _children:
                 _children.append(_Child())
             try:
-                reply = _children[0].call(request)
-            except BaseException:
-                _children.pop().close()
-                raise
-            if reply is None:
-                _children.pop().close()
-                continue
-            break
+                reply = _children[0].call(limit_bytes, function, arguments)
+            finally:
+                if reply is None:
+                    _children.pop().close()
     if "failure" in reply:
         raise RuntimeError(f"{function.__name__} failed in its child process:\n{reply['failure']}")
     if "refusal" in reply:
@@ -98,31 +93,31 @@ class _Child:
     def __init__(self) -> None:
         self.environment = dict(os.environ)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it stays open as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from recsys.ingest.sources.sandbox import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**self.environment, **_QUIET_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from recsys.ingest.sources.sandbox import serve; serve({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[theirs.fileno()],
+                env={**self.environment, **_QUIET_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
         atexit.register(self.close)
 
-    def call(self, request: bytes) -> dict[str, Any] | None:
+    def call(self, *request: Any) -> dict[str, Any] | None:
         """Return the child's answer, or None if it ended without starting the call: idle, worn, or killed by another process."""
         if self._process.poll() is not None:
             return None
         log_start = os.fstat(self._log.fileno()).st_size
-        requests, replies = self._process.stdin, self._process.stdout
-        assert requests is not None
-        assert replies is not None
-        with suppress(BrokenPipeError):
-            _send(requests, request)
         uri = ""
-        while (message := _receive(replies)) is not None:
-            reply: dict[str, Any] = json.loads(message)
-            if "reading" not in reply:
-                return reply
-            uri = reply["reading"]
+        with suppress(EOFError, OSError):  # the child has died
+            self._connection.send(request)
+            while True:
+                reply: dict[str, Any] = json.loads(self._connection.recv_bytes())
+                if "reading" not in reply:
+                    return reply
+                uri = reply["reading"]
         code = self._process.wait()
         if code == 0:
             return None
@@ -135,10 +130,8 @@ class _Child:
         atexit.unregister(self.close)
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
+        self._connection.close()
+        self._log.close()
 
     def _last_stderr_line(self, log_start: int) -> str:
         """Return the first line that the child wrote to stderr in the call in which it died."""
@@ -146,45 +139,42 @@ class _Child:
         return next((line.strip()[:200] for line in words if line.strip()), "it wrote nothing, which is typical when memory runs out")
 
 
-def serve() -> None:
-    """Answer calls on stdin until it closes. This is the body of the child process; nothing else may write to its stdout."""
+def serve(descriptor: int) -> None:
+    """Answer calls until the other end of the connection closes. This is the body of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    threading.Thread(target=_end_with_reader, args=(replies.fileno(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _announcements.append(lambda uri: _send(replies, json.dumps({"reading": uri}).encode()))
-    _answer_calls(replies)
+    with suppress(EOFError):
+        _answer_calls(Connection(descriptor))
     # Skip the interpreter's shutdown: a decoder's threads may still read ahead in a refused file.
     os._exit(0)
 
 
-def _answer_calls(replies: BinaryIO) -> None:
+def _answer_calls(connection: Connection) -> None:
+    _announcements.append(lambda uri: connection.send_bytes(json.dumps({"reading": uri}).encode()))
     start_bytes = 0
-    while select.select([0], [], [], _IDLE_SECONDS)[0]:
-        request = _receive(sys.stdin.buffer)
-        if request is None:
-            return
-        limit_bytes, function, arguments = pickle.loads(request)
+    while connection.poll(_IDLE_SECONDS):
+        limit_bytes, function, arguments = connection.recv()
         start_bytes = start_bytes or _data_bytes()
         if _is_worn(start_bytes, limit_bytes):  # by an earlier call with a higher limit
             return
         resource.setrlimit(resource.RLIMIT_DATA, (start_bytes + limit_bytes, resource.RLIM_INFINITY))
-        _send(replies, _answer(function, arguments))
+        # JSON, not a pickle: a file that takes over this process must not run code in the parent.
+        connection.send_bytes(_answer(function, arguments).encode())
         if _is_worn(start_bytes, limit_bytes):
             return
 
 
-def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
     try:
-        return json.dumps({"result": to_jsonable_python(function(*arguments))}).encode()
+        return json.dumps({"result": to_jsonable_python(function(*arguments))})
     except UserError as error:
         answer = {"refusal": str(error)}
     except MemoryError:
         answer = {"refusal": _too_large("the input", "out of memory")}
     except Exception:
         answer = {"failure": traceback.format_exc()}
-    return json.dumps(answer).encode()
+    return json.dumps(answer)
 
 
 def _is_worn(start_bytes: int, limit_bytes: int) -> bool:
@@ -202,26 +192,12 @@ def _data_bytes() -> int:
         return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData:"))
 
 
-def _end_with_reader(descriptor: int) -> None:
-    """Exit when the parent exits, even during a call: only the parent holds the other end of the pipe."""
+def _end_with_parent(descriptor: int) -> None:
+    """Exit when the parent exits, even during a call: only the parent holds the other end of the connection."""
     poll = select.poll()
     poll.register(descriptor, 0)
     poll.poll()
     os._exit(1)
-
-
-def _send(stream: Any, message: bytes) -> None:
-    stream.write(_LENGTH.pack(len(message)) + message)
-    stream.flush()
-
-
-def _receive(stream: BinaryIO | Any) -> bytes | None:
-    """Read one message; return None if the other side has ended."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    message: bytes = stream.read(_LENGTH.unpack(head)[0])
-    return message
 
 
 def _too_large(uri: str, reason: str) -> str:

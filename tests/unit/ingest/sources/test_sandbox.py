@@ -37,6 +37,13 @@ def stumble() -> None:
     raise AttributeError("a bug, not a file")
 
 
+class Attack:
+    """Runs in whoever unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (13,)
+
+
 def take_memory(num_bytes: int, is_arrow: bool, is_kept: bool) -> int:
     with reading("/data/large.parquet"):
         taken = pa.allocate_buffer(num_bytes) if is_arrow else np.ones(num_bytes, np.uint8)
@@ -82,6 +89,11 @@ def test_a_refusal_is_one_here_and_a_bug_is_no_refusal() -> None:
         run_limited(LIMIT, stumble)
 
 
+def test_what_a_child_returns_is_never_unpickled() -> None:
+    with pytest.raises(RuntimeError, match="Unable to serialize unknown type"):
+        run_limited(LIMIT, Attack)
+
+
 @pytest.mark.parametrize("is_arrow", [True, False])
 def test_memory_beyond_the_limit_is_refused_by_the_files_name(is_arrow: bool) -> None:
     assert run_limited(LIMIT, take_memory, 100 << 20, is_arrow, False) == 100 << 20
@@ -105,7 +117,7 @@ def test_a_lower_limit_than_the_last_one_is_kept() -> None:
 @pytest.mark.parametrize(
     ("signal_number", "last_words", "reason"),
     [
-        (signal.SIGSEGV, "", "SIGSEGV: it said nothing"),
+        (signal.SIGSEGV, "", "SIGSEGV: it wrote nothing"),
         (signal.SIGABRT, "terminate called after 'std::bad_alloc'\n  what(): it\n", "SIGABRT: terminate called after 'std::bad_alloc'"),
         (signal.SIGKILL, "", "SIGKILL"),
     ],
