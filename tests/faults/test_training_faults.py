@@ -128,7 +128,7 @@ def test_a_damaged_file_is_named_before_it_is_read(trained: Path, damage: str) -
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(trained: Path) -> None:
     config = make_config(trained)
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         load_trained(Storage.from_config(config.storage), str(trained / "store/runs/default/checkpoints/step-99999999"), config.run.scratch)
 
 

@@ -292,7 +292,7 @@ def test_columns_that_are_named_like_ours(tmp_path: Path) -> None:
     assert titles(dataset) == {"1": "w", "2": "x", "3": "y", "4": "z"}
     assert {use.name for use in dataset.manifest.columns if not use.use} == {"item_id", "input_order"}
     events = [f"data.events={tmp_path / 'items'}", "data.columns.user_id=item_id", "data.columns.timestamp=input_order"]
-    with pytest.raises(UserError, match="kept for the number of a row; rename it"):
+    with pytest.raises(UserError, match="reserved for the row number; rename it"):
         prepared(tmp_path, "data.columns.item_id=sku", *events)
 
 

@@ -78,7 +78,7 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(seed: int, tmp_path: Pat
     killed.wait()
     assert not list(tmp_path.glob("store/datasets/*/manifest.json"))
     result = finish(start(tmp_path, "second"), tmp_path / "second")
-    assert "were finished before" in (tmp_path / "second").read_text()
+    assert "were already finished" in (tmp_path / "second").read_text()
     assert result["fingerprint"] == expected["fingerprint"]
     found, wanted = files_of(tmp_path), files_of(reference)
     assert found.keys() == wanted.keys()

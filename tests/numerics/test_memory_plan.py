@@ -94,7 +94,7 @@ def test_a_decoder_is_told_too(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     values = {"model.text.mode": "full", "model.text.backbone": str(tmp_path / "decoder"), "model.text.pooling": "last"}
     plan = plan_memory_verb.run(config_of(tmp_path, {**values, "training.num_workers": 1}))
     assert plan["computing"]["activations"] > 1 << 20
-    assert "cannot be told" not in caplog.text
+    assert "cannot be predicted" not in caplog.text
 
 
 def test_shares_shrink_with_more_workers() -> None:

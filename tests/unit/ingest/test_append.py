@@ -188,7 +188,7 @@ def test_other_item_features_and_another_order_are_refused(tmp_path: Path) -> No
         made(tmp_path, f"data.base={base.uri}", f"data.events={tmp_path}/positions.csv")
     other = Storage(str(tmp_path / "elsewhere"))
     config = load_config(None, [f"storage.root={other.root}", f"data.base={base.uri}", f"data.events={tmp_path}/second.csv"])
-    with pytest.raises(UserError, match="versions lie beside one another"):
+    with pytest.raises(UserError, match="all versions are stored in one folder"):
         prepare(config, other)
 
 

@@ -81,7 +81,7 @@ def test_a_server_that_is_not_there_is_left_out(tmp_path: Path, monkeypatch: pyt
     assert time.monotonic() - begin < 1
     with caplog.at_level(logging.WARNING):
         trackers.close()
-    assert [line for line in caplog.messages if line.startswith("run.trackers = mlflow: is left out from now on (")]
+    assert [line for line in caplog.messages if line.startswith("run.trackers = mlflow: disabled for the rest of the run (")]
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
