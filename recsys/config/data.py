@@ -23,7 +23,7 @@ def _read_seconds(value: Any) -> Any:
             raise ValueError("must be seconds since 1970 or an ISO time (UTC where it names no zone); 1704067200 or 2024-01-01 would work")
         return math.floor(seconds)
     if isinstance(value, int) and abs(value) >= LARGEST_SECONDS:
-        raise ValueError(f"must be seconds since 1970, and has too many digits for them; {value // 1000} would be milliseconds as seconds")
+        raise ValueError(f"must be seconds since 1970, and has too many digits for seconds; for milliseconds, {value // 1000} would work")
     return value
 
 

@@ -16,7 +16,7 @@ from recsys.config.verb_settings import reads
 
 _HEAD = """# Settings
 
-Every key of the config, from the docstrings in this folder. A TOML file has the sections as tables; `--set section.key=value`
+Every key of the config, from the docstrings in this folder. In a TOML file the sections are tables; `--set section.key=value`
 overrides a key. `python -m jobs.train --help` prints the keys that a verb reads."""
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 

@@ -130,7 +130,7 @@ class ModelConfig(Section):
             raise ValueError(f"model.width = {self.width} must be divisible by model.num_heads = {self.num_heads}; {near} would work")
         if not self.use_ids and self.text.mode == "off" and not self.use_features:
             raise ValueError(
-                "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item by"
+                "model.use_ids = false, model.use_features = false and model.text.mode = 'off' leave nothing to encode an item with"
             )
         if self.caches_texts and (self.text.mode not in ("lora", "full") or self.loss.kind != "full"):
             raise ValueError(

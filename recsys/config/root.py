@@ -62,7 +62,7 @@ class Config(Section):
                 f"search.width = {list(self.search.width)}: {bad[0]} must be divisible by model.num_heads = {self.model.num_heads}"
             )
         if self.training.shuffle_histories and self.model.use_gaps:
-            raise ValueError("training.shuffle_histories = true leaves no time between interactions to learn; set model.use_gaps=false")
+            raise ValueError("training.shuffle_histories = true removes the times between interactions; set model.use_gaps=false")
         return self
 
     @property

@@ -165,7 +165,7 @@ def _fill(arrays: dict[str, NDArray[Any]], source: CatalogueSource) -> None:
     for part in source.rows(["text", "categories", "numbers", "vector", "train_count"]):
         indices = part[ITEM_INDEX].to_numpy()
         if len(indices) and not 1 <= indices.min() <= indices.max() <= num_items:
-            raise UserError(f"catalogue: has item_index {indices.max()}, its manifest {num_items} items; prepare the data again")
+            raise UserError(f"catalogue: has item_index {indices.max()}, but its manifest has {num_items} items; prepare the data again")
         has_row[indices] = True
         numbers = _rectangle(part["numbers"], arrays["numbers"].shape[1], np.nan)
         arrays["categories"][indices] = _rectangle(part["categories"], arrays["categories"].shape[1], 0)

@@ -97,7 +97,7 @@ def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], 
     if not 1 < len(names) <= MAX_GROUPS:
         known = sorted({name for attributes in users["attributes"].to_pylist() for name, _ in attributes or []})
         raise UserError(
-            f"fairness.attribute = {attribute}: has {len(names)} values in the users table, where 2 to {MAX_GROUPS} make groups; "
+            f"fairness.attribute = {attribute}: has {len(names)} values in the users table; 2 to {MAX_GROUPS} are needed; "
             f"attributes: {', '.join(known) or 'none'}"
         )
     return users, values, names

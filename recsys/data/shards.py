@@ -101,7 +101,7 @@ class _ShardFile:
             if self._footer is None:  # bypasses the cache, since a footer has no checksum
                 footer = pq.read_metadata(_RangeFile(self._shard.num_bytes, self._fetch_from_store))
                 if tuple(footer.row_group(index).num_rows for index in range(footer.num_row_groups)) != self._shard.row_groups:
-                    raise self._replaced("its row groups are not the manifest's")
+                    raise self._replaced("its row groups differ from the manifest's")
                 self._footer = footer
             return self._footer
 
@@ -124,7 +124,7 @@ class _ShardFile:
             except ReplacedError as error:
                 found = error.etag
             if found is None:
-                raise self._replaced("it is gone or cut, or the ETag of its answers keeps changing")
+                raise self._replaced("it is missing or truncated, or its ETag keeps changing")
             self._verify()
             self._etag = found
         raise self._replaced("it changes while it is read")
@@ -135,7 +135,7 @@ class _ShardFile:
             path = Path(folder) / "shard.parquet"
             self._storage.download(self._uri, path)
             if sha256_of(path) != self._shard.sha256:
-                raise self._replaced("its hash is not the manifest's")
+                raise self._replaced("its hash differs from the manifest's")
 
     def _replaced(self, reason: str) -> UserError:
         return UserError(

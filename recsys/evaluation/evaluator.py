@@ -29,10 +29,10 @@ from recsys.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 POPULARITY = "popularity"
-TYPED_PROTOCOL = "users whose first target came after a query of theirs; it is asked for with what they typed"
+TYPED_PROTOCOL = "users whose first target followed a typed query; it is ranked with that query"
 MADE_PROTOCOL = (
     f"each user's first target is asked for with 1 to {MAX_WORDS} words of its own text, which the model could not know: "
-    "these figures say what a query adds, and are no measure of recommendation"
+    "these figures show what a query adds; they do not measure recommendation quality"
 )
 
 Load = Callable[[str], Predictor]

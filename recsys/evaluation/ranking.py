@@ -58,7 +58,7 @@ def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: Evalu
     for batch in batches(users, config.batch_size):
         scores = score(batch)
         if np.isnan(scores).any():
-            raise ValueError("the model scores an item NaN")
+            raise ValueError("the model returned a NaN score")
         for row, user in zip(scores, batch, strict=True):
             best = top_k(row, depth, np.append(user.history.items, PADDING_ITEM))
             rows.append((*target_ranks(row, user, is_cold), best.items, best.scores))

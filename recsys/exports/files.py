@@ -126,4 +126,4 @@ def check_golden(predictor: Predictor, profiles: ProfileStore, golden: list[dict
             raise UserError(f"export: user {row['user_id']} of its golden answers is missing; publish it again")
         scores = predictor.score_catalogue([history], [row.get("query")]).numpy()[0][np.asarray(row["items"], dtype=np.int64)]
         if not np.allclose(scores, row["scores"], rtol=TOLERANCE, atol=TOLERANCE):
-            raise UserError(f"export: user {row['user_id']} gets other scores than when it was published; publish it again")
+            raise UserError(f"export: user {row['user_id']} gets different scores than when it was published; publish it again")

@@ -89,7 +89,7 @@ def train_to_the_end(config: Config, storage: Storage, lease: Lease, make: Objec
         RuntimeError: any other failure that is too frequent or repeats in the same way.
     """
     lost = lease.lost
-    causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without a word"),)
+    causes = () if lost is None else (Failure(kind="driver_lost", message=f"{lost} ended without an error message"),)
     restarts = Restarts(config, storage, lease, causes)
     restarts.begin()
     while True:
@@ -145,7 +145,7 @@ def _lost_node() -> str | None:
         try:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_SECONDS).close()
         except OSError as error:
-            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} takes no connection ({error})"
+            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} refuses connections ({error})"
     return None
 
 

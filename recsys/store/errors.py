@@ -11,12 +11,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from recsys.errors import StoreError, UserError
 
 _CHECK_NETWORK = "check storage.endpoint and the network"
-_START_LATER = "the store stayed out of order through all retries; start again later"
+_START_LATER = "the store failed in all retries; try again later"
 _ADVICE = {
     "create the bucket or correct its name": "NoSuchBucket InvalidBucketName",
-    "nothing is there; check the path": "NoSuchKey 404 ENOENT",
+    "it does not exist; check the path": "NoSuchKey 404 ENOENT",
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role": "NoCredentialsError PartialCredentialsError",
-    "check the credentials and what they may do": "403 AccessDenied InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken "
+    "check the credentials and their permissions": "403 AccessDenied InvalidAccessKeyId SignatureDoesNotMatch ExpiredToken "
     "EACCES EPERM CredentialRetrievalError TokenRetrievalError ProfileNotFound",
     _CHECK_NETWORK: "EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError SSLError "
     "ProxyConnectionError HTTPClientError",

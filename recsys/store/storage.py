@@ -179,7 +179,7 @@ class Storage:
         pattern = rest.split("/") if rest else []
         found = [entry for entry in self.list(root) if _is_match(pattern, entry.uri.removeprefix(root).strip("/").split("/"))]
         if not found:
-            raise UserError(f"{uri}: there is no such file, and no folder with files in it; give an absolute path or s3://bucket/key")
+            raise UserError(f"{uri}: no such file, and no folder with files; give an absolute path or s3://bucket/key")
         return found
 
     def delete(self, uri: str) -> None:

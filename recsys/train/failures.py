@@ -104,7 +104,7 @@ def _way_to_fit(micro_batch_size: int) -> str:
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     if smaller is None:
         return "set training.recompute_activations=true, or raise training.zero_stage or training.num_workers"
-    return f"training.micro_batch_size={smaller} takes {smaller / micro_batch_size:.0%} of its activations"
+    return f"training.micro_batch_size={smaller} needs {smaller / micro_batch_size:.0%} of the memory for activations"
 
 
 def root_cause(failures: Iterable[Failure]) -> Failure:
@@ -122,7 +122,7 @@ def reason_to_stop(failures: Sequence[Failure], max_failures: int, on_non_finite
     """Return why a run should not restart, given its failures since its newest checkpoint or the start; None to restart."""
     last = failures[-1]
     if last.kind in ("stopped", "mistake"):
-        return "to start again would not help"
+        return "a restart would not help"
     if last.kind == "not_finite" and on_non_finite == "stop":
         return "training.on_non_finite = stop"
     if last.is_deterministic and last.what in [failure.what for failure in failures[:-1]]:

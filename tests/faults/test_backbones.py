@@ -107,11 +107,11 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "index of pickles": (
         lambda folder, canary: shards_elsewhere(folder, "pytorch_model-00001.bin"),
-        "which is no safetensors file of the folder",
+        "which is not a safetensors file in the folder",
     ),
     "index that leads out": (
         lambda folder, canary: shards_elsewhere(folder, "../evil.safetensors"),
-        "which is no safetensors file of the folder",
+        "which is not a safetensors file in the folder",
     ),
     "code for the model": (lambda folder, canary: remote_code(folder, canary, "config.json", "AutoModel"), "config.json has 'auto_map'"),
     "code for the tokenizer": (
@@ -122,7 +122,7 @@ HOSTILE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "adapter of another model": (lambda folder, canary: adapter_of_another(folder), "adapter of another model"),
     "header above the caps": (lambda folder, canary: header(folder, 1 << 40, b"{}"), "has a header of 1099511627776 bytes"),
     "header of too many tensors": (lambda folder, canary: many_tensors(folder), "lists 100001 tensors"),
-    "tensor outside of the file": (lambda folder, canary: outside(folder), "lies outside of the file"),
+    "tensor outside of the file": (lambda folder, canary: outside(folder), "beyond the end of the file"),
     "link that leads out": (lambda folder, canary: linked(folder), "a link that leads out"),
 }
 

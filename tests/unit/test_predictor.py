@@ -97,7 +97,7 @@ def test_an_export_that_scores_otherwise_than_published_is_refused(exported: Pat
     golden = json.loads((exported / "golden.json").read_text())
     golden[0]["scores"][0] += 0.5
     (exported / "golden.json").write_text(json.dumps(golden))
-    with pytest.raises(UserError, match="other scores"):
+    with pytest.raises(UserError, match="different scores"):
         load_export(exported)
 
 

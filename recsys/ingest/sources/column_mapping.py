@@ -218,7 +218,7 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
             place = int(table[INPUT_ORDER][odd[0]].as_py())
             raise UserError(
                 f"{files[place >> FILE_SHIFT].uri}: row {place % (1 << FILE_SHIFT) + 1}: column '{name}' has a vector of {odd[1]} numbers, "
-                f"where most rows have {odd[2]}; make them equal, or leave it out by data.item_features.ignored=['{name}']"
+                f"where most rows have {odd[2]}; make them equal, or exclude the column with data.item_features.ignored=['{name}']"
             )
     rows = pa.table([table[ITEM_ID], *(columns[name] for name in kinds), table[INPUT_ORDER]], [ITEM_ID, *kinds, INPUT_ORDER])
     uses: dict[str, str] = {**kinds, id_name: ITEM_ID}

@@ -64,7 +64,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BackboneError(f"{path.name} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise BackboneError(f"{path.name} is no JSON object")
+        raise BackboneError(f"{path.name} is not a JSON object")
     if path.name != "tokenizer.json":  # it holds a vocabulary, no settings
         _refuse_code(path.name, content)
     return content
@@ -74,9 +74,11 @@ def _refuse_code(name: str, content: dict[str, Any]) -> None:
     """Raise a BackboneError if a setting, at any depth, asks for external code."""
     for key, value in content.items():
         if key in _CODE_KEYS and value:
-            raise BackboneError(f"{name} has '{key}', which asks for code or packages from elsewhere; it is never run here")
+            raise BackboneError(f"{name} has '{key}', which requests external code or packages; they are never run")
         if (key.endswith("_implementation") or "_implementation_" in key) and value not in _IMPLEMENTATIONS:
-            raise BackboneError(f"{name} has {key} = {str(value)[:80]!r}, which asks for code from elsewhere; it is never run here")
+            raise BackboneError(
+                f"{name} has {key} = {str(value)[:80]!r}, which requests external code; such code is never run"
+            )
         if isinstance(value, dict):
             _refuse_code(name, value)
 
@@ -95,7 +97,7 @@ def _check_weights(folder: Path, weights: set[str], has_index: bool) -> None:
         parts = _read_json(folder / _INDEX).get("weight_map")
         others = sorted(set(map(str, parts.values())) - weights) if isinstance(parts, dict) else ["no weight_map"]
         if others:
-            raise BackboneError(f"{_INDEX} names {others[0][:80]!r}, which is no safetensors file of the folder")
+            raise BackboneError(f"{_INDEX} names {others[0][:80]!r}, which is not a safetensors file in the folder")
     for name in sorted(weights):
         if fault := _header_fault(folder / name):
             raise BackboneError(f"{name} has {fault}")
@@ -113,5 +115,5 @@ def _header_fault(path: Path) -> str | None:
         with safe_open(path, "np") as weights:
             num_tensors = len(weights.keys())
     except SafetensorError as error:
-        return f"a damaged header, or a tensor that lies outside of the file, as where a download was cut ({str(error)[:80]})"
+        return f"a damaged header, or a tensor beyond the end of the file, as after an incomplete download ({str(error)[:80]})"
     return f"a header that lists {num_tensors} tensors; at most {MOST_TENSORS} are read" if num_tensors > MOST_TENSORS else None

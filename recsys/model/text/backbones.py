@@ -144,7 +144,7 @@ def _refusals(text: TextConfig) -> Iterator[None]:
     except BackboneError as error:
         raise UserError(f"model.text.backbone = {text.backbone}: {error}") from error
     except OSError as error:
-        raise UserError(f"model.text.backbone = {text.backbone}: a file of it cannot be read ({_first_line(error)})") from error
+        raise UserError(f"model.text.backbone = {text.backbone}: one of its files cannot be read ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -171,7 +171,7 @@ def _hub_folder(name: str) -> Path:
     except BackboneError:
         raise
     except Exception as error:  # the Hub library may use different HTTP clients
-        reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"
+        reason = f"the Hugging Face hub cannot be reached for this model ({_first_line(error)})"
         raise BackboneError(f"no such folder, and {reason}; {_HINT}") from None
 
 
@@ -207,13 +207,13 @@ def _on_meta(config: Any, kind: Any) -> Any:
     from transformers import AutoModel
 
     if not 0 < getattr(config, "num_hidden_layers", 1) <= _MOST_LAYERS:
-        raise BackboneError(f"its config.json has num_hidden_layers = {config.num_hidden_layers}; 1 to {_MOST_LAYERS} are taken")
+        raise BackboneError(f"its config.json has num_hidden_layers = {config.num_hidden_layers}; allowed: 1 to {_MOST_LAYERS}")
     try:
         with torch.device("meta"):
             model = kind.from_config(config) if kind is AutoModel else kind(config)
             model.get_input_embeddings().weight.shape  # noqa: B018 - some models have none
     except Exception as error:  # as above
-        raise BackboneError(f"its config.json makes no model ({_first_line(error)})") from error
+        raise BackboneError(f"no model can be built from its config.json ({_first_line(error)})") from error
     return model
 
 

@@ -147,7 +147,7 @@ def _token_masking(folder: str, config: Config, is_causal: bool) -> TokenMasking
     mask_token = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     if mask_token is None and not is_causal:
         raise UserError(
-            f"model.text.backbone = {config.model.text.backbone}: its tokenizer has no mask token and none for the unknown; "
+            f"model.text.backbone = {config.model.text.backbone}: its tokenizer has neither a mask token nor an unknown token; "
             "pretraining.objectives=['contrastive'] would work"
         )
     return TokenMasking(

@@ -123,7 +123,7 @@ def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, fold
         storage.download(source, path)
         if path.stat().st_size == file.num_bytes and sha256_of(path) == file.sha256:
             return
-    raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash is not the manifest's)")
+    raise DamagedCheckpointError(f"checkpoint {uri}: {file.path} is damaged (its hash differs from the manifest's)")
 
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

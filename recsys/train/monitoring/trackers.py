@@ -87,7 +87,7 @@ class Trackers:
         """Start opening the trackers in a thread; raise a UserError if one is not installed."""
         for name in config.run.trackers:
             if importlib.util.find_spec(name) is None:
-                raise UserError(f"run.trackers = {name}: is not installed; pip install 'recsys[trackers]', or leave it out")
+                raise UserError(f"run.trackers = {name}: is not installed; pip install 'recsys[trackers]', or remove it")
         self._config = config
         self._open: dict[str, _MLflow | _WeightsAndBiases] = {}
         self._waiting: queue.SimpleQueue[tuple[Mapping[str, float], int] | None] = queue.SimpleQueue()

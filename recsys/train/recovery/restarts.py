@@ -55,8 +55,8 @@ class Restarts:
         training = self._config.training
         with suppress(StoreError):
             if (hung := self._lease.take_hangs()) and failure.kind in ("worker_lost", "collective"):
-                ranks = f"ranks {', '.join(map(str, hung))} ended no step within training.hang_seconds = {training.hang_seconds}"
-                failure = Failure(kind="hang", message=f"{ranks}; those that waited for another count too")
+                ranks = f"ranks {', '.join(map(str, hung))} finished no step within training.hang_seconds = {training.hang_seconds}"
+                failure = Failure(kind="hang", message=f"{ranks}; this includes ranks that waited for another one")
             if (found := self._newest_step()) != self._newest:
                 self._newest, self._causes, self._failures = found, (), []
         self._failures.append(failure)

@@ -76,7 +76,7 @@ def main() -> None:
     """Watch a process; if it hangs, record this in the store for the run's owner and kill it."""
     process_id, limit_seconds, storage, run, token, rank = sys.argv[1:]
     if is_silent(int(process_id), float(limit_seconds)):
-        print(f"rank {rank} has made no step for {limit_seconds} s and is killed", file=sys.stderr, flush=True)
+        print(f"rank {rank} has finished no step for {limit_seconds} s; killing it", file=sys.stderr, flush=True)
         word = threading.Thread(target=record_hang, args=(int(process_id), storage, run, int(token), int(rank)), daemon=True)
         word.start()
         word.join(MAX_RECORD_SECONDS)

@@ -51,7 +51,7 @@ def test_local_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPat
         ("evaluation.metric=ndcg@7", "ndcg@5, ndcg@10, ndcg@20 would work"),
         ("search.learning_rate=[1, 0.1]", "must be [low, high]"),
         ("service.min_replicas=9", "service.min_replicas = 9 must be at most"),
-        ("training.shuffle_histories=true", "leaves no time between interactions to learn; set model.use_gaps=false"),
+        ("training.shuffle_histories=true", "removes the times between interactions; set model.use_gaps=false"),
         ("run.name=../up", "run.name"),
         ("training=3", "must be section.key=value"),
         ("training.seed.x=3", 'training.seed = {"x": 3}: Input should be a valid integer'),

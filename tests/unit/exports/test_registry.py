@@ -142,7 +142,7 @@ def test_fetch_finds_a_damaged_file(published: tuple[Storage, Registry, str], tm
 def test_fetch_finds_a_missing_file(published: tuple[Storage, Registry, str], tmp_path: Path) -> None:
     storage, registry, uri = published
     storage.delete(uri)
-    with pytest.raises(UserError, match="nothing is there") as error:
+    with pytest.raises(UserError, match="it does not exist") as error:
         registry.fetch("v1", tmp_path / "cache")
     assert uri in str(error.value)
 

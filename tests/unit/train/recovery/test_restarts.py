@@ -83,7 +83,7 @@ def test_ranks_that_the_watchdog_killed_were_hanging(config: Config, waits: list
     assert restarts.after(LOST)
     (cause,) = restarts.read().causes
     assert cause.kind == "hang"
-    assert cause.message.startswith("ranks 1 ended no step within training.hang_seconds")
+    assert cause.message.startswith("ranks 1 finished no step within training.hang_seconds")
     assert restarts.after(LOST)
     assert restarts.read().causes[-1] == LOST
 
