@@ -65,7 +65,7 @@ class Gateway:
             message = "the bearer token is missing; send the header Authorization: Bearer TOKEN"
             raise HTTPException(401, message, headers={"WWW-Authenticate": "Bearer"})
         if not hmac.compare_digest(digest_of(token.strip().encode("latin-1")), self.token_digest):
-            raise HTTPException(403, "the bearer token is wrong")
+            raise HTTPException(403, "the bearer token is not valid for this service")
 
     async def recommend(self, request: Request) -> Response:
         """Answer with the k best items."""

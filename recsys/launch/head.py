@@ -95,7 +95,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
     This runs `ray start`, because `ray.init` would listen on the machine's address. With `ends_with_parent` the kernel terminates the
     head when this process dies for any reason.
     """
-    port, dashboard = free_port(), free_port()
+    port, dashboard, *others = free_ports(2 + len(PORTS))
     address = f"127.0.0.1:{port}"
     environment = {
         ADDRESS: address,
@@ -112,7 +112,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "temp-dir": folder,
         "num-cpus": num_cpus,
         "object-store-memory": OBJECT_STORE_BYTES,
-        **{f"{service}-port": free_port() for service in PORTS},
+        **{f"{service}-port": other for service, other in zip(PORTS, others, strict=True)},
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -190,12 +190,21 @@ def _num_slots(config: Config) -> int:
 
 
 def free_port() -> int:
-    """Return a free loopback port, outside the port ranges of the kernel and of Ray's workers."""
-    for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError(f"no free port from {FREE_PORTS.start} to {FREE_PORTS.stop - 1}")
+    """Return a free loopback port, as `free_ports` does."""
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return distinct free loopback ports, outside the port ranges of the kernel and of Ray's workers."""
+    found: list[int] = []
+    with contextlib.ExitStack() as bound:
+        for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+            with contextlib.suppress(OSError):
+                bound.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+                if len(found) == count:
+                    return found
+    raise RuntimeError(f"fewer than {count} free ports from {FREE_PORTS.start} to {FREE_PORTS.stop - 1}")
 
 
 def _ray_folder(config: Config) -> str:
@@ -215,8 +224,9 @@ def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Pa
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
+    how = f"within {START_SECONDS} s" if process.poll() is None else f"(exit code {process.returncode})"
     stop_head(process.pid)
-    raise RuntimeError(f"Ray did not start within {START_SECONDS} s:\n{log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"Ray did not start {how}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def _recorded_head(record: Path) -> Head | None:

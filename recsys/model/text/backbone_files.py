@@ -76,9 +76,7 @@ def _refuse_code(name: str, content: dict[str, Any]) -> None:
         if key in _CODE_KEYS and value:
             raise BackboneError(f"{name} has '{key}', which requests external code or packages; they are never run")
         if (key.endswith("_implementation") or "_implementation_" in key) and value not in _IMPLEMENTATIONS:
-            raise BackboneError(
-                f"{name} has {key} = {str(value)[:80]!r}, which requests external code; such code is never run"
-            )
+            raise BackboneError(f"{name} has {key} = {str(value)[:80]!r}, which requests external code; such code is never run")
         if isinstance(value, dict):
             _refuse_code(name, value)
 

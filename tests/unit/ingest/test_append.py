@@ -184,7 +184,7 @@ def test_other_item_features_and_another_order_are_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"data\.items: the base dataset was made without the item features title, kind, price"):
         appended(base, tmp_path, "second", SECOND, f"data.items={tmp_path}/items.csv")
     (tmp_path / "positions.csv").write_text("user_id,item_id,position\nann,i1,9\n")
-    with pytest.raises(UserError, match="orders events by position; the base dataset does by timestamp"):
+    with pytest.raises(UserError, match="orders events by position; the base dataset orders them by timestamp"):
         made(tmp_path, f"data.base={base.uri}", f"data.events={tmp_path}/positions.csv")
     other = Storage(str(tmp_path / "elsewhere"))
     config = load_config(None, [f"storage.root={other.root}", f"data.base={base.uri}", f"data.events={tmp_path}/second.csv"])

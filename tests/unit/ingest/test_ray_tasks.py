@@ -33,7 +33,7 @@ def test_without_a_terminal_progress_is_lines(caplog: pytest.LogCaptureFixture, 
         for _ in range(3):
             progress.add(40)
     assert caplog.messages == [
-        "events: 2 of 5 tasks were finished before",
+        "events: 2 of 5 tasks were already finished",
         "events: 4 of 5 tasks, 80 rows, 13 rows/s",
         "events: 5 of 5 tasks, 120 rows, 15 rows/s",
     ]
