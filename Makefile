@@ -11,8 +11,8 @@ NAME := $(notdir $(patsubst %/,%,$(DATA)))
 RECIPE := $(if $(CONFIG),$(CONFIG),$(if $(wildcard jobs/configs/$(NAME).toml),jobs/configs/$(NAME).toml,jobs/configs/demo.toml))
 DEMO := --config $(RECIPE) $(if $(DATA),--set data.source=files --set data.folder=$(abspath $(DATA)) $(if $(CONFIG),,--set 'run.name="$(NAME)"'))
 
-# Two processes, for many tests wait for what they started; a file's tests stay together, and the long ones come first.
-IN_TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes on two cores, for many tests wait for what they started; a file's tests stay together, and the long ones come first.
+IN_PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo stop test test-all check bench
 
@@ -31,10 +31,10 @@ stop: setup
 	$(BIN)/python -m serve.stop
 
 test: setup
-	$(BIN)/python -m pytest $(IN_TWO) -m "not slow"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 check: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ Shapes: U users, T maximum number of targets per user, I items, k list length.
 
 import numpy as np
 from scipy.sparse import csr_array
-from scipy.stats import rankdata
 
 from recsys.arrays import Floats, Integers
 from recsys.schema import PADDING_ITEM
@@ -95,6 +94,8 @@ def information(train_count: Integers) -> Floats:
 
 def popularity_percentiles(train_count: Integers) -> Floats:
     """Return the share of the catalogue with fewer training interactions than each item, plus half the share with as many (I + 1,)."""
+    from scipy.stats import rankdata  # half a second, which a training worker need not spend
+
     return np.concatenate([[0.0], (rankdata(train_count[1:]) - 0.5) / (len(train_count) - 1)])
 
 

@@ -93,7 +93,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
     """Start a head that listens only on loopback, with token authentication and all its files below `folder`.
 
     This runs `ray start`, because `ray.init` would listen on the machine's address. With `ends_with_parent` the kernel terminates the
-    head when this process dies for any reason.
+    head when this process dies for any reason, and there is no dashboard, which is the slowest part of the start.
     """
     port, dashboard, *others = free_ports(2 + len(PORTS))
     address = f"127.0.0.1:{port}"
@@ -102,6 +102,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         PRIVATE: "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing announces the end of this machine
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray replaces loopback by the machine's address
     }
     options = {
@@ -113,6 +114,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "num-cpus": num_cpus,
         "object-store-memory": OBJECT_STORE_BYTES,
         **{f"{service}-port": other for service, other in zip(PORTS, others, strict=True)},
+        "include-dashboard": str(not ends_with_parent).lower(),
     }
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--{name}={value}" for name, value in options.items()]
@@ -134,7 +136,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         start_new_session=True,
         preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
     )
-    _wait_until_listening(process, dashboard, Path(folder) / "head.log")
+    _wait_until_listening(process, port if ends_with_parent else dashboard, Path(folder) / "head.log")
     return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
 
 
