@@ -115,7 +115,7 @@ def run_short_of_memory(config: Config) -> None:
 def test_a_batch_that_does_not_fit_is_named_with_its_shapes(tmp_path: Path) -> None:
     config = make_config(tmp_path, model__width=1024, model__num_heads=2)
     says = (
-        r"out of memory on rank 0 at step 3: micro batch of .*targets \(\d+,\).* does not fit .*training\.micro_batch_size=\d+ takes 50% of"
+        r"out of memory on rank 0 at step 3: micro batch of .*targets \(\d+,\).* does not fit .*training\.micro_batch_size=\d+ needs 50% of"
     )
     with pytest.raises(RankError, match=says):
         run_distributed(run_short_of_memory, 1, config)

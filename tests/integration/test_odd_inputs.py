@@ -299,7 +299,7 @@ def test_columns_that_are_named_like_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "overrides", "message"),
     [
-        (["$1.50", "$2"], ["data.item_features.numbers=['it']"], r"column 'it' has no number in any row, but such as '\$1\.50'"),
+        (["$1.50", "$2"], ["data.item_features.numbers=['it']"], r"column 'it' has no number in any row; it has values such as '\$1\.50'"),
         ([[("k", "v")], []], ["data.item_features.text=['it']"], r"data\.item_features\.text: column 'it' \(map<.*cannot be read as text"),
     ],
 )

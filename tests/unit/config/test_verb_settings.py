@@ -165,7 +165,7 @@ def test_times_in_settings_may_be_iso(text: str, seconds: int) -> None:
     ("value", "message"),
     [
         ("soon", "must be seconds since 1970 or an ISO time (UTC where it names no zone); 1704067200 or 2024-01-01 would work"),
-        ("1704067200000", "has too many digits for them; 1704067200 would be milliseconds as seconds"),
+        ("1704067200000", "has too many digits for seconds; for milliseconds, 1704067200 would work"),
     ],
 )
 def test_the_error_names_key_unit_and_example(value: str, message: str) -> None:

@@ -40,7 +40,7 @@ def test_what_an_exception_of_the_loop_is(error: Exception, kind: str) -> None:
     assert "\n" not in found.message
     if kind == "out_of_memory":
         assert "items (64, 50)" in found.message
-        assert "training.micro_batch_size=3 takes 33% of its activations" in found.message
+        assert "training.micro_batch_size=3 needs 33% of the memory for activations" in found.message
         assert "training.recompute_activations=true" in describe(error, 1, 7, "items (1, 50)", micro_batch_size=1).message
 
 

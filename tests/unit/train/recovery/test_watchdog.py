@@ -61,7 +61,7 @@ def test_who_is_silent_is_killed_and_named(tmp_path: Path, word: str, is_stopped
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert LIMIT * 0.9 <= time.monotonic() - begin < 30
-    assert "rank 1 has made no step for 1.0 s and is killed" in errors
+    assert "rank 1 has finished no step for 1.0 s; killing it" in errors
     lease = Lease(Storage(str(tmp_path)), "run", 3)
     assert lease.take_hangs() == [1]
     assert lease.take_hangs() == []
