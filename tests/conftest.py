@@ -22,6 +22,7 @@ from tests.servers import answers
 
 # Tests run in parallel: with a thread per core in each process, OpenMP's barriers wait up to 50 times as long as one thread computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the same modules
 
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"
