@@ -29,6 +29,8 @@ _BACKSLASH = "\\"
 _DETECTED_SEPARATORS = (",", ";", "\t", "|")
 _DOUBLED = re.compile(r'[^,;\t|\r\n]""|""[^,;\t|\r\n]')
 """A doubled quote that is not an empty field."""
+_ESCAPED = re.compile(r'\\"[^,;\t|\r\n]|(?:^|[,;\t|\r\n])[^,;\t|\r\n"]*\\"')
+"""A quote after a backslash that cannot end a quoted field."""
 
 _NAMED_SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([^\r\n])\r?\n")
 _UTF8 = "utf-8-sig"
@@ -80,12 +82,12 @@ def find_dialect(sample: bytes, is_whole: bool, settings: CsvConfig) -> Dialect:
     """Return the dialect under which the first records have as many fields as the header; no I/O.
 
     If several or none fit, the one with the most header fields wins; ties go to comma and double quotes. Single quotes are quotes only
-    if the whole header is in them. A backslash is an escape if one precedes a quote and no quote is doubled, or if the file cannot be
-    read otherwise.
+    if the whole header is in them. A backslash is an escape if one precedes a quote inside a field and no quote is doubled, or if the file
+    cannot be read otherwise.
     """
     encoding = _encoding(sample, settings)
     text = _decode(sample, encoding)
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline="\n" if "\n" in text else None))  # not `splitlines`, which also splits at form feeds
     if not is_whole and len(lines) > 1:
         lines.pop()
     first = lines[0].strip() if lines else ""
@@ -117,7 +119,7 @@ def _escapes(text: str) -> tuple[str, ...]:
     """Return the possible escapes, the most likely first."""
     if _BACKSLASH not in text:
         return ("",)
-    is_escape = _BACKSLASH + _DOUBLE in text and not _DOUBLED.search(text)
+    is_escape = _ESCAPED.search(text) and not _DOUBLED.search(text)
     return (_BACKSLASH, "") if is_escape else ("", _BACKSLASH)
 
 

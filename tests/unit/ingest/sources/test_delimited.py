@@ -86,6 +86,10 @@ def test_any_dialect_that_is_given_is_read(
     [
         (b'"User-ID";"ISBN"\n"7";"0;X"\n', [["7", "0;X"]]),
         (b'a;b\n"She said \\"hi\\"; twice";2\n', [['She said "hi"; twice', "2"]]),
+        (b'a,b,c\n,\x0c,"\n\\"\n', [[None, "\x0c", "\n\\"]]),
+        (b'"a","b","c"\n"","","\\"\n"\n0","",""\n', [[None, None, "\\"], ["\n0", None, None]]),
+        (b'a,b\n"5\\"",2\n', [['5"', "2"]]),
+        (b'a,b\n"x\\",y",2\n', [['x",y', "2"]]),
         (b"a|b\n1,5|2\n", [["1,5", "2"]]),
         (b"'a','b'\n'it''s','x'\n", [["it's", "x"]]),
         (b"a,b\n'Til Dawn','Round Midnight'\n", [["'Til Dawn'", "'Round Midnight'"]]),
