@@ -27,7 +27,7 @@ def run(config: Config) -> dict[str, Any]:
         "training.num_workers": 1,
         "training.global_batch_size": training.micro_batch_size * micro_batches,
     }
-    objective = NextItem(dataset.adopt(config.with_values(alone)), dataset, torch.device("cpu"), SINGLE_PROCESS)
+    objective = NextItem(dataset.complete(config.with_values(alone)), dataset, torch.device("cpu"), SINGLE_PROCESS)
     if training.recompute_activations:
         recompute_activations(objective.module)
     plan = plan_step(objective.module, next(iter(objective.steps(0))), training, training.min_workers)

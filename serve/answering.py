@@ -38,7 +38,7 @@ Columns = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedUser:
     """The user of a request: the history, or None if nothing is known (popularity answers then), and the unknown posted items."""
 
     history: Sequences | None
@@ -119,7 +119,7 @@ class Answerer:
         exclude = [history.items if request.exclude_seen else NOTHING for request, history in zip(requests, histories, strict=True)]
         return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
-    def _find(self, request: UserRequest) -> Found | Answer:
+    def _find(self, request: UserRequest) -> ResolvedUser | Answer:
         """Return the user, or the answer that refuses the request; an unknown user with a query gets an empty history."""
         if request.query is not None and not self.info.takes_queries:
             return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
@@ -129,13 +129,13 @@ class Answerer:
             return Answer.error(error.status_code, error.detail)
         return replace(found, history=Sequences.of([])) if found.history is None and request.query is not None else found
 
-    def _find_history(self, request: UserRequest) -> Found:
+    def _find_history(self, request: UserRequest) -> ResolvedUser:
         if request.user_id is None:
             return self._read_history(request.history or [])
         history = self._profiles.find(request.user_id)
-        return Found(history if history is not None and len(history.items) else None)
+        return ResolvedUser(history if history is not None and len(history.items) else None)
 
-    def _read_history(self, posted: Sequence[PostedInteraction]) -> Found:
+    def _read_history(self, posted: Sequence[PostedInteraction]) -> ResolvedUser:
         """Convert a posted history; items that are not in the catalogue are left out and listed."""
         rows = []
         for position, interaction in enumerate(posted):
@@ -153,14 +153,14 @@ class Answerer:
             )
         unknown = dict.fromkeys(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
-        return Found(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
+        return ResolvedUser(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
 
     def _indices(self, item_ids: Sequence[str]) -> Integers:
         """Return the indices of the candidates that are in the catalogue."""
         indices = (self._item_index.get(item_id) for item_id in item_ids)
         return np.asarray([index for index in indices if index is not None], dtype=np.int64)
 
-    def _recommended(self, request: RecommendRequest, user: Found, ranking: Ranking | None) -> Answer:
+    def _recommended(self, request: RecommendRequest, user: ResolvedUser, ranking: Ranking | None) -> Answer:
         """Build the answer from a ranking or, without one, from the most popular items."""
         fallback = POPULARITY if ranking is None else None
         ranking = ranking or self.predictor.popular(request.k, NOTHING)
@@ -174,7 +174,7 @@ class Answerer:
             RecommendResponse(version=self.info.version, fallback=fallback, unknown_items=list(user.unknown_items), items=items)
         )
 
-    def _scored(self, request: ScoreRequest, user: Found, indices: Integers, columns: Columns | None) -> Answer:
+    def _scored(self, request: ScoreRequest, user: ResolvedUser, indices: Integers, columns: Columns | None) -> Answer:
         """Build the answer for all candidates from the columns of the known ones; without columns, from interaction counts."""
         fallback = POPULARITY if columns is None else None
         columns = columns or {"retrieval": self.predictor.popularity.numpy()[indices]}
@@ -191,6 +191,6 @@ class Answerer:
         return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
 
 
-def _known_histories(found: Sequence[Found | Answer]) -> dict[int, Sequences]:
+def _known_histories(found: Sequence[ResolvedUser | Answer]) -> dict[int, Sequences]:
     """Return the known histories by the position of their request."""
-    return {index: user.history for index, user in enumerate(found) if isinstance(user, Found) and user.history is not None}
+    return {index: user.history for index, user in enumerate(found) if isinstance(user, ResolvedUser) and user.history is not None}

@@ -29,7 +29,7 @@ def run(config: Config) -> dict[str, Any]:
     check_training(config, *config.search.text_mode)
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    config = dataset.adopt(config)
+    config = dataset.complete(config)
     identity = _identify(config, dataset)
     kept = storage.uri("runs", config.run.name, f"search-{identity}.json")
     if not storage.exists(kept):

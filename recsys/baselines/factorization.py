@@ -137,10 +137,10 @@ def fit_factorization_machine(data: TrainingData, config: Config) -> Baseline:
     return Factorization(ranking, _fit_tasks(FactorizationMachine.of_features, data, config))
 
 
-def bpr_loss(machine: FactorizationMachine, users: Tensor, taken: Tensor, others: Tensor) -> Tensor:
-    """Return -log sigmoid(score of the item taken - score of the other) (N,), with penalties (Rendle et al. 2009)."""
-    high, penalty = machine(users, taken, RANKING_PENALTY)
-    low, other_penalty = machine(users, others, RANKING_PENALTY)
+def bpr_loss(machine: FactorizationMachine, users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Return -log sigmoid(score of the positive - score of the negative) (N,), with penalties (Rendle et al. 2009)."""
+    high, penalty = machine(users, positives, RANKING_PENALTY)
+    low, other_penalty = machine(users, negatives, RANKING_PENALTY)
     return -F.logsigmoid(high - low) + penalty + other_penalty
 
 

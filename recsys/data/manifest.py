@@ -185,8 +185,8 @@ class Dataset:
         """The last part of the address; later versions refer to this version by it."""
         return self.uri.rpartition("/")[2]
 
-    def adopt(self, config: Config) -> Config:
-        """Return the config with the data section that this dataset was made with; a given shorter `data.max_history` is kept.
+    def complete(self, config: Config) -> Config:
+        """Return the config completed with the data section that this dataset was made with; a given shorter `data.max_history` is kept.
 
         Raises:
             UserError: another given key of that section has another value.

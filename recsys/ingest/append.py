@@ -69,7 +69,7 @@ def open_base(config: Config, storage: Storage) -> Dataset:
     return base
 
 
-def adopt(config: Config, base: Dataset) -> Config:
+def with_base_settings(config: Config, base: Dataset) -> Config:
     """Return the config with the base's settings.
 
     Raises:

@@ -17,7 +17,7 @@ from recsys.config import Config
 from recsys.config.data import DataConfig
 from recsys.data.manifest import MANIFEST_NAME, ColumnUse, Dataset, DatasetManifest, content_fingerprint
 from recsys.errors import UserError
-from recsys.ingest.append import KNOWN_INDEX_NAME, adopt, changed_items, extend, open_base, refuse_other_input
+from recsys.ingest.append import KNOWN_INDEX_NAME, changed_items, extend, open_base, refuse_other_input, with_base_settings
 from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects, remedy, tell
 from recsys.ingest.clean.times import UNIT_NAMES
@@ -55,7 +55,7 @@ def _resolve(config: Config, storage: Storage) -> tuple[DataConfig, Dataset | No
     if not config.data.base:
         return config.data, None, dataset_uri(config.data, storage)
     base = open_base(config, storage)
-    data = adopt(config, base).data
+    data = with_base_settings(config, base).data
     return data, base, dataset_uri(data, storage, base.manifest.fingerprint)
 
 

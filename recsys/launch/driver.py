@@ -36,7 +36,7 @@ def check_training(config: Config, *text_modes: str) -> None:
     """Check dataset, validation users and language model for `jobs.train`, or for a search over `text_modes`."""
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    config = dataset.adopt(config)
+    config = dataset.complete(config)
     refuse_no_users(dataset, "validation")
     if config.fairness.attribute:
         read_groups(dataset, config.fairness.attribute)
@@ -47,7 +47,7 @@ def check_training(config: Config, *text_modes: str) -> None:
 def check_pretraining(config: Config) -> None:
     """Check dataset and language model for `jobs.pretrain`, which trains the model for any `model.text.mode`."""
     storage = Storage.from_config(config.storage)
-    Dataset.open(storage, config.data.dataset).adopt(config)
+    Dataset.open(storage, config.data.dataset).complete(config)
     folder = _check_backbone(config, storage, "full")
     if folder is not None:
         check_objectives(config, folder)
@@ -68,7 +68,7 @@ def launch(config: Config, make: ObjectiveFactory, callbacks: Sequence[Any] = ()
     """
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    config = dataset.adopt(config)
+    config = dataset.complete(config)
     checkpoints = CheckpointStore(storage, config, dataset)
     begin = time.monotonic()
     _check_resume(checkpoints, config)

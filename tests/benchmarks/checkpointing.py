@@ -95,7 +95,7 @@ def config_of(arguments: argparse.Namespace, values: dict[str, Any]) -> Config:
 def measure(config: Config) -> dict[str, float]:
     """Train with alternating kinds of saves; every rank must call this."""
     dataset, timer = Dataset.open(Storage.from_config(config.storage), config.data.dataset), StepTimer()
-    trainer = Trainer(dataset.adopt(config), dataset, timer, NextItem)
+    trainer = Trainer(dataset.complete(config), dataset, timer, NextItem)
     saves = Saves(trainer, config.checkpoint.every_steps)
     trainer.run()
     blocked, waited = (statistics.median(saves.seconds[kind][1:]) for kind in ("blocked", "waited"))

@@ -58,7 +58,7 @@ def measure(uri: str, scratch: str, num_workers: int, rounds: int, num_steps: in
     }
     config = load_config().with_values(values)
     dataset = Dataset.open(Storage.from_config(config.storage), uri)
-    trainer = Trainer(dataset.adopt(config), dataset, LocalReporter(), NextItem)
+    trainer = Trainer(dataset.complete(config), dataset, LocalReporter(), NextItem)
 
     def live() -> Iterable[Sequence[Batch]]:
         return itertools.islice(trainer.objective.steps(0), num_steps)

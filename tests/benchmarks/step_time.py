@@ -77,7 +77,7 @@ def measure(config: Config, steps_per_block: int) -> dict[str, float]:
     """Train, with the bare loop between blocks of steps; every rank must call this."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     beside = Beside(config, dataset, steps_per_block)
-    Trainer(dataset.adopt(config), dataset, beside, NextItem).run()
+    Trainer(dataset.complete(config), dataset, beside, NextItem).run()
     pairs = list(zip(beside.seconds["ours"], beside.seconds["bare"], strict=True))[1:]  # the first block is a warm-up
     ratios = [ours / bare for ours, bare in pairs]
     ours, bare = (statistics.median(each) for each in zip(*pairs, strict=True))
@@ -98,7 +98,7 @@ class Beside(LocalReporter):
     def __init__(self, config: Config, dataset: Dataset, steps_per_block: int) -> None:
         super().__init__()
         device, ranks = torch.device("cpu"), Ranks(dist.get_rank(), dist.get_world_size(), dist.barrier)
-        module = build_recommender(dataset.adopt(config), dataset, device, ranks)
+        module = build_recommender(dataset.complete(config), dataset, device, ranks)
         self._clip, self._steps_per_block = config.optimizer.clip_norm, steps_per_block
         self._model: nn.Module = (
             DistributedDataParallel(module, broadcast_buffers=False, static_graph=True) if ranks.world_size > 1 else module

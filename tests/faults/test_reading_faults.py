@@ -167,7 +167,7 @@ def test_a_slow_store_is_read_to_the_end(
 def waited_seconds(settings: Config) -> float:
     """Train one epoch; return what the run says that its steps waited for data."""
     dataset = Dataset.open(Storage.from_config(settings.storage), settings.data.dataset)
-    return Trainer(dataset.adopt(settings), dataset, LocalReporter(), NextItem).run().data_wait_seconds
+    return Trainer(dataset.complete(settings), dataset, LocalReporter(), NextItem).run().data_wait_seconds
 
 
 def test_a_slow_store_shows_in_the_time_that_a_run_waits_for_data(

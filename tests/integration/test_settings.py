@@ -48,7 +48,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 def trained(config: Config) -> str:
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
-    config = dataset.adopt(config)
+    config = dataset.complete(config)
     state = Trainer(config, dataset, LocalReporter(), NextItem).run()
     return CheckpointStore(storage, config, dataset).uri(state.step)
 
@@ -76,7 +76,7 @@ def test_a_shorter_history_is_used(folder: Path, dataset: Dataset) -> None:
 def test_every_target_stays_one_exactly_once(folder: Path, dataset: Dataset, max_history: int) -> None:
     """The targets are those of the whole rows, whatever the histories are cut to; and no history is longer."""
     whole, cut = (
-        list(targets_of(dataset.adopt(config_of(folder, *SMALL, *overrides)), dataset))
+        list(targets_of(dataset.complete(config_of(folder, *SMALL, *overrides)), dataset))
         for overrides in ((), (f"data.max_history={max_history}",))
     )
     assert sorted(item for item, _ in cut) == sorted(item for item, _ in whole)
@@ -107,10 +107,10 @@ def targets_of(config: Config, dataset: Dataset) -> Iterator[tuple[int, int]]:
 def test_what_contradicts_a_dataset_is_refused(folder: Path, dataset: Dataset, overrides: list[str], message: str | None) -> None:
     config = config_of(folder, f"data.dataset={dataset.uri}", *overrides)
     if message is None:  # this dataset carries no such key
-        assert dataset.adopt(config).data.k_core == 5
+        assert dataset.complete(config).data.k_core == 5
         return
     with pytest.raises(UserError, match=message):
-        dataset.adopt(config)
+        dataset.complete(config)
     with pytest.raises(UserError, match=message):
         check_training(config)
 

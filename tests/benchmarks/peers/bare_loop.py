@@ -23,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(options["num_threads"])
     config = load_config(None, options["settings"])
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
-    config = dataset.adopt(config)
+    config = dataset.complete(config)
     trained = NextItem(config, dataset, torch.device("cpu"), SINGLE_PROCESS)
     steps = itertools.chain.from_iterable(trained.steps(epoch) for epoch in itertools.count())
     batches = [batch for (batch,) in itertools.islice(steps, options["num_steps"])]

@@ -59,7 +59,7 @@ def train_loop(settings: dict[str, str]) -> None:
 
     note("events", event="started")
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
-    objective = NextItem(dataset.adopt(config), dataset, torch.device("cpu"), Ranks(rank, dist.get_world_size(), dist.barrier))
+    objective = NextItem(dataset.complete(config), dataset, torch.device("cpu"), Ranks(rank, dist.get_world_size(), dist.barrier))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it compiles for half a minute; ours avoids this too
     engine, *_ = deepspeed.initialize(
         model=objective.module,
