@@ -167,7 +167,7 @@ def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: 
     return tuple(tasks)
 
 
-def normalise_id(text: str) -> str:
+def normalize_id(text: str) -> str:
     """Return the canonical form of an id in tables, settings and requests: Unicode NFC, without surrounding whitespace."""
     return unicodedata.normalize("NFC", text).strip()
 

@@ -17,7 +17,7 @@ from pydantic import (
 from starlette.exceptions import HTTPException
 
 from recsys.config.service import ServiceConfig
-from recsys.schema import MAX_ID_CHARACTERS, normalise_id
+from recsys.schema import MAX_ID_CHARACTERS, normalize_id
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
@@ -39,8 +39,8 @@ class Message(BaseModel):
 
 
 def _spell(value: Any) -> Any:
-    """Normalise an id as data preparation does; the field's type refuses other values than text."""
-    return normalise_id(value) if isinstance(value, str) else value
+    """Normalize an id as data preparation does; the field's type refuses other values than text."""
+    return normalize_id(value) if isinstance(value, str) else value
 
 
 Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS), BeforeValidator(_spell)]

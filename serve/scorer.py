@@ -44,7 +44,7 @@ class Scorer:
             if self._answerer is None:
                 raise
             self._refusal = f"version {version} cannot be served: {' '.join(str(error).split())}"
-            logger.exception("%s; %s goes on", self._refusal, self._answerer.info.version)
+            logger.exception("%s; %s keeps serving", self._refusal, self._answerer.info.version)
             return
         self._answerer = loaded
         logger.info("serving version %s", version)

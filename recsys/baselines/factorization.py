@@ -29,7 +29,7 @@ RANKING_RATE = 0.01
 """Learning rates. They and the penalties were tuned on the validation targets of MovieLens 100K."""
 NUM_SWEEPS = 10
 SETTINGS = ((10.0, 0.01), (3.0, 0.01), (1.0, 0.03))
-"""Candidate settings: (total weight of items not taken, relative to items taken; penalty)."""
+"""Candidate settings: (total weight of all items as not taken, relative to the items taken; penalty)."""
 
 PredictTask = Callable[[Integers, Integers], Scores]
 """Users and items of pairs (N,) -> probabilities, or values in their original units, (N,)."""

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class DiskCache:
     """An LRU cache of bytes by key, in a folder of limited size; if a write fails, it logs a warning and turns itself off.
 
-    Each process checks the folder's size after it has written a hundredth of the limit, and then frees down to 80 %, so that up to twenty
-    processes together stay below the limit.
+    Each process checks the folder's size after it has written a hundredth of the limit, and above 80 % of the limit frees down to
+    64 %, so that up to twenty processes together stay below the limit.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:

@@ -87,7 +87,7 @@ class _ShardFile:
 
     def _read_remote(self, group: int) -> pa.Table:
         source = _RangeFile(self._shard.num_bytes, self._fetch)
-        try:  # pre_buffer fetches neighbouring columns as one range
+        try:  # pre_buffer fetches neighboring columns as one range
             file = pq.ParquetFile(source, metadata=self._open(), pre_buffer=True, page_checksum_verification=True)
             return file.read_row_group(group, columns=self._columns, use_threads=False)
         except (pa.ArrowException, OSError):
@@ -203,7 +203,7 @@ class WindowLoader:
             self._bytes_per_sample = sum(column.nbytes for column in rows.columns.values()) / max(1, len(rows))
             self._loaded[window.stream].append((window, rows))
         for window, rows in mine:
-            if window.begin < stop:
+            if window.begin < stop and window.end > start:
                 yield rows[max(start - window.begin, 0) : stop - window.begin]
 
     def close(self) -> None:

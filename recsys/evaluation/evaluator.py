@@ -19,7 +19,7 @@ from recsys.data.text.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, 
 from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
-from recsys.evaluation.ranking import PROTOCOL, Ranked, ScoreUsers, rank_users, score_by, summarise
+from recsys.evaluation.ranking import PROTOCOL, Ranked, ScoreUsers, rank_users, score_by, summarize
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
 from recsys.evaluation.tasks import Predictions, PredictTasks, TaskMeasures, measure_tasks, predict_by
@@ -54,7 +54,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "split": config.split,
         "protocol": PROTOCOL,
         "num_users": len(users),
-        "metrics": {**measures.summarise(ranked), **tasks.values()},
+        "metrics": {**measures.summarize(ranked), **tasks.values()},
         "absent_tasks": tasks.absent,
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
         "baselines": _evaluate_baselines(measures, predictor, dataset),
@@ -103,14 +103,14 @@ class Measures:
                 metrics[f"intra_list_diversity@{k}"] = intra_list_diversity(lists, self.vectors)
         return metrics
 
-    def summarise(self, ranked: Ranked) -> dict[str, float]:
+    def summarize(self, ranked: Ranked) -> dict[str, float]:
         """Average the metrics over users, and add the metrics of all lists together.
 
         popularity_lift@k is the mean popularity percentile of the recommended items over that of the users' histories (Abdollahpouri 2019).
         """
         percentiles, num_items = popularity_percentiles(self.train_count), len(self.train_count) - 1
         before = float(np.mean([percentiles[user.history.items].mean() for user in self.users]))
-        metrics = summarise(ranked, self.config, num_items)
+        metrics = summarize(ranked, self.config, num_items)
         metrics |= {name: float(values.mean()) for name, values in self.per_user(ranked).items()}
         for k in self.config.cutoffs:
             metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
@@ -124,7 +124,7 @@ class Measures:
 
 def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
     """Fit `evaluation.baselines` on the training data and return the metrics of each; popularity is always included, as the first."""
-    results = {POPULARITY: measures.summarise(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
+    results = {POPULARITY: measures.summarize(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
     config = predictor.config.model_copy(update={"evaluation": measures.config})
     for name in measures.config.baselines:
         if name == POPULARITY:
@@ -147,7 +147,7 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
             [user.user_index for user, _ in pairs], np.array([item for _, item in pairs]), [user.history.items for user, _ in pairs]
         )
 
-    metrics = measures.summarise(measures.rank(score))
+    metrics = measures.summarize(measures.rank(score))
     return metrics | measures.tasks(predict).values()
 
 

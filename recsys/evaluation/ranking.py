@@ -83,7 +83,7 @@ def target_ranks(scores: Scores, user: EvaluationUser, is_cold: Mask | None = No
     return ranks, np.where(is_cold[targets], 1 + num_cold_before, ranks - num_cold_before)
 
 
-def summarise(ranked: Ranked, config: EvaluationConfig, num_items: int) -> dict[str, float]:
+def summarize(ranked: Ranked, config: EvaluationConfig, num_items: int) -> dict[str, float]:
     """Average each metric over users and add coverage@k."""
     metrics = {name: float(values.mean()) for name, values in ranking_metrics(ranked.ranks, config.cutoffs).items()}
     return metrics | {f"coverage@{k}": coverage(ranked.top[:, :k], num_items) for k in config.cutoffs}

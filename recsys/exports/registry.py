@@ -273,7 +273,7 @@ def _find_damage(path: Path, file: ExportFile) -> str | None:
         return "is not there"
     if (num_bytes := path.stat().st_size) != file.num_bytes:
         return f"has {num_bytes} bytes where the manifest says {file.num_bytes}"
-    return None if sha256_of(path) == file.sha256 else "has a different sha256 than in the manifest"
+    return None if sha256_of(path) == file.sha256 else "has another sha256 than the manifest says"
 
 
 def _checked(kind: str, name: str) -> str:

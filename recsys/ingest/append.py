@@ -172,7 +172,7 @@ def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig) -> Integ
 def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: dict[str, FeatureKind]) -> Catalogue:
     """Build the catalogue rows of new and changed items; the base's items are the first of `ids`.
 
-    New categories are added at the end of the base's vocabulary; numbers are standardised by the base's moments.
+    New categories are added at the end of the base's vocabulary; numbers are standardized by the base's moments.
 
     Raises:
         UserError: the item table's features differ from the base's.
@@ -201,7 +201,7 @@ def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: d
 
 
 def _measured(base: Dataset, places: Integers, listed: list[str]) -> dict[str, Floats]:
-    """Return the base's number columns that are not in the item table, before standardisation; NaN for a new item."""
+    """Return the base's number columns that are not in the item table, before standardization; NaN for a new item."""
     measured: dict[str, Floats] = {}
     for position, (name, (mean, deviation)) in enumerate(zip(base.manifest.number_columns, base.manifest.number_moments, strict=True)):
         if name not in listed:

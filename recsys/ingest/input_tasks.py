@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from recsys.config.data import AUTO
 from recsys.data.manifest import ColumnUse
 from recsys.errors import UserError
-from recsys.ingest.clean.cleaning import apply_rules, cast_events, is_long, normalise_queries, notice_ids, notice_rounded
-from recsys.ingest.clean.pseudonyms import pseudonymise
+from recsys.ingest.clean.cleaning import apply_rules, cast_events, is_long, normalize_queries, notice_ids, notice_rounded
+from recsys.ingest.clean.pseudonyms import pseudonymize
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import UNIT_NAMES, find_other_unit
 from recsys.ingest.job import Cleaned, Job
@@ -35,7 +35,7 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
         events, broken = apply_rules(events, job.data.cleaning, job.has_time, raw)
         rejects.merge(faults)
         rejects.merge(broken)
-        events, of_queries = normalise_queries(events)
+        events, of_queries = normalize_queries(events)
         noticed.update(notice_ids(events) + of_queries + notice_rounded(raw))
         return events
 
@@ -69,7 +69,7 @@ def _write_pieces(
                 num_rows += raw.num_rows
                 with reading(part.uri):
                     table = clean(raw)
-                ids = pseudonymise(table[USER_ID], job.data.pseudonym_key_env)
+                ids = pseudonymize(table[USER_ID], job.data.pseudonym_key_env)
                 yield table.set_column(table.column_names.index(USER_ID), table.schema.field(USER_ID), ids)
 
     write_pieces(job.storage, job.staging(folder), task, tables(), USER_ID, job.num_partitions)

@@ -60,7 +60,7 @@ def _resolve(config: Config, storage: Storage) -> tuple[DataConfig, Dataset | No
 
 
 def prepare(config: Config, storage: Storage) -> Dataset:
-    """Make the dataset of `config.data`, or open it if it exists; Ray must be initialised.
+    """Make the dataset of `config.data`, or open it if it exists; Ray must be initialized.
 
     With `data.base` this makes that dataset's next version. The address follows from the input files, the config and the format
     version. The manifest is a create-once write at the end, so a dataset is complete or absent. To resume a killed run, run it again:

@@ -56,7 +56,7 @@ class Record(Generic[Reported]):
 def run_tasks(label: str, function: Callable[[Task], Reported], tasks: Sequence[Task], record: Record[Reported]) -> list[Reported]:
     """Run `function` on every task that is not in `record`, one CPU each; return all outcomes in task order.
 
-    Ray may run a task again after it loses a worker, so tasks must be idempotent. Ray must be initialised.
+    Ray may run a task again after it loses a worker, so tasks must be idempotent. Ray must be initialized.
 
     Raises:
         UserError: the first one that a task raised.

@@ -46,7 +46,7 @@ class Head:
     """A private Ray head on loopback, alive as long as its process is."""
 
     address: str
-    dashboard: str
+    dashboard: str  # empty if it has none
     process_id: int
     folder: str
     environment: dict[str, str]
@@ -56,7 +56,7 @@ class Head:
 def connect(config: Config) -> Iterator[None]:
     """Connect to the cluster at `RAY_ADDRESS`, or to a private head that stops with the block.
 
-    Ray reads its environment when it is imported, so a private head requires that Ray is not imported before.
+    Ray reads its environment when it is imported, so Ray must not be imported before a private head starts.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
@@ -93,7 +93,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
     """Start a head that listens only on loopback, with token authentication and all its files below `folder`.
 
     This runs `ray start`, because `ray.init` would listen on the machine's address. With `ends_with_parent` the kernel terminates the
-    head when this process dies for any reason, and there is no dashboard, which is the slowest part of the start.
+    head when this process dies for any reason, and the head has no dashboard, since starting one takes longest.
     """
     port, dashboard, *others = free_ports(2 + len(PORTS))
     address = f"127.0.0.1:{port}"
@@ -137,7 +137,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
     )
     _wait_until_listening(process, port if ends_with_parent else dashboard, Path(folder) / "head.log")
-    return Head(address, f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
+    return Head(address, "" if ends_with_parent else f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
 
 
 @contextlib.contextmanager

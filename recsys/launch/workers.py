@@ -139,13 +139,13 @@ def _failure_of_worker(rank: int, error: BaseException) -> Failure:
 
 
 def _lost_node() -> str | None:
-    """Describe a lost node with workers of this job, if any: it refuses connections before Ray marks it dead."""
+    """Describe a lost node with workers of this job, if any: it cannot be reached before Ray marks it dead."""
     hosts = worker_nodes()
     for node in (node for node in ray.nodes() if node["Alive"] and node["NodeID"] in hosts):
         try:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=CONNECT_SECONDS).close()
         except OSError as error:
-            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} refuses connections ({error})"
+            return f"node {node['NodeID'][:12]} at {node['NodeManagerAddress']} cannot be reached ({error})"
     return None
 
 

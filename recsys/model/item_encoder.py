@@ -53,7 +53,7 @@ class ItemEncoder(nn.Module):
     has_text: Tensor  # (I + 1,)
     text_vectors: Tensor  # (I + 1, H)
     tokens: Tensor  # (I + 1, T)
-    cached_texts: Tensor | None  # (I + 1, H) cached text embeddings, for items outside the micro batch
+    kept_text: Tensor | None  # (I + 1, H) cached text embeddings, for items outside the micro batch
 
     def __init__(self, config: ModelConfig, catalogue: ItemFeatures, text: ItemText) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class ItemEncoder(nn.Module):
         self.token_counts = torch.zeros(0, dtype=torch.int32) if text.lengths is None else text.lengths  # (I + 1,) on the CPU
         self.group_widths = group_widths(self.token_counts)
         kept = torch.zeros(catalogue.num_items + 1, text.encoder.width) if config.caches_texts and text.encoder else None
-        self.register_buffer("cached_texts", kept)
+        self.register_buffer("kept_text", kept)  # its name in checkpoints
 
     def forward(self, items: Tensor | None = None, on_host: Tensor | None = None) -> Tensor:
         """Encode items (D,), or the whole catalogue in order if None; return (D, W), zero for padding.
@@ -118,14 +118,14 @@ class ItemEncoder(nn.Module):
         if on_host is None:
             on_host = torch.arange(len(self.token_counts)) if items is None else items.cpu()
         fresh = encode_groups(self.text_encoder, self.tokens, self.token_counts, self.group_widths, on_host)
-        if self.cached_texts is None or items is not None or len(on_host) == len(self.token_counts):
+        if self.kept_text is None or items is not None or len(on_host) == len(self.token_counts):
             return fresh
-        return self.cached_texts.index_copy(0, on_host.to(fresh.device, non_blocking=True), fresh.to(self.cached_texts.dtype))
+        return self.kept_text.index_copy(0, on_host.to(fresh.device, non_blocking=True), fresh.to(self.kept_text.dtype))
 
     @torch.no_grad()
     def refresh_texts(self, rank: int, world_size: int) -> None:
         """Encode all texts with the current language model, split over the ranks, and cache the embeddings. Every rank must call this."""
-        if self.text_encoder is None or self.cached_texts is None:
+        if self.text_encoder is None or self.kept_text is None:
             return
         num_rows = len(self.token_counts)
         rows = torch.arange(-(-num_rows // world_size)) * world_size + rank
@@ -136,7 +136,7 @@ class ItemEncoder(nn.Module):
         own = torch.cat([encode_groups(self.text_encoder, *table, chunk) for chunk in rows.split(ENCODE_CHUNK)])
         self.train(was_training)
         vectors = gather_from_ranks(own).unflatten(0, (world_size, -1))
-        self.cached_texts.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
+        self.kept_text.copy_(vectors.transpose(0, 1).flatten(0, 1)[:num_rows])
 
     def _join(self, vectors: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Return the sum of the sources' vectors, weighted by the gate; a single source is returned unchanged."""

@@ -13,7 +13,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.data.reader import Reader, Share
 from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarise
+from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarize
 from recsys.evaluation.slices import MIN_GROUP_USERS
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
@@ -64,9 +64,9 @@ class NextItem(Objective):
     def before_step(self, step: int) -> None:
         """Refresh the cached text embeddings if that is due, or if the loaded state has none."""
         encoder, every = self.module.item_encoder, self._config.model.text.refresh_steps
-        if encoder.cached_texts is None:
+        if encoder.kept_text is None:
             return
-        if step % every == 0 or not (self._has_texts or bool(encoder.cached_texts.any())):
+        if step % every == 0 or not (self._has_texts or bool(encoder.kept_text.any())):
             encoder.refresh_texts(self._ranks.rank, self._ranks.world_size)
         self._has_texts = True
 
@@ -84,7 +84,7 @@ class NextItem(Objective):
         dist.all_gather_object(shares, ranked.head(len(own)))
         ranked = Ranked.join(shares)
         values = ranking_metrics(ranked.ranks, evaluation.cutoffs)[self.metric]
-        return summarise(ranked, evaluation, module.catalogue.num_items) | self._group_means(values)
+        return summarize(ranked, evaluation, module.catalogue.num_items) | self._group_means(values)
 
     def _group_means(self, values: Floats) -> dict[str, float]:
         """Return the mean of `values`, ordered rank by rank, over each group's users; small groups are left out."""

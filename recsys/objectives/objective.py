@@ -30,7 +30,7 @@ class MicroBatch(Protocol):
 class Objective(Protocol):
     """A module with its batches, losses and validation. Every rank has an instance.
 
-    The module returns the sum of each loss over a micro batch's targets, by name. The minimised loss is their sum weighted by `weights`.
+    The module returns the sum of each loss over a micro batch's targets, by name. The minimized loss is their sum weighted by `weights`.
     `metric` is the validation metric that selects the best checkpoint; higher is better. Methods from `num_tokens` on are optional.
     """
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains one rank's part of a run, from the newest checkpoint or from the start.
 
-    Every rank must create one, after the process group is initialised, and call `run`.
+    Every rank must create one, after the process group is initialized, and call `run`.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ def run_steps(run: Run) -> int:
 
 
 def row_of(result: dict[str, Any], num_kills: int) -> dict[str, Any]:
-    """Summarise a run's result.
+    """Summarize a run's result.
 
     Raises:
         RuntimeError: the incidents do not have one cause per kill.

@@ -181,7 +181,7 @@ def metrics_of_lists(lists: dict[int, list[int]], users: Sequence[EvaluationUser
 
 
 def speed_rows(rounds: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """Summarise the rounds: median, smallest and largest rate of each contender, and the same of the ratio of ours to it."""
+    """Summarize the rounds: median, smallest and largest rate of each contender, and the same of the ratio of ours to it."""
     rows = []
     for name in rounds[0]:
         rates, ratios = [each[name] for each in rounds], [each[OURS] / each[name] for each in rounds]

@@ -52,7 +52,7 @@ def test_the_language_model_learns_from_the_items_of_the_micro_batch_alone(tmp_p
     assert len(kept.items_on_host) < len(whole.items_on_host)
 
     model.item_encoder.refresh_texts(0, 1)
-    assert bool(model.item_encoder.cached_texts[1:].any(1).all())
+    assert bool(model.item_encoder.kept_text[1:].any(1).all())
     found = gradients_of(model, kept)
     of_others = gradients_of(model, whole)
     encode = model.item_encoder._text
@@ -85,7 +85,7 @@ def refreshed(config: Config) -> tuple[NDArray[np.float32], NDArray[np.float32]]
     encoder = build_recommender(config, open_dataset(config), torch.device("cpu"), ranks).item_encoder
     encoder.refresh_texts(ranks.rank, ranks.world_size)
     with torch.no_grad():
-        return encoder.cached_texts.numpy(), encoder.eval()._text(None).numpy()
+        return encoder.kept_text.numpy(), encoder.eval()._text(None).numpy()
 
 
 def test_the_ranks_share_a_refresh(tmp_path: Path) -> None:

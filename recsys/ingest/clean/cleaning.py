@@ -33,7 +33,7 @@ _SPREADSHEET = r"^\d(\.\d+)?[eE]\+\d+$"
 def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
     """Cast events to EVENTS_SCHEMA; drop events that cannot be cast, and count them by reason.
 
-    Ids are spelled as by `recsys.schema.normalise_id`; an empty id is null. Times become seconds, from numbers of `unit` (rounded down),
+    Ids are spelled as by `recsys.schema.normalize_id`; an empty id is null. Times become seconds, from numbers of `unit` (rounded down),
     Arrow timestamps and dates, or ISO 8601 text (UTC if it has no zone). A value that is present but not a finite number is bad.
     Without an event column every event has the default kind.
     """
@@ -115,7 +115,7 @@ def is_negative(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(ids, _NEGATIVE)
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Remove control characters and lone surrogates, fold whitespace, cut at MAX_TEXT_CHARACTERS."""
     return cut(fold(text))
 
@@ -130,8 +130,8 @@ def cut(text: str) -> str:
     return text[:MAX_TEXT_CHARACTERS].rstrip()
 
 
-def normalise_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
-    """Normalise the queries, each distinct text once; count the events whose query is cut."""
+def normalize_queries(events: pa.Table) -> tuple[pa.Table, Counter[str]]:
+    """Normalize the queries, each distinct text once; count the events whose query is cut."""
     encoded = events[QUERY].combine_chunks().dictionary_encode()
     folded = [fold(text) for text in encoded.dictionary.to_pylist()]
     texts = pa.array([cut(text) or None for text in folded], pa.string())

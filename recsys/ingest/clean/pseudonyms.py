@@ -38,7 +38,7 @@ def refuse_other_key(variable: str, inputs: Iterable[Mapping[str, Any]]) -> None
         raise UserError(f"data.pseudonym_key_env = {variable}: holds another key than the base dataset was made with; set that one")
 
 
-def pseudonymise(ids: pa.ChunkedArray, variable: str) -> pa.ChunkedArray:
+def pseudonymize(ids: pa.ChunkedArray, variable: str) -> pa.ChunkedArray:
     """Replace ids by the first 128 bits of their HMAC-SHA256, in hexadecimal; without a variable, return them unchanged.
 
     Raises:

@@ -126,7 +126,7 @@ class Rejects(Counter[str]):
             self._keep(rule, found)
 
     def hide(self, rules: Iterable[str]) -> None:
-        """Mask the values in the examples of some rules, since they may be user ids before pseudonymisation."""
+        """Mask the values in the examples of some rules, since they may be user ids before pseudonymization."""
         for rule in rules:
             self.examples[rule] = [(order, _HIDDEN) for order, _ in self.examples.get(rule, [])]
 

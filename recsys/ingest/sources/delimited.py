@@ -30,7 +30,7 @@ _DETECTED_SEPARATORS = (",", ";", "\t", "|")
 _DOUBLED = re.compile(r'[^,;\t|\r\n]""|""[^,;\t|\r\n]')
 """A doubled quote that is not an empty field."""
 _ESCAPED = re.compile(r'\\"[^,;\t|\r\n]|(?:^|[,;\t|\r\n])[^,;\t|\r\n"]*\\"')
-"""A quote after a backslash that cannot end a quoted field."""
+"""A quote after a backslash that probably does not end a quoted field."""
 
 _NAMED_SEPARATOR = re.compile(rb"(?:\xef\xbb\xbf)?sep=([^\r\n])\r?\n")
 _UTF8 = "utf-8-sig"

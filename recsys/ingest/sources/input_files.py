@@ -37,7 +37,7 @@ def find_files(storage: Storage, role: str, uri: str) -> list[ObjectInfo]:
 
 
 def find_in_folder(storage: Storage, role: str, folder: str) -> list[ObjectInfo]:
-    """List a table's files in a folder that holds all tables; names tell them apart (see `layouts.choose_by_name`).
+    """List a table's files in a folder that holds all tables; names tell them apart (see `known_layouts.choose_by_name`).
 
     Raises:
         UserError: there are no events. Items and users may be absent.

@@ -94,7 +94,7 @@ def choose_by_name(paths: Iterable[str], role: str) -> set[str]:
     """Choose a role's files from a folder that holds several tables; `paths` are relative to it.
 
     A file has RecBole's suffix, begins with one of the role's names, or is in a folder of such a name. Amazon's reviews are named after
-    their category; they are recognised by the `meta_` file next to them.
+    their category; they are recognized by the `meta_` file next to them.
     """
     tables = {path for path in paths if is_table(path, role)}
     for beginning in _FILE_NAMES[role]:

@@ -5,6 +5,7 @@ import csv
 import gc
 import json
 import os
+import pickle
 import resource
 import select
 import signal
@@ -123,8 +124,8 @@ class _Child:
             return None
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if not uri:
-            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._last_stderr_line(log_start)}")
-        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._last_stderr_line(log_start)}"))
+            raise RuntimeError(f"the child process that reads files ended with {reason}: {self._first_output_line(log_start)}")
+        raise UserError(_too_large(uri, f"the process that read it ended with {reason}: {self._first_output_line(log_start)}"))
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -133,8 +134,8 @@ class _Child:
         self._connection.close()
         self._log.close()
 
-    def _last_stderr_line(self, log_start: int) -> str:
-        """Return the first line that the child wrote to stderr in the call in which it died."""
+    def _first_output_line(self, log_start: int) -> str:
+        """Return the first line of output of the call in which the child died."""
         words = os.pread(self._log.fileno(), 4096, log_start).decode(errors="replace").split("\n")
         return next((line.strip()[:200] for line in words if line.strip()), "it wrote nothing, which is typical when memory runs out")
 
@@ -144,8 +145,7 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(EOFError):
-        _answer_calls(Connection(descriptor))
+    _answer_calls(Connection(descriptor))
     # Skip the interpreter's shutdown: a decoder's threads may still read ahead in a refused file.
     os._exit(0)
 
@@ -154,27 +154,31 @@ def _answer_calls(connection: Connection) -> None:
     _announcements.append(lambda uri: connection.send_bytes(json.dumps({"reading": uri}).encode()))
     start_bytes = 0
     while connection.poll(_IDLE_SECONDS):
-        limit_bytes, function, arguments = connection.recv()
+        try:
+            request = connection.recv_bytes()
+        except EOFError:
+            return
+        limit_bytes, function, arguments = pickle.loads(request)
         start_bytes = start_bytes or _data_bytes()
         if _is_worn(start_bytes, limit_bytes):  # by an earlier call with a higher limit
             return
         resource.setrlimit(resource.RLIMIT_DATA, (start_bytes + limit_bytes, resource.RLIM_INFINITY))
         # JSON, not a pickle: a file that takes over this process must not run code in the parent.
-        connection.send_bytes(_answer(function, arguments).encode())
+        connection.send_bytes(_answer(function, arguments))
         if _is_worn(start_bytes, limit_bytes):
             return
 
 
-def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> str:
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     try:
-        return json.dumps({"result": to_jsonable_python(function(*arguments))})
+        return json.dumps({"result": to_jsonable_python(function(*arguments))}).encode()
     except UserError as error:
         answer = {"refusal": str(error)}
     except MemoryError:
         answer = {"refusal": _too_large("the input", "out of memory")}
     except Exception:
         answer = {"failure": traceback.format_exc()}
-    return json.dumps(answer)
+    return json.dumps(answer).encode()
 
 
 def _is_worn(start_bytes: int, limit_bytes: int) -> bool:

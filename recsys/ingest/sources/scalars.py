@@ -146,7 +146,7 @@ def _casts(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
 
 
 def ids_of(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Spell ids of any type by `recsys.schema.normalise_id`; an empty one is null.
+    """Spell ids of any type by `recsys.schema.normalize_id`; an empty one is null.
 
     Raises:
         UserError: the type of the column `name` cannot be an id, such as a list.

@@ -37,7 +37,7 @@ _TRIES = 4
 
 
 def generate(data: DataConfig, storage: Storage) -> DataConfig:
-    """Write the raw tables unless they exist, and return `data` with their addresses; Ray must be initialised."""
+    """Write the raw tables unless they exist, and return `data` with their addresses; Ray must be initialized."""
     config = data.synthetic
     identity = json.dumps([GENERATOR_VERSION, config.model_dump(mode="json")], sort_keys=True)
     root = storage.uri("raw", f"synthetic-{hashlib.sha256(identity.encode()).hexdigest()[:12]}")
@@ -54,7 +54,7 @@ def generate(data: DataConfig, storage: Storage) -> DataConfig:
 
 
 def block_users(config: SyntheticConfig) -> int:
-    """Return how many users are simulated at once: enough for vectorised work, few enough for little memory."""
+    """Return how many users are simulated at once: enough for vectorized work, few enough for little memory."""
     return max(1, min(_LARGEST_BLOCK_USERS, int(_BLOCK_EVENTS / config.mean_events)))
 
 

@@ -1,4 +1,4 @@
-"""Builds a dataset's catalogue: text, category vocabulary, standardised numbers, vectors."""
+"""Builds a dataset's catalogue: text, category vocabulary, standardized numbers, vectors."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from recsys.arrays import Floats, Integers
 from recsys.errors import UserError
-from recsys.ingest.clean.cleaning import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, is_long, is_negative, normalise_text
+from recsys.ingest.clean.cleaning import MAX_TEXT_CHARACTERS, UNPRINTABLE, cut, fold, is_long, is_negative, normalize_text
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.sources.item_columns import as_vectors, title_column
@@ -77,7 +77,7 @@ def build_catalogue(
     """Build the catalogue in the order of `ids`; an item without a row has no features.
 
     `title` is the text column with a title's name, or else the first one. `text` is all text columns joined by ". ", the title first.
-    Both are normalised by `normalise_text`. `measured` adds number columns by item, NaN where missing. A number's mean and standard
+    Both are normalized by `normalize_text`. `measured` adds number columns by item, NaN where missing. A number's mean and standard
     deviation are over the catalogue, unless `moments` gives them. New categories are added at the end of the given `vocabulary`. A
     missing vector is zeros; `vector_size` is its length if no column has vectors.
     """
@@ -124,7 +124,7 @@ def _joined(parts: list[str]) -> str:
 
 
 def _texts(columns: list[list[str]], num_items: int) -> tuple[list[list[str]], Counter[str]]:
-    """Normalise each item's texts, and count the items whose texts lose characters, or are cut alone or when joined."""
+    """Normalize each item's texts, and count the items whose texts lose characters, or are cut alone or when joined."""
     texts: list[list[str]] = []
     noticed: Counter[str] = Counter()
     for raw in zip(*columns, strict=True) if columns else [()] * num_items:
@@ -152,7 +152,7 @@ def _categories(rows: pa.Table, names: list[str], num_items: int, known: tuple[s
         found: set[str] = set()
         for of_row, entry in zip(values, texts, strict=True):
             entries = (entry or []) if is_list else [entry]
-            changed = {text: normalise_text(text) for text in entries if text}
+            changed = {text: normalize_text(text) for text in entries if text}
             num_changed += sum(len(text) > MAX_TEXT_CHARACTERS or bool(UNPRINTABLE.search(text)) for text in changed)
             of_item = sorted({f"{name}={text}" for text in changed.values() if text}, key=_natural_key)
             of_row.extend(of_item)

@@ -171,7 +171,7 @@ def _hub_folder(name: str) -> Path:
     except BackboneError:
         raise
     except Exception as error:  # the Hub library may use different HTTP clients
-        reason = f"the Hugging Face hub cannot be reached for this model ({_first_line(error)})"
+        reason = f"its files cannot be downloaded from the Hugging Face hub ({_first_line(error)})"
         raise BackboneError(f"no such folder, and {reason}; {_HINT}") from None
 
 

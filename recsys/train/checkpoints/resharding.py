@@ -47,7 +47,7 @@ def fetch_universal(storage: Storage, uri: str, manifest: CheckpointManifest, fo
 
 
 def _convert(storage: Storage, uri: str, manifest: CheckpointManifest, folder: Path) -> None:
-    logger.info("step %d: converting the checkpoint of %d workers to load on any number", manifest.state.step, manifest.world_size)
+    logger.info("step %d: converting the checkpoint of %d workers so that any number can load it", manifest.state.step, manifest.world_size)
     shutil.rmtree(folder, ignore_errors=True)  # left by a dead attempt
     archive = private_folder(folder) / "universal.tar"
     fetch_files(storage, uri, manifest, folder / "saved")

@@ -22,14 +22,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def plain_counts(dataset: Dataset) -> tuple[list[float], list[float]]:
-    """Count purchases, standardised ratings (summed) and likes over the training targets, sample by sample."""
+    """Count purchases, standardized ratings (summed) and likes over the training targets, sample by sample."""
     positives, labels = np.zeros(3), np.zeros(3)
     for shard in dataset.manifest.train_shards:
         for row in dataset.read_shard(shard).to_pylist():
             targets = slice(row["first_target"], None)
             values = np.array(row["values"][targets])
-            standardised = (values - dataset.manifest.value_mean) / dataset.manifest.value_std
-            positives += [np.sum(np.array(row["events"][targets]) >= 1), standardised.sum(), (values >= 4).sum()]
+            standardized = (values - dataset.manifest.value_mean) / dataset.manifest.value_std
+            positives += [np.sum(np.array(row["events"][targets]) >= 1), standardized.sum(), (values >= 4).sum()]
             labels += len(values)
     return positives.tolist(), labels.tolist()
 

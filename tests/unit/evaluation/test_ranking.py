@@ -5,7 +5,7 @@ import pytest
 
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.sequences import Sequences
-from recsys.evaluation.ranking import Ranked, rank_users, summarise, target_ranks
+from recsys.evaluation.ranking import Ranked, rank_users, summarize, target_ranks
 from recsys.evaluation.users import EvaluationUser
 
 
@@ -68,4 +68,4 @@ def ranked_of(ranks: list[list[int]], top: list[list[int]]) -> Ranked:
 def test_parts_join_to_the_whole() -> None:
     joined = Ranked.join([ranked_of([[1, 2], [7, 8]], [[5], [5]]).head(1), ranked_of([[3]], [[6]])])
     assert joined.ranks.tolist() == [[1, 2], [3, 0]]
-    assert summarise(joined, EvaluationConfig(), num_items=10)["coverage@5"] == 0.2
+    assert summarize(joined, EvaluationConfig(), num_items=10)["coverage@5"] == 0.2

@@ -1,4 +1,4 @@
-"""The storage adapter on a folder, moto and rclone: the same behaviour on each, and errors that say what to do."""
+"""The storage adapter on a folder, moto and rclone: the same behavior on each, and errors that say what to do."""
 
 import os
 import pickle

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.errors import UserError
-from recsys.ingest.clean.pseudonyms import key_identity, pseudonymise
+from recsys.ingest.clean.pseudonyms import key_identity, pseudonymize
 
 KEY = "correct horse battery staple"
 
@@ -16,9 +16,9 @@ def test_a_pseudonym_is_the_keyed_hash_of_the_id(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PEPPER", KEY)
     ids = pa.chunked_array([["ann", "bob"], ["ann", "\u00e9"]])
     expected = [hmac.new(KEY.encode(), text.encode(), hashlib.sha256).hexdigest()[:32] for text in ids.to_pylist()]
-    assert pseudonymise(ids, "PEPPER").to_pylist() == expected
-    assert pseudonymise(ids.slice(0, 0), "PEPPER").to_pylist() == []
-    assert pseudonymise(ids, "") is ids
+    assert pseudonymize(ids, "PEPPER").to_pylist() == expected
+    assert pseudonymize(ids.slice(0, 0), "PEPPER").to_pylist() == []
+    assert pseudonymize(ids, "") is ids
 
 
 def test_the_identity_of_a_key_tells_keys_apart_and_not_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_a_key_that_is_none_is_refused_without_saying_it(monkeypatch: pytest.Mon
     monkeypatch.delenv("PEPPER", raising=False)
     if key is not None:
         monkeypatch.setenv("PEPPER", key)
-    for use in (lambda: key_identity("PEPPER"), lambda: pseudonymise(pa.chunked_array([["a"]]), "PEPPER")):
+    for use in (lambda: key_identity("PEPPER"), lambda: pseudonymize(pa.chunked_array([["a"]]), "PEPPER")):
         with pytest.raises(UserError, match=state) as error:
             use()
         assert "short," not in str(error.value)

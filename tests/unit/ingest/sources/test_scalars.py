@@ -21,7 +21,7 @@ from recsys.ingest.sources.column_mapping import import_events
 from recsys.ingest.sources.formats import plan_parts
 from recsys.ingest.sources.input_files import find_files
 from recsys.ingest.sources.scalars import ids_of, numbers_of, parsed_lists, plain, simple_lists, spell
-from recsys.schema import normalise_id
+from recsys.schema import normalize_id
 from recsys.store import Storage
 
 Ids = list[int]
@@ -133,8 +133,8 @@ def test_json_and_parquet_spell_a_broken_id_alike(tmp_path: Path) -> None:
 
 def test_the_service_spells_every_character_as_the_tables_do() -> None:
     texts = [f"{chr(code)}x{chr(code)}" for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
-    assert [text or "" for text in ids_of(pa.chunked_array([texts]), "user_id").to_pylist()] == [normalise_id(text) for text in texts]
-    assert normalise_id(" Cafe\u0301 ") == unicodedata.normalize("NFC", "Caf\u00e9")
+    assert [text or "" for text in ids_of(pa.chunked_array([texts]), "user_id").to_pylist()] == [normalize_id(text) for text in texts]
+    assert normalize_id(" Cafe\u0301 ") == unicodedata.normalize("NFC", "Caf\u00e9")
 
 
 def test_ids_that_may_have_lost_digits_are_noticed() -> None:

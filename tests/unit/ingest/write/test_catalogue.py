@@ -1,4 +1,4 @@
-"""The catalogue: natural order, text rules, vocabulary, standardised numbers, vectors, items without a row."""
+"""The catalogue: natural order, text rules, vocabulary, standardized numbers, vectors, items without a row."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys.errors import UserError
-from recsys.ingest.write.catalogue import MAX_TEXT_CHARACTERS, build_catalogue, clean_items, normalise_text, sort_ids
+from recsys.ingest.write.catalogue import MAX_TEXT_CHARACTERS, build_catalogue, clean_items, normalize_text, sort_ids
 
 KINDS = {
     "title": "text",
@@ -32,9 +32,9 @@ def test_the_order_of_ids_is_total_and_does_not_depend_on_the_input(ids: list[st
     assert sort_ids(ids) == sort_ids(list(reversed(ids)))
 
 
-def test_text_is_normalised() -> None:
-    assert normalise_text(" a\x00b\tc\r\n\x1b  d\ud800\u2003e ") == "ab c de".replace("de", "d e")
-    assert len(normalise_text("x" * 1_000_000)) == MAX_TEXT_CHARACTERS
+def test_text_is_normalized() -> None:
+    assert normalize_text(" a\x00b\tc\r\n\x1b  d\ud800\u2003e ") == "ab c de".replace("de", "d e")
+    assert len(normalize_text("x" * 1_000_000)) == MAX_TEXT_CHARACTERS
 
 
 def test_the_first_row_of_an_item_counts() -> None:
