@@ -17,13 +17,13 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Train; Ray Train restarts workers that die."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     from recsys.launch.head import connect
     from tests.benchmarks.peers.plain_ray_train import train_loop
 
     with connect(config):
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"config": config.model_dump_json()},
