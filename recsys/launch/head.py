@@ -77,12 +77,13 @@ def _private_head(config: Config) -> Iterator[None]:
     if "ray" in sys.modules:
         raise RuntimeError("Ray was imported before recsys.launch.head.connect prepared its environment")
     head = start_head(_ray_folder(config), _num_slots(config), ends_with_parent=True)
-    before = {name: os.environ[name] for name in head.environment.keys() & os.environ.keys()}
-    os.environ |= head.environment
+    environment = {**head.environment, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nothing announces the end of this machine
+    before = {name: os.environ[name] for name in environment.keys() & os.environ.keys()}
+    os.environ |= environment
     try:
         yield
     finally:
-        for name in head.environment:
+        for name in environment:
             os.environ.pop(name, None)
         os.environ |= before
         stop_head(head.process_id)
@@ -102,7 +103,6 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         PRIVATE: "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing announces the end of this machine
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise Ray replaces loopback by the machine's address
     }
     options = {
