@@ -211,6 +211,8 @@ class Dataset:
     def catalogue(self) -> pa.Table:
         """The items, sorted by `item_index` (CATALOGUE_SCHEMA), with `train_count` over all versions."""
         rows = self.catalogue_rows
+        if not self.manifest.count_shards:
+            return rows
         counts = rows["train_count"].to_numpy().copy()
         for added in map(self.read_shard, self.manifest.count_shards):
             np.add.at(counts, added["item_index"].to_numpy() - 1, added["count"].to_numpy())

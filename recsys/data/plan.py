@@ -118,9 +118,8 @@ class EpochPlan:
         place, width = 0, max(1, self.window)
         for number, index in enumerate(range(0, len(spans), width)):
             of_window = tuple(spans[index : index + width])
-            end_place = place + sum(stop - start for _, start, stop in of_window)
-            yield Window(stream, number, place, end_place, of_window)
-            place = end_place
+            first, place = place, place + sum(stop - start for _, start, stop in of_window)
+            yield Window(stream, number, first, place, of_window)
 
     @cached_property
     def _cut(self) -> dict[int, tuple[Window, ...]]:
