@@ -1,6 +1,6 @@
-"""One more node of a Ray on loopback, as a process that ends with its node: `python -m tests.faults.ray_node ADDRESS`.
+"""An additional node of a Ray on loopback, as a process that ends with its node: `python -m tests.faults.ray_node ADDRESS`.
 
-`ray start` makes no second node where Ray is held to loopback.
+`ray start` cannot add a second node to a Ray that is restricted to loopback.
 """
 
 import sys
@@ -8,7 +8,7 @@ import time
 
 
 def main() -> None:
-    """Start a node with room for one worker, and stay."""
+    """Start a node with room for one worker, and keep running."""
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 

@@ -1,4 +1,4 @@
-"""Language models that cannot be used, or must not: refused in one line before any worker starts, and nothing of them is run."""
+"""Language models that cannot or must not be used are refused in one line before any worker starts; none of their code is run."""
 
 import json
 import os

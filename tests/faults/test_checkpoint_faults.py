@@ -1,4 +1,4 @@
-"""Checkpoints with a flipped bit, disks that are full and memory that is not enough: each found, named, and survived."""
+"""Checkpoints with a flipped bit, full disks and too little memory: each is detected, named, and survived."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""Odd events and texts through a whole preparation: each is dropped or kept by a rule that is written down, and counted."""
+"""Odd events and texts through a whole preparation: each is dropped or kept by a documented rule, and counted."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def report_of(dataset: Dataset) -> str:
 
 
 def assert_told(dataset: Dataset) -> None:
-    """What was counted has a rule in writing, and the report tells both."""
+    """Check that every counted rule is documented, and that the report shows count and rule."""
     manifest, report = dataset.manifest, report_of(dataset)
     assert manifest.rejected.keys() <= REJECTED.keys()
     assert manifest.noticed.keys() <= NOTICED.keys()
@@ -136,7 +136,7 @@ def test_odd_ids_are_kept_and_counted(tmp_path: Path) -> None:
 
 
 def stored_bytes(root: Path) -> bytes:
-    """Everything in a store; Parquet files also as what is in them, since they compress."""
+    """Return all bytes of a store, and the decoded content of Parquet files, since they are compressed."""
     parts = []
     for path in sorted(root.rglob("*")):
         if path.is_file():

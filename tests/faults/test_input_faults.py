@@ -35,7 +35,7 @@ def data_of(limit: int = LIMIT) -> DataConfig:
 
 
 def import_events_from(path: Path, data: DataConfig) -> dict[str, int]:
-    """Do with one events table what prepare_data does, without Ray: find, look, plan, read, cast, write pieces."""
+    """Process one events table as prepare_data does, without Ray: find, inspect, plan, read, cast, write pieces."""
     root = path.parent.parent / "store" if path.is_file() else path.parent / "store"
     storage = Storage(str(root))
     files = find_files(storage, "events", str(path))
@@ -51,14 +51,14 @@ def import_events_from(path: Path, data: DataConfig) -> dict[str, int]:
 
 
 def memory_of_child() -> dict[str, int]:
-    """Tell what the child has taken at most, and has now, in bytes of physical memory."""
+    """Return the child's process id, its peak physical memory and its current data segment, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
     return {"id": os.getpid(), "peak": int(values["VmHWM"]) << 10, "data": int(values["VmData"]) << 10}
 
 
 def outcome_of(path: Path, data: DataConfig | None = None) -> dict[str, int] | str:
-    """Import a table: what was counted, or the one line with which it was refused."""
+    """Import a table; return the counts, or the one-line error that refuses it."""
     try:
         return import_events_from(path, data or data_of())
     except UserError as error:
@@ -156,14 +156,14 @@ def test_one_huge_row_group_is_streamed(folder: Path) -> None:
 
 
 def count_rows(storage: Storage, uri: str, num_bytes: int) -> tuple[int, int, int]:
-    """Count a file's rows, with the memory that was taken before and the most that was taken meanwhile."""
+    """Count a file's rows; return also the memory before and the peak while counting."""
     before = memory_of_child()["data"]
     num_rows = sum(table.num_rows for table in import_events(storage, FilePart(uri, 0, num_bytes=num_bytes), DataConfig(), "timestamp"))
     return num_rows, before, memory_of_child()["peak"]
 
 
 def dictionary_bomb(path: Path, keeps_type: bool) -> None:
-    """A megabyte of text that a hundred thousand rows point at: 100 GB in some kilobytes."""
+    """A megabyte of text that a hundred thousand rows refer to: 100 GB in some kilobytes."""
     rows = 100_000
     text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["x" * MEBI]))
     table = pa.table({"user_id": text, "item_id": np.zeros(rows, np.int8), "timestamp": np.zeros(rows, np.int8)})
@@ -203,7 +203,7 @@ def test_a_bomb_of_rows(folder: Path) -> None:
 
 
 def gzip_of(path: Path, head: bytes, repeated: bytes, num_bytes: int = 400 * MEBI) -> Path:
-    """Write a gzip file of members: the head, and one member with the same content again and again."""
+    """Write a gzip file of members: the head, and one member that repeats the same content."""
     block = repeated * (16 * MEBI // len(repeated))
     path.write_bytes(gzip.compress(head) + gzip.compress(block) * (num_bytes // len(block)))
     return path
@@ -326,7 +326,7 @@ def test_a_thousand_mutated_parquet_files_are_read_or_refused_in_one_line(folder
 
 @pytest.mark.ray
 def test_the_verb_refuses_a_bomb_in_one_line(folder: Path, tmp_path: Path) -> None:
-    """The header is good, so that the bomb goes off in a task on a worker."""
+    """The header is valid, so the bomb is found by a task on a worker."""
     write(folder / "a.parquet", events_table())
     dictionary_bomb(folder / "b.parquet", keeps_type=False)
     values = {"storage.root": tmp_path / "store", "run.scratch": tmp_path / "scratch", "data.events": folder, "data.num_shards": 2}

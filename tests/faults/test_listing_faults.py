@@ -1,4 +1,4 @@
-"""A store that lists in any order, and names that are no tables beside the tables: preparing gives the same dataset."""
+"""A store that lists files in any order, or that holds other files next to the tables, gives the same dataset."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nodes that die and nodes that come, on a real Ray of several: the run waits for another node, or goes on with the workers it has."""
+"""Lost and added nodes on a real Ray with several nodes: the run waits for another node, or continues with the remaining workers."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ class Nodes:
         self.others: list[subprocess.Popen[bytes]] = []
 
     def add(self) -> "subprocess.Popen[bytes]":
-        """Start a node in a process group of its own."""
+        """Start a node in a separate process group."""
         command = [sys.executable, "-m", "tests.faults.ray_node", self.head.address]
         with (self.folder / "node.log").open("ab") as log:
             environment = {**os.environ, **self.head.environment}
@@ -53,7 +53,7 @@ class Nodes:
 
 
 def kill_node(node: "subprocess.Popen[bytes]") -> None:
-    """Kill a node with all that runs on it, at once."""
+    """Kill a node and all its processes at once."""
     if node.poll() is None:
         for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -79,7 +79,7 @@ def wait_until(run: Run, what: Callable[[], bool], seconds: float = 180) -> None
 
 
 def num_ranks(run: Run, after_step: int) -> int:
-    """Count the ranks that have begun a step after the given one."""
+    """Count the ranks that have started a step after the given one."""
     paths = [run.scratch / f"ledger-{rank}" for rank in range(2)]
     return sum(path.exists() and last_step(path) > after_step for path in paths)
 
@@ -128,7 +128,7 @@ def test_notice_that_a_node_will_be_taken_away_saves_the_step_under_way(dataset:
 
 
 def give_notice(nodes: Nodes, seconds: int) -> None:
-    """Have Ray told, as by a cloud, that the node beside the head will be taken away."""
+    """Announce to Ray, as a cloud does, that the node other than the head will be removed."""
     environment = {**os.environ, **nodes.head.environment}
     script = "import ray; ray.init(); print(next(n['NodeID'] for n in ray.nodes() if 'node:__internal_head__' not in n['Resources']))"
     node = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]

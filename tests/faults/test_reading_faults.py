@@ -1,4 +1,4 @@
-"""Reading a dataset from a store that fails, is slow, or whose shards are replaced: the same batches, or one line that says why not."""
+"""Reading a dataset from a store that fails, is slow, or whose shards are replaced: the same batches, or a one-line error."""
 
 import dataclasses
 import time
@@ -33,7 +33,7 @@ MAX_EPOCHS = 40
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten what is waited for, not how often it is tried; ask for it first, since clients keep what held when they were built."""
+    """Shorten timeouts and pauses, not the attempts; request this fixture first, since clients keep the values from their creation."""
     monkeypatch.setattr(backends, "READ_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(backends, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
@@ -62,7 +62,7 @@ def config(scratch: Path, **values: object) -> Config:
 
 @pytest.fixture
 def near_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the reader fetch what a few steps need, so that a small dataset is not read whole at the first step."""
+    """Let the reader fetch only what a few steps need, so the first step does not read the whole small dataset."""
     monkeypatch.setattr(reader_module, "_SPAN_ROWS", 32)
 
 
@@ -85,7 +85,7 @@ def assert_equal(left: Iterator[list[Batch]], right: Iterator[list[Batch]]) -> N
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
-    """List the batch's tensors, those of its histories too."""
+    """List the batch's tensors, including those of its histories."""
     found: list[torch.Tensor] = []
     map_tensors(batch, lambda tensor: found.append(tensor) or tensor)
     return found
@@ -165,7 +165,7 @@ def test_a_slow_store_is_read_to_the_end(
 
 
 def waited_seconds(settings: Config) -> float:
-    """Train one epoch; return what the run says that its steps waited for data."""
+    """Train one epoch; return the time that the run reports as waiting for data."""
     dataset = Dataset.open(Storage.from_config(settings.storage), settings.data.dataset)
     return Trainer(dataset.complete(settings), dataset, LocalReporter(), NextItem).run().data_wait_seconds
 
@@ -205,7 +205,7 @@ def test_a_reader_that_is_left_while_the_store_stalls_ends_soon(
 
 
 def write_other_rows(dataset: Dataset, number: int, folder: Path) -> None:
-    """Put in a shard's place a Parquet file of the same schema, row groups and size whose items are all another."""
+    """Replace a shard by a Parquet file with the same schema, row groups and size but different items."""
     shard = dataset.manifest.train_shards[number]
     original = folder / "original.parquet"
     dataset.storage.download(dataset.address(shard), original)
@@ -222,7 +222,7 @@ def write_other_rows(dataset: Dataset, number: int, folder: Path) -> None:
 
 
 def replace_items(column: pa.ChunkedArray, shift: int) -> pa.ChunkedArray:
-    """Exchange items one by one for others: no two become one, so that the file keeps its size."""
+    """Replace every item by a different one; no two become equal, so the file keeps its size."""
     return pa.chunked_array(
         [pa.ListArray.from_arrays(part.offsets, pa.array(shift + part.values.to_numpy(), pa.int32())) for part in column.chunks]
     )

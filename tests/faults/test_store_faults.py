@@ -1,4 +1,4 @@
-"""The storage adapter behind a proxy that injects faults: all calls end, with the right content or with one line that says what failed."""
+"""The storage adapter behind a proxy that injects faults: all calls end, with the right content or a one-line error."""
 
 import time
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from tests.proxy import CODES, FAULTS, Fault, FaultProxy, Faults
 RATES = (pytest.param(0.01, marks=pytest.mark.slow), 0.1, 0.3)  # the least takes the most requests until it shows
 MAX_CALLS = 1500
 LIMIT_SECONDS = 15.0
-"""Ten attempts that each wait for the short timeout of these tests, and their pauses, with room for a busy machine."""
+"""Time for ten attempts with the short timeout of these tests and their pauses, with a margin for a busy machine."""
 
 LARGE = bytes(range(256)) * 40_000  # more than one part of a multipart upload
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten what is waited for, not how often it is tried."""
+    """Shorten timeouts and pauses, not the number of attempts."""
     monkeypatch.setattr(backends, "READ_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(backends, "LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.02)
@@ -32,7 +32,7 @@ def contents(number: int) -> bytes:
 
 
 def run_until_struck(proxy: FaultProxy, call: Callable[[int], None]) -> int:
-    """Make calls until some faults have struck; return how many faults that were."""
+    """Make calls until some faults have been injected; return their number."""
     before = proxy.num_faults
     for number in range(MAX_CALLS):
         call(number)

@@ -1,4 +1,4 @@
-"""Faults inside training: a loss that is no number, and checkpoints that are damaged or of something else."""
+"""Faults inside training: a non-finite loss, and checkpoints that are damaged or of another run."""
 
 import random
 from collections.abc import Callable
@@ -43,12 +43,12 @@ def run(config: Config) -> int:
 
 
 def without_gradient(loss: torch.Tensor) -> torch.Tensor:
-    """Return a loss of the same value, whose gradient is NaN."""
+    """Return a loss of the same value with a NaN gradient."""
     return loss + (0 * loss).sqrt()
 
 
 def run_poisoned(config: Config, skip: tuple[int, ...] = (), poison: Poison = lambda loss: loss * float("nan")) -> TrainingState:
-    """Poison the loss at step 2 on rank 1, and check that no weight took it in."""
+    """Make the loss at step 2 on rank 1 non-finite, and check that no weight changed."""
     trainer = Trainer(config, open_dataset(config), LocalReporter(), NextItem, attempt=Attempt(skip=skip))
     healthy_forward = trainer.engine.forward
 

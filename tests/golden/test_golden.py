@@ -1,6 +1,6 @@
-"""What must not change unnoticed: the demo's resolved config and the first losses of a small run.
+"""Values that must not change unintentionally: the demo's resolved config and the first losses of a small run.
 
-After a change that is meant, write them anew: python -m tests.golden.test_golden
+After an intended change, regenerate them: python -m tests.golden.test_golden
 """
 
 import json
@@ -24,7 +24,7 @@ ROOT = FOLDER.parents[1]
 
 
 def resolved_config() -> dict[str, Any]:
-    """Return the demo's config without what depends on where it runs."""
+    """Return the demo's config without values that depend on the machine."""
     return load_config(ROOT / "jobs/configs/demo.toml").model_dump(mode="json", exclude={"storage": {"root"}, "run": {"scratch"}})
 
 

@@ -1,4 +1,4 @@
-"""jobs.evaluate on real checkpoints, with everything that it can be told, and its page in a real browser."""
+"""jobs.evaluate on real checkpoints with all its options, and its page in a real browser."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def train_here(config: Config) -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of two epochs, its last checkpoint to be evaluated and compared with the first."""
+    """A run of two epochs; its last checkpoint is evaluated and compared with the first."""
     folder = tmp_path_factory.mktemp("evaluation")
     made = load_config(None, [f"storage.root={folder / 'store'}", f"run.scratch={folder / 'scratch'}", *PREPARING])
     storage = Storage.from_config(made.storage)

@@ -1,4 +1,4 @@
-"""Files as people have them, through a whole preparation: nothing goes wrong in silence, and what is odd is named in the report."""
+"""Real-world files through a whole preparation: nothing fails silently, and the report names what is unusual."""
 
 import json
 import logging

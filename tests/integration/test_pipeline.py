@@ -1,4 +1,4 @@
-"""The whole chain: on a local folder with a service at its end, and as a submitted job on S3 with the same metrics."""
+"""The whole pipeline: on a local folder up to a running service, and as a submitted job on S3 with the same metrics."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def working_tree() -> set[str]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The pipeline with its service, on a local folder; and once more, which must find everything made."""
+    """The pipeline with its service on a local folder, run twice; the second run must find every stage done."""
     folder = tmp_path_factory.mktemp("local")
     environment = clean_environment(folder / "home")
     settings = (f"storage.root={folder / 'store'}", f"run.scratch={folder / 'scratch'}", "service.port=0")
@@ -125,7 +125,7 @@ def test_a_job_without_the_token_is_refused(head: Head, tmp_path: Path) -> None:
 
 
 def submit_on_s3(head: Head, storage: Storage, folder: Path, stages: str) -> dict[str, Any]:
-    """Submit these stages as a job whose store is on S3; return what it printed."""
+    """Submit these stages as a job whose store is on S3; return the JSON that it printed."""
     settings = (f"storage.root={storage.root}", f"storage.endpoint={storage.endpoint}", f"run.scratch={folder / 'scratch'}")
     finished = submit(head, clean_environment(folder / "home") | head.environment, *settings, stages)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]

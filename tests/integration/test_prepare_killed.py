@@ -1,4 +1,4 @@
-"""prepare_data killed with all its processes at a random moment and submitted again, as a program of its own."""
+"""prepare_data as a separate program, killed with all its processes at a random moment and started again."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 NUM_TASKS = 18
-"""Fewer than the events, partitions, k-core and shards passes have together."""
+"""Fewer tasks than the passes events, partitions, k-core and shards have together."""
 
 SMALL = ["data.source=synthetic", "data.synthetic.num_users=3000", "data.synthetic.num_items=50", "data.synthetic.mean_events=8"]
 
@@ -62,7 +62,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run that nobody disturbs."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, finish(start(folder, "log"), folder / "log")
 

@@ -1,4 +1,4 @@
-"""The verb on a real Ray: pretrained, killed and submitted again, and a start for `jobs.train`; in a folder and on S3."""
+"""jobs.pretrain on a real Ray: trained, killed and started again, and used by `jobs.train`; in a folder and on S3."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def wait_for_checkpoint(dataset: Dataset, process: "subprocess.Popen[str]", log:
 
 
 def stored_vectors(dataset: Dataset) -> dict[str, bytes]:
-    """Return the stored text vectors by the backbone that they were made with."""
+    """Return the stored text vectors by backbone."""
     manifests = [found.uri for found in dataset.storage.list(f"{dataset.uri}/text_vectors") if found.uri.endswith("manifest.json")]
     read = dataset.storage.read_bytes
     return {VectorsManifest.model_validate_json(read(uri)).backbone: read(uri.replace("manifest.json", "00000.arrow")) for uri in manifests}

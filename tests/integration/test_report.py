@@ -1,4 +1,4 @@
-"""The report in a real browser: every plot is there and readable, by day, by night and on a phone, and nothing leaves the page."""
+"""The report in a real browser: every plot is readable in light and dark mode and on a phone, and the page makes no requests."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -34,7 +34,7 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass(frozen=True)
 class Service:
-    """A running service, the version that it serves first, and how to talk to it."""
+    """A running service, the version that it serves first, and its address and token."""
 
     config: Config
     head: Head
@@ -45,13 +45,13 @@ class Service:
     client: httpx.Client
 
     def post(self, path: str, body: Any) -> dict[str, Any]:
-        """Post a request that is answered."""
+        """Post a request and return the answer."""
         response = self.client.post(path, json=body)
         assert response.status_code == 200, response.text
         return response.json()
 
     def deploy(self) -> "subprocess.CompletedProcess[str]":
-        """Run the verb again."""
+        """Run the command again."""
         return run_deploy(self.config, self.head)
 
 
@@ -119,7 +119,7 @@ def test_the_verb_says_what_it_started(service: Service) -> None:
 
 
 def test_recommendations_served_are_those_computed_offline(service: Service) -> None:
-    """At once from many threads, so that users of unlike histories and k share batches."""
+    """Requests from many threads at once, so that users with different histories and k share batches."""
     predictor, histories = service.export.predictor, dict(service.export.profiles.items())
     users = sorted(histories)[:NUM_USERS]
     with ThreadPoolExecutor(16) as pool:
@@ -258,7 +258,7 @@ def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Ser
 
 
 def test_nothing_listens_off_loopback_but_what_asks_for_rays_token(service: Service) -> None:
-    """Ray Serve binds each replica's own gRPC port to all interfaces, whatever the options; it must refuse strangers at least."""
+    """Ray Serve binds each replica's own gRPC port to all interfaces, whatever the options; it must refuse requests without the token."""
     processes = [psutil.Process(service.head.process_id), *psutil.Process(service.head.process_id).children(recursive=True)]
     listening = {
         (connection.laddr, " ".join(process.cmdline()))
@@ -276,7 +276,7 @@ def test_nothing_listens_off_loopback_but_what_asks_for_rays_token(service: Serv
 
 
 def test_the_token_is_in_no_file(service: Service) -> None:
-    """Runs last, after requests with the right token and wrong ones."""
+    """Runs last, after requests with right and wrong tokens."""
     files = [path for root in (service.folder, Path(service.config.storage.root).parent) for path in root.rglob("*") if path.is_file()]
     assert any(path.name.startswith("replica_") for path in files)
     assert [path for path in files if service.token.encode() in path.read_bytes()] == []

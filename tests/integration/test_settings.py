@@ -1,4 +1,4 @@
-"""Settings against what a dataset, a checkpoint or an export carries: used, or refused by name; and the table of reads tells the truth."""
+"""Settings that differ from a dataset, checkpoint or export are used or refused by name; the table of what verbs read is correct."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ def test_a_shorter_history_is_used(folder: Path, dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("max_history", [2, 3, 10])
 def test_every_target_stays_one_exactly_once(folder: Path, dataset: Dataset, max_history: int) -> None:
-    """The targets are those of the whole rows, whatever the histories are cut to; and no history is longer."""
+    """Check that the targets are those of the whole rows, and that no history exceeds the limit."""
     whole, cut = (
         list(targets_of(dataset.complete(config_of(folder, *SMALL, *overrides)), dataset))
         for overrides in ((), (f"data.max_history={max_history}",))
@@ -86,7 +86,7 @@ def test_every_target_stays_one_exactly_once(folder: Path, dataset: Dataset, max
 
 
 def targets_of(config: Config, dataset: Dataset) -> Iterator[tuple[int, int]]:
-    """Give each target's item with the places of the longest history of its batch."""
+    """Yield each target's item with the length of the longest history of its batch."""
     reader = Reader(dataset, ItemFeatures.read(dataset, Path(config.run.scratch)), config, Share(0, 1, 1))
     for (batch,) in reader.steps(0):
         assert len(torch.unique(batch.sample_ids)) == len(batch.sample_ids)
@@ -170,7 +170,7 @@ def _refusal(verb: str, config: Config, dataset: str, *more: str) -> str:
 
 
 def _without_validation(dataset: Dataset) -> Dataset:
-    """Make the dataset one in which every interaction is training data."""
+    """Change the dataset so that every interaction is training data."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,7 +195,7 @@ def _without_validation(dataset: Dataset) -> Dataset:
 
 @contextmanager
 def recorded(config: Config) -> Iterator[set[str]]:
-    """Record which keys of this very config are read, not those of others made from it."""
+    """Record which keys of this config object are read, not of configs derived from it."""
     places: dict[int, str] = {}
 
     def walk(section: Section, prefix: str) -> None:

@@ -1,7 +1,7 @@
-"""`jobs.train` whose ranks write down every sample that they train on, and kill themselves where they are told to.
+"""`jobs.train` whose ranks record every sample that they train on, and kill themselves on request.
 
-Run as `python -m tests.resume.ledger --set ...`. All by files below `run.scratch`: `ledger-{rank}`, `kill-{rank}-{step}`, `pace`, the
-seconds that a micro batch shall take at least, and `poison-{step}`, which makes the step's loss no number.
+Run as `python -m tests.resume.ledger --set ...`. Below `run.scratch` it writes `ledger-{rank}`, and reads `kill-{rank}-{step}`, `pace`, the
+minimum seconds per micro batch, and `poison-{step}`, which makes the step's loss NaN.
 """
 
 import json
@@ -27,7 +27,7 @@ Ledger = dict[tuple[int, int], list[int]]
 
 
 class Recording(NextItem):
-    """A recommender whose steps are written down as they are handed to the loop."""
+    """The next-item objective, which records each step as it passes it to the loop."""
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
         super().__init__(config, dataset, device, ranks)
@@ -58,7 +58,7 @@ class Recording(NextItem):
 
 
 def die_where_told(scratch: Path, rank: int, step: int) -> None:
-    """Kill this process if there is an order for its rank and step, which is then gone."""
+    """Kill this process if a kill file exists for its rank and step; the file is deleted first."""
     order = scratch / f"kill-{rank}-{step}"
     if order.exists():
         order.unlink()
@@ -66,14 +66,14 @@ def die_where_told(scratch: Path, rank: int, step: int) -> None:
 
 
 def order_kills(scratch: Path, kills: Sequence[tuple[int, int]]) -> None:
-    """Have each (rank, step) die as it begins the step, the first time."""
+    """Make each (rank, step) die the first time it starts the step."""
     scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     for rank, step in kills:
         (scratch / f"kill-{rank}-{step}").touch()
 
 
 def read_ledger(scratch: Path, world_size: int) -> tuple[Ledger, dict[int, int]]:
-    """Return what counts of the ledger, each step as it was made last, and how often each step was begun by rank 0."""
+    """Return the last record of each step, and how often rank 0 started each step."""
     ledger: Ledger = {}
     times: dict[int, int] = defaultdict(int)
     for rank in range(world_size):

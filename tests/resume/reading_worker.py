@@ -1,6 +1,6 @@
-"""One rank that reads a dataset and keeps a ledger of what it got; run by `test_reading.py`, which kills it.
+"""One rank that reads a dataset and records what it got; run by `test_reading.py`, which kills it.
 
-A ledger line is an attempt, a step, a rank, and the step's samples as id=items; every POSITION_EVERY steps the position is kept.
+A ledger line is an attempt, a step, a rank, and the step's samples as id=items; every POSITION_EVERY steps the position is saved.
 """
 
 import json
@@ -20,7 +20,7 @@ GLOBAL_BATCH_SIZE = 24
 
 
 def main() -> None:
-    """Read from the position on to the end of the epoch."""
+    """Read from the position to the end of the epoch."""
     order = json.loads(sys.argv[1])
     dataset = Dataset.open(Storage(order["root"], order["endpoint"]), order["dataset"])
     values = {

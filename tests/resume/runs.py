@@ -1,4 +1,4 @@
-"""A run that tests disturb: `tests.resume.ledger` in a process of its own, on a small dataset, with all that is to be compared of it."""
+"""A run that tests interrupt: `tests.resume.ledger` in a separate process on a small dataset, and the results to compare."""
 
 import json
 import os
@@ -44,16 +44,16 @@ class Run:
         self.log = self.scratch / "log"
 
     def set_pace(self, seconds: float) -> None:
-        """Have each micro batch take so long at least from now on."""
+        """Set the minimum time of each following micro batch."""
         (self.scratch / "pace").write_text(str(seconds))
 
     def start(self, cluster: Mapping[str, str] = {}) -> "subprocess.Popen[str]":
-        """Start it on a private Ray, or on the one that these variables of the environment tell of."""
+        """Start it on a private Ray, or on the cluster given by these environment variables."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(cluster)
         return subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True)
 
     def finish(self, process: "subprocess.Popen[str] | None" = None, timeout_seconds: float = 500) -> dict[str, Any]:
-        """Start it, or take it as started, and wait for what it prints."""
+        """Start it unless `process` is given, wait for its end, and return the JSON that it prints."""
         process = process or self.start()
         output, _ = process.communicate(timeout=timeout_seconds)
         assert process.returncode == 0, self.log.read_text()[-4000:]
@@ -94,7 +94,7 @@ def steps_per_epoch(dataset: Dataset) -> int:
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
-    """Compare weights, optimizer, and what was trained on, with every id once in each epoch."""
+    """Compare weights, optimizer and training samples, and check that every id occurs once per epoch."""
     per_epoch = steps_per_epoch(run.dataset)
     assert run.hashes(EPOCHS * per_epoch) == undisturbed.hashes(EPOCHS * per_epoch)
     ledger, _ = run.ledger()

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of workers: the same samples in each step, and weights as if nothing had changed."""
+"""A run resumed with another number of workers: the same samples in each step, and the weights of an unchanged run."""
 
 import contextlib
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from tests.reporters import LocalReporter
 WIDTH = 16
 STEPS = 9
 STOPS = (3, 6)
-"""After so many steps the number of workers changes."""
+"""The step after which the number of workers changes."""
 
 
 def config_of(folder: Path, name: str, **values: object) -> Config:
@@ -47,7 +47,7 @@ def config_of(folder: Path, name: str, **values: object) -> Config:
 
 
 class Stopping(LocalReporter):
-    """Writes down what each step was made of, and wants the run to stop after one of them, the second that it sees or a later one."""
+    """Records the samples of each step, and requests a stop after one of them, the second that it sees or a later one."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def run(config: Config, stop: int) -> tuple[dict[int, list[int]], list[float]]:
 
 
 def run_in_parts(config: Config, workers: Sequence[int]) -> tuple[dict[int, list[int]], list[float]]:
-    """Train with one number of workers after the other; return all samples by step, and the losses."""
+    """Train with several numbers of workers in turn; return all samples by step, and the losses."""
     samples: dict[int, list[int]] = {}
     losses: list[float] = []
     for num_workers, stop in zip(workers, (*STOPS, STEPS), strict=True):
@@ -122,7 +122,7 @@ def test_the_conversion_is_made_once_and_again_where_it_is_damaged(tmp_path: Pat
     assert needs_conversion(read_manifest(storage, uri), 1)
 
     def go_on() -> tuple[Any, int]:
-        """Go on from there with one worker; return what it did, and how many conversions it took."""
+        """Resume with one worker; return its samples and losses, and the number of conversions."""
         for step in store_of(config).steps()[1:]:
             storage.delete_tree(store_of(config).uri(step))
         capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Killed workers and killed drivers: the run ends by itself, or by the same command given again, and is the one that nobody disturbed."""
+"""Killed workers and drivers: the run recovers by itself or by the same command again, and equals an uninterrupted run."""
 
 import random
 import signal
@@ -16,11 +16,11 @@ from tests.resume.ledger import order_kills
 from tests.resume.runs import EVERY, Run, assert_same, steps_per_epoch, workers_of
 
 UPLOAD_STEPS = EVERY
-"""At most so many of these steps, of some milliseconds each, are made while a checkpoint is uploaded: then the next one waits for it."""
+"""Maximum number of steps during the upload of a checkpoint; then the next checkpoint waits for it."""
 
 pytestmark = pytest.mark.ray
 seeds = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-"""Of what is drawn: when, and whom, a fault strikes."""
+"""Seeds of the draws of when a fault occurs and on which rank."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Checkpoints that are published behind the training's back: what they hold, and what is left of them after a kill at any moment."""
+"""Asynchronously published checkpoints: their content, and their state after a kill at any moment."""
 
 import os
 import random
@@ -46,7 +46,7 @@ def config_of(folder: Path, name: str = "run", **values: object) -> Config:
 
 
 class Watching(LocalReporter):
-    """Notes after each step which checkpoints are published."""
+    """Records after each step which checkpoints are published."""
 
     def __init__(self, store: CheckpointStore) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def run(config: Config, prepare: Callable[[], None] = lambda: None) -> tuple[dic
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The hashes of an undisturbed run's last checkpoint."""
+    """Return the hashes of an uninterrupted run's last checkpoint."""
     hashes: dict[str, str] = run_distributed(run, 2, config_of(tmp_path_factory.mktemp("undisturbed")))[0][1]
     return hashes
 
@@ -104,7 +104,7 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_does_not_change_it(
 
 
 class Asking(LocalReporter):
-    """Asks for something once, in the last step of the first epoch."""
+    """Makes one request, in the last step of the first epoch."""
 
     def __init__(self, asked: Request, last_step: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Asking(LocalReporter):
 
 
 def run_asking(config: Config, asked: Request) -> int:
-    """Train with such a reporter; return the steps of an epoch."""
+    """Train with this reporter; return the number of steps per epoch."""
     dataset = Dataset.open(Storage.from_config(config.storage), config.data.dataset)
     last_step = -(-dataset.manifest.num_samples // config.training.global_batch_size)
     with pytest.raises(TrainingError, match=r"^stopped") if asked == Request.STOP else nullcontext():

@@ -1,4 +1,4 @@
-"""Readers on S3 killed by SIGKILL and started again, also with another number of ranks: nothing lost, nothing repeated, the same order."""
+"""Readers on S3, killed by SIGKILL and restarted, also with another number of ranks: no sample lost or repeated, the same order."""
 
 import json
 import random
@@ -61,7 +61,7 @@ def reading(
 
 
 def position(folder: Path) -> int:
-    """Where all ranks have come to: the least of what they kept, and the start of the last attempt where one kept nothing."""
+    """Return the position that all ranks have reached: the smallest saved one, or the start of the last attempt if a rank saved none."""
     if not (folder / "start").exists():
         return 0
     start = json.loads((folder / "start").read_text())
@@ -86,7 +86,7 @@ def kill_after(processes: list["subprocess.Popen[bytes]"], folder: Path, step: i
 
 
 def consumed(folder: Path) -> dict[int, dict[int, dict[str, Any]]]:
-    """What the last attempt that came to a step read there, by step and rank: what an attempt rolled back is gone."""
+    """Return what the last attempt that reached each step read there, by step and rank; rolled-back steps are left out."""
     last: dict[int, int] = {}
     for line in ledger(folder):
         last[line["step"]] = max(line["attempt"], last.get(line["step"], 0))

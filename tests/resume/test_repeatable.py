@@ -1,4 +1,4 @@
-"""One command twice, with one seed: every file of the two checkpoints has the same bytes."""
+"""The same command twice with the same seed: every file of the two checkpoints has the same bytes."""
 
 from pathlib import Path
 
