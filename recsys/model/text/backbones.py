@@ -166,7 +166,7 @@ def _hub_folder(name: str) -> Path:
         url = hf_hub_url(name, "config.json")
         answer = get_session().head(url, headers=build_hf_headers(), timeout=_HUB_SECONDS, follow_redirects=True)
         if answer.status_code >= 400:
-            raise BackboneError(f"no such folder, and the hub answers {answer.status_code} for it; {_HINT}")
+            raise BackboneError(f"no such folder, and the Hugging Face hub answers {answer.status_code} for it; {_HINT}")
         return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), etag_timeout=_HUB_SECONDS))
     except BackboneError:
         raise
