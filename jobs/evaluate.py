@@ -30,9 +30,9 @@ def run(config: Config) -> dict[str, Any]:
     check_given(storage, config, settings.checkpoint)
     checkpoint, trained, dataset, recommender = load_trained(storage, settings.checkpoint, scratch)
     found = evaluate(build_predictor(trained, dataset, recommender), dataset, settings, load)
-    result = {"checkpoint": settings.checkpoint, "metric": settings.metric, **found}
+    result = {"checkpoint": settings.checkpoint, "metric": settings.metric, "ranking_metric": settings.ranking_metric, **found}
     if "compare" in result:
-        logger.info("evaluate: %s", sentence(result["compare"], settings.metric))
+        logger.info("evaluate: %s", sentence(result["compare"], settings.ranking_metric))
     # The folder name has a hash of the result, so that another evaluation never overwrites it.
     digest = hashlib.sha256(json.dumps(result).encode()).hexdigest()[:8]
     folder = storage.uri("runs", checkpoint.run, "evaluations", f"step-{checkpoint.state.step:08d}-{result['split']}-{digest}")

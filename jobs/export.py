@@ -1,4 +1,4 @@
-"""Publish a checkpoint as an immutable version, and promote it to production if it is better."""
+"""Publish a checkpoint as an immutable version, and promote it to production if it is no worse."""
 
 import hashlib
 import logging
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from recsys import __version__
 from recsys.config import Config
-from recsys.exports.registry import ExportManifest, Registry, is_better
+from recsys.errors import UserError
+from recsys.exports.registry import ExportManifest, Registry
 from recsys.launch.command import run_verb
 from recsys.store import Storage, private_folder
 
 if TYPE_CHECKING:
+    from recsys.data.manifest import Dataset
     from recsys.train.checkpoints.manifest import CheckpointManifest
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def run(config: Config) -> dict[str, Any]:
         manifest = _publish(config, storage, registry, version)
     if registry.resolve(CANDIDATE) != version:
         registry.promote(CANDIDATE, version, "newest export")
-    alias, reason = promote(config, registry, manifest)
+    alias, reason = promote(config, storage, registry, manifest)
     logger.info("export: %s is %s (%s)", version, alias, reason)
     return {"version": version, "uri": registry.uri(version), "alias": alias, "reason": reason, "metrics": manifest.metadata["metrics"]}
 
@@ -72,24 +74,55 @@ def _publish(config: Config, storage: Storage, registry: Registry, version: str)
     return manifest
 
 
-def promote(config: Config, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
+def promote(config: Config, storage: Storage, registry: Registry, manifest: ExportManifest) -> tuple[str, str]:
     """Move the production alias if `export.promote` allows it; return the version's highest alias and the reason."""
-    metric, metrics = config.evaluation.metric, manifest.metadata["metrics"]
+    metric, rule = config.evaluation.metric, config.export.promote
     current = registry.current(PRODUCTION)
     if current and current.version == manifest.version:
         return PRODUCTION, "in production already"
-    incumbent = registry.manifest(current.version) if current else None
-    if config.export.promote == "never":
+    if rule == "never":
         return CANDIDATE, "export.promote = never"
-    if config.export.promote == "if_better" and not is_better(metrics, incumbent.metadata["metrics"] if incumbent else None, metric):
-        return CANDIDATE, f"not better than {current.version if current else 'nothing'} by validation {metric}"
-    reason = "the first version"
-    if incumbent:
-        before, after = (found.get(metric) or math.nan for found in (incumbent.metadata["metrics"], metrics))
-        is_same_data = incumbent.metadata["dataset_fingerprint"] == manifest.metadata["dataset_fingerprint"]
-        reason = f"validation {metric} {after:.4f} over {before:.4f} on {'the same' if is_same_data else 'another'} dataset"
+    value = manifest.metadata["metrics"].get(metric)
+    if rule != "always" and (value is None or not math.isfinite(value)):
+        return CANDIDATE, f"its validation {metric} is not a number"
+    is_chosen, reason = True, "the first version" if current is None else "export.promote = always"
+    if current and rule != "always":
+        is_chosen, reason = _compare(config, storage, registry, manifest, registry.manifest(current.version))
+    if not is_chosen:
+        return CANDIDATE, reason
     is_promoted = registry.promote(PRODUCTION, manifest.version, reason, seen=current.generation if current else 0)
     return (PRODUCTION, reason) if is_promoted else (CANDIDATE, "another version was promoted meanwhile; run the export again")
+
+
+def _compare(config: Config, storage: Storage, registry: Registry, new: ExportManifest, old: ExportManifest) -> tuple[bool, str]:
+    """Evaluate both versions on the newer one of their datasets; return whether the new one replaces the old one, and why."""
+    from recsys.evaluation.promotion import compare_versions, decide
+    from recsys.exports.files import load_export
+
+    scratch = private_folder(Path(config.run.scratch) / "exports")
+    candidate, incumbent = (load_export(registry.fetch(each.version, scratch)).predictor for each in (new, old))
+    dataset = newer_dataset(storage, new.metadata["dataset"], old.metadata.get("dataset", ""))
+    changes = compare_versions(candidate, incumbent, dataset, config.evaluation, Path(config.run.scratch))
+    is_chosen, reason = decide(changes, config.evaluation.metric, config.evaluation.guards, config.export.promote)
+    return is_chosen, f"{reason} of {old.version}, on the validation users of {dataset.uri}"
+
+
+def newer_dataset(storage: Storage, new: str, old: str) -> "Dataset":
+    """Return the dataset of the new version, unless the one of the old version was appended to it."""
+    from recsys.data.manifest import Dataset
+
+    dataset, other = Dataset.open(storage, new), None
+    uri = old
+    while uri:
+        try:
+            ancestor = Dataset.open(storage, uri)
+        except UserError:  # deleted
+            break
+        if ancestor.uri == dataset.uri:
+            return other or dataset
+        other = other or ancestor
+        uri = ancestor.sibling(ancestor.manifest.base) if ancestor.manifest.base else ""
+    return dataset
 
 
 if __name__ == "__main__":

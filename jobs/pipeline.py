@@ -18,6 +18,7 @@ from recsys.config.verb_settings import reads
 from recsys.errors import UserError
 from recsys.launch.command import run_verb
 from recsys.launch.head import local_head
+from recsys.metric_names import oriented
 from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def best_checkpoint(results: dict[str, Any], metric: str) -> str:
     found = [(results["train"]["validation"][metric], results["train"]["checkpoint"])] if "train" in results else []
     if "search" in results:
         found.append((results["search"]["winner"]["metrics"][metric], results["search"]["winner"]["checkpoint"]))
-    return max(found, key=lambda pair: pair[0])[1] if found else ""
+    return max(found, key=lambda pair: oriented(pair[0], metric))[1] if found else ""
 
 
 def _stage(config: Config, module: str, values: dict[str, str] | None = None) -> dict[str, Any]:

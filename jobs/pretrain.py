@@ -9,12 +9,14 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Pretrain `model.text.backbone` on `data.dataset` with the sections `pretraining`, `training` and `optimizer`."""
-    from recsys.launch.driver import check_pretraining, launch  # imported here so that config errors do not wait for torch
+    from recsys.launch.checks import check_pretraining  # imported here so that config errors wait for nothing
+
+    check_pretraining(config)
+    from recsys.launch.driver import launch  # imports torch
     from recsys.objectives.text_pretraining import TextPretraining
     from recsys.store import Storage
     from recsys.train.checkpoints.backbone import publish_backbone
 
-    check_pretraining(config)
     result = launch(config.with_values({"run.name": f"{config.run.name}/pretraining"}), TextPretraining)
     backbone = publish_backbone(Storage.from_config(config.storage), result["checkpoint"], Path(config.run.scratch))
     return result | {"run": config.run.name, "backbone": backbone}

@@ -86,7 +86,7 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
     rows = {"model": evaluation["metrics"], **evaluation["baselines"]}
     if "evaluate_id_only" in results:
         rows["id only"] = results["evaluate_id_only"]["metrics"]
-    cutoff = config.evaluation.metric.partition("@")[2]
+    cutoff = config.evaluation.ranking_metric.partition("@")[2]
     names = [f"{name}@{cutoff}" for name in ("hr", "ndcg", "mrr", "coverage")]
     ranking = {row: metrics for row, metrics in rows.items() if names[0] in metrics}  # some baselines only predict tasks
     width = max(map(len, ranking))

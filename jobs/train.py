@@ -8,10 +8,12 @@ from recsys.launch.command import run_verb
 
 def run(config: Config) -> dict[str, Any]:
     """Train `run.name` on `data.dataset`."""
-    from recsys.launch.driver import check_training, launch  # imported here so that config errors do not wait for torch
-    from recsys.objectives.next_item import NextItem
+    from recsys.launch.checks import check_training  # imported here so that config errors wait for nothing
 
     check_training(config)
+    from recsys.launch.driver import launch  # imports torch
+    from recsys.objectives.next_item import NextItem
+
     return launch(config, NextItem)
 
 

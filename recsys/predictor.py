@@ -1,6 +1,6 @@
 """Inference with loaded weights: user vectors, scores, rankings. Evaluation, batch scoring and the service run this code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,8 @@ from recsys.model.text.queries import QueryEncoder
 from recsys.model.user_encoder import UserEncoder
 
 ENCODE_CHUNK = 4096
+PAIRS_AT_ONCE = 65_536
+"""Maximum number of (user, item) pairs that the ranker scores in one call, unless one user has more."""
 
 Queries = Sequence[str | None]
 """Each user's query text; None: no query."""
@@ -115,20 +117,30 @@ class Predictor:
         """
         encoded = self._encode(histories, queries)
         users, ranked_users = encoded[0].float(), self.ranker.read_users(*encoded)
-        dtype = self.ranker.heads.weight.dtype
-        results = []
-        for user, ranked_user, chosen in zip(users, ranked_users, candidates, strict=True):
-            indices = torch.from_numpy(chosen).to(users.device)
-            items = self.item_vectors[indices]
-            texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
-            ranked = self.ranker.calibrate(self.ranker(ranked_user.expand(len(items), -1), items.to(dtype), texts).float())
-            scores = {"retrieval": self._retrieval(user.unsqueeze(0), indices)[0].float().cpu().numpy()}
-            for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
-                is_value = task.kind == "regression"
-                value = column * self.manifest.value_std + self.manifest.value_mean if is_value else column.sigmoid()
-                scores[task.name] = value.cpu().numpy()
-            results.append(scores)
+        results: list[dict[str, NDArray[np.float32]]] = []
+        for rows in _calls([len(chosen) for chosen in candidates]):
+            pairs = self._score_tasks(ranked_users[rows], candidates[rows])
+            for user, chosen, tasks in zip(users[rows], candidates[rows], pairs, strict=True):
+                indices = torch.from_numpy(chosen).to(users.device)
+                results.append({"retrieval": self._retrieval(user.unsqueeze(0), indices)[0].float().cpu().numpy(), **tasks})
         return results
+
+    def _score_tasks(self, ranked_users: Tensor, candidates: Sequence[Integers]) -> list[dict[str, NDArray[np.float32]]]:
+        """Return each user's task scores of the candidates, computed in one call of the ranker."""
+        lengths = [len(chosen) for chosen in candidates]
+        indices = torch.from_numpy(np.concatenate(candidates)).to(ranked_users.device)
+        owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(ranked_users.device)
+        dtype = self.ranker.heads.weight.dtype
+        items = self.item_vectors[indices].to(dtype)
+        texts = None if self.text_vectors is None else self.text_vectors[indices].to(dtype)
+        ranked = self.ranker.calibrate(self.ranker(ranked_users[owners], items, texts).float())
+        scores: list[dict[str, NDArray[np.float32]]] = [{} for _ in lengths]
+        for task, column in zip(self.manifest.tasks, ranked.unbind(1), strict=True):
+            is_value = task.kind == "regression"
+            values = column * self.manifest.value_std + self.manifest.value_mean if is_value else column.sigmoid()
+            for own, part in zip(scores, values.cpu().split(lengths), strict=True):
+                own[task.name] = part.numpy()
+        return scores
 
 
 def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
@@ -142,6 +154,18 @@ def top_k(scores: NDArray[np.float32], k: int, exclude: Integers) -> Ranking:
     candidates = np.flatnonzero(scores >= threshold)
     order = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
     return Ranking(order, scores[order])
+
+
+def _calls(num_pairs: Sequence[int]) -> Iterator[slice]:
+    """Cut users into consecutive runs of at most PAIRS_AT_ONCE pairs, or of one user."""
+    begin, total = 0, 0
+    for row, number in enumerate(num_pairs):
+        if row > begin and total + number > PAIRS_AT_ONCE:
+            yield slice(begin, row)
+            begin, total = row, 0
+        total += number
+    if begin < len(num_pairs):
+        yield slice(begin, len(num_pairs))
 
 
 @torch.no_grad()

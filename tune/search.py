@@ -24,7 +24,7 @@ def run(config: Config) -> dict[str, Any]:
     The result is stored, so submitting the same search again returns it.
     """
     from recsys.data.manifest import Dataset  # imported here so that config errors do not wait for torch
-    from recsys.launch.driver import check_training
+    from recsys.launch.checks import check_training
 
     check_training(config, *config.search.text_mode)
     storage = Storage.from_config(config.storage)
@@ -52,14 +52,13 @@ def _identify(config: Config, dataset: "Dataset") -> str:
 
 
 def _describe(config: Config, trials: list[Trial]) -> dict[str, Any]:
-    best = winner(trials)
-    if best is None:
-        raise UserError(
-            f"search of run {config.run.name}: no trial reached a finite {config.evaluation.metric}; the trials' errors are in the log file"
-        )
     metric = config.evaluation.metric
+    best = winner(trials, metric)
+    if best is None:
+        raise UserError(f"search of run {config.run.name}: no trial reached a finite {metric}; the trials' errors are in the log file")
     chosen = {"trial": best.name, "config": best.values, "metrics": {metric: best.metric}, "checkpoint": best.checkpoint}
-    return {"num_trials": len(trials), "metric": metric, "winner": chosen, "leaderboard": [asdict(trial) for trial in leaderboard(trials)]}
+    ordered = [asdict(trial) for trial in leaderboard(trials, metric)]
+    return {"num_trials": len(trials), "metric": metric, "winner": chosen, "leaderboard": ordered}
 
 
 def _read_trial(trial: Config, storage: Storage, dataset: "Dataset", sample: dict[str, Any], status: str) -> Trial:

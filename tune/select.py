@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from recsys.metric_names import oriented
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -18,14 +20,14 @@ class Trial:
     checkpoint: str | None
 
 
-def leaderboard(trials: Iterable[Trial]) -> list[Trial]:
-    """Sort from best to worst: by metric, then by name; trials without a finite metric come last."""
-    return sorted(trials, key=lambda trial: (-(trial.metric or 0.0) if _is_valid(trial) else math.inf, trial.name))
+def leaderboard(trials: Iterable[Trial], metric: str) -> list[Trial]:
+    """Sort from best to worst by the metric of this name, then by the trials' names; trials without a finite metric come last."""
+    return sorted(trials, key=lambda trial: (-oriented(trial.metric or 0.0, metric) if _is_valid(trial) else math.inf, trial.name))
 
 
-def winner(trials: Iterable[Trial]) -> Trial | None:
-    """Return the best trial, or None if no trial has a finite metric and a checkpoint."""
-    return next(filter(_is_valid, leaderboard(trials)), None)
+def winner(trials: Iterable[Trial], metric: str) -> Trial | None:
+    """Return the best trial by the metric of this name, or None if no trial has a finite metric and a checkpoint."""
+    return next(filter(_is_valid, leaderboard(trials, metric)), None)
 
 
 def concurrent_trials(num_cpus: float, num_gpus: float, cpus_per_trial: float, gpus_per_trial: float, limit: int | None) -> int:

@@ -13,9 +13,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from recsys.config import Config
 from recsys.launch.driver import launch
+from recsys.metric_names import oriented
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.terminal import format_settings
+from recsys.train.state import SCORE
 from tune.select import concurrent_trials
 from tune.space import search_space, trial_config
 
@@ -55,7 +57,7 @@ def run_trials(config: Config, storage: Storage, identity: str) -> list[tuple[di
         _train_trial(config, identity),
         param_space=search_space(search),
         tune_config=TuneConfig(
-            metric=config.evaluation.metric,
+            metric=SCORE,
             mode="max",
             num_samples=search.num_trials,
             search_alg=ConcurrencyLimiter(OptunaSearch(seed=search.seed), max_concurrent=limit),
@@ -86,7 +88,8 @@ def _train_trial(config: Config, identity: str) -> Any:
 
     def train_trial(sample: dict[str, Any]) -> None:
         result = launch(trial_config(config, identity, sample), NextItem, [TuneReportCallback()])
-        ray.tune.report({"epoch": config.training.epochs, **result["validation"]})
+        score = oriented(result["validation"][config.evaluation.metric], config.evaluation.metric)
+        ray.tune.report({"epoch": config.training.epochs, **result["validation"], SCORE: score})
 
     return train_trial
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from recsys.arrays import Integers
 from recsys.data.items import ItemFeatures
-from recsys.data.labels import task_labels
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
+from recsys.data.tasks import task_labels
 
 MIN_USERS_OF_VALUE = 5
 """Attribute values with fewer users are dropped, since they add nothing to the user's id."""
@@ -109,7 +109,7 @@ def known_rows(users: Integers, table: Tensor) -> Tensor:
 
 def labelled(interactions: Sequences, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return users, items and labels of the interactions that have a label of a task, (M,) each; values are standardized."""
-    labels, masks = task_labels(manifest, torch.from_numpy(interactions.events), torch.from_numpy(interactions.values))
+    labels, masks = map(torch.from_numpy, task_labels(manifest, interactions.events, interactions.values))
     has_label = masks[:, column] > 0
     return torch.from_numpy(interactions.owners)[has_label], torch.from_numpy(interactions.items)[has_label], labels[has_label, column]
 

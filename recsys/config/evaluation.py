@@ -1,14 +1,24 @@
 """The config sections `evaluation` and `search`."""
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from recsys.config.base import Fact, Fraction, PositiveInt, Section
+from recsys.config.base import Fact, Fraction, PositiveInt, Section, leaves
+from recsys.metric_names import LIST_METRICS, RANKING_METRICS, TASK_METRICS, is_lower_better, oriented
 
 BaselineName = Literal[
     "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorization", "factorization_machine", "two_tower", "sasrec"
 ]
+
+
+def _flatten(value: Any) -> Any:
+    """Return `{"click.auc": x}` also for the nested tables that `--set evaluation.guards.click.auc=x` gives."""
+    return dict(leaves(value)) if isinstance(value, dict) else value
+
+
+Guards = Annotated[dict[str, float], BeforeValidator(_flatten)]
 
 
 class EvaluationConfig(Section):
@@ -35,19 +45,39 @@ class EvaluationConfig(Section):
     cutoffs: Annotated[tuple[PositiveInt, ...], Fact.MAY_CHANGE] = (5, 10, 20)
     """Values of k in metrics such as `ndcg@k`."""
     metric: str = "ndcg@10"
-    """Metric that chooses checkpoints, trials and exports: hr, ndcg, mrr or recall at one of `cutoffs`."""
+    """Metric that chooses checkpoints, trials and exports: of lists at one of `cutoffs` (`ndcg@10`), or of a task (`click.auc`)."""
+    guards: Guards = {}  # noqa: RUF012 - pydantic copies defaults
+    """Other metrics and the change for the worse that is still allowed, such as `{"click.auc" = -0.002}`."""
     batch_size: Annotated[PositiveInt, Fact.MAY_CHANGE] = 256
     """Users per scoring batch."""
 
     @model_validator(mode="after")
-    def _check_metric(self) -> Self:
-        name, _, cutoff = self.metric.partition("@")
-        if name not in ("hr", "ndcg", "mrr", "recall") or not cutoff.isdigit() or int(cutoff) not in self.cutoffs:
-            known = ", ".join(f"ndcg@{k}" for k in self.cutoffs)
-            raise ValueError(
-                f"evaluation.metric = '{self.metric}' must be hr, ndcg, mrr or recall at one of evaluation.cutoffs; {known} would work"
-            )
+    def _check_metrics(self) -> Self:
+        for key, metric in (("metric", self.metric), *(("guards", name) for name in self.guards)):
+            if not self._is_metric(metric):
+                known = ", ".join(f"ndcg@{k}" for k in self.cutoffs)
+                raise ValueError(
+                    f"evaluation.{key} = '{metric}' must be {', '.join(RANKING_METRICS + LIST_METRICS)} at one of evaluation.cutoffs, or "
+                    f"{', '.join(TASK_METRICS)} of a task; {known}, click.auc would work"
+                )
+        for name, change in self.guards.items():
+            if not math.isfinite(change) or oriented(change, name) > 0:
+                better = "lower" if is_lower_better(name) else "higher"
+                raise ValueError(f"evaluation.guards: {name} = {change} is an improvement, as {better} is better; {-change:g} would work")
         return self
+
+    def _is_metric(self, metric: str) -> bool:
+        task, _, measure = metric.rpartition(".")
+        name, _, cutoff = metric.partition("@")
+        is_of_lists = name in RANKING_METRICS + LIST_METRICS and cutoff.isdigit() and int(cutoff) in self.cutoffs
+        return is_of_lists or (bool(task) and measure in TASK_METRICS)
+
+    @property
+    def ranking_metric(self) -> str:
+        """Return `metric` or, if it is not a mean of users' ranks, `ndcg` at 10 or the first cutoff: for slices, groups and curves."""
+        if self.metric.partition("@")[0] in RANKING_METRICS:
+            return self.metric
+        return f"ndcg@{10 if 10 in self.cutoffs else self.cutoffs[0]}"
 
 
 class SearchConfig(Section):

@@ -67,6 +67,8 @@ def _schema_text(schema: dict[str, Any]) -> str:
         return f"[{', '.join(_schema_text(each) for each in schema['prefixItems'])}]"
     if schema.get("type") == "array":
         return f"list of {_schema_text(schema['items'])}"
+    if schema.get("type") == "object":
+        return f"table of {_schema_text(schema['additionalProperties'])}"
     bounds = " and ".join(f"{sign} {schema[name]:g}" for name, sign in _BOUNDS.items() if name in schema)
     return f"{schema.get('type', 'string')} {bounds}".strip()
 

@@ -14,8 +14,8 @@ class ExportConfig(Section):
     """Checkpoint to export, as printed by `jobs.train` or `tune.search`."""
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """Name that versions are published under; empty: the run's name."""
-    promote: Literal["if_better", "always", "never"] = "if_better"
-    """When the alias `production` moves to the new version."""
+    promote: Literal["if_no_worse", "if_better", "always", "never"] = "if_no_worse"
+    """When `production` moves to the new version. Both are evaluated on the same users; no worse: the 95 % interval reaches 0."""
     num_golden: Count = 16
     """Number of users whose recommendations are stored with the version; every replica must reproduce them before it serves."""
 

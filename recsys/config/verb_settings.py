@@ -30,7 +30,7 @@ class VerbSettings(NamedTuple):
 
 _STORE = ("storage", "run.scratch")
 _RUN = (*_STORE, "run.name", "run.resume", "run.lease_seconds", "run.trackers", "run.project")
-_VALIDATION = ("evaluation.metric", "evaluation.cutoffs", "evaluation.batch_size")
+_VALIDATION = ("evaluation.metric", "evaluation.guards", "evaluation.cutoffs", "evaluation.batch_size")
 _DATASET = ("data.dataset", "data.max_history")
 _TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "checkpoint")
 _PRETRAIN = (*_RUN, "data.dataset", "model.text", "optimizer", "training", "pretraining", "checkpoint")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from recsys.arrays import Integers, Mask
 from recsys.data.draws import sample_draws, stable_hash
-from recsys.data.labels import UserGroups, keep_negatives, task_labels
+from recsys.data.labels import UserGroups, keep_negatives
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Sequences, cut_windows, ranges
+from recsys.data.tasks import task_labels
 from recsys.data.text.queries import QueryDraws
 from recsys.schema import PADDING_ITEM
 
@@ -214,10 +215,11 @@ class Collator:
             owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, packed.query_places])
         sample_ids, places = samples.scalars["sample_id"][owners], samples.starts[owners] + after
-        labels, label_mask = task_labels(self.manifest, *(_column(samples, name, places) for name in ("events", "values")))
+        of_tasks = task_labels(self.manifest, *(_column(samples, name, places) for name in ("events", "values")))
+        labels, label_mask = map(torch.from_numpy, of_tasks)
         if self.negative_rates is not None:
             label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
-        wanted = _column(samples, "items", places).long()
+        wanted = torch.from_numpy(_column(samples, "items", places)).long()
         items, (history, targets, negatives) = self._index_items(packed.items, wanted, negatives)
         return Batch(
             sample_ids=torch.tensor(sample_ids_before),
@@ -245,6 +247,6 @@ class Collator:
         return items, list(positions[1:].split([len(tensor) for tensor in indices]))
 
 
-def _column(samples: Sequences, name: str, places: Integers) -> Tensor:
+def _column(samples: Sequences, name: str, places: Integers) -> NDArray[Any]:
     """Gather a column, or zeros if the column was not read."""
-    return torch.from_numpy(samples.columns[name][places]) if name in samples.columns else torch.zeros(len(places))
+    return samples.columns[name][places] if name in samples.columns else np.zeros(len(places), np.float32)

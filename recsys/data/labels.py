@@ -1,4 +1,4 @@
-"""Task labels of targets, the draw of negative labels, and user groups."""
+"""The draw of negative labels, and user groups."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from recsys.arrays import Integers
 from recsys.config.model import RankerConfig
 from recsys.data.draws import stable_hash
-from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
+from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource
+from recsys.data.tasks import task_labels
 from recsys.errors import UserError
 
 MAX_GROUPS = 25
@@ -21,26 +22,6 @@ NO_GROUP = -1
 
 MAX_ROW_GROUPS = 64
 """Labels are counted in at most this many row groups, spread evenly over the shards."""
-
-
-def task_labels(manifest: DatasetManifest, events: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the labels of each task and their mask, both (..., T) float32.
-
-    `events` are kinds from 0, missing `values` are NaN. Regression labels are standardized over the training data.
-    """
-    labels, masks = [torch.zeros((*values.shape, 0))], [torch.zeros((*values.shape, 0))]
-    has_value = ~values.isnan()
-    known = torch.where(has_value, values, 0.0)
-    for task in manifest.tasks:
-        if task.event is not None:
-            label = events >= manifest.event_kinds.index(task.event)
-        elif task.threshold is not None:
-            label = known >= task.threshold
-        else:
-            label = (known - manifest.value_mean) / manifest.value_std
-        labels.append(label.float().unsqueeze(-1))
-        masks.append((has_value if task.event is None else torch.ones_like(has_value)).float().unsqueeze(-1))
-    return torch.cat(labels, -1), torch.cat(masks, -1)
 
 
 def keep_negatives(labels: Tensor, sample_ids: Tensor, places: Tensor, rates: Tensor) -> Tensor:
@@ -79,9 +60,9 @@ def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
     for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
         samples = Sequences.from_table(source.read(group))
         targets = samples.within(samples.scalars["first_target"], samples.lengths)
-        label, mask = task_labels(dataset.manifest, torch.from_numpy(targets.events), torch.from_numpy(targets.values))
-        positives += (label * mask).sum(0, dtype=torch.float64)
-        labels += mask.sum(0, dtype=torch.float64)
+        label, mask = task_labels(dataset.manifest, targets.events, targets.values)
+        positives += torch.from_numpy((label * mask).sum(0, dtype=np.float64))
+        labels += torch.from_numpy(mask.sum(0, dtype=np.float64))
     return positives, labels
 
 

@@ -102,14 +102,14 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     """
     if vectors is None:
         raise UserError("evaluation.diversity: the catalogue has no categories, vectors or text to tell items apart by; leave it empty")
-    cutoff = int(config.metric.partition("@")[2])
+    cutoff = int(config.ranking_metric.partition("@")[2])
     weights = sorted({0.0, *config.diversity})
     size = config.batch_size
     parts = [_rerank(ranked, slice(begin, begin + size), vectors, config, weights) for begin in range(0, len(ranked.top), size)]
     return [
         {
             "weight": weight,
-            config.metric: float(ranking_metrics(_ranks_in(lists, targets), (cutoff,))[config.metric].mean()),
+            config.ranking_metric: float(ranking_metrics(_ranks_in(lists, targets), (cutoff,))[config.ranking_metric].mean()),
             f"intra_list_diversity@{cutoff}": float(intra_list_diversity(lists, vectors).mean()),
             f"coverage@{cutoff}": coverage(lists, vectors.shape[0] - 1),
         }
@@ -123,7 +123,7 @@ def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: Evaluation
     is_item = top > 0
     relevance = _relevance(ranked.top_scores[users, :NUM_CANDIDATES].astype(np.float64), is_item)
     similarity = np.stack([(own @ own.T).toarray() for own in (vectors[items] for items in top)])
-    k, rerank = int(config.metric.partition("@")[2]), METHODS[config.diversity_method]
+    k, rerank = int(config.ranking_metric.partition("@")[2]), METHODS[config.diversity_method]
     chosen = np.stack([rerank(relevance, similarity, weight, k) for weight in weights])
     lists: Integers = np.take_along_axis(top[None], chosen, axis=2)
     return np.where(np.arange(lists.shape[2]) < is_item.sum(1)[:, None], lists, 0)

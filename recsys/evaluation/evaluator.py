@@ -3,26 +3,25 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
 
-from recsys.arrays import Floats, Integers, Scores
+from recsys.arrays import Scores
 from recsys.baselines import Baseline, fit_baseline
 from recsys.config.evaluation import EvaluationConfig
-from recsys.data.manifest import Dataset, DatasetManifest
+from recsys.data.manifest import Dataset
 from recsys.data.text.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
 from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors, diversity_curve
-from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
-from recsys.evaluation.ranking import PROTOCOL, Ranked, ScoreUsers, rank_users, score_by, summarize
+from recsys.evaluation.measures import Measures
+from recsys.evaluation.metrics import ranking_metrics
+from recsys.evaluation.ranking import PROTOCOL, Ranked, rank_users, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
-from recsys.evaluation.tasks import Predictions, PredictTasks, TaskMeasures, measure_tasks, predict_by
+from recsys.evaluation.tasks import Predictions, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users, target_items
 from recsys.predictor import Predictor
 
@@ -48,7 +47,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     users, catalogue = read_evaluation_users(dataset, config.split), predictor.catalogue
     measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
     ranked = measures.rank(score_by(predictor))
-    per_user, tasks = measures.per_user(ranked), measures.tasks(predict_by(predictor))
+    per_user, tasks = measures.per_user(ranked), measures.tasks(predict_all(predict_by(predictor), users, config.batch_size))
     slices = find_slices(users, measures.train_count)
     result: dict[str, Any] = {
         "split": config.split,
@@ -58,8 +57,8 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "absent_tasks": tasks.absent,
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
         "baselines": _evaluate_baselines(measures, predictor, dataset),
-        "slices": evaluate_slices(slices, ranked, config.metric),
-        "fairness": fairness_gaps(per_user[config.metric], users, config.fairness_attributes),
+        "slices": evaluate_slices(slices, ranked, config.ranking_metric),
+        "fairness": fairness_gaps(per_user[config.ranking_metric], users, config.fairness_attributes),
     }
     if predictor.query_encoder is not None:
         result["queries"] = _evaluate_queries(measures, ranked, predictor, dataset)
@@ -68,58 +67,13 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         result["diversity"] = {"method": config.diversity_method, "curve": curve}
     if load and config.compare:
         other = measures.rank(score_by(_load_other(load, "compare", config.compare, dataset)))
-        result["compare"] = {"checkpoint": config.compare, **compare(ranked, other, slices, config.cutoffs, config.metric)}
+        result["compare"] = {"checkpoint": config.compare, **compare(ranked, other, slices, config.cutoffs, config.ranking_metric)}
     if load and config.fairness_curve:
         result["curve"] = [_fairness_point(measures, ranked, predictor, config.checkpoint)]
         for address in config.fairness_curve:
             peer = _load_other(load, "fairness_curve", address, dataset)
             result["curve"].append(_fairness_point(measures, measures.rank(score_by(peer)), peer, address))
     return result
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Measures rankings and task predictions on the users of a split, in the same way for models and baselines. Shapes: I items."""
-
-    config: EvaluationConfig
-    manifest: DatasetManifest
-    users: Sequence[EvaluationUser]
-    train_count: Integers  # (I + 1,) 0 for padding
-    vectors: csr_array | None  # (I + 1, C)
-
-    def rank(self, score: ScoreUsers) -> Ranked:
-        """Rank the targets of all users."""
-        return rank_users(score, self.users, self.config, self.train_count == 0)
-
-    def per_user(self, ranked: Ranked) -> dict[str, Floats]:
-        """Compute the metrics that are averaged over users, (users,) each."""
-        metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
-        news, percentiles = information(self.train_count), popularity_percentiles(self.train_count)
-        for k in self.config.cutoffs:
-            lists = ranked.top[:, :k]
-            metrics[f"novelty@{k}"] = list_mean(news, lists)
-            metrics[f"popularity_percentile@{k}"] = list_mean(percentiles, lists)
-            if self.vectors is not None:
-                metrics[f"intra_list_diversity@{k}"] = intra_list_diversity(lists, self.vectors)
-        return metrics
-
-    def summarize(self, ranked: Ranked) -> dict[str, float]:
-        """Average the metrics over users, and add the metrics of all lists together.
-
-        popularity_lift@k is the mean popularity percentile of the recommended items over that of the users' histories (Abdollahpouri 2019).
-        """
-        percentiles, num_items = popularity_percentiles(self.train_count), len(self.train_count) - 1
-        before = float(np.mean([percentiles[user.history.items].mean() for user in self.users]))
-        metrics = summarize(ranked, self.config, num_items)
-        metrics |= {name: float(values.mean()) for name, values in self.per_user(ranked).items()}
-        for k in self.config.cutoffs:
-            metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
-            metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / before
-        return metrics
-
-    def tasks(self, predict: PredictTasks) -> TaskMeasures:
-        """Measure the predicted tasks."""
-        return measure_tasks(predict, self.manifest, self.users, self.config.batch_size)
 
 
 def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
@@ -148,7 +102,7 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
         )
 
     metrics = measures.summarize(measures.rank(score))
-    return metrics | measures.tasks(predict).values()
+    return metrics | measures.tasks(predict_all(predict, measures.users, measures.config.batch_size)).values()
 
 
 def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
@@ -194,11 +148,11 @@ def _load_other(load: Load, key: str, address: str, dataset: Dataset) -> Predict
 def _fairness_point(measures: Measures, ranked: Ranked, predictor: Predictor, address: str) -> dict[str, Any]:
     """Return a model's main metric and gaps between groups, and the bound that it was trained with."""
     config, bound = measures.config, predictor.config.fairness
-    values = measures.per_user(ranked)[config.metric]
+    values = measures.per_user(ranked)[config.ranking_metric]
     gaps = fairness_gaps(values, measures.users, config.fairness_attributes)
     return {
         "checkpoint": address,
         "bound": bound.model_dump() if bound.attribute else None,
-        config.metric: float(values.mean()),
+        config.ranking_metric: float(values.mean()),
         "gaps": {name: found["gap"] for name, found in gaps.items()},
     }

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from recsys.arrays import Floats, Integers
-from recsys.data.labels import task_labels
 from recsys.data.manifest import DatasetManifest
+from recsys.data.tasks import task_labels
 from recsys.evaluation.significance import Interval, measure_intervals
 from recsys.evaluation.users import EvaluationUser, batches
 from recsys.predictor import Predictor
@@ -95,7 +94,9 @@ PredictTasks = Callable[[Sequence[EvaluationUser]], Predictions | None]
 def predict_by(predictor: Predictor) -> PredictTasks:
     """Return a function that predicts tasks with a predictor."""
 
-    def predict(users: Sequence[EvaluationUser]) -> Predictions:
+    def predict(users: Sequence[EvaluationUser]) -> Predictions | None:
+        if not predictor.manifest.tasks:
+            return None
         scored = predictor.score([user.history for user in users], [user.targets.items for user in users])
         return {task.name: np.concatenate([scores[task.name] for scores in scored]) for task in predictor.manifest.tasks}
 
@@ -120,17 +121,23 @@ class TaskMeasures:
         return measure_intervals(self.measures, self.num_users)
 
 
-def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Sequence[EvaluationUser], batch_size: int) -> TaskMeasures:
-    """Predict every task for all targets, and compare the predictions with the existing labels."""
-    parts = [predict(batch) or {} for batch in batches(users, batch_size)] if manifest.tasks else [{}]
-    events, values = (torch.from_numpy(np.concatenate([getattr(user.targets, name) for user in users])) for name in ("events", "values"))
-    labels, mask = (array.numpy() for array in task_labels(manifest, events, values))
+def predict_all(predict: PredictTasks, users: Sequence[EvaluationUser], batch_size: int) -> Predictions:
+    """Predict the tasks for all targets of all users, in batches; empty if no task is predicted."""
+    parts = [predict(batch) or {} for batch in batches(users, batch_size)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def measure_tasks(predictions: Predictions, manifest: DatasetManifest, users: Sequence[EvaluationUser]) -> TaskMeasures:
+    """Compare predictions of all users' targets with the existing labels."""
+    labels, mask = task_labels(
+        manifest, *(np.concatenate([getattr(user.targets, name) for user in users]) for name in ("events", "values"))
+    )
     owners = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
     found = TaskMeasures(len(users), {}, {}, {})
     for column, task in enumerate(manifest.tasks):
         has_label = mask[:, column] > 0
         truth = labels[has_label, column].astype(np.float64)
-        if task.name not in parts[0]:
+        if task.name not in predictions:
             continue
         if not len(truth):
             found.absent[task.name] = "no target has a label"
@@ -140,8 +147,8 @@ def measure_tasks(predict: PredictTasks, manifest: DatasetManifest, users: Seque
             continue
         if task.kind == "regression":
             truth = truth * manifest.value_std + manifest.value_mean
-        predictions = np.concatenate([part[task.name] for part in parts])[has_label].astype(np.float64)
+        predicted = predictions[task.name][has_label].astype(np.float64)
         found.num_labels[f"{task.name}.num_labels"] = len(truth)
-        for name, measure in task_measures(task.kind, truth, predictions, owners[has_label]).items():
+        for name, measure in task_measures(task.kind, truth, predicted, owners[has_label]).items():
             found.measures[f"{task.name}.{name}"] = measure
     return found

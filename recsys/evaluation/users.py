@@ -38,19 +38,15 @@ def read_evaluation_users(dataset: Dataset, split: str) -> list[EvaluationUser]:
     Raises:
         UserError: there is no such user.
     """
-    return list(_find_users(dataset, split))
+    return list(find_users(dataset, split))
 
 
-def refuse_no_users(dataset: Dataset, split: str) -> None:
-    """Check that some user has a target in the split; stops at the first such user.
+def find_users(dataset: Dataset, split: str) -> Iterator[EvaluationUser]:
+    """Read the users like `read_evaluation_users`, shard by shard; the first is found at once.
 
     Raises:
         UserError: there is no such user.
     """
-    _find_users(dataset, split)
-
-
-def _find_users(dataset: Dataset, split: str) -> Iterator[EvaluationUser]:
     manifest = dataset.manifest
     by_shard = manifest.version == 1  # a later version may replace users of an earlier shard
     tables = (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards) if by_shard else (dataset.read_users(_COLUMNS),)

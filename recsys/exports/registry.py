@@ -5,10 +5,8 @@ absent. Its files are next to it, in a folder of the attempt that won. `{root}/e
 create-once object per generation: the highest generation is current, and the history is never lost.
 """
 
-import math
 import re
 import uuid
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +18,6 @@ from recsys.store import Storage, join, private_folder, sha256_of
 
 MANIFEST_NAME = "manifest.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LOWER_IS_BETTER = ("logloss", "rmse")
 
 
 def _now() -> str:
@@ -230,29 +227,6 @@ class Registry:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "JSON"
             raise UserError(f"{uri}: is damaged or of another release ({where}: {first['msg']}); use or publish another version") from error
-
-
-def is_better(candidate: Mapping[str, float | None], incumbent: Mapping[str, float | None] | None, metric: str) -> bool:
-    """Return whether a candidate's metric is better than the incumbent's; equal is not, NaN never is, and any number beats no incumbent.
-
-    NaN is stored in a manifest as None, since JSON has no NaN; any number beats it.
-
-    Raises:
-        UserError: the candidate or the incumbent does not have the metric.
-    """
-    if metric not in candidate:
-        raise UserError(f"evaluation.metric = '{metric}': is not among the candidate's metrics; {', '.join(candidate) or 'it has none'}")
-    value = candidate[metric]
-    if value is None or math.isnan(value) or incumbent is None:
-        return value is not None and not math.isnan(value)
-    if metric not in incumbent:
-        raise UserError(
-            f"evaluation.metric = '{metric}': the promoted version was published without it; export.promote = 'always' would work"
-        )
-    before = incumbent[metric]
-    if before is None or math.isnan(before):
-        return True
-    return value < before if metric.endswith(LOWER_IS_BETTER) else value > before
 
 
 def previous_version(history: list[AliasEntry]) -> str | None:

@@ -1,7 +1,4 @@
-"""Launches a run: checks it, decides whether it starts or resumes, holds its lease, and returns its result.
-
-Imports Ray only if workers must start, so errors in data or model are reported first.
-"""
+"""Launches a run: decides whether it starts or resumes, holds its lease, and returns its result. Imports Ray only if workers must start."""
 
 import contextlib
 import logging
@@ -9,17 +6,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from recsys.config import Config
-from recsys.data.labels import read_groups
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.evaluation.users import refuse_no_users
 from recsys.launch.head import connect
-from recsys.model.text.backbones import check_backbone
-from recsys.model.text.pretraining import check_objectives
 from recsys.objectives.objective import ObjectiveFactory
 from recsys.report.pages import TRAINING, write_report
 from recsys.store import Storage
@@ -30,32 +22,6 @@ from recsys.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
-
-
-def check_training(config: Config, *text_modes: str) -> None:
-    """Check dataset, validation users and language model for `jobs.train`, or for a search over `text_modes`."""
-    storage = Storage.from_config(config.storage)
-    dataset = Dataset.open(storage, config.data.dataset)
-    config = dataset.complete(config)
-    refuse_no_users(dataset, "validation")
-    if config.fairness.attribute:
-        read_groups(dataset, config.fairness.attribute)
-    for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):
-        _check_backbone(config, storage, mode)
-
-
-def check_pretraining(config: Config) -> None:
-    """Check dataset and language model for `jobs.pretrain`, which trains the model for any `model.text.mode`."""
-    storage = Storage.from_config(config.storage)
-    Dataset.open(storage, config.data.dataset).complete(config)
-    folder = _check_backbone(config, storage, "full")
-    if folder is not None:
-        check_objectives(config, folder)
-
-
-def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
-    text = config.with_values({"model.text.mode": mode}).model.text
-    return check_backbone(text, storage, Path(config.run.scratch))
 
 
 def launch(config: Config, make: ObjectiveFactory, callbacks: Sequence[Any] = ()) -> dict[str, Any]:

@@ -8,19 +8,22 @@ import torch.distributed as dist
 
 from recsys.arrays import Floats
 from recsys.config import Config
+from recsys.config.evaluation import EvaluationConfig
 from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.data.reader import Reader, Share
-from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import Ranked, rank_users, score_by, summarize
+from recsys.evaluation.diversity import content_vectors
+from recsys.evaluation.measures import Measures
+from recsys.evaluation.ranking import Ranked, rank_users, score_by
 from recsys.evaluation.slices import MIN_GROUP_USERS
+from recsys.evaluation.tasks import Predictions, predict_all, predict_by
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
 from recsys.model.retrieval import GroupBound
 from recsys.model.text.catalogue_text import Ranks
 from recsys.objectives.objective import Objective
-from recsys.predictor import Predictor, encode_catalogue
+from recsys.predictor import PAIRS_AT_ONCE, Predictor, encode_catalogue
 
 
 class NextItem(Objective):
@@ -38,13 +41,15 @@ class NextItem(Objective):
         self._has_texts = False
         share = Share(ranks.rank, ranks.world_size, config.training.accumulation_steps(ranks.world_size))
         self._reader = Reader(dataset, self.module.catalogue, config, share)
+        self.guards = config.evaluation.guards
         self._users = read_evaluation_users(dataset, "validation")
+        self._measures = self._measure_by(config.evaluation)
         self._groups: dict[str, str] = {}  # group name by metric name
         if self._reader.groups is not None:
             self._bound = self.module.bound = GroupBound(config.fairness, self._reader.groups)
             self.weights = self.weights | dict.fromkeys(self._bound.names, 0.0)
             attribute = config.fairness.attribute
-            self._groups = {f"{self.metric} of {attribute} {name}": name for name in self._reader.groups.names}
+            self._groups = {f"{config.evaluation.ranking_metric} of {attribute} {name}": name for name in self._reader.groups.names}
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch's samples."""
@@ -71,33 +76,50 @@ class NextItem(Objective):
         self._has_texts = True
 
     def validate(self) -> dict[str, float]:
-        """Rank the whole catalogue for the validation users, split over the ranks; return the metrics."""
-        module, evaluation = self.module, self._config.evaluation
+        """Rank the whole catalogue and predict the tasks for the validation users, split over the ranks; return the metrics."""
+        module, evaluation, measures = self.module, self._config.evaluation, self._measures
         rank, world_size = self._ranks.rank, self._ranks.world_size
-        item_vectors, _ = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
-        predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, item_vectors)
+        vectors = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
+        predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, *vectors)
         own = self._users[rank::world_size]
         # A ZeRO-3 forward is collective, so every rank ranks the same number of users; extra ones are discarded.
-        missing = -(-len(self._users) // world_size) - len(own)
-        ranked = rank_users(score_by(predictor), own + self._users[:missing], evaluation)
-        shares: list[Ranked] = [ranked] * world_size
-        dist.all_gather_object(shares, ranked.head(len(own)))
-        ranked = Ranked.join(shares)
-        values = ranking_metrics(ranked.ranks, evaluation.cutoffs)[self.metric]
-        return summarize(ranked, evaluation, module.catalogue.num_items) | self._group_means(values)
+        users = own + self._users[: -(-len(self._users) // world_size) - len(own)]
+        ranked = rank_users(score_by(predictor), users, evaluation)
+        predicted = predict_all(predict_by(predictor), users, self._task_batch_size)
+        num_targets = sum(len(user.targets.items) for user in own)
+        share = ranked.head(len(own)), {name: values[:num_targets] for name, values in predicted.items()}
+        shares: list[tuple[Ranked, Predictions]] = [share] * world_size
+        dist.all_gather_object(shares, share)
+        ranked = Ranked.join([of_rank for of_rank, _ in shares])
+        tasks = measures.tasks({name: np.concatenate([of_rank[name] for _, of_rank in shares]) for name in predicted})
+        values = measures.per_user(ranked)[evaluation.ranking_metric]
+        return measures.summarize(ranked) | tasks.values() | self._group_means(values)
+
+    def _measure_by(self, evaluation: EvaluationConfig) -> Measures:
+        """Return the measures of the validation users, rank by rank; lists are compared by content only if that decides."""
+        catalogue, num_ranks = self.module.catalogue, self._ranks.world_size
+        users = [user for rank in range(num_ranks) for user in self._users[rank::num_ranks]]
+        by_content = any(name.startswith("intra_list_diversity") for name in (evaluation.metric, *evaluation.guards))
+        vectors = content_vectors(catalogue) if by_content else None
+        return Measures(evaluation, self._dataset.manifest, users, catalogue.train_count.numpy(), vectors)
+
+    @property
+    def _task_batch_size(self) -> int:
+        """The number of users whose targets the ranker scores in one call: the same on every rank, since it is collective under ZeRO-3."""
+        most_targets = max(len(user.targets.items) for user in self._users)
+        return max(1, min(self._config.evaluation.batch_size, PAIRS_AT_ONCE // most_targets))
 
     def _group_means(self, values: Floats) -> dict[str, float]:
         """Return the mean of `values`, ordered rank by rank, over each group's users; small groups are left out."""
-        attribute, num_ranks = self._config.fairness.attribute, self._ranks.world_size
-        rank_by_rank = [user for rank in range(num_ranks) for user in self._users[rank::num_ranks]]
-        groups = np.array([user.attributes.get(attribute) or "" for user in rank_by_rank])
+        attribute = self._config.fairness.attribute
+        groups = np.array([user.attributes.get(attribute) or "" for user in self._measures.users])
         members = {metric: values[groups == name] for metric, name in self._groups.items()}
         return {metric: float(own.mean()) for metric, own in members.items() if len(own) >= MIN_GROUP_USERS}
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         """Raise the weights of groups that are behind by more than the bound, and lower the others, from the next epoch on."""
         if self._bound is not None:
-            metric = metrics[self.metric]
+            metric = metrics[self._config.evaluation.ranking_metric]
             self._duals = self._bound.raised(self._duals, [metrics.get(name, metric) for name in self._groups], metric)
             self._bound.set_duals(self._duals)
 

@@ -31,12 +31,14 @@ class Objective(Protocol):
     """A module with its batches, losses and validation. Every rank has an instance.
 
     The module returns the sum of each loss over a micro batch's targets, by name. The minimized loss is their sum weighted by `weights`.
-    `metric` is the validation metric that selects the best checkpoint; higher is better. Methods from `num_tokens` on are optional.
+    `metric` is the validation metric that selects the best checkpoint, and `guards` are the other metrics that may not fall further behind.
+    Methods from `num_tokens` on are optional.
     """
 
     module: nn.Module
     weights: Mapping[str, float]
     metric: str
+    guards: Mapping[str, float] = {}
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch's samples."""

@@ -40,8 +40,9 @@ class Point:
 
 
 def evaluation_page(numbers: Numbers) -> str:
-    """Draw the page of an evaluation; `metric` is the config's main metric."""
-    metric, slices = numbers["metric"], numbers["slices"]
+    """Draw the page of an evaluation; `metric` is the config's main metric, `ranking_metric` that of slices and groups."""
+    metric = numbers.get("ranking_metric", numbers["metric"])  # a file of an earlier release has only the latter
+    numbers, slices = {**numbers, "ranking_metric": metric}, numbers["slices"]
     cutoff = metric.partition("@")[2]
     main_metrics = [name for name in numbers["metrics"] if "@" not in name or name.endswith(f"@{cutoff}")]
     cold = [Point.of_slice(label, slices[name], metric, shows_random=True) for name, label in COLD_SLICES.items() if name in slices]

@@ -25,7 +25,7 @@ from recsys.train.monitoring.flops import flops_of
 from recsys.train.monitoring.progress import Progress
 from recsys.train.monitoring.reporter import Reporter, Request
 from recsys.train.recovery.watchdog import Watchdog
-from recsys.train.state import TrainingState
+from recsys.train.state import SCORE, TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class Trainer:
         if state.step_in_epoch == self.steps_per_epoch:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
         self._upload()
-        state.record_validation(self._validate(), self.objective.metric)
+        state.record_validation(self._validate(), self.objective.metric, self.objective.guards)
         if state.step_in_epoch == 0:
             self.objective.end_epoch(state.validation)
             state.objective = self.objective.state()
@@ -193,7 +193,7 @@ class Trainer:
         self._wait_until_published()
         if self.progress:
             self.progress.validation(state, self.objective.metric)
-        self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation})
+        self.reporter.report({"epoch": state.epoch, "step": state.step, **state.validation, SCORE: state.score})
         self.watchdog.beat()
 
     def _validate(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from recsys.config.model import TextConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.launch.driver import check_pretraining
+from recsys.launch.checks import check_pretraining
 from recsys.model.text.backbones import check_backbone, load_backbone, load_tokenizer
 from recsys.model.text.encoder import _train_tokenizer
 from recsys.store import Storage

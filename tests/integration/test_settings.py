@@ -17,7 +17,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
 from recsys.errors import UserError
 from recsys.ingest.prepare import prepare
-from recsys.launch.driver import check_training
+from recsys.launch.checks import check_training
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore

@@ -80,7 +80,8 @@ class Progress:
         values = {f"validation/{name}": value for name, value in state.validation.items()}
         self._write(values, state.step)
         self._trackers.send(values, state.step)
-        best = " (best)" if state.best_step == state.step else ""
+        broken = state.history[-1].broken_guards if state.history else ()
+        best = " (best)" if state.best_step == state.step else f" (breaks evaluation.guards: {', '.join(broken)})" if broken else ""
         logger.debug("epoch %d/%d | validation %s %.4f%s", state.epoch, epochs, metric, state.validation[metric], best)
         reached = f"{state.best_metric:.4f} at step {state.best_step}" if state.best_metric is not None else "unknown"
         self._result = f"{state.epoch} of {epochs} epochs; best validation {metric} {reached}"

@@ -48,7 +48,7 @@ def test_local_paths_become_absolute_and_uris_stay(monkeypatch: pytest.MonkeyPat
         ("model.width=63", "model.width = 63 must be divisible by model.num_heads = 2; 64 would work"),
         ("data.split=time", "needs data.validation_from and data.test_from"),
         ("data.window_stride=99", "data.window_stride must be at most data.max_history"),
-        ("evaluation.metric=ndcg@7", "ndcg@5, ndcg@10, ndcg@20 would work"),
+        ("evaluation.metric=ndcg@7", "ndcg@5, ndcg@10, ndcg@20, click.auc would work"),
         ("search.learning_rate=[1, 0.1]", "must be [low, high]"),
         ("service.min_replicas=9", "service.min_replicas = 9 must be at most"),
         ("training.shuffle_histories=true", "removes the times between interactions; set model.use_gaps=false"),

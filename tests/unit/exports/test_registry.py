@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recsys.errors import UserError
-from recsys.exports.registry import AliasEntry, Registry, is_better, previous_version
+from recsys.exports.registry import AliasEntry, Registry, previous_version
 from recsys.store import Storage
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40, "tokenizer/vocab.txt": b"a\nb\n"}
@@ -266,28 +266,3 @@ def test_previous_version(steps: str, expected: str | None) -> None:
         for number, step in enumerate(steps.split(), start=1)
     ]
     assert previous_version(history) == expected
-
-
-@pytest.mark.parametrize(
-    ("candidate", "incumbent", "metric", "expected"),
-    [
-        (0.3, 0.2, "ndcg@10", True),
-        (0.2, 0.3, "ndcg@10", False),
-        (0.2, 0.2, "ndcg@10", False),
-        (0.0, None, "ndcg@10", True),
-        (float("nan"), None, "ndcg@10", False),
-        (float("nan"), 0.1, "ndcg@10", False),
-        (0.1, float("nan"), "ndcg@10", True),
-        (0.2, 0.3, "like/logloss", True),
-        (0.3, 0.2, "rmse", False),
-    ],
-)
-def test_is_better(candidate: float, incumbent: float | None, metric: str, expected: bool) -> None:
-    assert is_better({metric: candidate}, None if incumbent is None else {metric: incumbent}, metric) is expected
-
-
-def test_is_better_names_a_missing_metric() -> None:
-    with pytest.raises(UserError, match="among the candidate's metrics; hr@10"):
-        is_better({"hr@10": 1.0}, None, "ndcg@10")
-    with pytest.raises(UserError, match="promoted version was published without it"):
-        is_better({"ndcg@10": 1.0}, {"hr@10": 1.0}, "ndcg@10")

@@ -22,18 +22,24 @@ def test_the_best_finite_metric_with_a_checkpoint_wins() -> None:
         trial("e", 0.9, checkpoint=None),
         trial("f", math.inf),
     ]
-    assert winner(trials) == trials[3]
-    assert [one.name for one in leaderboard(trials)][:2] == ["d", "a"]
+    assert winner(trials, "ndcg@10") == trials[3]
+    assert [one.name for one in leaderboard(trials, "ndcg@10")][:2] == ["d", "a"]
+
+
+def test_the_lowest_error_wins() -> None:
+    trials = [trial("a", 0.9), trial("b", 0.7), trial("c", None), trial("d", 0.8)]
+    assert [one.name for one in leaderboard(trials, "rating.rmse")] == ["b", "d", "a", "c"]
+    assert winner(trials, "rating.rmse") == trials[1]
 
 
 def test_a_tie_goes_to_the_first_name_and_a_stopped_trial_may_win() -> None:
     trials = [trial("b", 0.5), trial("a", 0.5), trial("c", 0.7, status="stopped")]
-    assert [one.name for one in leaderboard(trials)] == ["c", "a", "b"]
+    assert [one.name for one in leaderboard(trials, "ndcg@10")] == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize("trials", [[], [trial("a", None)], [trial("a", math.nan)]])
 def test_no_valid_trial_no_winner(trials: list[Trial]) -> None:
-    assert winner(trials) is None
+    assert winner(trials, "ndcg@10") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""All metrics of a split's users: of their rankings, their lists and their tasks, for models and baselines alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from recsys.arrays import Floats, Integers
+from recsys.config.evaluation import EvaluationConfig
+from recsys.data.manifest import DatasetManifest
+from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
+from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarize
+from recsys.evaluation.tasks import Predictions, TaskMeasures, measure_tasks
+from recsys.evaluation.users import EvaluationUser
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Measures rankings and task predictions on the users of a split, in the same way for models and baselines. Shapes: I items."""
+
+    config: EvaluationConfig
+    manifest: DatasetManifest
+    users: Sequence[EvaluationUser]
+    train_count: Integers  # (I + 1,) 0 for padding
+    vectors: csr_array | None  # (I + 1, C)
+
+    def rank(self, score: ScoreUsers) -> Ranked:
+        """Rank the targets of all users."""
+        return rank_users(score, self.users, self.config, self.train_count == 0)
+
+    def per_user(self, ranked: Ranked) -> dict[str, Floats]:
+        """Compute the metrics that are averaged over users, (users,) each."""
+        metrics = ranking_metrics(ranked.ranks, self.config.cutoffs)
+        news = information(self.train_count)
+        for k in self.config.cutoffs:
+            lists = ranked.top[:, :k]
+            metrics[f"novelty@{k}"] = list_mean(news, lists)
+            metrics[f"popularity_percentile@{k}"] = list_mean(self._percentiles, lists)
+            if self.vectors is not None:
+                metrics[f"intra_list_diversity@{k}"] = intra_list_diversity(lists, self.vectors)
+        return metrics
+
+    def summarize(self, ranked: Ranked) -> dict[str, float]:
+        """Average the metrics over users, and add the metrics of all lists together.
+
+        popularity_lift@k is the mean popularity percentile of the recommended items over that of the users' histories (Abdollahpouri 2019).
+        """
+        num_items = len(self.train_count) - 1
+        metrics = summarize(ranked, self.config, num_items)
+        metrics |= {name: float(values.mean()) for name, values in self.per_user(ranked).items()}
+        for k in self.config.cutoffs:
+            metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
+            metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / self._percentile_before
+        return metrics
+
+    def tasks(self, predictions: Predictions) -> TaskMeasures:
+        """Measure the predicted tasks; `predictions` are those of all users' targets."""
+        return measure_tasks(predictions, self.manifest, self.users)
+
+    @cached_property
+    def _percentiles(self) -> Floats:
+        return popularity_percentiles(self.train_count)
+
+    @cached_property
+    def _percentile_before(self) -> float:
+        return float(np.mean([self._percentiles[user.history.items].mean() for user in self.users]))

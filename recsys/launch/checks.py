@@ -1,0 +1,42 @@
+"""Checks of a run's data and model before any worker starts. torch is imported only after the data is checked."""
+
+from pathlib import Path
+
+from recsys.config import Config
+from recsys.data.manifest import Dataset
+from recsys.evaluation.refusals import refuse_absent_metrics
+from recsys.evaluation.users import find_users
+from recsys.store import Storage
+
+
+def check_training(config: Config, *text_modes: str) -> None:
+    """Check dataset, validation users, their metrics and the language model for `jobs.train`, or for a search over `text_modes`."""
+    storage = Storage.from_config(config.storage)
+    dataset = Dataset.open(storage, config.data.dataset)
+    config = dataset.complete(config)
+    find_users(dataset, "validation")
+    refuse_absent_metrics(dataset, "validation", (config.evaluation.metric, *config.evaluation.guards))
+    if config.fairness.attribute:
+        from recsys.data.labels import read_groups
+
+        read_groups(dataset, config.fairness.attribute)
+    for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):
+        _check_backbone(config, storage, mode)
+
+
+def check_pretraining(config: Config) -> None:
+    """Check dataset and language model for `jobs.pretrain`, which trains the model for any `model.text.mode`."""
+    storage = Storage.from_config(config.storage)
+    Dataset.open(storage, config.data.dataset).complete(config)
+    folder = _check_backbone(config, storage, "full")
+    if folder is not None:
+        from recsys.model.text.pretraining import check_objectives
+
+        check_objectives(config, folder)
+
+
+def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:
+    from recsys.model.text.backbones import check_backbone
+
+    text = config.with_values({"model.text.mode": mode}).model.text
+    return check_backbone(text, storage, Path(config.run.scratch))
