@@ -3,6 +3,7 @@
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -32,6 +33,15 @@ _DATE = re.compile(r"^(\d{4})[-/](\d\d?)[-/](\d\d?)(?!\d)")
 DEFAULT_EVENT = "interaction"
 KNOWN_EVENT_ORDER = ("impression", "view", "click", "favorite", "cart", "purchase")
 """Weak to strong."""
+
+Role = Literal["exposure", "positive", "negative", "ignored"]
+"""What an event says: the item was shown; the user wanted it; the user did not want it; nothing."""
+
+KNOWN_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("impression", "exposure", "show", "shown", "display", "displayed", "serve", "served"), "exposure"),
+    **dict.fromkeys(("dislike", "skip", "hide", "block", "unlike", "downvote", "thumbs_down", "not_interested"), "negative"),
+}
+"""Roles of kinds by their lower-case names; every other kind is positive."""
 
 TIE_RULE = "interactions of a user are sorted by time; equal times keep the input's order"
 RANK_TIE_RULE = "items with equal scores are ranked by catalogue index, the lower first"
@@ -140,6 +150,27 @@ FeatureKind = Literal["text", "categories", "numbers", "vectors"]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """An event kind and how its events are used.
+
+    Positive events are targets, with `weight` in the retrieval loss. With `in_history` the model reads the events. With `marks_seen` the
+    item is not recommended again, for `seen_seconds` after the event if that is set.
+    """
+
+    name: str
+    role: Role = "positive"
+    weight: float = 1.0
+    in_history: bool = True
+    marks_seen: bool = True
+    seen_seconds: int | None = None
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the events are what retrieval predicts."""
+        return self.role == "positive"
+
+
+@dataclass(frozen=True)
 class Task:
     """A prediction for a (user, item) pair besides the next item.
 
@@ -153,15 +184,32 @@ class Task:
     threshold: float | None = None
 
 
-def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Order event kinds from weak to strong: first the configured kinds, then those of the known order, then all others by name."""
-    order = {kind: position for position, kind in enumerate(dict.fromkeys((*configured, *KNOWN_EVENT_ORDER)))}
-    return tuple(sorted(kinds, key=lambda kind: (order.get(kind, len(order)), kind)))
+def known_role(kind: str) -> Role:
+    """Return the role that a kind has by its name."""
+    return KNOWN_ROLES.get(kind.lower(), "positive")
 
 
-def derive_tasks(event_kinds: tuple[str, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
-    """Return the ranking tasks: one per event kind above the weakest, and `rating` and `like` if there are values."""
-    tasks = [Task(name=f"{kind}_event" if kind in RESERVED_NAMES else kind, kind="binary", event=kind) for kind in event_kinds[1:]]
+def strength(kind: str, configured: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Return a key that sorts kinds from weak to strong: the configured ones, then those of the known order, then all others by name."""
+    order = list(dict.fromkeys((*configured, *KNOWN_EVENT_ORDER)))
+    return order.index(kind) if kind in order else len(order), kind
+
+
+def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = (), roles: Mapping[str, Role] = {}) -> tuple[str, ...]:
+    """Order event kinds from weak to strong; exposures come first and negative kinds next, unless they are among the configured ones."""
+    first = {"exposure": 0, "negative": 1}
+    return tuple(
+        sorted(
+            kinds,
+            key=lambda kind: (2 if kind in configured else first.get(roles.get(kind, "positive"), 2), *strength(kind, configured)),
+        )
+    )
+
+
+def derive_tasks(kinds: tuple[Kind, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
+    """Return the ranking tasks: one per positive kind above the weakest kind, and `rating` and `like` if there are values."""
+    positive = [kind.name for kind in kinds[1:] if kind.is_target]
+    tasks = [Task(name=f"{kind}_event" if kind in RESERVED_NAMES else kind, kind="binary", event=kind) for kind in positive]
     if num_values:
         tasks += [Task("rating", "regression"), Task("like", "binary", threshold=like_threshold)]
     return tuple(tasks)

@@ -1,5 +1,6 @@
 """Answers batches of requests from one exported version, without Ray or HTTP."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
+from recsys.data.seen import SeenRule
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.exports.files import load_export
@@ -51,6 +53,7 @@ class Answerer:
     def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
         self.predictor, self._profiles = predictor, profiles
         self.info = info
+        self._seen = SeenRule(predictor.manifest)
         self._item_index = predictor.item_index  # built here, so that the first request does not wait for it
         self.tasks = [task.name for task in predictor.manifest.tasks]
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
@@ -116,7 +119,11 @@ class Answerer:
         if not requests:
             return []
         deepest = max(request.k for request in requests)
-        exclude = [history.items if request.exclude_seen else NOTHING for request, history in zip(requests, histories, strict=True)]
+        now = int(time.time())
+        exclude = [
+            self._seen(history, now if history.timestamps.any() else None) if request.exclude_seen else NOTHING
+            for request, history in zip(requests, histories, strict=True)
+        ]
         return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
     def _find(self, request: UserRequest) -> ResolvedUser | Answer:
@@ -137,12 +144,14 @@ class Answerer:
 
     def _read_history(self, posted: Sequence[PostedInteraction]) -> ResolvedUser:
         """Convert a posted history; items that are not in the catalogue are left out and listed."""
-        rows = []
+        rows, manifest = [], self.predictor.manifest
         for position, interaction in enumerate(posted):
-            kind = 0 if interaction.event is None else self.predictor.event_index.get(interaction.event)
+            kind = manifest.default_kind if interaction.event is None else self.predictor.event_index.get(interaction.event)
             if kind is None:
-                known = ", ".join(self.predictor.manifest.event_kinds)
+                known = ", ".join(manifest.event_kinds)
                 raise HTTPException(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
+            if not manifest.kind_table[kind].in_history:
+                continue
             rows.append(
                 (
                     self._item_index.get(interaction.item_id, 0),
@@ -151,7 +160,7 @@ class Answerer:
                     NO_VALUE if interaction.value is None else interaction.value,
                 )
             )
-        unknown = dict.fromkeys(interaction.item_id for interaction, row in zip(posted, rows, strict=True) if not row[0])
+        unknown = dict.fromkeys(interaction.item_id for interaction in posted if interaction.item_id not in self._item_index)
         known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
         return ResolvedUser(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
 

@@ -12,7 +12,7 @@ from recsys.config import Config, load_config
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import MANIFEST_NAME, Dataset, DatasetManifest, Shard, content_fingerprint
 from recsys.data.sequences import Sequences, cut_windows
-from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, derive_tasks
+from recsys.schema import CATALOGUE_SCHEMA, QUERIES_SCHEMA, TIE_RULE, TRAIN_SCHEMA, USERS_SCHEMA, Kind, derive_tasks
 from recsys.store import Storage, join, sha256_of
 
 GENRES = ("comedy", "drama", "horror", "science fiction", "western")
@@ -68,7 +68,7 @@ def make_dataset(
         "num_targets": sum(len(sample["items"]) - sample["first_target"] for sample in samples),
         "rejected": {},
         "event_kinds": KINDS,
-        "tasks": derive_tasks(KINDS, len(values), 4.0),
+        "tasks": derive_tasks(tuple(map(Kind, KINDS)), len(values), 4.0),
         "value_mean": float(values.mean()),
         "value_std": float(values.std()),
         "has_time": True,

@@ -24,7 +24,7 @@ MIN_USERS_OF_VALUE = 5
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data that a baseline may use. `validation` may only choose between epochs or settings; test targets are left out.
+    """The interactions of positive kinds that a baseline may use. `validation` may only choose between epochs or settings.
 
     Shapes: U users, I items, A attributes.
     """
@@ -43,8 +43,10 @@ class TrainingData:
         table = dataset.read_users([USER_INDEX, *HISTORY_COLUMNS, "num_train", "num_validation", "attributes"])
         everything = Sequences.from_table(table).cast(items=np.int64, events=np.int64)
         num_train, num_validation = everything.scalars["num_train"], everything.scalars["num_validation"]
-        train, validation = everything.within(0, num_train), everything.within(num_train, num_train + num_validation)
-        return cls(dataset, catalogue, train.compact(), validation.compact(), table.num_rows, *_attributes(table))
+        parts = everything.within(0, num_train), everything.within(num_train, num_train + num_validation)
+        is_target = np.array([kind.is_target for kind in dataset.manifest.kind_table])
+        train, validation = (part.compact() if is_target.all() else part.where(is_target[part.events]) for part in parts)
+        return cls(dataset, catalogue, train, validation, table.num_rows, *_attributes(table))
 
     @property
     def num_items(self) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -12,6 +12,10 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+ANY = "NAME"
+"""Stands for any name in the key of a table of sections."""
 
 
 class Fact(Enum):
@@ -37,18 +41,19 @@ def fields_of(
     """Yield key, field and facts of a section's settings, then of each nested section followed by its own settings."""
     for name, field in sorted(section.model_fields.items(), key=lambda named: section_of(named[1]) is not None):
         found = facts | {each for each in field.metadata if isinstance(each, Fact)}
-        yield f"{prefix}{name}", field, found
+        key = f"{prefix}{name}.{ANY}" if get_origin(field.annotation) is dict and section_of(field) else f"{prefix}{name}"
+        yield key, field, found
         if (below := section_of(field)) is not None:
-            yield from fields_of(below, f"{prefix}{name}.", found)
+            yield from fields_of(below, f"{key}.", found)
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section class of a field, or None if the field is a setting."""
-    kind = field.annotation
+    """Return the section class of a field, or of the values of a table of sections; None if the field is a setting."""
+    kind = get_args(field.annotation)[1] if get_origin(field.annotation) is dict else field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (`section.key`, value) for every value in nested sections."""
+    """Yield (`section.key`, value) for every value in nested sections; an empty section is a value."""
     for key, value in tree.items():
-        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]

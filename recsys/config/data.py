@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from recsys.config.base import Count, Fact, Fraction, PositiveInt, Section
-from recsys.schema import LARGEST_SECONDS, read_time
+from recsys.config.base import Count, Fact, Fraction, Positive, PositiveInt, Section
+from recsys.schema import LARGEST_SECONDS, Kind, Role, known_role, read_time
 
 AUTO = "auto"
 
@@ -123,6 +123,37 @@ class CleaningConfig(Section):
     """Drop events whose user or item id is a negative number."""
 
 
+class KindConfig(Section):
+    """How the events of one kind are used. What is unset follows from the role."""
+
+    role: Role | None = None
+    """`positive`: a target; `negative`: the user did not want the item; `exposure`: it was shown; `ignored`. Unset: by the kind's name."""
+    weight: Positive = 1.0
+    """Weight of these targets in the retrieval loss."""
+    in_history: bool | None = None
+    """The model reads these events; unset: positive and negative ones."""
+    marks_seen: bool | None = None
+    """The item is not recommended again; unset: after positive and negative events."""
+    seen_seconds: PositiveInt | None = None
+    """The item may be recommended again after this time; unset: never."""
+
+    def resolve(self, name: str) -> Kind:
+        """Return the kind of this name, with what is unset filled in."""
+        role = self.role or known_role(name)
+        is_reaction = role in ("positive", "negative")
+        in_history = is_reaction if self.in_history is None else self.in_history
+        marks_seen = is_reaction if self.marks_seen is None else self.marks_seen
+        return Kind(name, role, self.weight, in_history, marks_seen, self.seen_seconds)
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.role in ("positive", None) and self.in_history is False:
+            raise ValueError("data.kinds.NAME.in_history = false needs a role other than positive, since targets come from histories")
+        if self.marks_seen and (self.in_history is False or (self.role == "exposure" and not self.in_history)):
+            raise ValueError("data.kinds.NAME.marks_seen = true needs in_history = true, since seen items come from histories")
+        return self
+
+
 class SyntheticConfig(Section):
     """The seeded generator of `data.source = "synthetic"`."""
 
@@ -165,7 +196,11 @@ class DataConfig(Section):
     """Environment variable with the key for hashing user ids; empty: ids are not hashed."""
     synthetic: Annotated[SyntheticConfig, Fact.INPUT] = SyntheticConfig()
     event_kinds: tuple[str, ...] = ()
-    """Event kinds from weak to strong; other kinds rank above them: impression, view, click, favorite, cart, purchase, then by name."""
+    """Event kinds from weak to strong; others rank above them: impression, view, click, favorite, cart, purchase, then by name."""
+    kinds: dict[str, KindConfig] = {}  # noqa: RUF012 - pydantic copies defaults
+    """Roles of event kinds, by name."""
+    collapse_seconds: PositiveInt | None = None
+    """Events of a user on one item that are at most this far apart are collapsed to the strongest of them; unset: off."""
     like_threshold: float = 4.0
     """Smallest value that counts as a like."""
     k_core: Count = 0
@@ -198,6 +233,10 @@ class DataConfig(Section):
     """Number of streams that samples are read from in turn."""
     max_file_memory_bytes: Annotated[int, Field(ge=64 << 20), Fact.INPUT] = 4 << 30
     """Input files that need more memory than this to be read are rejected."""
+
+    def kind(self, name: str) -> Kind:
+        """Return an event kind with its role."""
+        return self.kinds.get(name, KindConfig()).resolve(name)
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:

@@ -42,6 +42,10 @@ class EvaluationConfig(Section):
     """Re-ranking by maximal marginal relevance or by a determinantal point process."""
     split: Annotated[Literal["validation", "test"], Fact.MAY_CHANGE] = "test"
     """Split to evaluate on."""
+    target_events: tuple[str, ...] = ()
+    """Event kinds that are targets; empty: all positive kinds."""
+    repeats: Literal["exclude", "include", "new_kind"] = "exclude"
+    """Targets on items that the user has seen: they do not count, they count, or only with a stronger event than before."""
     cutoffs: Annotated[tuple[PositiveInt, ...], Fact.MAY_CHANGE] = (5, 10, 20)
     """Values of k in metrics such as `ndcg@k`."""
     metric: str = "ndcg@10"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from recsys.config.base import Fact, Section, fields_of, leaves, section_of
+from recsys.config.base import ANY, Fact, Section, fields_of, leaves, section_of
 from recsys.config.data import DataConfig
 from recsys.config.evaluation import EvaluationConfig, SearchConfig
 from recsys.config.model import ModelConfig
@@ -157,6 +157,13 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key, value = ".".join(str(part) for part in first["loc"]), json.dumps(first["input"], default=str)
     fields = {known: field for known, field, _ in fields_of(Config)}
+    for table in [known.removesuffix(f".{ANY}") for known in fields if known.endswith(f".{ANY}")]:
+        depth = table.count(".") + 2
+        if key.startswith(f"{table}."):
+            own = ".".join(str(part) for part in first["loc"][:depth])
+            fields |= {
+                known.replace(f"{table}.{ANY}", own, 1): field for known, field in fields.items() if known.startswith(f"{table}.{ANY}")
+            }
     if first["type"] == "extra_forbidden":
         section, _, name = key.rpartition(".")
         siblings = {known.rpartition(".")[2]: known for known in fields if known.rpartition(".")[0] == section}

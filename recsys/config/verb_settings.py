@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
-from recsys.config.base import Fact, fields_of, leaves
+from recsys.config.base import ANY, Fact, fields_of, leaves
 from recsys.config.data import DataConfig
 from recsys.config.root import Config
 from recsys.errors import UserError
@@ -15,6 +16,9 @@ TRIALS = "-trials/"
 """Separator between the search's run name and the trial's name in the run name of a trial."""
 
 _FACTS = {key: facts for key, _, facts in fields_of(Config)}
+
+_TABLES = tuple(key.removesuffix(f".{ANY}") for key in _FACTS if key.endswith(f".{ANY}"))
+"""Tables of sections, which are compared as a whole."""
 
 SEARCHED = tuple(key for key, facts in _FACTS.items() if Fact.SEARCHED in facts)
 """Keys that a search varies; each trial has its own values."""
@@ -30,7 +34,8 @@ class VerbSettings(NamedTuple):
 
 _STORE = ("storage", "run.scratch")
 _RUN = (*_STORE, "run.name", "run.resume", "run.lease_seconds", "run.trackers", "run.project")
-_VALIDATION = ("evaluation.metric", "evaluation.guards", "evaluation.cutoffs", "evaluation.batch_size")
+_TARGETS = ("evaluation.target_events", "evaluation.repeats")
+_VALIDATION = ("evaluation.metric", "evaluation.guards", "evaluation.cutoffs", "evaluation.batch_size", *_TARGETS)
 _DATASET = ("data.dataset", "data.max_history")
 _TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "checkpoint")
 _PRETRAIN = (*_RUN, "data.dataset", "model.text", "optimizer", "training", "pretraining", "checkpoint")
@@ -106,12 +111,26 @@ def _inactive_keys(data: DataConfig) -> list[str]:
 
 def contradictions(config: Config, carried: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (key, given value, carried value) for the given keys that affect the result and differ in `carried`."""
-    own, theirs = dict(leaves(config.model_dump(mode="json"))), dict(leaves(carried))
+    own, theirs = _by_key(config.model_dump(mode="json")), _by_key(carried)
     return [
         (key, own[key], theirs[key])
-        for key in sorted(config.given)
+        for key in sorted({_table_of(key) for key in config.given})
         if _is_under(key, _IN_CHECKPOINT) and _affects_result(key) and key in theirs and own[key] != theirs[key]
     ]
+
+
+def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by key; a table of sections is one value."""
+    values = dict(leaves(tree))
+    for table in _TABLES:
+        section, _, name = table.rpartition(".")
+        within = reduce(lambda node, part: node.get(part, {}), section.split("."), tree)
+        values |= {table: within[name]} if name in within else {}
+    return values
+
+
+def _table_of(key: str) -> str:
+    return next((table for table in _TABLES if _is_under(key, (table,))), key)
 
 
 def refuse_contradictions(config: Config, carried: Mapping[str, Any], carrier: str, advice: str, run: str = "") -> None:

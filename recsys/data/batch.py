@@ -134,6 +134,7 @@ class Batch:
     histories: PackedHistories
     target_places: Tensor  # (N,) the place before each target
     targets: Tensor  # (N,)
+    target_weights: Tensor  # (N,) in the retrieval loss
     labels: Tensor  # (N, T) of the target
     label_mask: Tensor  # (N, T) 1 if there is a label
     group_mask: Tensor  # (N, G) 1 if the target's user is in the group; G is 0 without `fairness.attribute`
@@ -204,9 +205,8 @@ class Collator:
         sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
             samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
-        first_target, histories = samples.scalars["first_target"], samples.within(0, samples.lengths - 1)  # the last one is only a target
-        num_targets = samples.lengths - first_target
-        owners, after = np.repeat(np.arange(len(samples)), num_targets), ranges(first_target, num_targets)  # of each target
+        histories = samples.within(0, samples.lengths - 1)  # the last one is only a target
+        owners, after = self._targets(samples)
         asked = None if self.queries is None else self.queries(samples, epoch)
         histories, has_query = (histories, None) if asked is None else asked.histories(histories)
         packed, first_places = pack(histories, self.group_cost, has_query)
@@ -215,8 +215,8 @@ class Collator:
             owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, packed.query_places])
         sample_ids, places = samples.scalars["sample_id"][owners], samples.starts[owners] + after
-        of_tasks = task_labels(self.manifest, *(_column(samples, name, places) for name in ("events", "values")))
-        labels, label_mask = map(torch.from_numpy, of_tasks)
+        events = _column(samples, "events", places)
+        labels, label_mask = map(torch.from_numpy, task_labels(self.manifest, events, _column(samples, "values", places)))
         if self.negative_rates is not None:
             label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
         wanted = torch.from_numpy(_column(samples, "items", places)).long()
@@ -228,6 +228,7 @@ class Collator:
             histories=replace(packed, items=history),
             target_places=target_places,
             targets=targets,
+            target_weights=self._weights(events),
             labels=labels,
             label_mask=label_mask,
             group_mask=torch.from_numpy(self._group_mask(sample_ids)),
@@ -235,6 +236,23 @@ class Collator:
             negatives_log_q=negatives_log_q,
             query_texts=None if asked is None else asked.texts,
         )
+
+    def _targets(self, samples: Sequences) -> tuple[Integers, Integers]:
+        """Return the row and the place in the row of each target: the interactions of positive kinds from `first_target` on."""
+        first = samples.scalars["first_target"]
+        num_later = samples.lengths - first
+        owners, places = np.repeat(np.arange(len(samples)), num_later), ranges(first, num_later)
+        is_target = np.array([kind.is_target for kind in self.manifest.kind_table])
+        if is_target.all() or "events" not in samples.columns:
+            return owners, places
+        is_kept = is_target[samples.columns["events"][samples.starts[owners] + places]]
+        return owners[is_kept], places[is_kept]
+
+    def _weights(self, events: NDArray[Any]) -> Tensor:
+        """Return the weights of targets in the retrieval loss (N,), by their kinds."""
+        kinds = self.manifest.kind_table
+        weights = np.array([kind.weight for kind in kinds], np.float32)
+        return torch.from_numpy(weights[events.astype(np.int64)] if len(kinds) > 1 else np.full(len(events), weights[0]))
 
     def _group_mask(self, sample_ids: Integers) -> NDArray[np.float32]:
         return np.zeros((len(sample_ids), 0), np.float32) if self.groups is None else self.groups.mask(sample_ids)

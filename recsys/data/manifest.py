@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from recsys.config import Config
 from recsys.config.verb_settings import refuse_contradictions
 from recsys.errors import UserError
-from recsys.schema import Task
+from recsys.schema import Kind, Task
 from recsys.store import Storage, join
 
 MANIFEST_NAME = "manifest.json"
@@ -97,6 +97,7 @@ class DatasetManifest(_Record):
     time_unit: str = ""  # unit that numeric times were read in
     items_without_catalogue_entry: int = 0
     event_kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...] = ()  # roles of the event kinds, in their order; empty: all are positive
     tasks: tuple[Task, ...]
     value_mean: float
     value_std: float
@@ -129,6 +130,16 @@ class DatasetManifest(_Record):
             raise UserError(
                 f"{where}: is not a manifest of format {FORMAT_VERSION} ({field}: {first['msg']}); run python -m jobs.prepare_data again"
             ) from None
+
+    @property
+    def kind_table(self) -> tuple[Kind, ...]:
+        """The event kinds with their roles, weak to strong."""
+        return self.kinds or tuple(Kind(name) for name in self.event_kinds)
+
+    @property
+    def default_kind(self) -> int:
+        """The number of the weakest positive kind, which an interaction without a kind has."""
+        return next((number for number, kind in enumerate(self.kind_table) if kind.is_target), 0)
 
     @property
     def num_samples(self) -> int:

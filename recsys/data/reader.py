@@ -61,7 +61,10 @@ class Reader:
         rates = negative_rates(dataset, ranker) if ranker.imbalance == "sample" else None
         attribute = config.fairness.attribute
         self.groups = UserGroups.read(dataset, attribute) if attribute else None
-        queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text) if config.model.has_queries else None
+        queries: QueryDraws | None = None
+        if config.model.has_queries:
+            target_kinds = np.array([kind.is_target for kind in dataset.manifest.kind_table])
+            queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text, target_kinds)
         self._collate = Collator(
             dataset.manifest,
             config.model.loss.kind == "full",
@@ -129,7 +132,7 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
     """Return the columns of the training shards that a batch needs; the others are not fetched."""
     is_wanted = {
         "items": True,
-        "events": len(manifest.event_kinds) > 1,
+        "events": len(manifest.event_kinds) > 1 or len(manifest.kinds) > 1,
         "timestamps": manifest.has_time and config.model.use_gaps,
         "values": manifest.has_values,
         "queries": config.model.has_queries and manifest.num_queries > 0,

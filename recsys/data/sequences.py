@@ -89,6 +89,12 @@ class Sequences:
         columns = {name: self.flat(name) for name in self.columns}
         return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths)
 
+    def where(self, is_kept: NDArray[np.bool_]) -> "Sequences":
+        """Return copies of the rows with only some interactions; the mask (N,) is in the order of `flat`."""
+        columns = {name: self.flat(name)[is_kept] for name in self.columns}
+        lengths = np.bincount(self.owners[is_kept], minlength=len(self))
+        return replace(self, columns=columns, starts=np.cumsum(lengths) - lengths, lengths=lengths)
+
     def cast(self, **dtypes: DTypeLike) -> "Sequences":
         """Convert columns to other types."""
         return replace(self, columns={**self.columns, **{name: self.columns[name].astype(dtype) for name, dtype in dtypes.items()}})

@@ -18,11 +18,11 @@ from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import PROTOCOL, Ranked, rank_users, score_by
+from recsys.evaluation.ranking import Ranked, protocol, rank_users, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
 from recsys.evaluation.tasks import Predictions, predict_all, predict_by
-from recsys.evaluation.users import EvaluationUser, read_evaluation_users, target_items
+from recsys.evaluation.users import EvaluationUser, TargetRules, find_users, target_items
 from recsys.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,17 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     Raises:
         UserError: the split has no users, or a configured attribute, checkpoint or re-ranking is not possible on this dataset.
     """
-    users, catalogue = read_evaluation_users(dataset, config.split), predictor.catalogue
+    rules, catalogue = TargetRules.of(dataset.manifest, config), predictor.catalogue
+    users = list(find_users(dataset, config.split, rules))
     measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
     ranked = measures.rank(score_by(predictor))
     per_user, tasks = measures.per_user(ranked), measures.tasks(predict_all(predict_by(predictor), users, config.batch_size))
-    slices = find_slices(users, measures.train_count)
+    slices = find_slices(users, measures.train_count, dataset.manifest.event_kinds)
     result: dict[str, Any] = {
         "split": config.split,
-        "protocol": PROTOCOL,
+        "protocol": protocol(config),
         "num_users": len(users),
+        "targets": dict(rules.counts),
         "metrics": {**measures.summarize(ranked), **tasks.values()},
         "absent_tasks": tasks.absent,
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},

@@ -69,7 +69,7 @@ def compare_versions(new: Predictor, old: Predictor, dataset: Dataset, config: E
     Raises:
         UserError: one of the versions does not give a metric.
     """
-    catalogue, users = ItemFeatures.read(dataset, scratch), read_evaluation_users(dataset, "validation")
+    catalogue, users = ItemFeatures.read(dataset, scratch), read_evaluation_users(dataset, "validation", config)
     names = list(dict.fromkeys((config.metric, *config.guards)))
     by_content = any(name.startswith("intra_list_diversity") for name in names)
     vectors = content_vectors(catalogue) if by_content else None

@@ -14,7 +14,17 @@ from recsys.evaluation.users import EvaluationUser, batches, rectangle
 from recsys.predictor import Predictor, top_k
 from recsys.schema import PADDING_ITEM, RANK_TIE_RULE, TIE_RULE
 
-PROTOCOL = f"every item ranked, seen items removed; {TIE_RULE}; {RANK_TIE_RULE}"
+
+def protocol(config: EvaluationConfig) -> str:
+    """Describe in a sentence how targets are ranked."""
+    repeats = {
+        "exclude": "seen items removed",
+        "include": "seen items are candidates and targets, too",
+        "new_kind": "seen items removed, except where a stronger event than before is the target",
+    }[config.repeats]
+    targets = f"; targets: {', '.join(config.target_events)}" if config.target_events else ""
+    return f"every item ranked, {repeats}{targets}; {TIE_RULE}; {RANK_TIE_RULE}"
+
 
 NUM_CANDIDATES = 100
 """Number of a user's best items that are re-ranked for diversity."""
@@ -60,7 +70,7 @@ def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: Evalu
         if np.isnan(scores).any():
             raise ValueError("the model returned a NaN score")
         for row, user in zip(scores, batch, strict=True):
-            best = top_k(row, depth, np.append(user.history.items, PADDING_ITEM))
+            best = top_k(row, depth, np.append(user.seen, PADDING_ITEM))
             rows.append((*target_ranks(row, user, is_cold), best.items, best.scores))
     return Ranked(*(rectangle(column) for column in zip(*rows, strict=True)))
 
@@ -72,7 +82,7 @@ def target_ranks(scores: Scores, user: EvaluationUser, is_cold: Mask | None = No
     """
     is_unseen = np.ones(len(scores), np.bool_)
     is_unseen[PADDING_ITEM] = False
-    is_unseen[user.history.items] = False
+    is_unseen[user.seen] = False
     targets = np.unique(user.targets.items)
     own = scores[targets][:, None]
     is_before = is_unseen & ((scores > own) | ((scores == own) & (np.arange(len(scores)) < targets[:, None])))  # (T, I + 1)

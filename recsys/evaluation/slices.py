@@ -19,6 +19,7 @@ MIN_SLICE_USERS = 10
 MIN_GROUP_USERS = 30
 NUM_DECILES = 10
 COLD, COLD_AMONG_COLD = "cold target", "cold target among cold items"
+TARGET_KIND = "target kind "
 WARM, WARM_AMONG_WARM = "warm target", "warm target among warm items"
 
 
@@ -49,8 +50,8 @@ class Slice:
         return random_metrics(self.is_target.sum(1)[members], self.num_candidates[members], (cutoff,))
 
 
-def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[str, Slice]:
-    """Return slices by history length, target and user attribute; slices with few users are left out.
+def find_slices(users: Sequence[EvaluationUser], train_count: Integers, event_kinds: Sequence[str] = ()) -> dict[str, Slice]:
+    """Return slices by history length, target, its event kind and user attribute; slices with few users are left out.
 
     Deciles split the catalogue, most popular items first, into ten parts with a tenth of the training interactions each; cold items are in
     none. Attributes with many values are left out.
@@ -73,6 +74,7 @@ def find_slices(users: Sequence[EvaluationUser], train_count: Integers) -> dict[
         COLD_AMONG_COLD: Slice(is_cold, num_unseen_cold, is_within_group=True),
         **{name: Slice(is_target, num_unseen) for name, is_target in by_target.items()},
         **{name: Slice(is_real & is_member[:, None], num_unseen) for name, is_member in by_user.items()},
+        **{name: Slice(is_target, num_unseen) for name, is_target in _by_kind(users, targets, event_kinds).items()},
     }
     if num_unseen_cold.any():
         slices[WARM_AMONG_WARM] = Slice(is_warm, num_unseen - num_unseen_cold, is_within_group=True)
@@ -104,12 +106,27 @@ def evaluate_slices(slices: dict[str, Slice], ranked: Ranked, metric: str) -> di
     return result
 
 
+def _by_kind(users: Sequence[EvaluationUser], targets: Integers, event_kinds: Sequence[str]) -> dict[str, Mask]:
+    """Return, by event kind, which targets (U, T) have an event of that kind; empty if all are of one kind."""
+    rows = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
+    items, kinds = (np.concatenate([getattr(user.targets, name) for user in users]) for name in ("items", "events"))
+    found = np.unique(kinds).tolist()
+    masks = {}
+    for kind in found if len(found) > 1 and event_kinds else ():
+        is_kind = kinds == kind
+        columns = np.argmax(targets[rows[is_kind]] == items[is_kind, None], axis=1)
+        mask = np.zeros(targets.shape, bool)
+        mask[rows[is_kind], columns] = True
+        masks[f"{TARGET_KIND}{event_kinds[kind]}"] = mask
+    return masks
+
+
 def _count_candidates(users: Sequence[EvaluationUser], train_count: Integers) -> tuple[Integers, Integers]:
     """Count each user's unseen items, and the cold ones among them."""
     is_cold = train_count[1:] == 0
-    seen = [np.unique(user.history.items) for user in users]
+    seen = [user.seen for user in users]
     num_seen = np.array([len(items) for items in seen])
-    num_cold_seen = np.array([is_cold[items - 1].sum() for items in seen])
+    num_cold_seen = np.array([is_cold[items - 1].sum() for items in seen], np.int64)
     return len(is_cold) - num_seen, is_cold.sum() - num_cold_seen
 
 

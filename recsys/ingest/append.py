@@ -160,13 +160,13 @@ def _lengths(known: pa.Table) -> Integers:
     return np.asarray(known["items"].combine_chunks().value_lengths().to_numpy(), np.int64)
 
 
-def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig) -> Integers:
+def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig, is_target: Mask) -> Integers:
     """Return the part of each interaction: as drawn under the random split, otherwise by the rule over the user's whole sequence."""
     parts = everything.columns[PART]
     if data.split == "random":
         return parts
     was_trained_on = (parts == TRAINING) & ~is_new  # and is never held out again
-    return np.where(was_trained_on, TRAINING, split_in_order(everything.columns["timestamps"], everything.offsets, data))
+    return np.where(was_trained_on, TRAINING, split_in_order(everything.columns["timestamps"], everything.offsets, data, is_target))
 
 
 def changed_items(base: Dataset, ids: pa.Array, items: pa.Table | None, kinds: dict[str, FeatureKind]) -> Catalogue:

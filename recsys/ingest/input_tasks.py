@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from recsys.config.data import AUTO
 from recsys.data.manifest import ColumnUse
 from recsys.errors import UserError
-from recsys.ingest.clean.cleaning import apply_rules, cast_events, is_long, normalize_queries, notice_ids, notice_rounded
+from recsys.ingest.clean.cleaning import apply_rules, cast_events, drop_ignored, is_long, normalize_queries, notice_ids, notice_rounded
 from recsys.ingest.clean.pseudonyms import pseudonymize
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import UNIT_NAMES, find_other_unit
@@ -33,8 +33,9 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
         _check_unit(job, raw)
         events, faults = cast_events(raw, job.time_unit)
         events, broken = apply_rules(events, job.data.cleaning, job.has_time, raw)
-        rejects.merge(faults)
-        rejects.merge(broken)
+        events, ignored = drop_ignored(events, job.data)
+        for found in (faults, broken, ignored):
+            rejects.merge(found)
         events, of_queries = normalize_queries(events)
         noticed.update(notice_ids(events) + of_queries + notice_rounded(raw))
         return events

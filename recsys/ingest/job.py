@@ -111,6 +111,7 @@ class Written(Cleaned, Limited):
     users: Shard | None
     train: Shard | None
     queries: Shard | None
+    num_interactions: int
     num_targets: int
     withheld: int
     overlap: Overlap

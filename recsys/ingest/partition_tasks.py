@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from recsys.arrays import Integers, Mask
 from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
-from recsys.ingest.clean.cleaning import drop_bots, notice_order, sort_and_deduplicate
+from recsys.ingest.clean.cleaning import collapse_chains, drop_bots, notice_order, sort_and_deduplicate
 from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
@@ -23,7 +23,7 @@ from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
-from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE
+from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
 
 ITEM_INDEX_NAME = "item_index.parquet"
 IS_WITHHELD = "is_withheld"
@@ -38,8 +38,10 @@ def merge_events(job: Job, partition: int) -> Partition:
     pieces = read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA)
     distinct, _ = sort_and_deduplicate(pieces)
     rejects.add_missing("duplicate", pieces, distinct)
-    events, _ = drop_bots(distinct, job.data.cleaning.max_events_per_minute if job.has_time else None)
-    rejects.add_missing("bot", distinct, events)
+    human, _ = drop_bots(distinct, job.data.cleaning.max_events_per_minute if job.has_time else None)
+    rejects.add_missing("bot", distinct, human)
+    events = collapse_chains(human, job.data)
+    rejects.add_missing("collapsed", human, events)
     known = known_users(job.base, partition, events[USER_ID])
     num_new_users = pc.count_distinct(events[USER_ID]).as_py() - known.num_rows
     if job.base is not None:
@@ -100,7 +102,7 @@ class WriteTask:
     generation: int
     first_user: int
     first_query: int
-    event_kinds: tuple[str, ...]
+    kinds: tuple[Kind, ...]
 
 
 def write_shards(job: Job, task: WriteTask) -> Written:
@@ -108,19 +110,23 @@ def write_shards(job: Job, task: WriteTask) -> Written:
 
     An appended version writes complete rows of the users with new events, and only samples with new targets.
     """
-    events = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
-    offsets = _user_offsets(events[USER_ID])
-    active_ids = events[USER_ID].take(pa.array(offsets[:-1]))
+    everyone = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
+    offsets = _user_offsets(everyone[USER_ID])
+    active_ids = everyone[USER_ID].take(pa.array(offsets[:-1]))
+    names = [kind.name for kind in task.kinds]
+    is_target = np.array([kind.is_target for kind in task.kinds])
+    events, offsets = _history_events(everyone, offsets, task.kinds)
     known = known_users(job.base, task.partition, active_ids)
     known_ids = known[USER_ID].combine_chunks()
     new_ids = active_ids.filter(pc.invert(pc.is_in(active_ids, value_set=known_ids))).combine_chunks()
     user_ids = pa.concat_arrays([known_ids, new_ids])
     user_indices = np.concatenate([known["user_index"].to_numpy(), task.first_user + np.arange(len(new_ids))])
     queries, asked = _number_queries(events, task.first_query)
-    columns = index_events(job, events, task.event_kinds) | {"queries": queries, PART: split_events(events, offsets, job.data)}
+    columns = index_events(job, events, tuple(names)) | {"queries": queries}
+    columns[PART] = split_events(events, offsets, job.data, is_target[columns["events"]])
     new_rows = pc.index_in(user_ids, value_set=active_ids.combine_chunks()).to_numpy()
     everything, is_new = join_known(known, Sequences.of_offsets(columns, offsets), new_rows)
-    parts = assign_parts(everything, is_new, job.data)
+    parts = assign_parts(everything, is_new, job.data, is_target[everything.columns["events"]])
     parts = np.where((parts == TRAINING) & staged_withheld(job)[everything.columns["items"] - 1], WITHHELD, parts)
     sequences, num_train, num_validation = by_part(everything, parts)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=1)
@@ -130,21 +136,32 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     values = sequences.within(0, num_train).values.astype(np.float64)
     moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(len(new_ids), np.int64)])
-    counts = np.unique(sequences.within(num_trained, num_train).items, return_counts=True)
+    new_training, targets = sequences.within(num_trained, num_train), sequences.within(first_targets, num_train)
+    counts = np.unique(new_training.items[is_target[new_training.events]], return_counts=True)
     write_table(job.storage, job.staged("train-counts", 0, task.partition), pa.table(list(counts), schema=COUNTS_SCHEMA))
     return Written(
-        rows=events.num_rows,
+        rows=everyone.num_rows,
+        num_interactions=events.num_rows,
         rejected=listed,
         examples=listed.examples,
         users=job.write_shard(f"users/{task.partition:05d}.parquet", users),
         train=job.write_shard(f"train/{task.partition:05d}.parquet", train),
         queries=job.write_shard(f"queries/{task.partition:05d}.parquet", asked),
-        num_targets=int(np.maximum(num_train - first_targets, 0).sum()),
+        num_targets=int(is_target[targets.events].sum()),
         withheld=int((parts == WITHHELD).sum()),
         overlap=overlap,
         value_moments=(int(moments.count[0]), float(moments.mean[0]), float(moments.deviations[0])),
         limits=Limits.of(read_histories(users), job.has_time),
     )
+
+
+def _history_events(events: pa.Table, offsets: Integers, kinds: tuple[Kind, ...]) -> tuple[pa.Table, Integers]:
+    """Return the events that belong to histories, and where each user's begin; users may have none."""
+    if all(kind.in_history for kind in kinds):
+        return events, offsets
+    names = pa.array([kind.name for kind in kinds if kind.in_history], pa.string())
+    is_kept = pc.is_in(events[EVENT], value_set=names)
+    return events.filter(is_kept).combine_chunks(), np.concatenate([[0], np.cumsum(is_kept.to_numpy())])[offsets]
 
 
 def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index_name: str = ITEM_INDEX_NAME) -> dict[str, NDArray[Any]]:

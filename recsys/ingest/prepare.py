@@ -33,7 +33,7 @@ from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_item
 from recsys.ingest.write.feature_statistics import item_numbers, join_moments
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics_passes import measure, write_dataset_report
-from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, derive_tasks, order_event_kinds
+from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, order_event_kinds
 from recsys.store import ObjectInfo, Storage, join
 from recsys.store.backends import TEMP_PREFIX
 
@@ -120,13 +120,13 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         events = _filter_core(job, events)
     if not any(outcome.rows for outcome in events.partitions):
         raise _nothing_left(job, inputs, "no interaction is left", events.rejects)
-    event_kinds = _event_kinds(job, events.partitions)
+    kinds = _event_kinds(job, events.partitions)
     ids, odd_items, warnings = _number_items(job, events.generation, items.rows, known_ids)
     users = _stage_inputs(job, "users", inputs.users)
-    shards = _write_all(job, events, event_kinds)
+    shards = _write_all(job, events, kinds)
     if job.base is None and not any(outcome.train for outcome in shards):
         raise _nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
-    measured = measure(job, shards, len(event_kinds), len(ids))
+    measured = measure(job, shards, len(kinds), len(ids))
     counts = _train_counts(job, len(ids))
     if job.base is not None:
         catalogue = changed_items(job.base, ids, items.rows, items.kinds)
@@ -135,7 +135,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     else:
         numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
         catalogue = build_catalogue(ids, items.rows, items.kinds, counts, numbers)
-        fields = _decide(job, items.kinds, event_kinds, catalogue, shards)
+        fields = _decide(job, items.kinds, kinds, catalogue, shards)
     fields |= {
         "inputs": identify_inputs(given, job.storage),
         "num_items": len(ids),
@@ -157,18 +157,19 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
 
 
 def _decide(
-    job: Job, kinds: dict[str, FeatureKind], event_kinds: tuple[str, ...], catalogue: Catalogue, shards: Sequence[Written]
+    job: Job, columns: dict[str, FeatureKind], kinds: tuple[Kind, ...], catalogue: Catalogue, shards: Sequence[Written]
 ) -> dict[str, Any]:
     """Return the manifest fields that the first version fixes for all versions appended to it."""
     num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
     features = job.data.item_features.model_dump(mode="json")
     for kind in ("text", "categories", "numbers", "vectors"):
-        features[kind] = [name for name, own in kinds.items() if own == kind]
+        features[kind] = [name for name, own in columns.items() if own == kind]
     return {
         "data_config": content_config(job.data) | {"item_features": features},
         "tie_rule": TIE_RULE,
-        "event_kinds": event_kinds,
-        "tasks": derive_tasks(event_kinds, num_values, job.data.like_threshold),
+        "event_kinds": tuple(kind.name for kind in kinds),
+        "kinds": kinds if any(kind != Kind(kind.name) for kind in kinds) else (),
+        "tasks": derive_tasks(kinds, num_values, job.data.like_threshold),
         "value_mean": value_mean,
         "value_std": value_std,
         "has_time": job.has_time,
@@ -188,7 +189,7 @@ def _count(job: Job, events: _Events, shards: Sequence[Written]) -> dict[str, in
     """Return the totals over all versions."""
     new = {
         "num_users": sum(outcome.num_users for outcome in events.partitions),
-        "num_interactions": sum(outcome.rows for outcome in events.partitions) - sum(outcome.withheld for outcome in shards),
+        "num_interactions": sum(outcome.num_interactions - outcome.withheld for outcome in shards),
         "num_targets": sum(outcome.num_targets for outcome in shards),
         "num_queries": sum(outcome.num_queries for outcome in events.partitions),
     }
@@ -280,7 +281,7 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
     return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
 
 
-def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
+def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[Kind, ...]:
     """Return the base's event kinds and refuse new ones; without a base, return those of the events, in order."""
     found = {kind for outcome in partitions for kind in outcome.event_kinds}
     if job.base is not None:
@@ -290,13 +291,14 @@ def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[str, ...]:
                 f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset does not have; "
                 f"it has {', '.join(known)}; prepare a new dataset from all events"
             )
-        return known
-    event_kinds = order_event_kinds(found, job.data.event_kinds)
+        return job.base.manifest.kind_table
+    kinds = {name: job.data.kind(name) for name in found}
+    event_kinds = order_event_kinds(found, job.data.event_kinds, {name: kind.role for name, kind in kinds.items()})
     if len(event_kinds) > _MAX_EVENT_KINDS:
         raise UserError(
             f"data.columns.event = '{job.data.columns.event}': has {len(event_kinds)} kinds; at most {_MAX_EVENT_KINDS} are possible"
         )
-    return event_kinds
+    return tuple(kinds[name] for name in event_kinds)
 
 
 def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str]) -> tuple[pa.Array, Counter[str], list[str]]:
@@ -320,11 +322,11 @@ def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequ
     return ids, noticed, both.warnings("items", "data.columns.item_id", takes_unused)
 
 
-def _write_all(job: Job, events: _Events, event_kinds: tuple[str, ...]) -> list[Written]:
+def _write_all(job: Job, events: _Events, kinds: tuple[Kind, ...]) -> list[Written]:
     first_user, first_query = (job.base.manifest.num_users, job.base.manifest.num_queries + 1) if job.base is not None else (0, 1)
     tasks = []
     for number, outcome in enumerate(events.partitions):
-        tasks.append(WriteTask(number, events.generation, first_user, first_query, event_kinds))
+        tasks.append(WriteTask(number, events.generation, first_user, first_query, kinds))
         first_user, first_query = first_user + outcome.num_users, first_query + outcome.num_queries
     return job.run("shards", Written, partial(write_shards, job), tasks)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.evaluation.refusals import refuse_absent_metrics
-from recsys.evaluation.users import find_users
 from recsys.store import Storage
 
 
@@ -14,8 +13,7 @@ def check_training(config: Config, *text_modes: str) -> None:
     storage = Storage.from_config(config.storage)
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.complete(config)
-    find_users(dataset, "validation")
-    refuse_absent_metrics(dataset, "validation", (config.evaluation.metric, *config.evaluation.guards))
+    refuse_absent_metrics(dataset, "validation", config.evaluation)
     if config.fairness.attribute:
         from recsys.data.labels import read_groups
 

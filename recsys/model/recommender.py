@@ -61,7 +61,7 @@ class Recommender(nn.Module):
         ranked_users = self.ranker.read_users(users, vectors, batch.histories, batch.target_places)
         scores = self.ranker(ranked_users, positives, None if texts is None else F.embedding(batch.targets, texts))
         result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
-        weights = users.new_ones(len(users), dtype=torch.float32) if self.bound is None else self.bound.weights(batch.group_mask)
+        weights = batch.target_weights if self.bound is None else batch.target_weights * self.bound.weights(batch.group_mask)
         loss, each = self._retrieval_loss(batch, users / self.loss.temperature, positives, items, weights)
         groups = {} if self.bound is None else dict(zip(self.bound.names, each @ batch.group_mask, strict=True))
         return result | groups | {RETRIEVAL: loss}

@@ -42,7 +42,7 @@ class NextItem(Objective):
         share = Share(ranks.rank, ranks.world_size, config.training.accumulation_steps(ranks.world_size))
         self._reader = Reader(dataset, self.module.catalogue, config, share)
         self.guards = config.evaluation.guards
-        self._users = read_evaluation_users(dataset, "validation")
+        self._users = read_evaluation_users(dataset, "validation", config.evaluation)
         self._measures = self._measure_by(config.evaluation)
         self._groups: dict[str, str] = {}  # group name by metric name
         if self._reader.groups is not None:

@@ -61,8 +61,10 @@ def evaluation_page(numbers: Numbers) -> str:
         "diversity": _diversity(numbers.get("diversity"), metric, cutoff),
         "gaps": _gaps(numbers.get("curve", []), metric),
     }
+    target_kinds = {name: found for name, found in slices.items() if name.startswith("target kind ")}
     other_metrics = [name for name in numbers["metrics"] if name not in main_metrics]
-    return render("evaluation.html", **numbers, cutoff=cutoff, main_metrics=main_metrics, other_metrics=other_metrics, plots=plots)
+    named = {"main_metrics": main_metrics, "other_metrics": other_metrics, "target_kinds": target_kinds, "targets": numbers.get("targets")}
+    return render("evaluation.html", **{**numbers, **named}, cutoff=cutoff, plots=plots)
 
 
 def _rows(points: Sequence[Point], metric: str, extra_inches: float = 0.0) -> Plot | None:

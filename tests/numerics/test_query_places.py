@@ -130,7 +130,7 @@ COLUMNS: dict[str, Any] = {"items": np.int64, "events": np.int64, "timestamps": 
 
 
 def plain_targets(batch: Batch, num_queries: int) -> dict[str, torch.Tensor]:
-    return {name: getattr(batch, name)[:-num_queries] for name in ("targets", "labels", "label_mask", "group_mask")}
+    return {name: getattr(batch, name)[:-num_queries] for name in ("targets", "target_weights", "labels", "label_mask", "group_mask")}
 
 
 @pytest.mark.parametrize("has_queries", [False, True])

@@ -6,10 +6,11 @@ import pytest
 from recsys.data.sequences import Sequences
 from recsys.evaluation.users import EvaluationUser
 from tests.benchmarks.sequence_training import BARE, OURS, RECTOOLS, metrics_of_lists, speed_rows, steps_within
+from tests.users import evaluation_user
 
 
 def user_of(index: int, seen: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(index, Sequences.of(seen), Sequences.of(targets), {}, 0)
+    return evaluation_user(index, Sequences.of(seen), Sequences.of(targets), {}, 0)
 
 
 def test_lists_are_scored_by_the_place_of_the_target() -> None:

@@ -115,6 +115,7 @@ class QueryDraws:
     rate: float
     seed: int
     has_text: Tensor  # (I + 1,) bool
+    target_kinds: Mask | None = None  # the event kinds that are targets; without it, all are
 
     def __call__(self, samples: Sequences, epoch: int) -> QueryTargets:
         """Choose samples, and one target of each."""
@@ -122,8 +123,12 @@ class QueryDraws:
         items = samples.columns["items"][samples.starts + last].astype(np.int64)
         draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), self.seed, epoch)
         chance, alone, choice = (stable_hash(draws, number).numpy() for number in range(3))
-        targets, typed = _draw_typed(samples, choice) if "queries" in samples.columns else (last, np.zeros(len(samples), np.int64))
-        chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | self.has_text[items].numpy()))
+        is_target = self._is_target(samples)
+        targets, typed = last, np.zeros(len(samples), np.int64)
+        if "queries" in samples.columns:
+            targets, typed = _draw_typed(samples, is_target, choice)
+        has_text = self.has_text[items].numpy() & is_target[samples.starts + last]
+        chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | has_text))
         has_no_history = alone[chosen] < NO_HISTORY_RATE * 2.0**63
         is_own = has_no_history | (targets[chosen] < last[chosen])
         order = np.argsort(is_own, kind="stable")
@@ -133,13 +138,19 @@ class QueryDraws:
         cut_lengths = np.where(has_no_history[order], 0, targets[chosen])[len(chosen) - num_own :]
         return QueryTargets(chosen, targets[chosen], texts, cut_lengths)
 
+    def _is_target(self, samples: Sequences) -> Mask:
+        """Return for each interaction of the columns whether its kind is a target."""
+        if self.target_kinds is None or "events" not in samples.columns:
+            return np.ones(len(samples.columns["items"]), bool)
+        return self.target_kinds[samples.columns["events"]]
 
-def _draw_typed(samples: Sequences, draws: Integers) -> tuple[Integers, Integers]:
+
+def _draw_typed(samples: Sequences, is_target: Mask, draws: Integers) -> tuple[Integers, Integers]:
     """Draw one target with a typed query per row; return places and queries, or the last place and 0 if a row has none."""
     first = samples.scalars["first_target"]
     candidates = samples.within(first, samples.lengths)
     queries = candidates.flat("queries").astype(np.int64)
-    is_typed = queries > 0
+    is_typed = (queries > 0) & is_target[candidates.places]
     owners, queries = candidates.owners[is_typed], queries[is_typed]
     places = candidates.positions[is_typed] + first[owners]
     counts = np.bincount(owners, minlength=len(samples))

@@ -10,12 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.config.data import CleaningConfig
+from recsys.config.data import CleaningConfig, DataConfig
 from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.clean.times import cast_times
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.sources.scalars import ids_of, may_be_rounded, numbers_of
-from recsys.schema import DEFAULT_EVENT, EVENT, EVENTS_SCHEMA, ITEM_ID, MAX_ID_CHARACTERS, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE
+from recsys.schema import (
+    DEFAULT_EVENT,
+    EVENT,
+    EVENTS_SCHEMA,
+    ITEM_ID,
+    MAX_ID_CHARACTERS,
+    POSITION,
+    QUERY,
+    TIMESTAMP,
+    USER_ID,
+    VALUE,
+    strength,
+)
 
 Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
 
@@ -178,6 +190,43 @@ def drop_bots(events: pa.Table, max_per_minute: int | None) -> tuple[pa.Table, i
     bots = pc.unique(busy.filter(pc.greater(busy["count_all"], max_per_minute))[USER_ID])
     kept = events.filter(pc.invert(pc.is_in(events[USER_ID], value_set=bots)))
     return kept, events.num_rows - kept.num_rows
+
+
+def drop_ignored(events: pa.Table, data: DataConfig) -> tuple[pa.Table, Rejects]:
+    """Drop the events of ignored kinds."""
+    kinds = pc.unique(events[EVENT]).to_pylist()
+    ignored = pa.array([kind for kind in kinds if data.kind(kind).role == "ignored"], pa.string())
+    return (
+        _without(events, {"ignored_kind": (pc.is_in(events[EVENT], value_set=ignored), events[EVENT])})
+        if len(ignored)
+        else (events, Rejects())
+    )
+
+
+def collapse_chains(events: pa.Table, data: DataConfig) -> pa.Table:
+    """Keep the strongest event, the last of equals, of each chain: events of a user on one item at most `data.collapse_seconds` apart.
+
+    Events out of the history, such as exposures, are kept. `events` are sorted by the tie rule.
+    """
+    if data.collapse_seconds is None:
+        return events
+    users, items, kinds = (events[name].combine_chunks().dictionary_encode() for name in (USER_ID, ITEM_ID, EVENT))
+    names = kinds.dictionary.to_pylist()
+    ranks = {name: rank for rank, name in enumerate(sorted(names, key=lambda name: strength(name, data.event_kinds)))}
+    strengths = np.array([ranks[name] for name in names], np.int64)[kinds.indices.to_numpy()]
+    in_history = np.array([data.kind(name).in_history for name in names], bool)[kinds.indices.to_numpy()]
+    times, user, item = events[TIMESTAMP].to_numpy(), users.indices.to_numpy(), items.indices.to_numpy()
+    rows = np.flatnonzero(in_history)
+    rows = rows[np.lexsort((rows, item[rows], user[rows]))]  # each user's events on an item together, in order
+    starts = np.flatnonzero(
+        (np.diff(user[rows], prepend=-1) != 0)
+        | (np.diff(item[rows], prepend=-1) != 0)
+        | (np.diff(times[rows], prepend=0) > data.collapse_seconds)
+    )
+    chains = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(rows))))
+    best_last = np.lexsort((rows, strengths[rows], chains))
+    kept = rows[best_last[np.append(starts, len(rows))[1:] - 1]]
+    return events.take(pa.array(np.sort(np.append(kept, np.flatnonzero(~in_history)))))
 
 
 def notice_order(events: pa.Table) -> Counter[str]:

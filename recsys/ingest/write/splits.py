@@ -14,33 +14,46 @@ TRAINING, VALIDATION, TEST, WITHHELD = range(4)
 """The part of an interaction; a withheld one is in none of the first three."""
 
 
-def split_events(events: pa.Table, offsets: Integers, data: DataConfig) -> Integers:
+def split_events(events: pa.Table, offsets: Integers, data: DataConfig, is_target: Mask | None = None) -> Integers:
     """Return the part of each event (EVENTS_SCHEMA, sorted by the tie rule); those of user u are `[offsets[u]:offsets[u + 1]]`.
+
+    `is_target` marks the events of positive kinds; without it all are.
 
     random: an event is held out by a draw that depends only on its user, item, time and the seed, so it is the same in every order,
     partition and version.
     """
     if data.split != "random":
-        return split_in_order(events[TIMESTAMP].to_numpy(), offsets, data)
+        return split_in_order(events[TIMESTAMP].to_numpy(), offsets, data, is_target)
     keys = zip(*(events[name].to_pylist() for name in (USER_ID, ITEM_ID, TIMESTAMP)), strict=True)
     draws = draw((f"{user} {item} {time}" for user, item, time in keys), data.split_seed)
     held_out = data.test_fraction + (1 - data.test_fraction) * data.validation_fraction
     return np.select([draws < data.test_fraction, draws < held_out], [TEST, VALIDATION], TRAINING)
 
 
-def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig) -> Integers:
+def split_in_order(timestamps: Integers, offsets: Integers, data: DataConfig, is_target: Mask | None = None) -> Integers:
     """Return the part of each interaction by its place or its time.
 
-    leave_one_out: a user's last interaction is the test target and the one before it the validation target; a user with fewer than three
-    has only training data. time: validation begins with the first interaction at or after `validation_from`, test with the first at or
-    after `test_from`; a late interaction of an appended version is held out if it comes after a held-out one.
+    leave_one_out: test data begins with a user's last target and validation data with the target before it; a user with fewer than three
+    interactions or two targets has only training data. time: validation begins with the first interaction at or after
+    `validation_from`, test with the first at or after `test_from`; a late interaction of an appended version is held out if it comes
+    after a held-out one.
     """
     lengths = np.diff(offsets)
     if data.split == "leave_one_out":
-        num_held_out = np.where(lengths >= 3, 1, 0)
-        return part_by_place(offsets, lengths - 2 * num_held_out, num_held_out)
+        last, before = _last_targets(offsets, np.ones(offsets[-1], bool) if is_target is None else is_target)
+        is_held_out = (lengths >= 3) & (before >= 0)
+        return part_by_place(offsets, np.where(is_held_out, before, lengths), np.where(is_held_out, last - before, 0))
     num_train = _leading_before(timestamps, offsets, data.validation_from)
     return part_by_place(offsets, num_train, _leading_before(timestamps, offsets, data.test_from) - num_train)
+
+
+def _last_targets(offsets: Integers, is_target: Mask) -> tuple[Integers, Integers]:
+    """Return the places of each user's last and last but one target, counted from the user's first interaction; -1 without one."""
+    targets = np.flatnonzero(is_target)
+    ends, begins = np.searchsorted(targets, offsets[1:]), np.searchsorted(targets, offsets[:-1])
+    padded = np.append(targets, 0)  # so that an index exists for users without targets
+    last, before = (np.where(ends - begins >= back, padded[ends - back] - offsets[:-1], -1) for back in (1, 2))
+    return last, before
 
 
 def part_by_place(offsets: Integers, num_train: Integers, num_validation: Integers) -> Integers:

@@ -17,6 +17,7 @@ from recsys.evaluation.ranking import rank_users
 from recsys.evaluation.users import EvaluationUser, target_items
 from recsys.store import Storage
 from tests.datasets import make_dataset
+from tests.users import evaluation_user
 
 NUM_ITEMS = 60
 
@@ -30,7 +31,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> ItemFeatures:
 def users() -> list[EvaluationUser]:
     generator = np.random.default_rng(0)
     items = [generator.permutation(np.arange(1, NUM_ITEMS + 1)).tolist() for _ in range(40)]
-    return [EvaluationUser(number, Sequences.of(row[:4]), Sequences.of(row[4:6]), {}, 0) for number, row in enumerate(items)]
+    return [evaluation_user(number, Sequences.of(row[:4]), Sequences.of(row[4:6]), {}, 0) for number, row in enumerate(items)]
 
 
 def score(batch: list[EvaluationUser]) -> np.ndarray:
@@ -62,7 +63,7 @@ def plain_ndcg(lists: np.ndarray, users: list[EvaluationUser]) -> float:
 
 
 def test_users_with_fewer_items_than_the_list_is_long(catalogue: ItemFeatures) -> None:
-    few = [EvaluationUser(0, Sequences.of(range(4, NUM_ITEMS + 1)), Sequences.of([2]), {}, 0)]
+    few = [evaluation_user(0, Sequences.of(range(4, NUM_ITEMS + 1)), Sequences.of([2]), {}, 0)]
     config = EvaluationConfig(diversity=(0.5,))
     curve = diversity_curve(rank_users(score, few, config), target_items(few), content_vectors(catalogue), config)
     assert [point["coverage@10"] for point in curve] == [3 / NUM_ITEMS] * 2

@@ -7,12 +7,13 @@ from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.evaluation.slices import MIN_GROUP_USERS, fairness_gaps
 from recsys.evaluation.users import EvaluationUser
+from tests.users import evaluation_user
 
 
 def users_of(groups: list[str]) -> list[EvaluationUser]:
     nothing = Sequences.of([])
     return [
-        EvaluationUser(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}, 0) for number, group in enumerate(groups)
+        evaluation_user(0, nothing, nothing, {"shop": group, "id": str(number)} if group else {}, 0) for number, group in enumerate(groups)
     ]
 
 

@@ -7,10 +7,11 @@ from recsys.config.evaluation import EvaluationConfig
 from recsys.data.sequences import Sequences
 from recsys.evaluation.ranking import Ranked, rank_users, summarize, target_ranks
 from recsys.evaluation.users import EvaluationUser
+from tests.users import evaluation_user
 
 
 def user(history: list[int], targets: list[int]) -> EvaluationUser:
-    return EvaluationUser(0, Sequences.of(history), Sequences.of(targets), {}, 0)
+    return evaluation_user(0, Sequences.of(history), Sequences.of(targets), {}, 0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from recsys.evaluation.slices import (
     popularity_deciles,
 )
 from recsys.evaluation.users import EvaluationUser
+from tests.users import evaluation_user
 
 NUM_ITEMS = 40
 TRAIN_COUNT = np.array([0, *([0] * 8), *range(1, NUM_ITEMS - 7)])  # items 1 to 8 are cold
@@ -33,7 +34,7 @@ def make_users(num_users: int = 60) -> list[EvaluationUser]:
         history = [*warm[: int(generator.integers(1, 20))], *cold[: index % 2]]
         targets = [warm[25], cold[5] if index % 3 == 0 else warm[26]]
         attributes = {"shop": "a" if index % 2 else "b", "zip": str(index)} if index % 5 else {}
-        users.append(EvaluationUser(index, Sequences.of(history), Sequences.of(targets), attributes, 0))
+        users.append(evaluation_user(index, Sequences.of(history), Sequences.of(targets), attributes, 0))
     return users
 
 

@@ -10,7 +10,6 @@ from recsys.config import load_config
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.evaluation.ranking import rank_users, score_by
-from recsys.evaluation.users import EvaluationUser
 from recsys.exports.profiles import ArrowProfiles
 from recsys.model.recommender import build_recommender
 from recsys.model.retrieval import RetrievalScores
@@ -20,6 +19,7 @@ from recsys.train.checkpoints.load_recommender import build_predictor
 from serve.answering import Answerer
 from serve.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.datasets import make_dataset
+from tests.users import evaluation_user
 
 COLD = (3, 17)
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_evaluation_and_service_rank_them_last(predictor: Predictor) -> None:
     for ranking in predictor.recommend(histories, 40, [np.zeros(0, np.int64)] * 2):
         assert ranking.items[-2:].tolist() == list(COLD)
         assert len(ranking.items) == 40
-    user = EvaluationUser(0, histories[0], Sequences.of([COLD[0], 7]), {}, 0)
+    user = evaluation_user(0, histories[0], Sequences.of([COLD[0], 7]), {}, 0)
     ranked = rank_users(score_by(predictor), [user], load_config().evaluation)
     assert ranked.ranks[0, 0] == 40 - 3 - 1
     info = ModelInfo(
