@@ -80,12 +80,13 @@ class Predictor:
         if typed and self.query_encoder is None:
             raise UserError("model.query_rate = 0: this model was trained without queries; ask without, or train with model.query_rate=0.5")
         has_query = np.array([query is not None for query in queries or ()]) if typed else None
-        packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query)
+        has_start = self.manifest.has_exposures
+        packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query, has_start)
         packed = map_tensors(packed, lambda tensor: tensor.to(device))
         vectors = F.embedding(packed.items, self.item_vectors).to(self.user_encoder.norm_in.weight.dtype)
         states = self.user_encoder(vectors, packed, self.query_encoder(typed) if self.query_encoder is not None and typed else None)
         num_places = recent.lengths if has_query is None else recent.lengths + has_query
-        places = torch.from_numpy(first_places + np.maximum(num_places, 1) - 1).to(device)
+        places = torch.from_numpy(first_places + np.maximum(num_places, 1 - has_start) - 1).to(device)
         return F.embedding(places, states), vectors, packed, places
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -17,6 +17,12 @@ POSITION = "position"
 EVENT = "event"
 VALUE = "value"
 QUERY = "query"
+IMPRESSION_ID = "impression_id"
+DISPLAY_POSITION = "display_position"
+SPLIT = "split"
+LABEL_PREFIX, SLICE_PREFIX = "label:", "slice:"
+"""Event columns that only some logs have: the exposure that an event belongs to, its place on the page, the part of the data that it
+belongs to, its labels by task, and values to report metrics by."""
 
 PADDING_ITEM = 0
 """Catalogue index of "no item"; real items are numbered from 1."""
@@ -60,6 +66,22 @@ EVENTS_SCHEMA = pa.schema(
 """One row per event, as every importer returns it. `timestamp` is seconds, or the position within the user's history if there are no
 times; `value` and `query` are null if the event has none; `input_order` is the row number over all input files."""
 
+OPTIONAL_TYPES = {
+    IMPRESSION_ID: pa.string(),
+    DISPLAY_POSITION: pa.int32(),
+    SPLIT: pa.int8(),
+    LABEL_PREFIX: pa.int8(),
+    SLICE_PREFIX: pa.string(),
+}
+"""Types of the optional event columns; those of labels and slices by their prefix. A split is 0 training, 1 validation, 2 test."""
+
+
+def events_schema(optional: Sequence[str]) -> pa.Schema:
+    """Return EVENTS_SCHEMA with some optional columns."""
+    types = [(name, OPTIONAL_TYPES[f"{name.partition(':')[0]}:" if ":" in name else name]) for name in optional]
+    return pa.schema([*EVENTS_SCHEMA, *types])
+
+
 _SEQUENCE_FIELDS = [
     ("items", pa.list_(pa.int32())),
     ("events", pa.list_(pa.int8())),
@@ -102,6 +124,35 @@ CATALOGUE_SCHEMA = pa.schema(
 )
 """One row per item, sorted by `item_index` from 1. `categories` are indices from 1 into the manifest's vocabulary,
 `numbers` are standardized (NaN: missing), `train_count` counts the item's interactions in the training data."""
+
+_EXPOSURE_FIELDS = [
+    ("exposed_items", pa.list_(pa.int32())),
+    ("exposed_places", pa.list_(pa.int32())),
+    ("exposed_labels", pa.list_(pa.int32())),
+    ("exposed_known", pa.list_(pa.int32())),
+    ("exposed_displays", pa.list_(pa.int32())),
+]
+"""Items shown to one user, or explicit negative events. A place is the number of the row's interactions before it. Labels and which of
+them are known are bits, one per name in the manifest's `exposure_tasks`; a display position is 0 if it is unknown."""
+
+EXPOSURE_COLUMNS = tuple(name for name, _ in _EXPOSURE_FIELDS)
+
+_HELD_OUT_FIELDS = [
+    ("exposed_times", pa.list_(pa.int64())),
+    ("exposed_slices", pa.list_(pa.list_(pa.string()))),
+    ("num_validation_exposures", pa.int32()),
+]
+
+
+def train_schema(has_exposures: bool) -> pa.Schema:
+    """Return the schema of training samples; `first_target` may then be 0."""
+    return pa.schema([*TRAIN_SCHEMA, *_EXPOSURE_FIELDS]) if has_exposures else TRAIN_SCHEMA
+
+
+def users_schema(has_exposures: bool) -> pa.Schema:
+    """Return the schema of users, with their exposures in the validation and the test data, the former first."""
+    return pa.schema([*USERS_SCHEMA, *_EXPOSURE_FIELDS, *_HELD_OUT_FIELDS]) if has_exposures else USERS_SCHEMA
+
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
 """One row per query text that users of one partition typed, numbered from 1 over all partitions and versions; partitions share no rows."""
@@ -206,10 +257,23 @@ def order_event_kinds(kinds: set[str], configured: tuple[str, ...] = (), roles: 
     )
 
 
-def derive_tasks(kinds: tuple[Kind, ...], num_values: int, like_threshold: float) -> tuple[Task, ...]:
-    """Return the ranking tasks: one per positive kind above the weakest kind, and `rating` and `like` if there are values."""
-    positive = [kind.name for kind in kinds[1:] if kind.is_target]
-    tasks = [Task(name=f"{kind}_event" if kind in RESERVED_NAMES else kind, kind="binary", event=kind) for kind in positive]
+def task_name(kind: str) -> str:
+    """Return the name of the task that predicts an event kind."""
+    return f"{kind}_event" if kind in RESERVED_NAMES else kind
+
+
+def event_tasks(kinds: Sequence[Kind]) -> tuple[str, ...]:
+    """Return the names of the tasks that predict the positive kinds."""
+    return tuple(task_name(kind.name) for kind in kinds if kind.is_target)
+
+
+def derive_tasks(kinds: tuple[Kind, ...], num_values: int, like_threshold: float, has_exposures: bool = False) -> tuple[Task, ...]:
+    """Return the ranking tasks: one per positive kind, and `rating` and `like` if there are values.
+
+    Without exposures the weakest kind has no task, since nothing says that it did not happen.
+    """
+    positive = [kind.name for kind in (kinds if has_exposures else kinds[1:]) if kind.is_target]
+    tasks = [Task(name=task_name(kind), kind="binary", event=kind) for kind in positive]
     if num_values:
         tasks += [Task("rating", "regression"), Task("like", "binary", threshold=like_threshold)]
     return tuple(tasks)

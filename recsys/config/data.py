@@ -48,6 +48,16 @@ class ColumnsConfig(Section):
     """Column of ratings or other values; optional."""
     query: str = "query"
     """Column of the query that the user typed before the event; optional; empty: ignored."""
+    impression_id: str = "impression_id"
+    """Column that joins an exposure with what the user did; optional; empty: ignored."""
+    display_position: str = "display_position"
+    """Column of an exposure's place on the page, from 1; optional; empty: ignored."""
+    split: str = ""
+    """Column of the part that an event belongs to, for `data.split = "column"`: train, validation or test."""
+    slices: tuple[str, ...] = ()
+    """Columns of events whose values metrics of tasks are reported by."""
+    labels: dict[str, str] = {}  # noqa: RUF012 - pydantic copies defaults
+    """Columns of labels, 0 or 1, by task; each event is then an exposure, and one with label 1 an event of this kind."""
 
 
 class CsvConfig(Section):
@@ -201,12 +211,16 @@ class DataConfig(Section):
     """Roles of event kinds, by name."""
     collapse_seconds: PositiveInt | None = None
     """Events of a user on one item that are at most this far apart are collapsed to the strongest of them; unset: off."""
+    exposure_seconds: PositiveInt = 86_400
+    """An event belongs to the user's last exposure of the item, if that is at most this long ago and has no other impression id."""
+    max_exposures: PositiveInt = 512
+    """Maximum number of exposures in a training sample; a user with more gets further samples."""
     like_threshold: float = 4.0
     """Smallest value that counts as a like."""
     k_core: Count = 0
     """Repeatedly drop users and items with fewer interactions than this; 0: off."""
-    split: Literal["leave_one_out", "time", "random"] = "leave_one_out"
-    """Hold out each user's last two interactions (`leave_one_out`), all interactions from a `time` on, or a `random` share."""
+    split: Literal["leave_one_out", "time", "random", "column"] = "leave_one_out"
+    """Hold out each user's last two targets (`leave_one_out`), everything from a `time` on, a `random` share, or by a `column`."""
     validation_from: Seconds | None = None
     """Start of the validation data, for `split = "time"`."""
     test_from: Seconds | None = None
@@ -245,6 +259,8 @@ class DataConfig(Section):
                 raise ValueError("data.split = 'time' needs data.validation_from and data.test_from, such as 1704067200 or 2024-01-01")
             if self.validation_from >= self.test_from:
                 raise ValueError("data.validation_from must be before data.test_from")
+        if (self.split == "column") != bool(self.columns.split):
+            raise ValueError("data.split = 'column' needs data.columns.split, a column of train, validation and test, and reverse")
         if self.window_stride is not None and self.window_stride > self.max_history:
             raise ValueError(f"data.window_stride must be at most data.max_history ({self.max_history})")
         return self

@@ -14,9 +14,9 @@ from recsys.data.draws import sample_draws, stable_hash
 from recsys.data.labels import UserGroups, keep_negatives
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Sequences, cut_windows, ranges
-from recsys.data.tasks import task_labels
+from recsys.data.tasks import exposure_labels, task_labels
 from recsys.data.text.queries import QueryDraws
-from recsys.schema import PADDING_ITEM
+from recsys.schema import EXPOSURE_COLUMNS, PADDING_ITEM
 
 Groups = tuple[tuple[int, int], ...]
 """(number of histories, places per history) of each group, in order."""
@@ -36,6 +36,7 @@ class PackedHistories:
     values: Tensor  # (P,) NaN where there is none
     groups: Groups
     query_places: Tensor | None = None  # (Q,) places of queries, each the last of its history; there only `times` is set
+    start_places: Tensor | None = None  # (B,) the place before each history's first interaction, if there is one; likewise
 
 
 Record = TypeVar("Record")
@@ -78,17 +79,20 @@ def group_lengths(lengths: Integers, group_cost: int) -> tuple[Integers, Groups]
     return starts, tuple(groups)
 
 
-def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None) -> tuple[PackedHistories, Integers]:
+def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None, has_start: bool = False) -> tuple[PackedHistories, Integers]:
     """Pack histories of `items` and, if present, `events`, `timestamps` and `values`; a history may be empty.
 
     Args:
         has_query: (B,) which histories get one more place for a query; its time is that of the last interaction.
+        has_start: whether all get one more place before the first interaction; its time is that of the first interaction.
 
     Returns:
-        The packed histories, and the first place of each (B,).
+        The packed histories, and the place of each one's first interaction (B,).
     """
     columns, lengths, source = histories.columns, histories.lengths, histories.places
-    first_places, groups = group_lengths(np.maximum(lengths if has_query is None else lengths + has_query, 1), group_cost)
+    num_places_each = lengths + has_start + (0 if has_query is None else has_query)
+    start_places, groups = group_lengths(np.maximum(num_places_each, 1), group_cost)
+    first_places = start_places + has_start
     places = ranges(first_places, lengths)
     num_places = sum(number * length for number, length in groups)
 
@@ -104,6 +108,8 @@ def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None) -
     if has_query is not None:
         query_places = (first_places + lengths)[has_query]
         times[query_places] = times[query_places - (lengths[has_query] > 0)]
+    if has_start:
+        times[start_places] = times[first_places.clip(max=num_places - 1)] * (lengths > 0)
     packed = PackedHistories(
         items=torch.from_numpy(lay_out("items", PADDING_ITEM, np.int64)),
         events=torch.from_numpy(events),
@@ -111,6 +117,7 @@ def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None) -
         values=torch.from_numpy(lay_out("values", np.nan, np.float32)),
         groups=groups,
         query_places=None if query_places is None else torch.from_numpy(query_places),
+        start_places=torch.from_numpy(start_places) if has_start else None,
     )
     return packed, first_places
 
@@ -122,10 +129,10 @@ def group_cost(is_gpu: bool) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch. Shapes: B samples, P places of their histories, N targets, D distinct items, T tasks, G groups, K negatives.
+    """One micro batch. Shapes: B samples, P places of their histories, N targets, E exposures, D distinct items, T tasks, G groups.
 
-    `histories.items`, `targets` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is padding. The
-    last Q of the N targets belong to queries.
+    `histories.items`, `targets`, `exposures` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is
+    padding. The last Q of the N targets belong to queries.
     """
 
     sample_ids: Tensor  # (B,)
@@ -135,8 +142,11 @@ class Batch:
     target_places: Tensor  # (N,) the place before each target
     targets: Tensor  # (N,)
     target_weights: Tensor  # (N,) in the retrieval loss
-    labels: Tensor  # (N, T) of the target
-    label_mask: Tensor  # (N, T) 1 if there is a label
+    exposure_places: Tensor  # (E,) the place before each exposure
+    exposures: Tensor  # (E,)
+    displays: Tensor  # (E,) position of display, from 1; 0: unknown
+    labels: Tensor  # (N + E, T) of the targets, then of the exposures
+    label_mask: Tensor  # (N + E, T) 1 if there is a label
     group_mask: Tensor  # (N, G) 1 if the target's user is in the group; G is 0 without `fairness.attribute`
     negatives: Tensor  # (K,) empty if the loss draws none
     negatives_log_q: Tensor  # (K,) log probability that one draw gives this item
@@ -162,6 +172,15 @@ PADDING_SAMPLE = Sequences.of_offsets(
 """The sample of a rank that has none in a step: one place of padding without a target."""
 
 
+NO_EXPOSURES = Sequences.of_offsets(
+    {name.removeprefix("exposed_"): np.zeros(0, np.int32) for name in EXPOSURE_COLUMNS}, np.zeros(2, np.int64)
+)
+"""One row without exposures."""
+
+FIRST_EXPOSURE = 1 << 32
+"""Exposures of a sample are numbered from here on where negative labels are drawn."""
+
+
 def shuffle_histories(samples: Sequences, seed: int, epoch: int) -> Sequences:
     """Shuffle the interactions of each row; the order depends only on the sample, the seed and the epoch."""
     samples = samples.compact()
@@ -175,7 +194,7 @@ def shuffle_histories(samples: Sequences, seed: int, epoch: int) -> Sequences:
 def cut_histories(samples: Sequences, max_history: int, stride: int) -> Sequences:
     """Cut samples of more than `max_history` + 1 interactions into pieces; every target remains a target exactly once."""
     is_long = samples.lengths > max_history + 1
-    return cut_windows(samples, max_history, np.where(is_long, stride, samples.lengths)) if is_long.any() else samples
+    return cut_windows(samples, max_history, np.where(is_long, stride, samples.lengths.clip(min=1))) if is_long.any() else samples
 
 
 @dataclass(frozen=True)
@@ -205,30 +224,40 @@ class Collator:
         sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
             samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
-        histories = samples.within(0, samples.lengths - 1)  # the last one is only a target
+        has_start = self.manifest.has_exposures
+        histories = samples if has_start else samples.within(0, samples.lengths - 1)  # the last one is only a target
         owners, after = self._targets(samples)
         asked = None if self.queries is None else self.queries(samples, epoch)
         histories, has_query = (histories, None) if asked is None else asked.histories(histories)
-        packed, first_places = pack(histories, self.group_cost, has_query)
+        packed, first_places = pack(histories, self.group_cost, has_query, has_start)
         target_places = torch.from_numpy(first_places[owners] + after - 1)
         if asked is not None and packed.query_places is not None:
             owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, packed.query_places])
         sample_ids, places = samples.scalars["sample_id"][owners], samples.starts[owners] + after
         events = _column(samples, "events", places)
-        labels, label_mask = map(torch.from_numpy, task_labels(self.manifest, events, _column(samples, "values", places)))
+        of_targets = task_labels(self.manifest, events, _column(samples, "values", places))
+        shown = NO_EXPOSURES[np.zeros(len(samples), np.int64)] if samples.exposures is None else samples.exposures
+        of_exposures = exposure_labels(self.manifest, shown.flat("labels"), shown.flat("known"))
+        labels, label_mask = (torch.from_numpy(np.concatenate(pair)) for pair in zip(of_targets, of_exposures, strict=True))
         if self.negative_rates is not None:
-            label_mask = label_mask * keep_negatives(labels, torch.from_numpy(sample_ids), torch.from_numpy(after), self.negative_rates)
+            owner_ids = torch.from_numpy(np.append(sample_ids, samples.scalars["sample_id"][shown.owners]))
+            numbers = torch.from_numpy(np.append(after, FIRST_EXPOSURE + shown.positions))
+            label_mask = label_mask * keep_negatives(labels, owner_ids, numbers, self.negative_rates)
         wanted = torch.from_numpy(_column(samples, "items", places)).long()
-        items, (history, targets, negatives) = self._index_items(packed.items, wanted, negatives)
+        exposed = torch.from_numpy(shown.flat("items")).long()
+        items, (history, targets, exposures, negatives) = self._index_items(packed.items, wanted, exposed, negatives)
         return Batch(
             sample_ids=torch.tensor(sample_ids_before),
             items=items,
-            items_on_host=(torch.cat([packed.items, wanted]).unique() if self.caches_texts else items).numpy(),
+            items_on_host=(torch.cat([packed.items, wanted, exposed]).unique() if self.caches_texts else items).numpy(),
             histories=replace(packed, items=history),
             target_places=target_places,
             targets=targets,
             target_weights=self._weights(events),
+            exposure_places=torch.from_numpy(first_places[shown.owners] + shown.flat("places") - 1),
+            exposures=exposures,
+            displays=torch.from_numpy(shown.flat("displays")).long(),
             labels=labels,
             label_mask=label_mask,
             group_mask=torch.from_numpy(self._group_mask(sample_ids)),

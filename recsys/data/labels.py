@@ -14,10 +14,14 @@ from recsys.data.draws import stable_hash
 from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource
-from recsys.data.tasks import task_labels
+from recsys.data.tasks import exposure_labels, task_labels
 from recsys.errors import UserError
+from recsys.schema import EXPOSURE_COLUMNS
 
 MAX_GROUPS = 25
+NUM_DISPLAYS = 200
+"""Positions of display beyond this one share a bias."""
+
 NO_GROUP = -1
 
 MAX_ROW_GROUPS = 64
@@ -55,15 +59,32 @@ def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:
 
 def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the number of positive labels and of all labels per task in some row groups of the training data, (T,) float64 each."""
-    source = RowGroupSource(dataset, ["items", "events", "values", "first_target"])
+    shown = EXPOSURE_COLUMNS if dataset.manifest.has_exposures else ()
+    source = RowGroupSource(dataset, ["items", "events", "values", "first_target", *shown])
     positives, labels = torch.zeros(2, len(dataset.manifest.tasks), dtype=torch.float64)
     for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
         samples = Sequences.from_table(source.read(group))
         targets = samples.within(samples.scalars["first_target"], samples.lengths)
-        label, mask = task_labels(dataset.manifest, targets.events, targets.values)
-        positives += torch.from_numpy((label * mask).sum(0, dtype=np.float64))
-        labels += torch.from_numpy(mask.sum(0, dtype=np.float64))
+        pairs = [task_labels(dataset.manifest, targets.events, targets.values)]
+        if samples.exposures is not None:
+            pairs.append(exposure_labels(dataset.manifest, samples.exposures.flat("labels"), samples.exposures.flat("known")))
+        for label, mask in pairs:
+            positives += torch.from_numpy((label * mask).sum(0, dtype=np.float64))
+            labels += torch.from_numpy(mask.sum(0, dtype=np.float64))
     return positives, labels
+
+
+def display_shares(dataset: Dataset) -> Tensor | None:
+    """Return the share of each position of display among the exposures in some row groups (NUM_DISPLAYS + 1,); None if none is known."""
+    if not dataset.manifest.has_exposures:
+        return None
+    source = RowGroupSource(dataset, ["items", *EXPOSURE_COLUMNS])
+    counts = np.zeros(NUM_DISPLAYS + 1)
+    for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
+        shown = Sequences.from_table(source.read(group)).exposures
+        assert shown is not None
+        counts += np.bincount(shown.flat("displays").clip(max=NUM_DISPLAYS), minlength=NUM_DISPLAYS + 1)
+    return torch.from_numpy(counts / counts.sum()).float() if counts[1:].any() else None
 
 
 def read_groups(dataset: Dataset, attribute: str) -> tuple[pa.Table, list[str], list[str]]:

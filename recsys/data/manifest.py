@@ -99,6 +99,9 @@ class DatasetManifest(_Record):
     event_kinds: tuple[str, ...]
     kinds: tuple[Kind, ...] = ()  # roles of the event kinds, in their order; empty: all are positive
     tasks: tuple[Task, ...]
+    exposure_tasks: tuple[str, ...] = ()  # the tasks that exposures have labels of, in the order of their bits
+    only_exposures_have_labels: bool = False  # of those tasks; otherwise targets have them, too
+    num_exposures: int = 0  # in the training data
     value_mean: float
     value_std: float
     has_time: bool
@@ -130,6 +133,11 @@ class DatasetManifest(_Record):
             raise UserError(
                 f"{where}: is not a manifest of format {FORMAT_VERSION} ({field}: {first['msg']}); run python -m jobs.prepare_data again"
             ) from None
+
+    @property
+    def has_exposures(self) -> bool:
+        """Whether users and samples have exposures; a history then begins with a place before its first interaction."""
+        return bool(self.exposure_tasks)
 
     @property
     def kind_table(self) -> tuple[Kind, ...]:

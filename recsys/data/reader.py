@@ -25,6 +25,7 @@ from recsys.data.plan import EpochPlan
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource, WindowLoader
 from recsys.data.text.queries import QueryDraws
+from recsys.schema import EXPOSURE_COLUMNS
 
 PREFETCHED_STEPS = 4
 _SPAN_ROWS = 8192
@@ -137,6 +138,7 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
         "values": manifest.has_values,
         "queries": config.model.has_queries and manifest.num_queries > 0,
         "first_target": True,
+        **dict.fromkeys(EXPOSURE_COLUMNS, manifest.has_exposures),
     }
     return tuple(name for name, wanted in is_wanted.items() if wanted)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from recsys.arrays import Integers
-from recsys.schema import SEQUENCE_COLUMNS
+from recsys.schema import EXPOSURE_COLUMNS, SEQUENCE_COLUMNS
 
 HISTORY_COLUMNS = ("items", "events", "timestamps", "values")
 """The columns of a history; users and samples may also have `queries`."""
@@ -27,6 +27,7 @@ class Sequences:
     starts: Integers  # (R,)
     lengths: Integers  # (R,)
     scalars: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # (R,) each: one value per row, such as `first_target`
+    exposures: "Sequences | None" = None  # (R,) what was shown to each row's user: EXPOSURE_COLUMNS without their prefix
 
     @classmethod
     def of_offsets(cls, columns: Mapping[str, NDArray[Any]], offsets: Integers, **scalars: NDArray[Any]) -> "Sequences":
@@ -56,7 +57,16 @@ class Sequences:
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
         offsets = lists["items"].offsets.to_numpy().astype(np.int64)
         integers = {name: table[name].to_numpy().astype(np.int64) for name in table.column_names if pa.types.is_integer(table[name].type)}
-        return cls(columns, offsets[:-1] - offsets[0], np.diff(offsets), integers | scalars)
+        return cls(columns, offsets[:-1] - offsets[0], np.diff(offsets), integers | scalars, cls._exposures(table))
+
+    @classmethod
+    def _exposures(cls, table: pa.Table) -> "Sequences | None":
+        lists = {name.removeprefix("exposed_"): table[name].chunk(0) for name in EXPOSURE_COLUMNS if name in table.column_names}
+        if not lists:
+            return None
+        offsets = lists["items"].offsets.to_numpy().astype(np.int64)
+        columns = {name: column.flatten().to_numpy() for name, column in lists.items()}
+        return cls.of_offsets(columns, offsets - offsets[0])
 
     @classmethod
     def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
@@ -66,7 +76,8 @@ class Sequences:
         columns = {name: np.concatenate([part.flat(name) for part in parts]) for name in parts[0].columns}
         scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in parts[0].scalars}
         lengths = np.concatenate([part.lengths for part in parts])
-        return cls(columns, np.cumsum(lengths) - lengths, lengths, scalars)
+        exposures = [part.exposures for part in parts if part.exposures is not None]
+        return cls(columns, np.cumsum(lengths) - lengths, lengths, scalars, cls.join(exposures) if exposures else None)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -74,7 +85,8 @@ class Sequences:
     def __getitem__(self, rows: slice | NDArray[Any]) -> "Sequences":
         """Return a view of some rows, by a slice, row numbers or a mask."""
         scalars = {name: column[rows] for name, column in self.scalars.items()}
-        return Sequences(self.columns, self.starts[rows], self.lengths[rows], scalars)
+        exposures = None if self.exposures is None else self.exposures[rows]
+        return Sequences(self.columns, self.starts[rows], self.lengths[rows], scalars, exposures)
 
     def within(self, begins: int | Integers, ends: int | Integers) -> "Sequences":
         """Return a view of each row from `begins` to `ends`, counted from its first interaction."""
@@ -87,7 +99,8 @@ class Sequences:
     def compact(self) -> "Sequences":
         """Return the rows end to end in their columns without gaps; copies the interactions if necessary."""
         columns = {name: self.flat(name) for name in self.columns}
-        return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths)
+        exposures = None if self.exposures is None else self.exposures.compact()
+        return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths, exposures=exposures)
 
     def where(self, is_kept: NDArray[np.bool_]) -> "Sequences":
         """Return copies of the rows with only some interactions; the mask (N,) is in the order of `flat`."""
@@ -160,17 +173,48 @@ def ranges(starts: Integers, lengths: Integers) -> Integers:
     return numbers
 
 
-def cut_windows(sequences: Sequences, max_history: int, strides: Integers) -> Sequences:
-    """Cut each sequence into windows; each target from the scalar `first_target` on is a target in exactly one window.
+def cut_windows(sequences: Sequences, max_history: int, strides: Integers, max_exposures: int = 1 << 30) -> Sequences:
+    """Cut each sequence into windows; each target from the scalar `first_target` on is in exactly one window, as is each exposure.
 
     Windows are cut from the end backwards. Each holds at most `max_history + 1` interactions, of which the last `strides` (R,), or fewer,
-    are targets. A stride below `max_history` gives the targets more history and costs more samples.
+    are targets, and at most `max_exposures` exposures. A stride below `max_history` gives the targets more history and costs more samples.
     """
     lengths, first = sequences.lengths, sequences.scalars["first_target"]
-    num_windows = np.maximum(-(-(lengths - first) // strides), 0)
+    shown = sequences.exposures
+    is_only_shown = np.zeros(len(sequences), bool) if shown is None else (shown.lengths > 0) & (first >= lengths)
+    first = np.where(is_only_shown, 0, first)  # such rows are cut, too, so that each exposure has its history
+    num_windows = np.maximum(-(-(lengths - first) // strides), is_only_shown)
     owners, numbers = np.repeat(np.arange(len(sequences)), num_windows), ranges(np.zeros_like(num_windows), num_windows)
     ends = lengths[owners] - numbers * strides[owners]
     begins = np.maximum(ends - (max_history + 1), 0)
     windows = sequences[owners].within(begins, ends)
-    first_targets = np.maximum(ends - strides[owners], first[owners]) - begins
-    return replace(windows, scalars={**windows.scalars, "first_target": first_targets})
+    first_targets = np.where(is_only_shown[owners], windows.lengths, np.maximum(ends - strides[owners], first[owners]) - begins)
+    windows = replace(windows, scalars={**windows.scalars, "first_target": first_targets})
+    return windows if shown is None else _with_exposures(shown, windows, owners, begins, ends, max_exposures)
+
+
+def _with_exposures(
+    shown: Sequences, windows: Sequences, owners: Integers, begins: Integers, ends: Integers, max_exposures: int
+) -> Sequences:
+    """Give each exposure (rows as before the cut) to the first window of its row that ends at or after its place.
+
+    A window with more than `max_exposures` is repeated without targets for those that are left.
+    """
+    order = np.lexsort((ends, owners))  # each row's windows, the earliest first
+    span = int(ends.max(initial=0)) + 2
+    last = np.zeros(len(shown), np.int64)
+    np.maximum.at(last, owners, ends)
+    rows, places = shown.owners, shown.flat("places").astype(np.int64)
+    keys = owners[order] * span + ends[order]
+    chosen = order[np.searchsorted(keys, rows * span + np.minimum(places, last[rows]), side="left")]
+    by_window = np.argsort(chosen, kind="stable")
+    counts = np.bincount(chosen, minlength=len(owners))
+    parts = np.maximum(-(-counts // max_exposures), 1)
+    copies, numbers = np.repeat(np.arange(len(owners)), parts), ranges(np.zeros_like(parts), parts)
+    lengths = np.minimum(counts[copies] - numbers * max_exposures, max_exposures)
+    columns = {name: shown.flat(name)[by_window] for name in shown.columns}
+    columns["places"] = np.maximum(places - begins[chosen], 0)[by_window].astype(columns["places"].dtype)
+    repeated = windows[copies]
+    first_targets = np.where(numbers == 0, repeated.scalars["first_target"], repeated.lengths)
+    exposures = Sequences(columns, np.cumsum(lengths) - lengths, lengths)
+    return replace(repeated, scalars={**repeated.scalars, "first_target": first_targets}, exposures=exposures)

@@ -44,7 +44,7 @@ from recsys.ingest.inputs import Inputs, content_config
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue
 from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order
-from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, USERS_SCHEMA, FeatureKind
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, FeatureKind, users_schema
 from recsys.store import Storage
 
 KNOWN_INDEX_NAME = "known_items.parquet"
@@ -110,7 +110,7 @@ def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray)
 
     Every version names its shards by partition.
     """
-    tables = [USERS_SCHEMA.empty_table()]
+    tables = [users_schema(base is not None and base.manifest.has_exposures).empty_table()]
     for shard in base.manifest.users_shards if base is not None else ():
         if base is not None and shard.path == f"users/{partition:05d}.parquet":
             users = base.read_shard(shard)

@@ -31,7 +31,7 @@ def stage_events(job: Job, task: int, parts: Sequence[FilePart]) -> Cleaned:
 
     def clean(raw: pa.Table) -> pa.Table:
         _check_unit(job, raw)
-        events, faults = cast_events(raw, job.time_unit)
+        events, faults = cast_events(raw, job.time_unit, job.optional)
         events, broken = apply_rules(events, job.data.cleaning, job.has_time, raw)
         events, ignored = drop_ignored(events, job.data)
         for found in (faults, broken, ignored):

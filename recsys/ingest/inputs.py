@@ -18,7 +18,7 @@ from recsys.ingest.sources.formats import FilePart
 from recsys.ingest.sources.input_files import event_columns, find_files, find_in_folder
 from recsys.ingest.sources.sandbox import reading, run_limited
 from recsys.ingest.synthetic.events import GENERATOR_VERSION
-from recsys.schema import POSITION, TIMESTAMP
+from recsys.schema import LABEL_PREFIX, OPTIONAL_TYPES, POSITION, SLICE_PREFIX, TIMESTAMP
 from recsys.store import ObjectInfo, Storage
 
 ROLES = ("events", "items", "users")
@@ -33,13 +33,14 @@ _DELIMITED_EVENT_BYTES = 32
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of each table, the column that orders events (`timestamp` or `position`), and the unit of numeric times, if any."""
+    """The files of each table; the column that orders events (`timestamp` or `position`), the unit of its numbers, and optional columns."""
 
     events: list[ObjectInfo]
     items: list[ObjectInfo]
     users: list[ObjectInfo]
     time_column: str
     time_unit: str
+    optional: tuple[str, ...] = ()
 
 
 def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
@@ -54,7 +55,9 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
     time_column = next(name for name in columns if name in (TIMESTAMP, POSITION))
     if data.split == "time" and time_column != TIMESTAMP:
         raise UserError(f"data.split = 'time': {first} has no column '{data.columns.timestamp}'; 'leave_one_out' would work")
-    return Inputs(**files, time_column=time_column, time_unit=_find_unit(data, storage, files["events"], time_column))
+    unit = _find_unit(data, storage, files["events"], time_column)
+    optional = tuple(name for name in columns if name in OPTIONAL_TYPES or name.startswith((LABEL_PREFIX, SLICE_PREFIX)))
+    return Inputs(**files, time_column=time_column, time_unit=unit, optional=optional)
 
 
 def _find_unit(data: DataConfig, storage: Storage, events: list[ObjectInfo], time_column: str) -> str:

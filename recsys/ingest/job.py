@@ -17,7 +17,7 @@ from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Found
 from recsys.ingest.ray_tasks import Outcome, Record, Reported, run_tasks
 from recsys.ingest.write.report_counts import Counts, Limits
-from recsys.schema import TIMESTAMP
+from recsys.schema import TIMESTAMP, events_schema
 from recsys.store import Storage, join, sha256_of
 
 _TABLE_SHARD_ROWS = 1_000_000
@@ -33,6 +33,12 @@ class Job:
     time_column: str
     time_unit: str = "s"
     base: Dataset | None = None
+    optional: tuple[str, ...] = ()  # the optional columns that the events have
+
+    @property
+    def events_schema(self) -> pa.Schema:
+        """The schema of staged events."""
+        return events_schema(self.optional)
 
     @property
     def has_time(self) -> bool:
@@ -113,6 +119,7 @@ class Written(Cleaned, Limited):
     queries: Shard | None
     num_interactions: int
     num_targets: int
+    num_exposures: int
     withheld: int
     overlap: Overlap
     value_moments: tuple[int, float, float]

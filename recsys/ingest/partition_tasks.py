@@ -19,11 +19,19 @@ from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.job import Job, Partition, Written
 from recsys.ingest.shuffle import read_partition, read_table, write_table
 from recsys.ingest.sources.formats import INPUT_ORDER
+from recsys.ingest.write.exposures import (
+    find_exposures,
+    held_out_columns,
+    history_events,
+    is_interaction,
+    known_exposures,
+    role_of_exposures,
+)
 from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
-from recsys.schema import COUNTS_SCHEMA, EVENT, EVENTS_SCHEMA, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
+from recsys.schema import COUNTS_SCHEMA, EVENT, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
 
 ITEM_INDEX_NAME = "item_index.parquet"
 IS_WITHHELD = "is_withheld"
@@ -35,7 +43,7 @@ def merge_events(job: Job, partition: int) -> Partition:
     Duplicates, bots and, in an appended version, events that the base already has are dropped and counted.
     """
     rejects, noticed = Rejects(), Counter[str]()
-    pieces = read_partition(job.storage, job.staging("pieces"), partition, EVENTS_SCHEMA)
+    pieces = read_partition(job.storage, job.staging("pieces"), partition, job.events_schema)
     distinct, _ = sort_and_deduplicate(pieces)
     rejects.add_missing("duplicate", pieces, distinct)
     human, _ = drop_bots(distinct, job.data.cleaning.max_events_per_minute if job.has_time else None)
@@ -70,7 +78,7 @@ def core_round(job: Job, generation: int, partition: int) -> Partition:
     before = read_table(job.storage, job.staged("events", generation - 1, partition))
     survivors = read_table(job.storage, job.staged("survivors", generation, 0))[ITEM_ID].combine_chunks()
     of_items = before.filter(pc.is_in(before[ITEM_ID], value_set=survivors))
-    counts = of_items.group_by(USER_ID, use_threads=False).aggregate([(ITEM_ID, "count")])
+    counts = of_items.filter(is_interaction(of_items, job.data)).group_by(USER_ID, use_threads=False).aggregate([(ITEM_ID, "count")])
     active = counts.filter(pc.greater_equal(counts[f"{ITEM_ID}_count"], job.data.k_core))[USER_ID].combine_chunks()
     after = of_items.filter(pc.is_in(of_items[USER_ID], value_set=active))
     rejects = Rejects()
@@ -80,9 +88,10 @@ def core_round(job: Job, generation: int, partition: int) -> Partition:
 
 
 def _stage_generation(job: Job, generation: int, partition: int, events: pa.Table, rejects: Rejects) -> Partition:
-    """Stage one partition's events and how often each item occurs in them."""
+    """Stage one partition's events and the number of interactions of each item that occurs in them."""
     write_table(job.storage, job.staged("events", generation, partition), events)
-    counts = events.group_by(ITEM_ID, use_threads=False).aggregate([(INPUT_ORDER, "count")]).rename_columns([ITEM_ID, "count"])
+    rows = pa.table([events[ITEM_ID], is_interaction(events, job.data).cast(pa.int64())], [ITEM_ID, "count"])
+    counts = rows.group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")]).rename_columns([ITEM_ID, "count"])
     write_table(job.storage, job.staged("items", generation, partition), counts)
     return Partition(
         rows=events.num_rows,
@@ -111,11 +120,11 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     An appended version writes complete rows of the users with new events, and only samples with new targets.
     """
     everyone = read_table(job.storage, job.staged("events", task.generation, task.partition)).combine_chunks()
-    offsets = _user_offsets(everyone[USER_ID])
-    active_ids = everyone[USER_ID].take(pa.array(offsets[:-1]))
+    all_offsets = _user_offsets(everyone[USER_ID])
+    active_ids = everyone[USER_ID].take(pa.array(all_offsets[:-1]))
     names = [kind.name for kind in task.kinds]
     is_target = np.array([kind.is_target for kind in task.kinds])
-    events, offsets = _history_events(everyone, offsets, task.kinds)
+    events, offsets = history_events(everyone, all_offsets, task.kinds, job.data)
     known = known_users(job.base, task.partition, active_ids)
     known_ids = known[USER_ID].combine_chunks()
     new_ids = active_ids.filter(pc.invert(pc.is_in(active_ids, value_set=known_ids))).combine_chunks()
@@ -129,10 +138,12 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     parts = assign_parts(everything, is_new, job.data, is_target[everything.columns["events"]])
     parts = np.where((parts == TRAINING) & staged_withheld(job)[everything.columns["items"] - 1], WITHHELD, parts)
     sequences, num_train, num_validation = by_part(everything, parts)
-    first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=1)
+    rows = sequences, num_train, num_validation
+    shown, held_out, num_exposures = _write_exposures(job, task, everyone, all_offsets, new_rows, known, rows)
+    first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=shown is None)
     attributes, listed, overlap = _staged_attributes(job, task.partition, user_ids, known[ATTRIBUTES].combine_chunks())
-    users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes)
-    train = train_table(sequences, user_indices, first_targets, num_train, job.data)
+    users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes, held_out)
+    train = train_table(sequences, user_indices, first_targets, num_train, job.data, shown)
     values = sequences.within(0, num_train).values.astype(np.float64)
     moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(len(new_ids), np.int64)])
@@ -147,6 +158,7 @@ def write_shards(job: Job, task: WriteTask) -> Written:
         users=job.write_shard(f"users/{task.partition:05d}.parquet", users),
         train=job.write_shard(f"train/{task.partition:05d}.parquet", train),
         queries=job.write_shard(f"queries/{task.partition:05d}.parquet", asked),
+        num_exposures=num_exposures,
         num_targets=int(is_target[targets.events].sum()),
         withheld=int((parts == WITHHELD).sum()),
         overlap=overlap,
@@ -155,13 +167,31 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     )
 
 
-def _history_events(events: pa.Table, offsets: Integers, kinds: tuple[Kind, ...]) -> tuple[pa.Table, Integers]:
-    """Return the events that belong to histories, and where each user's begin; users may have none."""
-    if all(kind.in_history for kind in kinds):
-        return events, offsets
-    names = pa.array([kind.name for kind in kinds if kind.in_history], pa.string())
-    is_kept = pc.is_in(events[EVENT], value_set=names)
-    return events.filter(is_kept).combine_chunks(), np.concatenate([[0], np.cumsum(is_kept.to_numpy())])[offsets]
+def _write_exposures(
+    job: Job,
+    task: WriteTask,
+    events: pa.Table,
+    offsets: Integers,
+    new_rows: Integers,
+    known: pa.Table,
+    rows: tuple[Sequences, Integers, Integers],
+) -> tuple[Sequences | None, list[pa.Array], int]:
+    """Return the exposures of the training data by user, the columns of those held out, and the number of the former.
+
+    `rows` are the users' sequences with their numbers of training and validation interactions; `new_rows` as in `join_known`.
+    """
+    if not role_of_exposures(task.kinds, job.data):
+        return None, [], 0
+    histories, num_train, num_validation = rows
+    items = index_events(job, events, ())["items"].astype(np.int64)
+    found = find_exposures(events, offsets, np.argsort(new_rows), items, task.kinds, job.data)
+    before = known_exposures(known)
+    found = found if before is None else before.joined(found)
+    found, places = found.placed(histories, num_train, num_validation, job.data)
+    is_trained = (found.parts == TRAINING) & found.is_new & ~staged_withheld(job)[found.items - 1]
+    is_held_out = found.parts != TRAINING
+    held_out = held_out_columns(found[is_held_out], places[is_held_out], len(histories))
+    return found[is_trained].sequences(places[is_trained], len(histories)), held_out, int(is_trained.sum())
 
 
 def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index_name: str = ITEM_INDEX_NAME) -> dict[str, NDArray[Any]]:

@@ -30,10 +30,11 @@ from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
+from recsys.ingest.write.exposures import role_of_exposures
 from recsys.ingest.write.feature_statistics import item_numbers, join_moments
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics_passes import measure, write_dataset_report
-from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, order_event_kinds
+from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, event_tasks, order_event_kinds
 from recsys.store import ObjectInfo, Storage, join
 from recsys.store.backends import TEMP_PREFIX
 
@@ -80,7 +81,7 @@ def prepare(config: Config, storage: Storage) -> Dataset:
     if base is not None:
         refuse_other_input(base, data, inputs)
     data = data.model_copy(update={"num_shards": data.num_shards or choose_num_shards(storage, inputs.events, data)})
-    job = Job(storage, uri, data, inputs.time_column, inputs.time_unit or "s", base)
+    job = Job(storage, uri, data, inputs.time_column, inputs.time_unit or "s", base, inputs.optional)
     manifest = _run_passes(job, inputs, given)
     storage.create(join(uri, MANIFEST_NAME), manifest.model_dump_json(indent=1).encode())
     _clear_leftovers(storage, uri)
@@ -161,6 +162,7 @@ def _decide(
 ) -> dict[str, Any]:
     """Return the manifest fields that the first version fixes for all versions appended to it."""
     num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
+    role = role_of_exposures(kinds, job.data)
     features = job.data.item_features.model_dump(mode="json")
     for kind in ("text", "categories", "numbers", "vectors"):
         features[kind] = [name for name, own in columns.items() if own == kind]
@@ -169,9 +171,11 @@ def _decide(
         "tie_rule": TIE_RULE,
         "event_kinds": tuple(kind.name for kind in kinds),
         "kinds": kinds if any(kind != Kind(kind.name) for kind in kinds) else (),
-        "tasks": derive_tasks(kinds, num_values, job.data.like_threshold),
+        "tasks": derive_tasks(kinds, num_values, job.data.like_threshold, bool(role)),
         "value_mean": value_mean,
         "value_std": value_std,
+        "exposure_tasks": event_tasks(kinds) if role else (),
+        "only_exposures_have_labels": role in ("label", "exposure"),
         "has_time": job.has_time,
         "num_streams": job.data.num_streams,
         "number_columns": catalogue.number_columns,
@@ -191,6 +195,7 @@ def _count(job: Job, events: _Events, shards: Sequence[Written]) -> dict[str, in
         "num_users": sum(outcome.num_users for outcome in events.partitions),
         "num_interactions": sum(outcome.num_interactions - outcome.withheld for outcome in shards),
         "num_targets": sum(outcome.num_targets for outcome in shards),
+        "num_exposures": sum(outcome.num_exposures for outcome in shards),
         "num_queries": sum(outcome.num_queries for outcome in events.partitions),
     }
     return {name: number + _before(job, name) for name, number in new.items()}
@@ -283,7 +288,9 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
 
 def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[Kind, ...]:
     """Return the base's event kinds and refuse new ones; without a base, return those of the events, in order."""
-    found = {kind for outcome in partitions for kind in outcome.event_kinds}
+    found = (
+        {kind for outcome in partitions for kind in outcome.event_kinds} if not job.data.columns.labels else set(job.data.columns.labels)
+    )
     if job.base is not None:
         known = job.base.manifest.event_kinds
         if new := sorted(found.difference(known)):
@@ -293,7 +300,9 @@ def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[Kind, ...]:
             )
         return job.base.manifest.kind_table
     kinds = {name: job.data.kind(name) for name in found}
-    event_kinds = order_event_kinds(found, job.data.event_kinds, {name: kind.role for name, kind in kinds.items()})
+    event_kinds = order_event_kinds(
+        found, job.data.event_kinds or tuple(job.data.columns.labels), {name: kind.role for name, kind in kinds.items()}
+    )
     if len(event_kinds) > _MAX_EVENT_KINDS:
         raise UserError(
             f"data.columns.event = '{job.data.columns.event}': has {len(event_kinds)} kinds; at most {_MAX_EVENT_KINDS} are possible"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys.config.model import ModelConfig, RankerConfig
 from recsys.data.batch import PackedHistories
+from recsys.data.labels import NUM_DISPLAYS
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
 from recsys.model.user_encoder import by_group, known_values
@@ -99,6 +100,7 @@ class Ranker(nn.Module):
     """
 
     log_negative_rates: Tensor  # (T,)
+    display_shares: Tensor  # (NUM_DISPLAYS + 1,)
     is_value: Tensor  # (T,)
 
     def __init__(
@@ -108,6 +110,7 @@ class Ranker(nn.Module):
         has_text: bool,
         negative_rates: Tensor | None = None,
         regression: ValueRegression | None = None,
+        display_shares: Tensor | None = None,
     ) -> None:
         super().__init__()
         width, num_experts, num_tasks = config.width, config.ranker.num_experts, len(tasks)
@@ -132,6 +135,9 @@ class Ranker(nn.Module):
         if regression is not None:
             self.scale, self.shift = nn.Parameter(torch.ones(num_tasks)), nn.Parameter(torch.zeros(num_tasks))
             self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
+        has_displays = display_shares is not None and num_tasks > 0
+        self.display_bias = nn.Parameter(torch.zeros(NUM_DISPLAYS + 1, num_tasks)) if has_displays else None
+        self.register_buffer("display_shares", display_shares, persistent=False)
         self.register_buffer("log_negative_rates", torch.zeros(num_tasks) if negative_rates is None else negative_rates.log())
 
     def read_users(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
@@ -165,6 +171,16 @@ class Ranker(nn.Module):
             values = self.regression.predict(weights, items).unsqueeze(-1)
             scores = torch.where(self.is_value, self.scale * values + self.shift, scores)
         return scores
+
+    def add_display_bias(self, scores: Tensor, displays: Tensor) -> Tensor:
+        """Add a learned bias by position of display to the scores of exposures, the last of the pairs (N + E, T); only in training.
+
+        The biases have the mean 0 over the exposures, so that a score without bias, as it is served, is that of a mean position.
+        """
+        if self.display_bias is None or not len(displays):
+            return scores
+        centered = self.display_bias - self.display_shares @ self.display_bias
+        return torch.cat([scores[: -len(displays)], scores[-len(displays) :] + F.embedding(displays.clamp(max=NUM_DISPLAYS), centered)])
 
     def calibrate(self, scores: Tensor) -> Tensor:
         """Correct logits (..., T) for the sampling of negatives at `negative_rates` in training.

@@ -11,7 +11,7 @@ from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.draws import negative_items
 from recsys.data.items import ItemFeatures
-from recsys.data.labels import negative_rates
+from recsys.data.labels import display_shares, negative_rates
 from recsys.data.manifest import Dataset
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.ranker import Ranker, TaskLosses, build_regression
@@ -45,7 +45,8 @@ class Recommender(nn.Module):
         self.user_encoder = UserEncoder(config, manifest)
         rates = negative_rates(dataset, config.model.ranker)
         regression = build_regression(config.model, manifest)
-        self.ranker = Ranker(config.model, manifest.tasks, "text" in self.item_encoder.sources, rates, regression)
+        displays = display_shares(dataset)
+        self.ranker = Ranker(config.model, manifest.tasks, "text" in self.item_encoder.sources, rates, regression, displays)
         self.task_losses = TaskLosses(config.model.ranker, manifest.tasks, rates)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -57,10 +58,13 @@ class Recommender(nn.Module):
             asked = self.queries(self.item_encoder, batch.query_texts)  # (Q, W)
         vectors = F.embedding(batch.histories.items, items)  # (P, W)
         states = self.user_encoder(vectors, batch.histories, asked)  # (P, W)
-        users, positives = F.embedding(batch.target_places, states), F.embedding(batch.targets, items)  # (N, W)
-        ranked_users = self.ranker.read_users(users, vectors, batch.histories, batch.target_places)
-        scores = self.ranker(ranked_users, positives, None if texts is None else F.embedding(batch.targets, texts))
+        places, pairs = torch.cat([batch.target_places, batch.exposure_places]), torch.cat([batch.targets, batch.exposures])  # (N + E,)
+        users, paired = F.embedding(places, states), F.embedding(pairs, items)  # (N + E, W)
+        ranked_users = self.ranker.read_users(users, vectors, batch.histories, places)
+        scores = self.ranker(ranked_users, paired, None if texts is None else F.embedding(pairs, texts))
+        scores = self.ranker.add_display_bias(scores, batch.displays)
         result: dict[str, Tensor] = self.task_losses(scores, batch.labels, batch.label_mask)
+        users, positives = users[: len(batch.targets)], paired[: len(batch.targets)]  # (N, W)
         weights = batch.target_weights if self.bound is None else batch.target_weights * self.bound.weights(batch.group_mask)
         loss, each = self._retrieval_loss(batch, users / self.loss.temperature, positives, items, weights)
         groups = {} if self.bound is None else dict(zip(self.bound.names, each @ batch.group_mask, strict=True))

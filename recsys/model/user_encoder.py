@@ -25,7 +25,7 @@ class UserEncoder(nn.Module):
         super().__init__()
         model, width = config.model, config.model.width
         self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
-        num_places = config.data.max_history + model.has_queries
+        num_places = config.data.max_history + model.has_queries + 2 * manifest.has_exposures  # the start, and what only exposures follow
         self.position = nn.Embedding(num_places, width) if model.positions == "learned" else None
         self.event = nn.Embedding(len(manifest.event_kinds) + 1, width, padding_idx=0) if len(manifest.event_kinds) > 1 else None
         self.gap = nn.Embedding(NUM_TIME_BUCKETS, width) if model.use_gaps and manifest.has_time else None
@@ -34,15 +34,20 @@ class UserEncoder(nn.Module):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1 * width**-0.5)
         self.query = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if model.has_queries else None
+        self.start = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if manifest.has_exposures else None
         self.norm_in = nn.LayerNorm(width)
         self.dropout = nn.Dropout(model.dropout)
-        self.blocks = nn.ModuleList(Block(config, manifest.has_time and model.use_gaps) for _ in range(model.num_layers))
+        has_time = manifest.has_time and model.use_gaps
+        self.blocks = nn.ModuleList(Block(config, num_places, has_time) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
         """Return the user state after each place (P, W); query vectors (Q, W) are added to the item vectors (P, W) at query places."""
         if self.query is not None and query_vectors is not None and histories.query_places is not None:
             item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
+        if self.start is not None and histories.start_places is not None:
+            starts = self.start.to(item_vectors.dtype).expand(len(histories.start_places), -1)
+            item_vectors = item_vectors.index_add(0, histories.start_places, starts)
         states = self.dropout(self.norm_in(item_vectors + self._context(item_vectors, histories)))
         for block in self.blocks:
             states = block(states, histories)
@@ -71,11 +76,11 @@ class Block(nn.Module):
     feed-forward layer, and the attention itself is gated (Zhai et al. 2024).
     """
 
-    def __init__(self, config: Config, has_time: bool) -> None:
+    def __init__(self, config: Config, num_places: int, has_time: bool) -> None:
         super().__init__()
         width, kind = config.model.width, config.model.attention
         self.norm_attention = nn.LayerNorm(width)
-        self.attention = Attention(config, has_time)
+        self.attention = Attention(config, num_places, has_time)
         self.has_feed_forward = kind != "hstu"
         if self.has_feed_forward:
             self.norm_feed_forward = nn.LayerNorm(width)
@@ -105,7 +110,7 @@ class Attention(nn.Module):
     Shapes: P places, W width, H heads, B histories of L places.
     """
 
-    def __init__(self, config: Config, has_time: bool) -> None:
+    def __init__(self, config: Config, num_places: int, has_time: bool) -> None:
         super().__init__()
         model = config.model
         self.num_heads = model.num_heads
@@ -115,7 +120,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(model.width, model.width)
         if self.is_pointwise:
             self.norm = nn.LayerNorm(model.width)
-            self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, config.data.max_history + model.has_queries))
+            self.distance_bias = nn.Parameter(torch.zeros(model.num_heads, num_places))
             self.time_bias = nn.Parameter(torch.zeros(model.num_heads, NUM_TIME_BUCKETS)) if has_time else None
 
     def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:

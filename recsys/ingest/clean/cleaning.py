@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -17,15 +17,19 @@ from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.sources.scalars import ids_of, may_be_rounded, numbers_of
 from recsys.schema import (
     DEFAULT_EVENT,
+    DISPLAY_POSITION,
     EVENT,
-    EVENTS_SCHEMA,
+    IMPRESSION_ID,
     ITEM_ID,
+    LABEL_PREFIX,
     MAX_ID_CHARACTERS,
     POSITION,
     QUERY,
+    SPLIT,
     TIMESTAMP,
     USER_ID,
     VALUE,
+    events_schema,
     strength,
 )
 
@@ -37,13 +41,20 @@ MAX_TEXT_CHARACTERS = 2000
 UNPRINTABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
 """Control characters except whitespace, lone surrogates, and U+FFFD, which readers insert for broken text."""
 
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "tr", "0"), 0),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "1"), 1),
+    **dict.fromkeys(("test", "te", "2"), 2),
+}
+"""The part that each value of the split column stands for, in lower case."""
+
 _NEGATIVE = r"^-\d+(\.\d+)?$"
 _ODD = r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{fffd}]|\\x[89a-f][0-9a-f]"
 _SPREADSHEET = r"^\d(\.\d+)?[eE]\+\d+$"
 
 
-def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
-    """Cast events to EVENTS_SCHEMA; drop events that cannot be cast, and count them by reason.
+def cast_events(raw: pa.Table, unit: str = "s", optional: Sequence[str] = ()) -> tuple[pa.Table, Rejects]:
+    """Cast events to `events_schema(optional)`; drop events that cannot be cast, and count them by reason.
 
     Ids are spelled as by `recsys.schema.normalize_id`; an empty id is null. Times become seconds, from numbers of `unit` (rounded down),
     Arrow timestamps and dates, or ISO 8601 text (UTC if it has no zone). A value that is present but not a finite number is bad.
@@ -70,8 +81,32 @@ def cast_events(raw: pa.Table, unit: str = "s") -> tuple[pa.Table, Rejects]:
         "null_event": (events.is_null(), raw[EVENT] if EVENT in raw.column_names else events),
         "bad_value": (bad_values, raw[VALUE] if VALUE in raw.column_names else values),
     }
-    table = pa.table([users, items, times, events, values, queries, raw[INPUT_ORDER]], schema=EVENTS_SCHEMA)
+    extra: list[pa.ChunkedArray] = []
+    for name in optional:
+        column, is_bad = _cast_optional(raw, name)
+        extra.append(column)
+        if is_bad is not None:
+            faults[f"bad_{name.partition(':')[0]}"] = is_bad, raw[name]
+    table = pa.table([users, items, times, events, values, queries, raw[INPUT_ORDER], *extra], schema=events_schema(optional))
     return _without(table, faults)
+
+
+def _cast_optional(raw: pa.Table, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+    """Cast an optional column (see `recsys.schema.OPTIONAL_TYPES`); also return which rows must be dropped, if any may."""
+    kind = events_schema([name]).field(name).type
+    if name not in raw.column_names:
+        return pa.chunked_array([pa.nulls(raw.num_rows, kind)]), None
+    if pa.types.is_string(kind):
+        return ids_of(raw[name], name), None
+    if name == SPLIT:
+        parts = pc.index_in(pc.utf8_lower(ids_of(raw[name], name)), value_set=pa.array(list(SPLIT_NAMES)))
+        numbers = pa.array(list(SPLIT_NAMES.values()), pa.int8())
+        return pa.chunked_array([numbers.take(parts.combine_chunks())]), parts.is_null()
+    numbers = numbers_of(raw[name])
+    if name == DISPLAY_POSITION:
+        return numbers.cast(kind, safe=False), None
+    is_label = pc.fill_null(pc.or_(pc.equal(numbers, 0), pc.equal(numbers, 1)), False)
+    return pc.if_else(is_label, numbers, pa.scalar(None, numbers.type)).cast(kind, safe=False), pc.and_not(raw[name].is_valid(), is_label)
 
 
 def is_long(ids: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -173,7 +208,13 @@ def sort_and_deduplicate(events: pa.Table) -> tuple[pa.Table, int]:
 
     The result is sorted by the tie rule: user, time, input order.
     """
-    keys = [USER_ID, ITEM_ID, TIMESTAMP, EVENT]
+    keys = [
+        USER_ID,
+        ITEM_ID,
+        TIMESTAMP,
+        EVENT,
+        *(name for name in events.column_names if name == IMPRESSION_ID or name.startswith(LABEL_PREFIX)),
+    ]
     firsts = events.group_by(keys, use_threads=False).aggregate([(INPUT_ORDER, "min")])[f"{INPUT_ORDER}_min"]
     kept = events.filter(pc.is_in(events[INPUT_ORDER], value_set=firsts.combine_chunks()))
     order = [(USER_ID, "ascending"), (TIMESTAMP, "ascending"), (INPUT_ORDER, "ascending")]

@@ -26,7 +26,21 @@ from recsys.ingest.sources.known_layouts import catalogue_kinds, find_column, is
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
 from recsys.ingest.sources.text_files import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
-from recsys.schema import EVENT, ITEM_ID, POSITION, QUERY, TIMESTAMP, USER_ID, VALUE, FeatureKind
+from recsys.schema import (
+    DISPLAY_POSITION,
+    EVENT,
+    IMPRESSION_ID,
+    ITEM_ID,
+    LABEL_PREFIX,
+    POSITION,
+    QUERY,
+    SLICE_PREFIX,
+    SPLIT,
+    TIMESTAMP,
+    USER_ID,
+    VALUE,
+    FeatureKind,
+)
 from recsys.store import ObjectInfo, Storage
 
 Headers = Mapping[str, Mapping[str, str]]
@@ -81,10 +95,12 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     found[time_column] = find_column(time_column, columns, names)
     if is_jsonl(uri):
         names = [*names, columns.query]
-    for optional in (EVENT, VALUE, QUERY):
+    for optional in (EVENT, VALUE, QUERY, IMPRESSION_ID, DISPLAY_POSITION):
         name = find_column(optional, columns, names)
         if name and (name in names or name != optional):
             found[optional] = name
+    found |= {f"{LABEL_PREFIX}{task}": name for task, name in columns.labels.items()}
+    found |= {f"{SLICE_PREFIX}{name}": name for name in columns.slices} | ({SPLIT: columns.split} if columns.split else {})
     for canonical_name, name in found.items():
         if name == INPUT_ORDER:
             raise UserError(f"{uri}: its column '{name}' ({canonical_name}) has a name that is reserved for the row number; rename it")

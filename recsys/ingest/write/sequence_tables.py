@@ -1,5 +1,6 @@
 """Builds the rows of the users and training shards from users' interactions."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from recsys.arrays import Integers
 from recsys.config.data import DataConfig
 from recsys.data.sequences import Sequences, cut_windows
 from recsys.ingest.write.splits import TRAINING, VALIDATION, WITHHELD
-from recsys.schema import SEQUENCE_COLUMNS, TRAIN_SCHEMA, USERS_SCHEMA
+from recsys.schema import EXPOSURE_COLUMNS, SEQUENCE_COLUMNS, TRAIN_SCHEMA, train_schema, users_schema
 
 
 def by_part(users: Sequences, parts: Integers) -> tuple[Sequences, Integers, Integers]:
@@ -34,19 +35,35 @@ def users_table(
     num_train: Integers,
     num_validation: Integers,
     attributes: pa.Array | pa.ChunkedArray,
+    held_out: Sequence[pa.Array] = (),
 ) -> pa.Table:
-    """Build one row per user (USERS_SCHEMA)."""
+    """Build one row per user (`users_schema`); `held_out` are the columns of held-out exposures, if the log has exposures."""
     counts = (pa.array(counts, pa.int32()) for counts in (num_train, num_validation))
-    return pa.table([pa.array(user_indices, pa.int64()), user_ids, *_lists(users), *counts, attributes], schema=USERS_SCHEMA)
+    columns = [pa.array(user_indices, pa.int64()), user_ids, *_lists(users), *counts, attributes, *held_out]
+    return pa.table(columns, schema=users_schema(bool(held_out)))
 
 
-def train_table(users: Sequences, user_indices: Integers, first_targets: Integers, num_train: Integers, data: DataConfig) -> pa.Table:
-    """Cut each user's training part into samples (TRAIN_SCHEMA); targets begin at the user's entry in `first_targets`."""
-    training = replace(users.within(0, num_train), scalars={"user_index": user_indices, "first_target": first_targets})
+def train_table(
+    users: Sequences,
+    user_indices: Integers,
+    first_targets: Integers,
+    num_train: Integers,
+    data: DataConfig,
+    exposures: Sequences | None = None,
+) -> pa.Table:
+    """Cut each user's training part into samples (`train_schema`); targets begin at the user's entry in `first_targets`."""
+    scalars = {"user_index": user_indices, "first_target": first_targets}
+    training = replace(users.within(0, num_train), scalars=scalars, exposures=exposures)
     strides = np.full(len(users), data.window_stride or data.max_history)
-    samples = cut_windows(training, data.max_history, strides)
+    samples = cut_windows(training, data.max_history, strides, data.max_exposures)
     user_index, first_target = (pa.array(samples.scalars[name], TRAIN_SCHEMA.field(name).type) for name in ("user_index", "first_target"))
-    return pa.table([user_index, *_lists(samples), first_target], schema=TRAIN_SCHEMA)
+    shown = [] if samples.exposures is None else _exposure_lists(samples.exposures)
+    return pa.table([user_index, *_lists(samples), first_target, *shown], schema=train_schema(samples.exposures is not None))
+
+
+def _exposure_lists(exposures: Sequences) -> list[pa.Array]:
+    offsets = pa.array(exposures.offsets, pa.int32())
+    return [pa.ListArray.from_arrays(offsets, pa.array(exposures.flat(name.removeprefix("exposed_")))) for name in EXPOSURE_COLUMNS]
 
 
 def _lists(sequences: Sequences) -> list[pa.Array]:

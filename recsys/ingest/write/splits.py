@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
 from recsys.config.data import DataConfig
-from recsys.schema import ITEM_ID, TIMESTAMP, USER_ID
+from recsys.schema import ITEM_ID, SPLIT, TIMESTAMP, USER_ID
 
 TRAINING, VALIDATION, TEST, WITHHELD = range(4)
 """The part of an interaction; a withheld one is in none of the first three."""
@@ -19,9 +19,11 @@ def split_events(events: pa.Table, offsets: Integers, data: DataConfig, is_targe
 
     `is_target` marks the events of positive kinds; without it all are.
 
-    random: an event is held out by a draw that depends only on its user, item, time and the seed, so it is the same in every order,
-    partition and version.
+    column: as the log says. random: an event is held out by a draw that depends only on its user, item, time and the seed, so it is the
+    same in every order, partition and version.
     """
+    if data.split == "column":
+        return np.asarray(events[SPLIT].to_numpy(), np.int64)
     if data.split != "random":
         return split_in_order(events[TIMESTAMP].to_numpy(), offsets, data, is_target)
     keys = zip(*(events[name].to_pylist() for name in (USER_ID, ITEM_ID, TIMESTAMP)), strict=True)
