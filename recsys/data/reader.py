@@ -64,8 +64,9 @@ class Reader:
         self.groups = UserGroups.read(dataset, attribute) if attribute else None
         queries: QueryDraws | None = None
         if config.model.has_queries:
+            has_exposures = dataset.manifest.has_exposures
             target_kinds = np.array([kind.is_target for kind in dataset.manifest.kind_table])
-            queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text, target_kinds)
+            queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text, target_kinds, has_exposures)
         self._collate = Collator(
             dataset.manifest,
             config.model.loss.kind == "full",

@@ -16,12 +16,13 @@ from recsys.data.manifest import Dataset
 from recsys.data.text.queries import EVALUATION_VARIANT, MAX_WORDS, drop_words, read_queries
 from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors, diversity_curve
+from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.metrics import ranking_metrics
 from recsys.evaluation.ranking import Ranked, protocol, rank_users, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
-from recsys.evaluation.tasks import Predictions, predict_all, predict_by
+from recsys.evaluation.tasks import Labelled, Predictions, PredictTasks, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, TargetRules, find_users, target_items
 from recsys.predictor import Predictor
 
@@ -46,9 +47,11 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     """
     rules, catalogue = TargetRules.of(dataset.manifest, config), predictor.catalogue
     users = list(find_users(dataset, config.split, rules))
-    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue))
+    exposed = ExposedTargets.read(dataset, config.split) if dataset.manifest.has_exposures else None
+    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue), exposed)
     ranked = measures.rank(score_by(predictor))
-    per_user, tasks = measures.per_user(ranked), measures.tasks(predict_all(predict_by(predictor), users, config.batch_size))
+    labelled = _predict(measures, predict_by(predictor))
+    per_user, tasks = measures.per_user(ranked), measures.tasks(labelled)
     slices = find_slices(users, measures.train_count, dataset.manifest.event_kinds)
     result: dict[str, Any] = {
         "split": config.split,
@@ -60,6 +63,9 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         "interval_95": {**bootstrap_intervals(per_user), **tasks.intervals()},
         "baselines": _evaluate_baselines(measures, predictor, dataset),
         "slices": evaluate_slices(slices, ranked, config.ranking_metric),
+        "task_slices": {
+            name: {**found.values(), "interval_95": found.intervals()} for name, found in measures.task_slices(labelled).items()
+        },
         "fairness": fairness_gaps(per_user[config.ranking_metric], users, config.fairness_attributes),
     }
     if predictor.query_encoder is not None:
@@ -104,7 +110,12 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
         )
 
     metrics = measures.summarize(measures.rank(score))
-    return metrics | measures.tasks(predict_all(predict, measures.users, measures.config.batch_size)).values()
+    return metrics | measures.tasks(_predict(measures, predict)).values()
+
+
+def _predict(measures: Measures, predict: PredictTasks) -> Labelled:
+    size, exposed = measures.config.batch_size, measures.exposed
+    return measures.labelled(predict_all(predict, measures.users, size), predict_all(predict, exposed.users, size) if exposed else {})
 
 
 def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:

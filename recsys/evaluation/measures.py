@@ -10,9 +10,10 @@ from scipy.sparse import csr_array
 from recsys.arrays import Floats, Integers
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import DatasetManifest
+from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
 from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarize
-from recsys.evaluation.tasks import Predictions, TaskMeasures, measure_tasks
+from recsys.evaluation.tasks import Labelled, Predictions, TaskMeasures, labelled_targets, measure_tasks
 from recsys.evaluation.users import EvaluationUser
 
 
@@ -25,6 +26,7 @@ class Measures:
     users: Sequence[EvaluationUser]
     train_count: Integers  # (I + 1,) 0 for padding
     vectors: csr_array | None  # (I + 1, C)
+    exposed: ExposedTargets | None = None
 
     def rank(self, score: ScoreUsers) -> Ranked:
         """Rank the targets of all users."""
@@ -55,9 +57,33 @@ class Measures:
             metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / self._percentile_before
         return metrics
 
-    def tasks(self, predictions: Predictions) -> TaskMeasures:
-        """Measure the predicted tasks; `predictions` are those of all users' targets."""
-        return measure_tasks(predictions, self.manifest, self.users)
+    def labelled(self, predictions: Predictions, of_exposures: Predictions) -> Labelled:
+        """Join predictions of all users' targets and of all exposures with the labels."""
+        found, exposed = labelled_targets(predictions, self.manifest, self.users), self.exposed
+        if exposed is None:
+            return found
+        numbers = {user.user_index: number for number, user in enumerate(self.users)}
+        owners = np.array([numbers.setdefault(index, len(numbers)) for index in exposed.owners.tolist()], np.int64)
+        return Labelled(
+            {name: np.concatenate([values, of_exposures[name]]) for name, values in predictions.items() if name in of_exposures},
+            np.concatenate([found.labels, exposed.labels]),
+            np.concatenate([found.mask, exposed.mask]),
+            np.concatenate([found.owners, owners]),
+        )
+
+    def tasks(self, labelled: Labelled) -> TaskMeasures:
+        """Measure the predicted tasks."""
+        num_users = max(len(self.users), 1 + int(labelled.owners.max(initial=-1)))
+        return measure_tasks(labelled, self.manifest, num_users)
+
+    def task_slices(self, labelled: Labelled) -> dict[str, TaskMeasures]:
+        """Measure the tasks on the exposures of each slice of `data.columns.slices`."""
+        if self.exposed is None:
+            return {}
+        num_targets = len(labelled.owners) - len(self.exposed.owners)
+        names = sorted({name for own in self.exposed.slices for name in own})
+        masks = {name: np.array([False] * num_targets + [name in own for own in self.exposed.slices]) for name in names}
+        return {name: self.tasks(labelled.where(mask)) for name, mask in masks.items()}
 
     @cached_property
     def _percentiles(self) -> Floats:

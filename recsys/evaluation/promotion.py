@@ -17,7 +17,7 @@ from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.significance import Interval, bootstrap_intervals, measure_intervals
-from recsys.evaluation.tasks import TaskMeasures, predict_all, predict_by
+from recsys.evaluation.tasks import TaskMeasures, labelled_targets, measure_tasks, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
 from recsys.metric_names import broken_guards, oriented
 from recsys.predictor import Predictor
@@ -149,7 +149,7 @@ def _measure_tasks(measures: Measures, guest: Guest, users: Sequence[EvaluationU
         return TaskMeasures(0, {}, {}, {})
     translated = [guest.translated(user) for user in users]
     predictions = predict_all(predict_by(guest.predictor), translated, measures.config.batch_size)
-    return replace(measures, users=users).tasks(predictions)
+    return measure_tasks(labelled_targets(predictions, measures.manifest, users), measures.manifest, len(users))
 
 
 def _with_targets(user: EvaluationUser, places: Integers) -> EvaluationUser:

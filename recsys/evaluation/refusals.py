@@ -4,6 +4,7 @@ from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
 from recsys.data.tasks import task_labels
 from recsys.errors import UserError
+from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.users import TargetRules, find_users
 
 
@@ -33,6 +34,14 @@ def refuse_absent_metrics(dataset: Dataset, split: str, config: EvaluationConfig
 
 def _has_labels(dataset: Dataset, split: str, config: EvaluationConfig, column: int, measure: str) -> bool:
     found: set[float] = set()
+    if dataset.manifest.tasks[column].name in dataset.manifest.exposure_tasks and dataset.manifest.only_exposures_have_labels:
+        exposed = ExposedTargets.read(dataset, split)
+        is_known = exposed.mask[:, column] > 0
+        pairs = {
+            (owner if measure == "uauc" else 0, label)
+            for owner, label in zip(exposed.owners[is_known].tolist(), exposed.labels[is_known, column].tolist(), strict=True)
+        }
+        return len(pairs) > len({owner for owner, _ in pairs})
     for user in find_users(dataset, split, TargetRules.of(dataset.manifest, config)):
         labels, mask = (array[:, column] for array in task_labels(dataset.manifest, user.targets.events, user.targets.values))
         own = set(labels[mask > 0].tolist())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recsys.arrays import Floats, Integers
+from recsys.arrays import Floats, Integers, Mask, Scores
 from recsys.data.manifest import DatasetManifest
 from recsys.data.tasks import task_labels
 from recsys.evaluation.significance import Interval, measure_intervals
@@ -124,23 +124,42 @@ class TaskMeasures:
 def predict_all(predict: PredictTasks, users: Sequence[EvaluationUser], batch_size: int) -> Predictions:
     """Predict the tasks for all targets of all users, in batches; empty if no task is predicted."""
     parts = [predict(batch) or {} for batch in batches(users, batch_size)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
 
 
-def measure_tasks(predictions: Predictions, manifest: DatasetManifest, users: Sequence[EvaluationUser]) -> TaskMeasures:
-    """Compare predictions of all users' targets with the existing labels."""
-    labels, mask = task_labels(
-        manifest, *(np.concatenate([getattr(user.targets, name) for user in users]) for name in ("events", "values"))
-    )
-    owners = np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users])
-    found = TaskMeasures(len(users), {}, {}, {})
+@dataclass(frozen=True)
+class Labelled:
+    """M predictions of each task with the labels, the mask of those that exist, and the user of each, numbered from 0."""
+
+    predictions: Predictions  # (M,) by task
+    labels: Scores  # (M, T)
+    mask: Scores  # (M, T)
+    owners: Integers  # (M,)
+
+    def where(self, is_kept: Mask) -> "Labelled":
+        """Return some of them."""
+        predictions = {name: values[is_kept] for name, values in self.predictions.items()}
+        return Labelled(predictions, self.labels[is_kept], self.mask[is_kept], self.owners[is_kept])
+
+
+def labelled_targets(predictions: Predictions, manifest: DatasetManifest, users: Sequence[EvaluationUser]) -> Labelled:
+    """Return the predictions of all users' targets with their labels."""
+    events, values = (np.concatenate([getattr(user.targets, name) for user in users]) for name in ("events", "values"))
+    labels, mask = task_labels(manifest, events, values)
+    return Labelled(predictions, labels, mask, np.repeat(np.arange(len(users)), [len(user.targets.items) for user in users]))
+
+
+def measure_tasks(labelled: Labelled, manifest: DatasetManifest, num_users: int) -> TaskMeasures:
+    """Compare predictions with the existing labels."""
+    labels, mask, owners, predictions = labelled.labels, labelled.mask, labelled.owners, labelled.predictions
+    found = TaskMeasures(num_users, {}, {}, {})
     for column, task in enumerate(manifest.tasks):
         has_label = mask[:, column] > 0
         truth = labels[has_label, column].astype(np.float64)
         if task.name not in predictions:
             continue
         if not len(truth):
-            found.absent[task.name] = "no target has a label"
+            found.absent[task.name] = "nothing has a label"
             continue
         if task.kind == "binary" and (truth == truth[0]).all():
             found.absent[task.name] = f"all {len(truth)} labels are {truth[0]:g}"

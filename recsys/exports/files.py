@@ -31,6 +31,9 @@ USERS_FILE = "users.arrow"
 USERS_FILE_0_1 = "users.parquet"
 """The file that release 0.1 wrote, which is loaded into memory."""
 
+ONLY_TRAINED = ("ranker.display_bias",)
+"""Weights that a version is not served with."""
+
 TOLERANCE = 1e-4
 
 
@@ -51,7 +54,8 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     if predictor.query_encoder is not None:
         predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}
-    save_file({name: tensor.float().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    served = {name: tensor for name, tensor in weights.items() if name not in ONLY_TRAINED}
+    save_file({name: tensor.float().contiguous() for name, tensor in served.items()}, folder / "model.safetensors")
     vectors = {"item_vectors": predictor.item_vectors, "text_vectors": predictor.text_vectors}
     save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")
     golden = golden_answers(predictor, ArrowProfiles.open(folder / USERS_FILE), num_golden)

@@ -161,9 +161,9 @@ def _lengths(known: pa.Table) -> Integers:
 
 
 def assign_parts(everything: Sequences, is_new: Mask, data: DataConfig, is_target: Mask) -> Integers:
-    """Return the part of each interaction: as drawn under the random split, otherwise by the rule over the user's whole sequence."""
+    """Return the part of each interaction: as drawn or as the log says, otherwise by the rule over the user's whole sequence."""
     parts = everything.columns[PART]
-    if data.split == "random":
+    if data.split in ("random", "column"):
         return parts
     was_trained_on = (parts == TRAINING) & ~is_new  # and is never held out again
     return np.where(was_trained_on, TRAINING, split_in_order(everything.columns["timestamps"], everything.offsets, data, is_target))

@@ -199,7 +199,7 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
     ids = read_table(job.storage, job.staging(index_name))[ITEM_ID].combine_chunks()
     return {
         "items": pc.fill_null(pc.index_in(events[ITEM_ID], value_set=ids), -1).to_numpy().astype(np.int32) + 1,
-        "events": pc.fill_null(pc.index_in(events[EVENT], value_set=pa.array(event_kinds)), -1).to_numpy().astype(np.int8),
+        "events": pc.fill_null(pc.index_in(events[EVENT], value_set=pa.array(event_kinds, pa.string())), -1).to_numpy().astype(np.int8),
         "timestamps": events[TIMESTAMP].to_numpy(),
         "values": events[VALUE].to_numpy(),
     }

@@ -1,6 +1,6 @@
 """The next-item objective: the recommender predicts each user's next items and is validated by full ranking."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.data.reader import Reader, Share
 from recsys.evaluation.diversity import content_vectors
+from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.ranking import Ranked, rank_users, score_by
 from recsys.evaluation.slices import MIN_GROUP_USERS
 from recsys.evaluation.tasks import Predictions, predict_all, predict_by
-from recsys.evaluation.users import read_evaluation_users
+from recsys.evaluation.users import EvaluationUser, read_evaluation_users
 from recsys.model.recommender import RETRIEVAL, Recommender, build_recommender
 from recsys.model.retrieval import GroupBound
 from recsys.model.text.catalogue_text import Ranks
@@ -43,6 +44,7 @@ class NextItem(Objective):
         self._reader = Reader(dataset, self.module.catalogue, config, share)
         self.guards = config.evaluation.guards
         self._users = read_evaluation_users(dataset, "validation", config.evaluation)
+        self._exposed = ExposedTargets.read(dataset, "validation") if dataset.manifest.has_exposures else None
         self._measures = self._measure_by(config.evaluation)
         self._groups: dict[str, str] = {}  # group name by metric name
         if self._reader.groups is not None:
@@ -82,32 +84,38 @@ class NextItem(Objective):
         vectors = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
         predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, *vectors)
         own = self._users[rank::world_size]
-        # A ZeRO-3 forward is collective, so every rank ranks the same number of users; extra ones are discarded.
-        users = own + self._users[: -(-len(self._users) // world_size) - len(own)]
-        ranked = rank_users(score_by(predictor), users, evaluation)
-        predicted = predict_all(predict_by(predictor), users, self._task_batch_size)
-        num_targets = sum(len(user.targets.items) for user in own)
-        share = ranked.head(len(own)), {name: values[:num_targets] for name, values in predicted.items()}
-        shares: list[tuple[Ranked, Predictions]] = [share] * world_size
-        dist.all_gather_object(shares, share)
-        ranked = Ranked.join([of_rank for of_rank, _ in shares])
-        tasks = measures.tasks({name: np.concatenate([of_rank[name] for _, of_rank in shares]) for name in predicted})
+        ranked = rank_users(score_by(predictor), _padded(self._users, self._ranks), evaluation).head(len(own))
+        shares: list[Ranked] = [ranked] * world_size
+        dist.all_gather_object(shares, ranked)
+        ranked = Ranked.join(shares)
+        exposed = {} if self._exposed is None else self._predict(predictor, self._exposed.users)
+        tasks = measures.tasks(measures.labelled(self._predict(predictor, self._users), exposed))
         values = measures.per_user(ranked)[evaluation.ranking_metric]
         return measures.summarize(ranked) | tasks.values() | self._group_means(values)
+
+    def _predict(self, predictor: Predictor, users: Sequence[EvaluationUser]) -> Predictions:
+        """Predict the tasks for the targets of all users, each rank for its share; return the predictions rank by rank."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        most_targets = max((len(user.targets.items) for user in users), default=1)
+        # The ranker is collective, too: the same number of calls on every rank.
+        at_once = max(1, min(self._config.evaluation.batch_size, PAIRS_AT_ONCE // most_targets))
+        predicted = predict_all(predict_by(predictor), _padded(users, self._ranks), at_once)
+        num_targets = sum(len(user.targets.items) for user in users[rank::world_size])
+        share = {name: values[:num_targets] for name, values in predicted.items()}
+        shares = [share] * world_size
+        dist.all_gather_object(shares, share)
+        return {name: np.concatenate([of_rank[name] for of_rank in shares]) for name in predicted}
 
     def _measure_by(self, evaluation: EvaluationConfig) -> Measures:
         """Return the measures of the validation users, rank by rank; lists are compared by content only if that decides."""
         catalogue, num_ranks = self.module.catalogue, self._ranks.world_size
         users = [user for rank in range(num_ranks) for user in self._users[rank::num_ranks]]
         by_content = any(name.startswith("intra_list_diversity") for name in (evaluation.metric, *evaluation.guards))
-        vectors = content_vectors(catalogue) if by_content else None
-        return Measures(evaluation, self._dataset.manifest, users, catalogue.train_count.numpy(), vectors)
-
-    @property
-    def _task_batch_size(self) -> int:
-        """The number of users whose targets the ranker scores in one call: the same on every rank, since it is collective under ZeRO-3."""
-        most_targets = max(len(user.targets.items) for user in self._users)
-        return max(1, min(self._config.evaluation.batch_size, PAIRS_AT_ONCE // most_targets))
+        vectors, exposed = content_vectors(catalogue) if by_content else None, self._exposed
+        if exposed is not None:
+            entries = np.arange(len(exposed.users))
+            exposed = exposed.ordered(np.concatenate([entries[rank::num_ranks] for rank in range(num_ranks)]))
+        return Measures(evaluation, self._dataset.manifest, users, catalogue.train_count.numpy(), vectors, exposed)
 
     def _group_means(self, values: Floats) -> dict[str, float]:
         """Return the mean of `values`, ordered rank by rank, over each group's users; small groups are left out."""
@@ -132,3 +140,12 @@ class NextItem(Objective):
         if self._bound is not None:
             self._duals = state.get("duals", [])
             self._bound.set_duals(self._duals)
+
+
+def _padded(users: Sequence[EvaluationUser], ranks: Ranks) -> Sequence[EvaluationUser]:
+    """Return this rank's share of the users, and the first users again so that every rank has as many; their results are discarded.
+
+    A ZeRO-3 forward is collective, so every rank needs the same number of calls.
+    """
+    own = list(users[ranks.rank :: ranks.world_size])
+    return own + list(users[: -(-len(users) // ranks.world_size) - len(own)])

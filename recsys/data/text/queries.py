@@ -116,6 +116,7 @@ class QueryDraws:
     seed: int
     has_text: Tensor  # (I + 1,) bool
     target_kinds: Mask | None = None  # the event kinds that are targets; without it, all are
+    cuts_all: bool = False  # no query follows the history of its sample, since that ends with the last target
 
     def __call__(self, samples: Sequences, epoch: int) -> QueryTargets:
         """Choose samples, and one target of each."""
@@ -130,7 +131,7 @@ class QueryDraws:
         has_text = self.has_text[items].numpy() & is_target[samples.starts + last]
         chosen = np.flatnonzero((chance < self.rate * 2.0**63) & ((typed > 0) | has_text))
         has_no_history = alone[chosen] < NO_HISTORY_RATE * 2.0**63
-        is_own = has_no_history | (targets[chosen] < last[chosen])
+        is_own = has_no_history | (targets[chosen] < last[chosen]) | self.cuts_all
         order = np.argsort(is_own, kind="stable")
         chosen, num_own = chosen[order], int(is_own.sum())
         made = choice[chosen] % NUM_VARIANTS * len(self.has_text) + items[chosen]
