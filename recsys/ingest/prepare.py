@@ -30,7 +30,7 @@ from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
-from recsys.ingest.write.exposures import role_of_exposures
+from recsys.ingest.write.exposures import labelled_kinds, role_of_exposures
 from recsys.ingest.write.feature_statistics import item_numbers, join_moments
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics_passes import measure, write_dataset_report
@@ -289,7 +289,7 @@ def _sum_items(tables: list[pa.Table]) -> pa.Table:
 def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[Kind, ...]:
     """Return the base's event kinds and refuse new ones; without a base, return those of the events, in order."""
     found = (
-        {kind for outcome in partitions for kind in outcome.event_kinds} if not job.data.columns.labels else set(job.data.columns.labels)
+        {kind for outcome in partitions for kind in outcome.event_kinds} if not job.data.columns.labels else set(labelled_kinds(job.data))
     )
     if job.base is not None:
         known = job.base.manifest.event_kinds

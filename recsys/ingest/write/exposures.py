@@ -22,6 +22,9 @@ from recsys.schema import (
     Kind,
 )
 
+UNTAKEN = "exposure"
+"""The kind of a row whose labels are all 0 or missing."""
+
 _SHORT = tuple(name.removeprefix("exposed_") for name in EXPOSURE_COLUMNS)
 
 
@@ -34,13 +37,15 @@ def role_of_exposures(kinds: tuple[Kind, ...], data: DataConfig) -> str:
 def history_events(events: pa.Table, offsets: Integers, kinds: tuple[Kind, ...], data: DataConfig) -> tuple[pa.Table, Integers]:
     """Return the events that belong to histories, and where each user's begin; users may have none.
 
-    With labels these are, for each label column, the rows where it is 1, as events of that kind.
+    With labels these are, for each label column, the rows where it is 1, as events of that kind; rows without a 1 are events of the kind
+    UNTAKEN, if that is in histories.
     """
     if data.columns.labels:
-        rows = [
-            np.flatnonzero(pc.fill_null(pc.equal(events[f"{LABEL_PREFIX}{name}"], 1), False).to_numpy()) for name in data.columns.labels
-        ]
-        names = pa.array(np.repeat(list(data.columns.labels), [len(own) for own in rows]), pa.string())
+        masks = {name: _is_positive(events, name) for name in data.columns.labels}
+        if any(kind.name == UNTAKEN for kind in kinds):
+            masks[UNTAKEN] = ~np.logical_or.reduce(list(masks.values()))
+        rows = [np.flatnonzero(mask) for mask in masks.values()]
+        names = pa.array(np.repeat(list(masks), [len(own) for own in rows]), pa.string())
         order = np.argsort(np.concatenate(rows), kind="stable")
         places = np.concatenate(rows)[order]
         chosen = events.take(pa.array(places))
@@ -53,11 +58,19 @@ def history_events(events: pa.Table, offsets: Integers, kinds: tuple[Kind, ...],
     return events.filter(is_kept).combine_chunks(), np.concatenate([[0], np.cumsum(is_kept.to_numpy())])[offsets]
 
 
+def labelled_kinds(data: DataConfig) -> tuple[str, ...]:
+    """Return the event kinds that label columns give, weak to strong."""
+    return ((UNTAKEN,) if data.kind(UNTAKEN).in_history else ()) + tuple(data.columns.labels)
+
+
+def _is_positive(events: pa.Table, name: str) -> Mask:
+    return np.asarray(pc.fill_null(pc.equal(events[f"{LABEL_PREFIX}{name}"], 1), False).to_numpy(), bool)
+
+
 def is_interaction(events: pa.Table, data: DataConfig) -> pa.ChunkedArray:
     """Return which events count as interactions of their items: those with a positive label, else those of kinds in histories."""
     if data.columns.labels:
-        masks = [pc.fill_null(pc.equal(events[f"{LABEL_PREFIX}{name}"], 1), False) for name in data.columns.labels]
-        return pa.chunked_array([np.logical_or.reduce([mask.to_numpy() for mask in masks])])
+        return pa.chunked_array([np.logical_or.reduce([_is_positive(events, name) for name in data.columns.labels])])
     names = [name for name in pc.unique(events[EVENT]).to_pylist() if data.kind(name).in_history]
     return pc.is_in(events[EVENT], value_set=pa.array(names, pa.string()))
 
