@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from recsys.baselines.baseline import Baseline
+from recsys.baselines.click_models import fit_dcn, fit_din
 from recsys.baselines.counting import fit_item_knn, fit_popularity, fit_recent_popularity
 from recsys.baselines.factorization import fit_bpr, fit_factorization_machine, fit_matrix_factorization
 from recsys.baselines.sasrec import fit_sasrec
@@ -24,6 +25,8 @@ _FITS: dict[BaselineName, Callable[[TrainingData, Config], Baseline]] = {
     "factorization_machine": fit_factorization_machine,
     "two_tower": fit_two_tower,
     "sasrec": fit_sasrec,
+    "din": fit_din,
+    "dcn": fit_dcn,
 }
 
 

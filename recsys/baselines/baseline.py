@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +19,12 @@ FINAL_FRACTION = 0.1
 
 
 class Baseline(ABC):
-    """Scores items for users given by history and index, including users not in training. Shapes: B users, P pairs, I items."""
+    """Scores items for users given by history and index, including users not in training. Shapes: B users, P pairs, I items.
+
+    With `ranks = False` it only predicts tasks. Histories are of positive interactions.
+    """
+
+    ranks: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:

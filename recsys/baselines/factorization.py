@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline, ValidationRanking, fit
-from recsys.baselines.training_data import TrainingData, UnseenItems, history_matrix, known_rows, labelled
+from recsys.baselines.training_data import TrainingData, UnseenItems, history_matrix, known_rows, task_pairs
 from recsys.config import Config
 from recsys.model.retrieval import RetrievalScores
 
@@ -97,10 +97,10 @@ class FactorizationMachine(nn.Module, Baseline):
 
 
 def _id_features(data: TrainingData) -> tuple[Tensor, Tensor]:
-    """Return the feature rows of users (U + 1, 1) and of items (I + 1, 1), 0 without training interactions."""
-    has_any = np.append(False, data.train.lengths > 0)
-    users = np.where(has_any, np.arange(data.num_users + 1), 0)
-    items = np.where(data.item_counts > 0, data.num_users + np.arange(data.num_items + 1), 0)
+    """Return the feature rows of users (U + 1, 1) and of items (I + 1, 1), 0 without training interactions or exposures."""
+    knows_user, knows_item = data.known
+    users = np.where(np.append(False, knows_user), np.arange(data.num_users + 1), 0)
+    items = np.where(knows_item, data.num_users + np.arange(data.num_items + 1), 0)
     return torch.from_numpy(users)[:, None], torch.from_numpy(items)[:, None]
 
 
@@ -167,8 +167,9 @@ def _fit_task(machine: FactorizationMachine, data: TrainingData, column: int, co
     manifest = data.dataset.manifest
     is_binary = manifest.tasks[column].kind == "binary"
     criterion, penalty = (F.binary_cross_entropy_with_logits, BINARY_PENALTY) if is_binary else (F.mse_loss, VALUE_PENALTY)
-    users, items, labels = labelled(data.train, manifest, column)
-    other_users, other_items, other_labels = labelled(data.validation, manifest, column)
+    train, other = task_pairs(data, column, "train"), task_pairs(data, column, "validation")
+    users, items, labels = map(torch.from_numpy, (train.users, train.items, train.labels))
+    other_users, other_items, other_labels = map(torch.from_numpy, (other.users, other.items, other.labels))
 
     def loss(samples: Tensor) -> Tensor:
         scores, penalties = machine(users[samples] + 1, items[samples], penalty)

@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,15 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from recsys.arrays import Integers
+from recsys.arrays import Integers, Mask
+from recsys.data.exposures import read_held_out, read_trained
 from recsys.data.items import ItemFeatures
-from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
+from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.data.tasks import task_labels
+from recsys.data.tasks import exposure_labels, task_labels
+
+HISTORY_LENGTH = 50
+"""Number of items that a history has in a pair."""
 
 MIN_USERS_OF_VALUE = 5
 """Attribute values with fewer users are dropped, since they add nothing to the user's id."""
@@ -47,6 +52,16 @@ class TrainingData:
         is_target = np.array([kind.is_target for kind in dataset.manifest.kind_table])
         train, validation = (part.compact() if is_target.all() else part.where(is_target[part.events]) for part in parts)
         return cls(dataset, catalogue, train, validation, table.num_rows, *_attributes(table))
+
+    @cached_property
+    def known(self) -> tuple[Mask, Mask]:
+        """Which users (U,) and which items (I + 1,) have training interactions or exposures."""
+        users, items = self.train.lengths > 0, self.item_counts > 0
+        for samples, owners in read_trained(self.dataset) if self.dataset.manifest.has_exposures else ():
+            assert samples.exposures is not None
+            users[owners[samples.exposures.lengths > 0]] = True
+            items[samples.exposures.items] = True
+        return users, items
 
     @property
     def num_items(self) -> int:
@@ -109,11 +124,57 @@ def known_rows(users: Integers, table: Tensor) -> Tensor:
     return torch.from_numpy(np.where((users >= 0) & (users < len(table) - 1), users + 1, 0))
 
 
-def labelled(interactions: Sequences, manifest: DatasetManifest, column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return users, items and labels of the interactions that have a label of a task, (M,) each; values are standardized."""
-    labels, masks = map(torch.from_numpy, task_labels(manifest, interactions.events, interactions.values))
-    has_label = masks[:, column] > 0
-    return torch.from_numpy(interactions.owners)[has_label], torch.from_numpy(interactions.items)[has_label], labels[has_label, column]
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs of a user and an item with the label of a task, and the last positive items before each pair."""
+
+    users: Integers  # (N,)
+    items: Integers  # (N,)
+    labels: NDArray[np.float32]  # (N,) values are standardized
+    histories: NDArray[np.int32]  # (N, HISTORY_LENGTH) the last one in the last column, 0 before the first
+
+    @classmethod
+    def join(cls, parts: Sequence["Pairs"]) -> "Pairs":
+        """Concatenate one or more parts."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def task_pairs(data: TrainingData, column: int, part: Literal["train", "validation"]) -> Pairs:
+    """Return the pairs of a part that have a label of a task: the targets and, if the log has some, the exposures."""
+    manifest, is_train = data.dataset.manifest, part == "train"
+    interactions = data.train if is_train else data.validation
+    labels, mask = (array[:, column] for array in task_labels(manifest, interactions.events, interactions.values))
+    owners, places = interactions.owners, interactions.positions if is_train else data.train.lengths[interactions.owners]
+    kept = np.flatnonzero(mask > 0)
+    recent = _last_items(data.train, owners[kept], places[kept])
+    found = [Pairs(owners[kept], interactions.items[kept], labels[kept], recent)]
+    if manifest.tasks[column].name in manifest.exposure_tasks:
+        parts = (
+            read_trained(data.dataset) if is_train else ((each.histories, each.user_indices) for each in read_held_out(data.dataset, part))
+        )
+        found += [_exposed(data, rows, np.asarray(users, np.int64), column) for rows, users in parts]
+    return Pairs.join(found)
+
+
+def _exposed(data: TrainingData, rows: Sequences, users: Integers, column: int) -> Pairs:
+    """Return the exposures of some rows that have a label of a task."""
+    manifest, shown = data.dataset.manifest, rows.exposures
+    assert shown is not None
+    labels, mask = (array[:, column] for array in exposure_labels(manifest, shown.flat("labels"), shown.flat("known")))
+    is_target = np.array([kind.is_target for kind in manifest.kind_table])[rows.events]
+    before = np.concatenate([[0], np.cumsum(is_target)])  # positive interactions before each one, over all rows
+    begins, owners = rows.offsets[:-1], shown.owners
+    places = before[begins[owners] + shown.flat("places")] - before[begins[owners]]
+    kept = np.flatnonzero(mask > 0)
+    recent = _last_items(rows.where(is_target), owners[kept], places[kept])
+    return Pairs(users[owners[kept]], shown.items[kept].astype(np.int64), labels[kept], recent)
+
+
+def _last_items(rows: Sequences, owners: Integers, places: Integers) -> NDArray[np.int32]:
+    back = places[:, None] - np.arange(HISTORY_LENGTH, 0, -1)
+    items = np.append(rows.items, 0)
+    found = items[np.minimum(rows.offsets[owners][:, None] + np.maximum(back, 0), len(items) - 1)]
+    return np.where(back >= 0, found, 0).astype(np.int32)
 
 
 def _attributes(table: pa.Table) -> tuple[Integers, int]:

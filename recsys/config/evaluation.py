@@ -9,7 +9,16 @@ from recsys.config.base import Fact, Fraction, PositiveInt, Section, leaves
 from recsys.metric_names import LIST_METRICS, RANKING_METRICS, TASK_METRICS, is_lower_better, oriented
 
 BaselineName = Literal[
-    "popularity", "recent_popularity", "item_knn", "bpr", "matrix_factorization", "factorization_machine", "two_tower", "sasrec"
+    "popularity",
+    "recent_popularity",
+    "item_knn",
+    "bpr",
+    "matrix_factorization",
+    "factorization_machine",
+    "two_tower",
+    "sasrec",
+    "din",
+    "dcn",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recsys.arrays import Scores
+from recsys.arrays import Integers, Scores
 from recsys.baselines import Baseline, fit_baseline
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
@@ -100,16 +100,21 @@ def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Datas
 
 
 def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float]:
+    is_target = np.array([kind.is_target for kind in measures.manifest.kind_table])
+
+    def positives(user: EvaluationUser) -> Integers:
+        return user.history.items[is_target[user.history.events]]
+
     def score(users: Sequence[EvaluationUser]) -> Scores:
-        return baseline.score_catalogue([user.history.items for user in users], [user.user_index for user in users])
+        return baseline.score_catalogue([positives(user) for user in users], [user.user_index for user in users])
 
     def predict(users: Sequence[EvaluationUser]) -> Predictions | None:
         pairs = [(user, item) for user in users for item in user.targets.items]
         return baseline.score_tasks(
-            [user.user_index for user, _ in pairs], np.array([item for _, item in pairs]), [user.history.items for user, _ in pairs]
+            [user.user_index for user, _ in pairs], np.array([item for _, item in pairs]), [positives(user) for user, _ in pairs]
         )
 
-    metrics = measures.summarize(measures.rank(score))
+    metrics = measures.summarize(measures.rank(score)) if baseline.ranks else {}
     return metrics | measures.tasks(_predict(measures, predict)).values()
 
 

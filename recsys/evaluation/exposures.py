@@ -1,19 +1,17 @@
 """The exposures of a split with their labels: what tasks are measured on if the log has exposures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
 from recsys.arrays import Integers, Scores
-from recsys.data.manifest import USER_INDEX, Dataset
-from recsys.data.sequences import HISTORY_COLUMNS, Sequences, ranges
+from recsys.data.exposures import read_held_out
+from recsys.data.manifest import Dataset
+from recsys.data.sequences import Sequences, ranges
 from recsys.data.tasks import exposure_labels
-from recsys.evaluation.users import READ_ROWS, EvaluationUser
-from recsys.schema import EXPOSURE_COLUMNS
+from recsys.evaluation.users import EvaluationUser
 
-_COLUMNS = [USER_INDEX, *HISTORY_COLUMNS, *EXPOSURE_COLUMNS, "exposed_slices", "num_validation_exposures", "attributes"]
 NOTHING: Integers = np.zeros(0, np.int64)
 
 
@@ -46,32 +44,15 @@ class ExposedTargets:
 
 
 def _read(dataset: Dataset, split: str) -> Iterator[tuple[EvaluationUser, Scores, Scores, list[list[str]]]]:
-    manifest = dataset.manifest
-    tables = (
-        (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards)
-        if manifest.version == 1
-        else (dataset.read_users(_COLUMNS),)
-    )
-    for table in tables:
-        for batch in table.to_batches(READ_ROWS):
-            rows = pa.Table.from_batches([batch])
-            everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
-            shown, histories = everything.exposures, everything[:]
-            assert shown is not None
-            num_validation = everything.scalars["num_validation_exposures"]
-            begins, ends = (0, num_validation) if split == "validation" else (num_validation, shown.lengths)
-            first = shown.offsets + (0 if split == "validation" else np.append(num_validation, 0))
-            slices, attributes = rows["exposed_slices"].combine_chunks().flatten().to_pylist(), rows["attributes"].to_pylist()
-            chosen = shown.within(begins, ends)
-            for row in np.flatnonzero(chosen.lengths).tolist():
-                own = chosen[row : row + 1]
-                places = own.flat("places").astype(np.int64)
-                order = np.argsort(places, kind="stable")
-                for group in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
-                    history = histories[row : row + 1].within(0, places[group[:1]])
-                    targets = Sequences.of(own.items[group])
-                    user = EvaluationUser(
-                        int(everything.scalars[USER_INDEX][row]), history, targets, NOTHING, dict(attributes[row] or []), 0
-                    )
-                    labels, mask = exposure_labels(manifest, own.flat("labels")[group], own.flat("known")[group])
-                    yield user, labels, mask, [slices[int(first[row]) + place] or [] for place in group.tolist()]
+    for found in read_held_out(dataset, split):
+        shown, histories = found.histories.exposures, replace(found.histories, exposures=None)
+        assert shown is not None
+        for row in np.flatnonzero(shown.lengths).tolist():
+            own, first = shown[row : row + 1], int(shown.offsets[row])
+            places = own.flat("places").astype(np.int64)
+            order = np.argsort(places, kind="stable")
+            for group in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+                history, targets = histories[row : row + 1].within(0, places[group[:1]]), Sequences.of(own.items[group])
+                user = EvaluationUser(found.user_indices[row], history, targets, NOTHING, found.attributes[row], 0)
+                labels, mask = exposure_labels(dataset.manifest, own.flat("labels")[group], own.flat("known")[group])
+                yield user, labels, mask, [list(found.slices[first + place]) for place in group.tolist()]
