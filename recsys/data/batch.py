@@ -245,7 +245,7 @@ class Collator:
             numbers = torch.from_numpy(np.append(after, FIRST_EXPOSURE + shown.positions))
             label_mask = label_mask * keep_negatives(labels, owner_ids, numbers, self.negative_rates)
         wanted = torch.from_numpy(_column(samples, "items", places)).long()
-        exposed = torch.from_numpy(shown.flat("items")).long()
+        exposed = torch.from_numpy(shown.flat("items").astype(np.int64))
         items, (history, targets, exposures, negatives) = self._index_items(packed.items, wanted, exposed, negatives)
         return Batch(
             sample_ids=torch.tensor(sample_ids_before),
@@ -257,7 +257,7 @@ class Collator:
             target_weights=self._weights(events),
             exposure_places=torch.from_numpy(first_places[shown.owners] + shown.flat("places") - 1),
             exposures=exposures,
-            displays=torch.from_numpy(shown.flat("displays")).long(),
+            displays=torch.from_numpy(shown.flat("displays").astype(np.int64)),
             labels=labels,
             label_mask=label_mask,
             group_mask=torch.from_numpy(self._group_mask(sample_ids)),
