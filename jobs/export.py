@@ -96,7 +96,7 @@ def promote(config: Config, storage: Storage, registry: Registry, manifest: Expo
 
 def _compare(config: Config, storage: Storage, registry: Registry, new: ExportManifest, old: ExportManifest) -> tuple[bool, str]:
     """Evaluate both versions on the newer one of their datasets; return whether the new one replaces the old one, and why."""
-    from recsys.evaluation.promotion import compare_versions, decide
+    from recsys.evaluation.decisions.promotion import compare_versions, decide
     from recsys.exports.files import load_export
 
     scratch = private_folder(Path(config.run.scratch) / "exports")

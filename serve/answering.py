@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
-from recsys.data.seen import SeenRule
+from recsys.data.labels.seen import SeenRule
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.exports.files import load_export

@@ -14,11 +14,11 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from recsys.arrays import Integers, Mask
-from recsys.data.exposures import read_held_out, read_trained
 from recsys.data.items import ItemFeatures
+from recsys.data.labels.exposures import read_held_out, read_trained
+from recsys.data.labels.tasks import exposure_labels, task_labels
 from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.data.tasks import exposure_labels, task_labels
 
 HISTORY_LENGTH = 50
 """Number of items that a history has in a pair."""

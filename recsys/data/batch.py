@@ -11,10 +11,10 @@ from torch import Tensor
 
 from recsys.arrays import Integers, Mask
 from recsys.data.draws import sample_draws, stable_hash
-from recsys.data.labels import UserGroups, keep_negatives
+from recsys.data.labels.tasks import exposure_labels, task_labels
+from recsys.data.labels.training import UserGroups, keep_negatives
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Sequences, cut_windows, ranges
-from recsys.data.tasks import exposure_labels, task_labels
 from recsys.data.text.queries import QueryDraws
 from recsys.schema import EXPOSURE_COLUMNS, PADDING_ITEM
 

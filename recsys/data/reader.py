@@ -18,7 +18,7 @@ from recsys.config import Config
 from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost
 from recsys.data.draws import NegativeSampler
 from recsys.data.items import ItemFeatures
-from recsys.data.labels import UserGroups, negative_rates
+from recsys.data.labels.training import UserGroups, negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.node_files import DiskCache
 from recsys.data.plan import EpochPlan

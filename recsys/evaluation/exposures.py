@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from recsys.arrays import Integers, Scores
-from recsys.data.exposures import read_held_out
+from recsys.data.labels.exposures import read_held_out
+from recsys.data.labels.tasks import exposure_labels
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences, ranges
-from recsys.data.tasks import exposure_labels
 from recsys.evaluation.users import EvaluationUser
 
 NOTHING: Integers = np.zeros(0, np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.arrays import Floats, Integers, Mask
-from recsys.data.labels import MAX_GROUPS
+from recsys.data.labels.training import MAX_GROUPS
 from recsys.errors import UserError
 from recsys.evaluation.metrics import random_metrics, ranking_metrics
 from recsys.evaluation.ranking import Ranked

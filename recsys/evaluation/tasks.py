@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recsys.arrays import Floats, Integers, Mask, Scores
+from recsys.data.labels.tasks import task_labels
 from recsys.data.manifest import DatasetManifest
-from recsys.data.tasks import task_labels
 from recsys.evaluation.significance import Interval, measure_intervals
 from recsys.evaluation.users import EvaluationUser, batches
 from recsys.predictor import Predictor
@@ -159,7 +159,7 @@ def measure_tasks(labelled: Labelled, manifest: DatasetManifest, num_users: int)
         if task.name not in predictions:
             continue
         if not len(truth):
-            found.absent[task.name] = "nothing has a label"
+            found.absent[task.name] = "no target has a label"
             continue
         if task.kind == "binary" and (truth == truth[0]).all():
             found.absent[task.name] = f"all {len(truth)} labels are {truth[0]:g}"

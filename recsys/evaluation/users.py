@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.labels.seen import SeenRule
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
-from recsys.data.seen import SeenRule
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
 

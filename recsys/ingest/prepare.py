@@ -30,16 +30,16 @@ from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
-from recsys.ingest.write.exposures import labelled_kinds, role_of_exposures
+from recsys.ingest.write.event_kinds import choose_kinds
+from recsys.ingest.write.exposures import role_of_exposures
 from recsys.ingest.write.feature_statistics import item_numbers, join_moments
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics_passes import measure, write_dataset_report
-from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, event_tasks, order_event_kinds
+from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, event_tasks
 from recsys.store import ObjectInfo, Storage, join
 from recsys.store.backends import TEMP_PREFIX
 
 logger = logging.getLogger(__name__)
-_MAX_EVENT_KINDS = 127
 
 
 def find_dataset(config: Config, storage: Storage) -> Dataset | None:
@@ -121,7 +121,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         events = _filter_core(job, events)
     if not any(outcome.rows for outcome in events.partitions):
         raise _nothing_left(job, inputs, "no interaction is left", events.rejects)
-    kinds = _event_kinds(job, events.partitions)
+    kinds, unknown_kinds = choose_kinds({kind for outcome in events.partitions for kind in outcome.event_kinds}, job.data, job.base)
     ids, odd_items, warnings = _number_items(job, events.generation, items.rows, known_ids)
     users = _stage_inputs(job, "users", inputs.users)
     shards = _write_all(job, events, kinds)
@@ -141,7 +141,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         "inputs": identify_inputs(given, job.storage),
         "num_items": len(ids),
         **_count(job, events, shards),
-        **_describe_input(inputs, items, events, users, shards, warnings),
+        **_describe_input(inputs, items, events, users, shards, [*unknown_kinds, *warnings]),
         "noticed": _occurring(sum((outcome.noticed for outcome in events.outcomes), catalogue.noticed + odd_items)),
         "items_without_catalogue_entry": odd_items["unknown_item"] + _before(job, "items_without_catalogue_entry"),
         "category_vocabulary": catalogue.category_vocabulary,
@@ -284,30 +284,6 @@ def _count_items(job: Job, generation: int) -> pa.Table:
 def _sum_items(tables: list[pa.Table]) -> pa.Table:
     nothing = pa.table({ITEM_ID: pa.array([], pa.string()), "count": pa.array([], pa.int64())})
     return pa.concat_tables([nothing, *tables]).group_by(ITEM_ID, use_threads=False).aggregate([("count", "sum")])
-
-
-def _event_kinds(job: Job, partitions: list[Partition]) -> tuple[Kind, ...]:
-    """Return the base's event kinds and refuse new ones; without a base, return those of the events, in order."""
-    found = (
-        {kind for outcome in partitions for kind in outcome.event_kinds} if not job.data.columns.labels else set(labelled_kinds(job.data))
-    )
-    if job.base is not None:
-        known = job.base.manifest.event_kinds
-        if new := sorted(found.difference(known)):
-            raise UserError(
-                f"data.events = {job.data.events}: has the event kind '{new[0]}', which the base dataset does not have; "
-                f"it has {', '.join(known)}; prepare a new dataset from all events"
-            )
-        return job.base.manifest.kind_table
-    kinds = {name: job.data.kind(name) for name in found}
-    event_kinds = order_event_kinds(
-        found, job.data.event_kinds or tuple(job.data.columns.labels), {name: kind.role for name, kind in kinds.items()}
-    )
-    if len(event_kinds) > _MAX_EVENT_KINDS:
-        raise UserError(
-            f"data.columns.event = '{job.data.columns.event}': has {len(event_kinds)} kinds; at most {_MAX_EVENT_KINDS} are possible"
-        )
-    return tuple(kinds[name] for name in event_kinds)
 
 
 def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequence[str]) -> tuple[pa.Array, Counter[str], list[str]]:

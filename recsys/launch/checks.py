@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.evaluation.refusals import refuse_absent_metrics
+from recsys.evaluation.decisions.refusals import refuse_absent_metrics
 from recsys.store import Storage
 
 
@@ -15,7 +15,7 @@ def check_training(config: Config, *text_modes: str) -> None:
     config = dataset.complete(config)
     refuse_absent_metrics(dataset, "validation", config.evaluation)
     if config.fairness.attribute:
-        from recsys.data.labels import read_groups
+        from recsys.data.labels.training import read_groups
 
         read_groups(dataset, config.fairness.attribute)
     for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys.config.model import ModelConfig, RankerConfig
 from recsys.data.batch import PackedHistories
-from recsys.data.labels import NUM_DISPLAYS
+from recsys.data.labels.training import NUM_DISPLAYS
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
 from recsys.model.user_encoder import by_group, known_values

@@ -11,7 +11,7 @@ from recsys.config import Config
 from recsys.data.batch import Batch
 from recsys.data.draws import negative_items
 from recsys.data.items import ItemFeatures
-from recsys.data.labels import display_shares, negative_rates
+from recsys.data.labels.training import display_shares, negative_rates
 from recsys.data.manifest import Dataset
 from recsys.model.item_encoder import ItemEncoder, ItemText
 from recsys.model.ranker import Ranker, TaskLosses, build_regression

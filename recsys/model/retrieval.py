@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from recsys.config.training import FairnessConfig
-from recsys.data.labels import UserGroups
+from recsys.data.labels.training import UserGroups
 
 Loss = tuple[Tensor, Tensor]
 

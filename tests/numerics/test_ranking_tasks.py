@@ -9,7 +9,7 @@ import torch
 from recsys.config import Config, load_config
 from recsys.config.model import ModelConfig
 from recsys.data.batch import CPU_GROUP_COST, pack
-from recsys.data.labels import keep_negatives
+from recsys.data.labels.training import keep_negatives
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.exports.files import load_export, write_export

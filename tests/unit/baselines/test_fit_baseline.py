@@ -20,6 +20,8 @@ from tests.datasets import make_dataset
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 POPULAR: tuple[BaselineName, ...] = ("popularity", "recent_popularity")
 PREDICTING: tuple[BaselineName, ...] = ("matrix_factorization", "factorization_machine")
+CLICK_MODELS: tuple[BaselineName, ...] = ("din", "dcn")
+"""They predict binary tasks and rank nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def ask(baseline: Baseline, dataset: Dataset) -> tuple[np.ndarray, dict[str, np.
     users = [row["user_index"] for row in rows]
     items = np.tile(np.arange(1, 11), len(users))
     tasks = baseline.score_tasks(np.repeat(users, 10).tolist(), items, [history for history in histories for _ in range(10)])
-    return baseline.score_catalogue(histories, users), tasks or {}
+    return baseline.score_catalogue(histories, users) if baseline.ranks else np.zeros((len(users), 1)), tasks or {}
 
 
 def mean_reciprocal_rank(baseline: Baseline, dataset: Dataset) -> float:
@@ -83,7 +85,7 @@ def mean_reciprocal_rank(baseline: Baseline, dataset: Dataset) -> float:
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in POPULAR])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*POPULAR, *CLICK_MODELS)])
 def test_a_baseline_that_knows_users_beats_popularity_where_users_differ(name: BaselineName, dataset: Dataset, config: Config) -> None:
     popular = mean_reciprocal_rank(fit("popularity", dataset, config), dataset)
     assert mean_reciprocal_rank(fit(name, dataset, config), dataset) > 1.4 * popular
@@ -109,7 +111,7 @@ def test_what_is_held_out_for_the_test_changes_nothing(name: BaselineName, datas
         np.testing.assert_array_equal(predicted, other_tasks[task])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("item_knn", "matrix_factorization")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("item_knn", "matrix_factorization", *CLICK_MODELS)])
 def test_validation_interactions_train_nothing(name: BaselineName, dataset: Dataset, config: Config) -> None:
     def change(row: dict[str, Any]) -> dict[str, Any]:
         begin = row["num_train"]
@@ -130,23 +132,25 @@ def test_the_seed_tells_the_outcome(name: BaselineName, dataset: Dataset, config
     for task, predicted in tasks.items():
         np.testing.assert_array_equal(predicted, tasks_again[task])
     if name not in (*POPULAR, "item_knn"):
-        other, _ = ask(fit(name, dataset, short.with_values({"training.seed": 1})), dataset)
-        assert not np.array_equal(scores, other)
+        other, other_tasks = ask(fit(name, dataset, short.with_values({"training.seed": 1})), dataset)
+        is_same = np.array_equal(tasks["like"], other_tasks["like"]) if name in CLICK_MODELS else np.array_equal(scores, other)
+        assert not is_same
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_users_and_empty_histories_get_an_answer(name: BaselineName, dataset: Dataset, config: Config) -> None:
     baseline = fit(name, dataset, config.with_values({"evaluation.baseline_epochs": 1}))
     nothing = np.zeros(0, np.int64)
-    for histories in ([nothing, np.array([3, 8]), np.arange(1, 60)], [nothing, nothing, nothing]):
+    for histories in ([nothing, np.array([3, 8]), np.arange(1, 60)], [nothing, nothing, nothing]) if baseline.ranks else ():
         scores = baseline.score_catalogue(histories, [10_000, -7, 0])
         assert scores.shape == (3, dataset.manifest.num_items + 1)
         assert scores.dtype == np.float32
         assert np.isneginf(scores[:, 0]).all()
         assert np.isfinite(scores[:, 1:]).all()
-    np.testing.assert_array_equal(scores[0], scores[1])
+    if baseline.ranks:
+        np.testing.assert_array_equal(scores[0], scores[1])
     predicted = baseline.score_tasks([10_000, -7], np.array([1, 2]), [nothing, nothing])
-    assert (predicted is not None) == (name in PREDICTING)
+    assert (predicted is not None) == (name in (*PREDICTING, *CLICK_MODELS))
     for answers in (predicted or {}).values():
         assert np.isfinite(answers).all()
 
@@ -189,6 +193,20 @@ def test_values_and_likes_that_follow_taste_are_predicted(name: BaselineName, da
     assert answers["rating"].min() >= np.float32(1.8) - 1e-4
     assert answers["rating"].max() <= np.float32(4.7) + 1e-4
     is_liked = truth >= 4.0
+    assert answers["like"][is_liked].mean() > answers["like"][~is_liked].mean() + 0.3
+    assert ((answers["like"] >= 0) & (answers["like"] <= 1)).all()
+
+
+@pytest.mark.parametrize("name", CLICK_MODELS)
+def test_likes_that_follow_taste_are_predicted(name: BaselineName, dataset: Dataset, config: Config) -> None:
+    planted = with_tastes(dataset)
+    predicted = fit(name, planted, config.with_values({"evaluation.baseline_epochs": 20}))
+    rows = planted.read_users().to_pylist()
+    users, items = [row["user_index"] for row in rows], np.array([row["items"][-1] for row in rows])
+    answers = predicted.score_tasks(users, items, [np.array(row["items"][:-1]) for row in rows])
+    assert answers is not None
+    assert answers.keys() == {"purchase", "like"}
+    is_liked = np.array([row["values"][-1] for row in rows]) >= 4.0
     assert answers["like"][is_liked].mean() > answers["like"][~is_liked].mean() + 0.3
     assert ((answers["like"] >= 0) & (answers["like"] <= 1)).all()
 

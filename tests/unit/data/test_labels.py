@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from recsys.config.model import RankerConfig
-from recsys.data import labels
 from recsys.data.batch import Collator
-from recsys.data.labels import count_labels, keep_negatives, negative_rates
+from recsys.data.labels import training
+from recsys.data.labels.training import count_labels, keep_negatives, negative_rates
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.store import Storage
@@ -44,9 +44,9 @@ def test_labels_are_those_of_the_training_targets(dataset: Dataset) -> None:
 
 def test_a_large_dataset_is_sampled_evenly(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    read_group = labels.RowGroupSource.read
-    monkeypatch.setattr(labels, "MAX_ROW_GROUPS", 3)
-    monkeypatch.setattr(labels.RowGroupSource, "read", lambda self, group: read.append(group) or read_group(self, group))
+    read_group = training.RowGroupSource.read
+    monkeypatch.setattr(training, "MAX_ROW_GROUPS", 3)
+    monkeypatch.setattr(training.RowGroupSource, "read", lambda self, group: read.append(group) or read_group(self, group))
     count_labels(dataset)
     last = sum(len(shard.row_groups) for shard in dataset.manifest.train_shards) - 1
     assert read == [0, last // 2, last]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recsys.data.labels import UserGroups
+from recsys.data.labels.training import UserGroups
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.store import Storage

@@ -10,7 +10,7 @@ from recsys.config import Config, load_config
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.evaluation.promotion import Change, Guest, Rule, compare_versions, decide
+from recsys.evaluation.decisions.promotion import Change, Guest, Rule, compare_versions, decide
 from recsys.evaluation.users import read_evaluation_users
 from recsys.model.recommender import build_recommender
 from recsys.predictor import Predictor

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recsys.config.training import FairnessConfig
-from recsys.data.labels import UserGroups
+from recsys.data.labels.training import UserGroups
 from recsys.model.retrieval import LARGEST_DUAL_SUM, GroupBound
 
 GROUPS = UserGroups(("F", "M"), np.array([0, 1, 1, 1], np.int8), (0.25, 0.75))

@@ -1,8 +1,8 @@
 """Refuses metrics that a dataset cannot give, before any worker starts. Does not import torch, so that it answers at once."""
 
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.labels.tasks import task_labels
 from recsys.data.manifest import Dataset
-from recsys.data.tasks import task_labels
 from recsys.errors import UserError
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.users import TargetRules, find_users

@@ -11,10 +11,10 @@ from torch import Tensor
 from recsys.arrays import Integers
 from recsys.config.model import RankerConfig
 from recsys.data.draws import stable_hash
+from recsys.data.labels.tasks import exposure_labels, task_labels
 from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource
-from recsys.data.tasks import exposure_labels, task_labels
 from recsys.errors import UserError
 from recsys.schema import EXPOSURE_COLUMNS
 

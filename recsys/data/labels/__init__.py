@@ -1,0 +1,1 @@
+"""What events mean: labels of tasks, exposures, seen items, groups of users."""

@@ -1,0 +1,1 @@
+"""Decisions by metrics: which are possible, and which version is served."""
