@@ -200,7 +200,7 @@ def test_values_and_likes_that_follow_taste_are_predicted(name: BaselineName, da
 @pytest.mark.parametrize("name", CLICK_MODELS)
 def test_likes_that_follow_taste_are_predicted(name: BaselineName, dataset: Dataset, config: Config) -> None:
     planted = with_tastes(dataset)
-    predicted = fit(name, planted, config.with_values({"evaluation.baseline_epochs": 20}))
+    predicted = fit(name, planted, config.with_values({"evaluation.baseline_epochs": 200}))
     rows = planted.read_users().to_pylist()
     users, items = [row["user_index"] for row in rows], np.array([row["items"][-1] for row in rows])
     answers = predicted.score_tasks(users, items, [np.array(row["items"][:-1]) for row in rows])
