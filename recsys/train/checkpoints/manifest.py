@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
+from recsys.config import Config
 from recsys.config.base import Fact, leaves
-from recsys.config.root import with_present_keys
 from recsys.config.verb_settings import facts_of
 from recsys.errors import UserError
 from recsys.store import Storage, join, sha256_of
@@ -127,8 +127,8 @@ def fetch_file(storage: Storage, uri: str, name: str, file: CheckpointFile, fold
 
 
 def config_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Return the keys whose values forbid a resume, as `key: saved -> current`."""
-    before, after = dict(leaves(with_present_keys(saved))), dict(leaves(current))
+    """Return the keys whose values forbid a resume, as `key: saved -> current`; a key that an earlier release lacked had its default."""
+    before, after = dict(leaves(Config.model_validate(saved).model_dump(mode="json"))), dict(leaves(current))
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
         for key in sorted(before.keys() | after.keys())

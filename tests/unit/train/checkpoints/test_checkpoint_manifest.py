@@ -29,6 +29,10 @@ def test_what_may_change_on_a_resume_and_what_may_not() -> None:
     assert config_differences(saved, allowed.model_dump(mode="json")) == []
     former = saved | {"evaluation": {"curve" if key == "fairness_curve" else key: value for key, value in saved["evaluation"].items()}}
     assert config_differences(former, allowed.model_dump(mode="json")) == []
+    earlier = {**saved, "data": {key: value for key, value in saved["data"].items() if key not in ("kinds", "max_exposures")}}
+    assert config_differences(earlier, allowed.model_dump(mode="json")) == []
+    kinds = load_config(None, ["data.kinds.buy.weight=2"]).model_dump(mode="json")
+    assert config_differences(earlier, kinds)[0].startswith("data.kinds")
     refused = load_config(None, ["model.width=32", "optimizer.learning_rate=0.5", "data.max_history=7"]).model_dump(mode="json")
     assert config_differences(saved, refused) == [
         "data.max_history: 50 -> 7",
