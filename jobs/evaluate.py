@@ -20,7 +20,7 @@ def run(config: Config) -> dict[str, Any]:
     from recsys.evaluation.evaluator import evaluate
     from recsys.evaluation.slices import sentence
     from recsys.report.pages import EVALUATION, write_report
-    from recsys.train.checkpoints.load_recommender import build_predictor, check_given, load_trained
+    from recsys.train.checkpoints.load_recommender import build_predictor, check_given, load_trained, with_given_ranking
 
     storage, scratch, settings = Storage.from_config(config.storage), config.run.scratch, config.evaluation
 
@@ -29,7 +29,7 @@ def run(config: Config) -> dict[str, Any]:
 
     check_given(storage, config, settings.checkpoint)
     checkpoint, trained, dataset, recommender = load_trained(storage, settings.checkpoint, scratch)
-    found = evaluate(build_predictor(trained, dataset, recommender), dataset, settings, load)
+    found = evaluate(build_predictor(with_given_ranking(trained, config), dataset, recommender), dataset, settings, load)
     result = {"checkpoint": settings.checkpoint, "metric": settings.metric, "ranking_metric": settings.ranking_metric, **found}
     if "compare" in result:
         logger.info("evaluate: %s", sentence(result["compare"], settings.ranking_metric))

@@ -52,10 +52,10 @@ def version_of(checkpoint: "CheckpointManifest") -> str:
 def _publish(config: Config, storage: Storage, registry: Registry, version: str) -> ExportManifest:
     from recsys.evaluation.evaluator import evaluate
     from recsys.exports.files import write_export
-    from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
+    from recsys.train.checkpoints.load_recommender import build_predictor, load_trained, with_given_ranking
 
     checkpoint, trained, dataset, recommender = load_trained(storage, config.export.checkpoint, config.run.scratch)
-    predictor = build_predictor(trained, dataset, recommender)
+    predictor = build_predictor(with_given_ranking(trained, config), dataset, recommender)
     plain = config.evaluation.model_copy(update={"split": "validation", "baselines": (), "diversity": (), "fairness_attributes": ()})
     metrics = evaluate(predictor, dataset, plain)["metrics"]
     folder = private_folder(Path(config.run.scratch) / "exports" / version)

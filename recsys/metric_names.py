@@ -9,6 +9,9 @@ RANKING_METRICS = ("hr", "ndcg", "mrr", "recall")
 LIST_METRICS = ("coverage", "novelty", "popularity_percentile", "popularity_lift", "intra_list_diversity", "gini")
 """Metrics of the recommended lists, written as `coverage@10`."""
 
+SHARE_SUFFIX = "_share"
+"""Ends the name of a task's mean label among the targets in the lists, written as `like_share@10`."""
+
 TASK_METRICS = ("auc", "uauc", "logloss", "ece", "rmse")
 """Metrics of a task's predictions, written as `click.auc`."""
 

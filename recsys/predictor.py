@@ -1,7 +1,7 @@
 """Inference with loaded weights: user vectors, scores, rankings. Evaluation, batch scoring and the service run this code."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.arrays import Integers
+from recsys.arrays import Integers, Scores
 from recsys.config import Config
 from recsys.data.batch import PackedHistories, group_cost, map_tensors, pack
 from recsys.data.items import ItemFeatures
@@ -37,6 +37,11 @@ class Ranking:
 
     items: Integers  # (k,)
     scores: NDArray[np.float32]  # (k,)
+    parts: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # (k,) the scores that were blended, by name
+
+    def head(self, k: int) -> "Ranking":
+        """Return the best k items."""
+        return Ranking(self.items[:k], self.scores[:k], {name: values[:k] for name, values in self.parts.items()})
 
 
 @dataclass(eq=False)
@@ -99,9 +104,50 @@ class Predictor:
     def recommend(
         self, histories: Sequence[Sequences], k: int, exclude: Sequence[Integers], queries: Queries | None = None
     ) -> list[Ranking]:
-        """Return each user's top k items without the excluded ones; fewer if no others are left."""
+        """Return each user's top k items without the excluded ones, by `ranking.blend`; fewer if no others are left."""
         scores = self.score_catalogue(histories, queries).numpy()
-        return [top_k(row, k, excluded) for row, excluded in zip(scores, exclude, strict=True)]
+        num_candidates = self.config.ranking.num_candidates
+        rankings = [top_k(row, max(k, num_candidates), excluded) for row, excluded in zip(scores, exclude, strict=True)]
+        return [ranking.head(k) for ranking in (self._blend(histories, rankings, scores, queries) if num_candidates else rankings)]
+
+    def score_lists(self, histories: Sequence[Sequences], exclude: Sequence[Integers], queries: Queries | None = None) -> Scores:
+        """Return scores (B, I + 1) that order all items like `recommend`: the candidates by the blend, above all others by retrieval."""
+        scores: Scores = self.score_catalogue(histories, queries).numpy()
+        num_candidates = self.config.ranking.num_candidates
+        if not num_candidates:
+            return scores
+        candidates = [top_k(row, num_candidates, excluded) for row, excluded in zip(scores, exclude, strict=True)]
+        for user, blended in enumerate(self._blend(histories, candidates, scores, queries)):
+            if len(blended.items):
+                scores[user] -= scores[user][np.isfinite(scores[user])].max() - blended.scores.min() + 1
+                scores[user, blended.items] = blended.scores
+        return scores
+
+    def _blend(
+        self, histories: Sequence[Sequences], candidates: Sequence[Ranking], scores: Scores, queries: Queries | None
+    ) -> list[Ranking]:
+        """Order each user's candidates by the weighted sum of their scores; `scores` (B, I + 1) are those of retrieval."""
+        weights = self.config.ranking.blend
+        tasks = self.score(
+            histories, [ranking.items for ranking in candidates], queries, most_candidates=self.config.ranking.num_candidates
+        )
+        rankings = []
+        for row, candidate, parts in zip(scores, candidates, tasks, strict=True):
+            finite = row[np.isfinite(row)].astype(np.float64)
+            highest = finite.max(initial=0)
+            parts["retrieval"] = (candidate.scores - highest - np.log(np.exp(finite - highest).sum())).astype(np.float32)
+            blended = np.zeros(len(candidate.items), np.float32)
+            for name, weight in weights.items():
+                blended += np.float32(weight) * np.prod([self._part(parts, part) for part in name.split("*")], axis=0, dtype=np.float32)
+            order = np.lexsort((candidate.items, -blended))
+            named = {name: values[order] for name, values in parts.items()}
+            rankings.append(Ranking(candidate.items[order], blended[order], named))
+        return rankings
+
+    def _part(self, parts: dict[str, NDArray[np.float32]], name: str) -> NDArray[np.float32]:
+        if name not in parts:
+            raise UserError(f"ranking.blend: '{name}' is not a score of this model; its scores: {', '.join(parts)}")
+        return parts[name]
 
     def popular(self, k: int, exclude: Integers) -> Ranking:
         """Rank by the number of training interactions, for users without a history."""
@@ -109,9 +155,16 @@ class Predictor:
 
     @torch.no_grad()
     def score(
-        self, histories: Sequence[Sequences], candidates: Sequence[Integers], queries: Queries | None = None
+        self,
+        histories: Sequence[Sequences],
+        candidates: Sequence[Integers],
+        queries: Queries | None = None,
+        *,
+        most_candidates: int | None = None,
     ) -> list[dict[str, NDArray[np.float32]]]:
         """Score candidates (catalogue indices) for each user.
+
+        With `most_candidates` the number of the ranker's calls depends only on that and the number of users.
 
         Returns:
             Per user: `retrieval` and each task's calibrated probability (binary) or value (regression), one number per candidate.
@@ -119,7 +172,7 @@ class Predictor:
         encoded = self._encode(histories, queries)
         users, ranked_users = encoded[0].float(), self.ranker.read_users(*encoded)
         results: list[dict[str, NDArray[np.float32]]] = []
-        for rows in _calls([len(chosen) for chosen in candidates]):
+        for rows in _calls([most_candidates or len(chosen) for chosen in candidates]):
             pairs = self._score_tasks(ranked_users[rows], candidates[rows])
             for user, chosen, tasks in zip(users[rows], candidates[rows], pairs, strict=True):
                 indices = torch.from_numpy(chosen).to(users.device)

@@ -174,9 +174,16 @@ class Answerer:
         fallback = POPULARITY if ranking is None else None
         ranking = ranking or self.predictor.popular(request.k, NOTHING)
         catalogue = self.predictor.catalogue
-        rows = zip(ranking.items[: request.k].tolist(), ranking.scores[: request.k].tolist(), strict=True)
+        best = ranking.head(request.k)
+        rows = zip(best.items.tolist(), best.scores.tolist(), strict=True)
         items = [
-            RecommendedItem(item_id=catalogue.item_ids[index], title=catalogue.titles[index], score=score, rank=rank)
+            RecommendedItem(
+                item_id=catalogue.item_ids[index],
+                title=catalogue.titles[index],
+                score=score,
+                rank=rank,
+                scores={name: float(values[rank - 1]) for name, values in best.parts.items()} or None,
+            )
             for rank, (index, score) in enumerate(rows, start=1)
         ]
         return Answer.of(

@@ -99,12 +99,13 @@ class ScoreRequest(UserRequest):
 
 
 class RecommendedItem(Message):
-    """An item of the answer; rank 1 is the best."""
+    """An item of the answer; rank 1 is the best. `scores` are those that `score` blends, None if retrieval alone decides."""
 
     item_id: str
     title: str
     score: float
     rank: int
+    scores: dict[str, float] | None = None
 
 
 class RecommendResponse(Message):

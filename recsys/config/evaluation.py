@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from recsys.config.base import Fact, Fraction, PositiveInt, Section, leaves
-from recsys.metric_names import LIST_METRICS, RANKING_METRICS, TASK_METRICS, is_lower_better, oriented
+from recsys.metric_names import LIST_METRICS, RANKING_METRICS, SHARE_SUFFIX, TASK_METRICS, is_lower_better, oriented
 
 BaselineName = Literal[
     "popularity",
@@ -82,7 +82,8 @@ class EvaluationConfig(Section):
     def _is_metric(self, metric: str) -> bool:
         task, _, measure = metric.rpartition(".")
         name, _, cutoff = metric.partition("@")
-        is_of_lists = name in RANKING_METRICS + LIST_METRICS and cutoff.isdigit() and int(cutoff) in self.cutoffs
+        is_name = name in RANKING_METRICS + LIST_METRICS or name.endswith(SHARE_SUFFIX)
+        is_of_lists = is_name and cutoff.isdigit() and int(cutoff) in self.cutoffs
         return is_of_lists or (bool(task) and measure in TASK_METRICS)
 
     @property

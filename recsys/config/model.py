@@ -72,10 +72,20 @@ class RankerConfig(Section):
     """Weights of the tasks relative to each other: equal (`fixed`) or learned (`uncertainty`)."""
     task_weight: NonNegative = 0.1
     """Weight of the task losses relative to the retrieval loss."""
+    task_weights: dict[str, NonNegative] = {}  # noqa: RUF012 - pydantic copies defaults
+    """Weights of single tasks on top of `task_weight`, by name; 1 for the others."""
+    needs: dict[str, str] = {}  # noqa: RUF012 - pydantic copies defaults
+    """Tasks that cannot happen without another: `{buy = "click"}` models p(buy) as p(click) x p(buy | click), learned on all exposures."""
     imbalance: Literal["none", "weight", "sample"] = "none"
     """For rare positives: `weight` them, or `sample` the negatives; predicted probabilities are calibrated back."""
     negatives_per_positive: Positive = 1.0
     """Negatives per positive that `sample` keeps."""
+
+    @model_validator(mode="after")
+    def _check_needs(self) -> Self:
+        if self.needs and self.imbalance != "none":
+            raise ValueError("model.ranker.needs works on labels as they are; set model.ranker.imbalance=none")
+        return self
 
 
 class ModelConfig(Section):

@@ -14,6 +14,7 @@ from recsys.config.base import ANY, Fact, Section, fields_of, leaves, section_of
 from recsys.config.data import DataConfig
 from recsys.config.evaluation import EvaluationConfig, SearchConfig
 from recsys.config.model import ModelConfig
+from recsys.config.ranking import RankingConfig
 from recsys.config.service import ExportConfig, ServiceConfig
 from recsys.config.storage import RunConfig, StorageConfig
 from recsys.config.training import CheckpointConfig, FairnessConfig, OptimizerConfig, PretrainingConfig, TrainingConfig
@@ -32,6 +33,7 @@ class Config(Section):
     fairness: FairnessConfig = FairnessConfig()
     pretraining: PretrainingConfig = PretrainingConfig()
     checkpoint: Annotated[CheckpointConfig, Fact.MAY_CHANGE] = CheckpointConfig()
+    ranking: Annotated[RankingConfig, Fact.MAY_CHANGE] = RankingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     search: Annotated[SearchConfig, Fact.MAY_CHANGE] = SearchConfig()
     export: Annotated[ExportConfig, Fact.MAY_CHANGE] = ExportConfig()

@@ -37,7 +37,7 @@ _RUN = (*_STORE, "run.name", "run.resume", "run.lease_seconds", "run.trackers", 
 _TARGETS = ("evaluation.target_events", "evaluation.repeats")
 _VALIDATION = ("evaluation.metric", "evaluation.guards", "evaluation.cutoffs", "evaluation.batch_size", *_TARGETS)
 _DATASET = ("data.dataset", "data.max_history")
-_TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "checkpoint")
+_TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "ranking", "checkpoint")
 _PRETRAIN = (*_RUN, "data.dataset", "model.text", "optimizer", "training", "pretraining", "checkpoint")
 _LABELLED = ("model.text.mode", "model.text.lora_rank", "model.text.lora_targets", "model.text.refresh_steps")
 
@@ -49,8 +49,8 @@ VERBS = {
     "jobs.pretrain": VerbSettings(_PRETRAIN, ignored=_LABELLED, carried=_IN_DATASET),
     "jobs.train": VerbSettings(_TRAIN, carried=_IN_DATASET),
     "jobs.plan_memory": VerbSettings((*_STORE, *_DATASET, *_VALIDATION, "model", "training", "fairness"), carried=_IN_DATASET),
-    "jobs.evaluate": VerbSettings((*_STORE, "evaluation"), carried=_IN_CHECKPOINT),
-    "jobs.export": VerbSettings((*_STORE, *_VALIDATION, "run.name", "export"), carried=_IN_CHECKPOINT),
+    "jobs.evaluate": VerbSettings((*_STORE, "ranking", "evaluation"), carried=_IN_CHECKPOINT),
+    "jobs.export": VerbSettings((*_STORE, *_VALIDATION, "run.name", "ranking", "export"), carried=_IN_CHECKPOINT),
     "jobs.pipeline": VerbSettings(("run.stages", "service.token_env")),
     "tune.search": VerbSettings((*_TRAIN, "search"), ignored=SEARCHED, carried=_IN_DATASET),
     "serve.deploy": VerbSettings((*_STORE, "run.name", "export.name", "service"), carried=_IN_CHECKPOINT),

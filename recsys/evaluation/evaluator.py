@@ -19,7 +19,7 @@ from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import Ranked, protocol, rank_users, score_by
+from recsys.evaluation.ranking import Ranked, lists_by, protocol, rank_users, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
 from recsys.evaluation.tasks import Labelled, Predictions, PredictTasks, predict_all, predict_by
@@ -29,6 +29,7 @@ from recsys.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 POPULARITY = "popularity"
+RETRIEVAL_ALONE = "retrieval alone"
 TYPED_PROTOCOL = "users whose first target followed a typed query; it is ranked with that query"
 MADE_PROTOCOL = (
     f"each user's first target is asked for with 1 to {MAX_WORDS} words of its own text, which the model could not know: "
@@ -49,7 +50,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
     users = list(find_users(dataset, config.split, rules))
     exposed = ExposedTargets.read(dataset, config.split) if dataset.manifest.has_exposures else None
     measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), content_vectors(catalogue), exposed)
-    ranked = measures.rank(score_by(predictor))
+    ranked = measures.rank(lists_by(predictor))
     labelled = _predict(measures, predict_by(predictor))
     per_user, tasks = measures.per_user(ranked), measures.tasks(labelled)
     slices = find_slices(users, measures.train_count, dataset.manifest.event_kinds)
@@ -74,19 +75,21 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         curve = diversity_curve(ranked, target_items(users), measures.vectors, config)
         result["diversity"] = {"method": config.diversity_method, "curve": curve}
     if load and config.compare:
-        other = measures.rank(score_by(_load_other(load, "compare", config.compare, dataset)))
+        other = measures.rank(lists_by(_load_other(load, "compare", config.compare, dataset)))
         result["compare"] = {"checkpoint": config.compare, **compare(ranked, other, slices, config.cutoffs, config.ranking_metric)}
     if load and config.fairness_curve:
         result["curve"] = [_fairness_point(measures, ranked, predictor, config.checkpoint)]
         for address in config.fairness_curve:
             peer = _load_other(load, "fairness_curve", address, dataset)
-            result["curve"].append(_fairness_point(measures, measures.rank(score_by(peer)), peer, address))
+            result["curve"].append(_fairness_point(measures, measures.rank(lists_by(peer)), peer, address))
     return result
 
 
 def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
     """Fit `evaluation.baselines` on the training data and return the metrics of each; popularity is always included, as the first."""
     results = {POPULARITY: measures.summarize(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
+    if predictor.config.ranking.num_candidates:
+        results[RETRIEVAL_ALONE] = measures.summarize(measures.rank(score_by(predictor)))
     config = predictor.config.model_copy(update={"evaluation": measures.config})
     for name in measures.config.baselines:
         if name == POPULARITY:

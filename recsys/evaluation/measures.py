@@ -55,7 +55,24 @@ class Measures:
         for k in self.config.cutoffs:
             metrics[f"gini@{k}"] = gini(ranked.top[:, :k], num_items)
             metrics[f"popularity_lift@{k}"] = metrics[f"popularity_percentile@{k}"] / self._percentile_before
+            metrics |= {f"{name}_share@{k}": share for name, share in self._task_shares(ranked.top[:, :k]).items()}
         return metrics
+
+    def _task_shares(self, lists: Integers) -> dict[str, float]:
+        """Return, for each binary task, the mean label of the items in the lists (users, k) that are targets with a label."""
+        found = labelled_targets({}, self.manifest, self.users)
+        width = len(self.train_count)
+        keys = found.owners * width + np.concatenate([user.targets.items for user in self.users])
+        order = np.argsort(keys, kind="stable")
+        asked = (np.arange(len(lists))[:, None] * width + lists)[lists > 0]
+        places = order[np.searchsorted(keys[order], asked).clip(max=len(keys) - 1)]
+        hits = places[keys[places] == asked]
+        shares = {}
+        for column, task in enumerate(self.manifest.tasks):
+            known = hits[found.mask[hits, column] > 0]
+            if task.kind == "binary" and len(known):
+                shares[task.name] = float(found.labels[known, column].mean())
+        return shares
 
     def labelled(self, predictions: Predictions, of_exposures: Predictions) -> Labelled:
         """Join predictions of all users' targets and of all exposures with the labels."""

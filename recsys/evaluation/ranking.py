@@ -56,8 +56,13 @@ class Ranked:
         return cls(*(rectangle([row for part in parts for row in getattr(part, field.name)]) for field in fields(cls)))
 
 
+def lists_by(predictor: Predictor) -> ScoreUsers:
+    """Return a function that scores users as a predictor orders their lists."""
+    return lambda users: predictor.score_lists([user.history for user in users], [user.seen for user in users])
+
+
 def score_by(predictor: Predictor) -> ScoreUsers:
-    """Return a function that scores users with a predictor."""
+    """Return a function that scores users with a predictor's retrieval alone."""
     return lambda users: predictor.score_catalogue([user.history for user in users]).numpy()
 
 

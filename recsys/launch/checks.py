@@ -4,7 +4,7 @@ from pathlib import Path
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
-from recsys.evaluation.decisions.refusals import refuse_absent_metrics
+from recsys.evaluation.decisions.refusals import refuse_absent_metrics, refuse_unknown_tasks
 from recsys.store import Storage
 
 
@@ -14,6 +14,7 @@ def check_training(config: Config, *text_modes: str) -> None:
     dataset = Dataset.open(storage, config.data.dataset)
     config = dataset.complete(config)
     refuse_absent_metrics(dataset, "validation", config.evaluation)
+    refuse_unknown_tasks(dataset, config)
     if config.fairness.attribute:
         from recsys.data.labels.training import read_groups
 

@@ -3,7 +3,7 @@
 Shapes: N pairs, W width, T tasks, P places of packed histories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,8 @@ class Ranker(nn.Module):
     the item encoder's projection of the item's text, zero without text. history is u . v, the retrieval score. Both gates are one
     number per task and start at 0.
 
+    A task in `config.ranker.needs` has the probability p q, where p is the score of its own and q that of the task that it needs.
+
     `regression`: scores of tasks on values are a x r + c, with a and c learned per task and r the value predicted by `regression`;
     the others are f_P as in `concatenation`. The user input is then the state concatenated with the weights of the regression.
     """
@@ -131,6 +133,10 @@ class Ranker(nn.Module):
             self.mixture = nn.Linear(3 * width, num_outputs * num_experts)
         self.heads = nn.Linear(width, num_outputs, bias=False)
         self.biases = nn.Linear(2 * width, num_outputs)
+        names = [task.name for task in tasks]
+        self.needs = [
+            (names.index(name), names.index(other)) for name, other in sorted(config.ranker.needs.items(), key=_depth(config.ranker))
+        ]
         self.regression = regression
         if regression is not None:
             self.scale, self.shift = nn.Parameter(torch.ones(num_tasks)), nn.Parameter(torch.zeros(num_tasks))
@@ -170,6 +176,11 @@ class Ranker(nn.Module):
         if self.regression is not None:
             values = self.regression.predict(weights, items).unsqueeze(-1)
             scores = torch.where(self.is_value, self.scale * values + self.shift, scores)
+        if self.needs:
+            columns = list(scores.unbind(-1))
+            for column, other in self.needs:
+                columns[column] = _both(columns[column], columns[other])
+            scores = torch.stack(columns, -1)
         return scores
 
     def add_display_bias(self, scores: Tensor, displays: Tensor) -> Tensor:
@@ -188,6 +199,24 @@ class Ranker(nn.Module):
         For a predicted probability q and a rate w, p = q / (q + (1 - q) / w) (He et al. 2014), which is logit p = logit q + log w.
         """
         return scores + self.log_negative_rates
+
+
+def _both(conditional: Tensor, other: Tensor) -> Tensor:
+    """Return the logit of p q for the logits of p and q (ESMM: Ma et al. 2018)."""
+    log_both = F.logsigmoid(conditional.float()) + F.logsigmoid(other.float())
+    return (log_both - torch.log(-torch.expm1(log_both.clamp(max=-1e-6)))).to(conditional.dtype)
+
+
+def _depth(config: RankerConfig) -> Callable[[tuple[str, str]], int]:
+    """Return a sort key under which a task comes after the one that it needs."""
+
+    def depth(pair: tuple[str, str]) -> int:
+        name, steps = pair[1], 0
+        while name in config.needs and steps <= len(config.needs):
+            name, steps = config.needs[name], steps + 1
+        return steps
+
+    return depth
 
 
 class TaskLosses(nn.Module):

@@ -16,7 +16,7 @@ from recsys.data.reader import Reader, Share
 from recsys.evaluation.diversity import content_vectors
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
-from recsys.evaluation.ranking import Ranked, rank_users, score_by
+from recsys.evaluation.ranking import Ranked, lists_by, rank_users
 from recsys.evaluation.slices import MIN_GROUP_USERS
 from recsys.evaluation.tasks import Predictions, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
@@ -34,7 +34,9 @@ class NextItem(Objective):
 
     def __init__(self, config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> None:
         self.module = build_recommender(config, dataset, device, ranks)
-        self.weights = {RETRIEVAL: 1.0} | {task.name: config.model.ranker.task_weight for task in dataset.manifest.tasks}
+        ranker = config.model.ranker
+        of_tasks = {task.name: ranker.task_weight * ranker.task_weights.get(task.name, 1.0) for task in dataset.manifest.tasks}
+        self.weights = {RETRIEVAL: 1.0} | of_tasks
         self.metric = config.evaluation.metric
         self._bound: GroupBound | None = None
         self._config, self._dataset, self._device, self._ranks = config, dataset, device, ranks
@@ -84,7 +86,7 @@ class NextItem(Objective):
         vectors = encode_catalogue(module.item_encoder, module.catalogue.num_items, self._device)
         predictor = Predictor(self._config, self._dataset.manifest, module.catalogue, module.user_encoder, module.ranker, *vectors)
         own = self._users[rank::world_size]
-        ranked = rank_users(score_by(predictor), _padded(self._users, self._ranks), evaluation).head(len(own))
+        ranked = rank_users(lists_by(predictor), _padded(self._users, self._ranks), evaluation).head(len(own))
         shares: list[Ranked] = [ranked] * world_size
         dist.all_gather_object(shares, ranked)
         ranked = Ranked.join(shares)

@@ -1,6 +1,8 @@
 """Refuses metrics that a dataset cannot give, before any worker starts. Does not import torch, so that it answers at once."""
 
+from recsys.config import Config
 from recsys.config.evaluation import EvaluationConfig
+from recsys.config.ranking import RETRIEVAL
 from recsys.data.labels.tasks import task_labels
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
@@ -30,6 +32,29 @@ def refuse_absent_metrics(dataset: Dataset, split: str, config: EvaluationConfig
         if not _has_labels(dataset, split, config, tasks[name], measure):
             lacking = {"rmse": "no target has a value", "uauc": "no user has labels of both classes"}.get(measure, "all labels are equal")
             raise UserError(f"evaluation.metric = '{metric}': {lacking} in the {split} data; ndcg@10 would work")
+
+
+def refuse_unknown_tasks(dataset: Dataset, config: Config) -> None:
+    """Check that the tasks that `ranking.blend`, `model.ranker.task_weights` and `model.ranker.needs` name exist.
+
+    Raises:
+        UserError: one does not, or a task needs itself or a task of values.
+    """
+    kinds = {task.name: task.kind for task in dataset.manifest.tasks}
+    ranker, ranking = config.model.ranker, config.ranking
+    parts = [part for name in ranking.blend for part in name.split("*") if ranking.num_candidates and part != RETRIEVAL]
+    named = {"ranking.blend": parts, "model.ranker.task_weights": list(ranker.task_weights)}
+    named["model.ranker.needs"] = [*ranker.needs, *ranker.needs.values()]
+    for key, names in named.items():
+        for name in names:
+            if name not in kinds:
+                raise UserError(f"{key}: the dataset has no task '{name}'; its tasks: {', '.join(kinds) or 'none'}")
+    for name in ranker.needs:
+        chain = [name]
+        while chain[-1] in ranker.needs and len(chain) <= len(ranker.needs):
+            chain.append(ranker.needs[chain[-1]])
+        if chain.count(chain[-1]) > 1 or any(kinds[each] != "binary" for each in chain):
+            raise UserError(f"model.ranker.needs: {' needs '.join(chain)}; tasks of events need tasks of other events")
 
 
 def _has_labels(dataset: Dataset, split: str, config: EvaluationConfig, column: int, measure: str) -> bool:

@@ -37,6 +37,12 @@ def load_weights(storage: Storage, uri: str, manifest: CheckpointManifest, scrat
     return weights
 
 
+def with_given_ranking(trained: Config, config: Config) -> Config:
+    """Return the config of a checkpoint with the section `ranking` that is given now, if any of it is."""
+    is_given = any(key.startswith("ranking.") for key in config.given)
+    return trained.model_copy(update={"ranking": config.ranking}) if is_given else trained
+
+
 def build_predictor(config: Config, dataset: Dataset, recommender: Recommender) -> Predictor:
     """Build a predictor from a trained module; encodes the catalogue."""
     vectors = encode_catalogue(recommender.item_encoder, dataset.manifest.num_items, torch.device("cpu"))
