@@ -43,17 +43,19 @@ class SequentialRanking(Baseline):
     model: Recommender
     max_history: int
     device: torch.device
+    has_start: bool
 
     @torch.no_grad()
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Score every item for each user."""
         flat, offsets = join_histories(histories, self.max_history)
         lengths = np.diff(offsets)
-        packed, first_places = pack(Sequences.of_offsets({"items": flat}, offsets), group_cost(self.device.type == "cuda"))
+        cost = group_cost(self.device.type == "cuda")
+        packed, first_places = pack(Sequences.of_offsets({"items": flat}, offsets), cost, has_start=self.has_start)
         packed = map_tensors(packed, lambda tensor: tensor.to(self.device))
         items = self.model.item_encoder()
         states = self.model.user_encoder(F.embedding(packed.items, items), packed)
-        last = torch.from_numpy(first_places + np.maximum(lengths, 1) - 1).to(self.device)
+        last = torch.from_numpy(first_places + np.maximum(lengths, 1 - self.has_start) - 1).to(self.device)
         scores: Scores = RetrievalScores(items)(states[last]).float().cpu().numpy()
         return scores
 
@@ -70,7 +72,7 @@ def fit_sasrec(data: TrainingData, config: Config) -> Baseline:
     reader = Reader(dataset, data.catalogue, only_ids, Share(rank=0, world_size=1, accumulation_steps=1))
     rate, betas = optimizer_config.learning_rate, (optimizer_config.beta1, optimizer_config.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=optimizer_config.weight_decay)
-    total_steps = epochs * reader.plan(0).num_steps
+    total_steps = max(4, epochs * reader.plan(0).num_steps)  # the schedule needs a step on either side of its peak
     warmup = min(0.5, max(1, optimizer_config.warmup_steps) / total_steps)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, pct_start=warmup, cycle_momentum=False)
 
@@ -82,6 +84,6 @@ def fit_sasrec(data: TrainingData, config: Config) -> Baseline:
             optimizer.step()
             schedule.step()
 
-    ranking, quality = SequentialRanking(model, config.data.max_history, device), ValidationRanking(data)
+    ranking, quality = SequentialRanking(model, config.data.max_history, device, manifest.has_exposures), ValidationRanking(data)
     keep_best_epoch(model, epochs, train, lambda: quality(ranking))
     return ranking

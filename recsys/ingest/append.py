@@ -143,7 +143,7 @@ def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Seq
     """
     if not known.num_rows:
         return new, np.ones(int(new.lengths.sum()), bool)
-    before = Sequences.from_table(known)
+    before = replace(Sequences.from_table(known), exposures=None)
     parts = part_by_place(before.offsets, before.scalars["num_train"], before.scalars["num_validation"])
     both = Sequences.join([replace(before, columns={**before.columns, PART: parts}, scalars={}), new])
     user = np.arange(len(new_rows))

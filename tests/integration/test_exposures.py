@@ -147,6 +147,36 @@ def test_every_impression_is_there_once_with_its_labels_and_what_was_before_it(t
             assert any(list(history) == (before[len(before) - len(history) :] if name == "train" else before) for before in candidates)
 
 
+def test_a_day_appended_has_the_exposures_of_one_preparation(tmp_path: Path) -> None:
+    log = shown_log()
+    end = START + 7 * DAY
+    log = log[(log.timestamp - end).abs() > 3 * WINDOW]  # no click on one side belongs to an impression on the other
+    split = {"split": "time", "validation_from": START + 6 * DAY, "test_from": START + 8 * DAY}
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    _, whole = prepared(folders[0], log, **split)
+    _, base = prepared(folders[1], log[log.timestamp < end], **split)
+    _, day = prepared(folders[1], log[log.timestamp >= end], base=base.uri)
+    assert day.manifest.version == 2
+    assert day.manifest.num_exposures == whole.manifest.num_exposures
+    of_whole, of_parts = found_exposures(whole), found_exposures(day)
+    for part in of_whole:
+        assert sorted(shown[:5] for shown in of_parts[part]) == sorted(shown[:5] for shown in of_whole[part])
+    for part in ("validation", "test"):
+        assert sorted(of_parts[part]) == sorted(of_whole[part])
+
+
+def test_sequential_baselines_know_the_place_before_a_history(tmp_path: Path) -> None:
+    config, dataset = prepared(tmp_path, shown_log())
+    short = config.with_values({"evaluation.baseline_epochs": 2, "evaluation.baselines": ["sasrec", "din", "dcn", "factorization_machine"]})
+    predictor = build_predictor(short, dataset, build_recommender(short, dataset, torch.device("cpu")).eval())
+    found = evaluate(predictor, dataset, short.evaluation)["baselines"]
+    assert 0 <= found["sasrec"]["ndcg@10"] <= 1
+    for name in ("din", "dcn", "factorization_machine"):
+        assert found[name]["click.num_labels"] == len(ExposedTargets.read(dataset, "test").labels)
+
+
 def test_a_training_sample_is_cut_again_without_losing_an_exposure(tmp_path: Path) -> None:
     _, dataset = prepared(tmp_path, shown_log(), max_history=50, max_exposures=5)
     samples = Sequences.from_table(dataset.read_shard(dataset.manifest.train_shards[0]))
