@@ -104,14 +104,16 @@ class Predictor:
     def recommend(
         self, histories: Sequence[Sequences], k: int, exclude: Sequence[Integers], queries: Queries | None = None
     ) -> list[Ranking]:
-        """Return each user's top k items without the excluded ones, by `ranking.blend`; fewer if no others are left."""
-        scores = self.score_catalogue(histories, queries).numpy()
-        num_candidates = self.config.ranking.num_candidates
+        """Return each user's top k items without the excluded ones; fewer if no others are left.
+
+        `ranking.blend` orders the first `ranking.num_candidates`; those after them keep the order of retrieval.
+        """
+        scores, num_candidates = self.score_catalogue(histories, queries).numpy(), self.config.ranking.num_candidates
         rankings = [top_k(row, max(k, num_candidates), excluded) for row, excluded in zip(scores, exclude, strict=True)]
         return [ranking.head(k) for ranking in (self._blend(histories, rankings, scores, queries) if num_candidates else rankings)]
 
     def score_lists(self, histories: Sequence[Sequences], exclude: Sequence[Integers], queries: Queries | None = None) -> Scores:
-        """Return scores (B, I + 1) that order all items like `recommend`: the candidates by the blend, above all others by retrieval."""
+        """Return scores (B, I + 1) that order all items like `recommend`."""
         scores: Scores = self.score_catalogue(histories, queries).numpy()
         num_candidates = self.config.ranking.num_candidates
         if not num_candidates:
@@ -123,26 +125,24 @@ class Predictor:
                 scores[user, blended.items] = blended.scores
         return scores
 
-    def _blend(
-        self, histories: Sequence[Sequences], candidates: Sequence[Ranking], scores: Scores, queries: Queries | None
-    ) -> list[Ranking]:
-        """Order each user's candidates by the weighted sum of their scores; `scores` (B, I + 1) are those of retrieval."""
-        weights = self.config.ranking.blend
-        tasks = self.score(
-            histories, [ranking.items for ranking in candidates], queries, most_candidates=self.config.ranking.num_candidates
-        )
-        rankings = []
-        for row, candidate, parts in zip(scores, candidates, tasks, strict=True):
-            finite = row[np.isfinite(row)].astype(np.float64)
-            highest = finite.max(initial=0)
-            parts["retrieval"] = (candidate.scores - highest - np.log(np.exp(finite - highest).sum())).astype(np.float32)
-            blended = np.zeros(len(candidate.items), np.float32)
-            for name, weight in weights.items():
-                blended += np.float32(weight) * np.prod([self._part(parts, part) for part in name.split("*")], axis=0, dtype=np.float32)
-            order = np.lexsort((candidate.items, -blended))
-            named = {name: values[order] for name, values in parts.items()}
-            rankings.append(Ranking(candidate.items[order], blended[order], named))
-        return rankings
+    def _blend(self, histories: Sequence[Sequences], rankings: Sequence[Ranking], scores: Scores, queries: Queries | None) -> list[Ranking]:
+        """Order the candidates of each ranking by the weighted sum of their scores; `scores` (B, I + 1) are those of retrieval."""
+        num_candidates = self.config.ranking.num_candidates
+        most = max(num_candidates, *(len(ranking.items) for ranking in rankings)) if len(rankings) else num_candidates
+        tasks = self.score(histories, [ranking.items for ranking in rankings], queries, most_candidates=most)
+        return [self._blend_one(*parts, num_candidates) for parts in zip(scores, rankings, tasks, strict=True)]
+
+    def _blend_one(self, row: Scores, ranking: Ranking, parts: dict[str, NDArray[np.float32]], num_candidates: int) -> Ranking:
+        finite = row[np.isfinite(row)].astype(np.float64)
+        highest = finite.max(initial=0)
+        parts["retrieval"] = (ranking.scores - highest - np.log(np.exp(finite - highest).sum())).astype(np.float32)
+        blended = np.zeros(len(ranking.items), np.float32)
+        for name, weight in self.config.ranking.blend.items():
+            blended += np.float32(weight) * np.prod([self._part(parts, part) for part in name.split("*")], axis=0, dtype=np.float32)
+        if len(blended) > num_candidates:
+            blended[num_candidates:] = blended[:num_candidates].min() - 1 - np.arange(len(blended) - num_candidates)
+        order = np.lexsort((ranking.items, -blended))
+        return Ranking(ranking.items[order], blended[order], {name: values[order] for name, values in parts.items()})
 
     def _part(self, parts: dict[str, NDArray[np.float32]], name: str) -> NDArray[np.float32]:
         if name not in parts:

@@ -46,7 +46,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _identify(config: Config, dataset: "Dataset") -> str:
     """Hash everything that a search's result depends on."""
-    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "fairness", "search", "evaluation"})
+    sections = config.model_dump(mode="json", include={"model", "optimizer", "training", "fairness", "ranking", "search", "evaluation"})
     content = [dataset.manifest.fingerprint, config.data.max_history, sections]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -33,7 +33,7 @@ class Config(Section):
     fairness: FairnessConfig = FairnessConfig()
     pretraining: PretrainingConfig = PretrainingConfig()
     checkpoint: Annotated[CheckpointConfig, Fact.MAY_CHANGE] = CheckpointConfig()
-    ranking: Annotated[RankingConfig, Fact.MAY_CHANGE] = RankingConfig()
+    ranking: RankingConfig = RankingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     search: Annotated[SearchConfig, Fact.MAY_CHANGE] = SearchConfig()
     export: Annotated[ExportConfig, Fact.MAY_CHANGE] = ExportConfig()

@@ -140,7 +140,7 @@ def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, 
         return typed[user.query - 1] if is_typed else drop_words(texts[item], item, EVALUATION_VARIANT)
 
     def score(users: Sequence[EvaluationUser]) -> Scores:
-        return predictor.score_catalogue([user.history for user in users], [query_of(user) for user in users]).numpy()
+        return predictor.score_lists([user.history for user in users], [user.seen for user in users], [query_of(user) for user in users])
 
     is_asked = np.array([user.query > 0 if is_typed else has_text[user.targets.items[0]] for user in measures.users])
     users = list(compress(measures.users, is_asked))

@@ -59,7 +59,7 @@ class Measures:
         return metrics
 
     def _task_shares(self, lists: Integers) -> dict[str, float]:
-        """Return, for each binary task, the mean label of the items in the lists (users, k) that are targets with a label."""
+        """Return, for each binary task, the mean label of the targets with a label in the lists (users, k); 0 if there is none."""
         found = labelled_targets({}, self.manifest, self.users)
         width = len(self.train_count)
         keys = found.owners * width + np.concatenate([user.targets.items for user in self.users])
@@ -70,14 +70,14 @@ class Measures:
         shares = {}
         for column, task in enumerate(self.manifest.tasks):
             known = hits[found.mask[hits, column] > 0]
-            if task.kind == "binary" and len(known):
-                shares[task.name] = float(found.labels[known, column].mean())
+            if task.kind == "binary" and found.mask[:, column].any():
+                shares[task.name] = float(found.labels[known, column].mean()) if len(known) else 0.0
         return shares
 
     def labelled(self, predictions: Predictions, of_exposures: Predictions) -> Labelled:
         """Join predictions of all users' targets and of all exposures with the labels."""
         found, exposed = labelled_targets(predictions, self.manifest, self.users), self.exposed
-        if exposed is None:
+        if exposed is None or not len(exposed.owners):
             return found
         numbers = {user.user_index: number for number, user in enumerate(self.users)}
         owners = np.array([numbers.setdefault(index, len(numbers)) for index in exposed.owners.tolist()], np.int64)
@@ -95,11 +95,12 @@ class Measures:
 
     def task_slices(self, labelled: Labelled) -> dict[str, TaskMeasures]:
         """Measure the tasks on the exposures of each slice of `data.columns.slices`."""
-        if self.exposed is None:
+        exposed = self.exposed
+        if exposed is None or not len(exposed.owners):
             return {}
-        num_targets = len(labelled.owners) - len(self.exposed.owners)
-        names = sorted({name for own in self.exposed.slices for name in own})
-        masks = {name: np.array([False] * num_targets + [name in own for own in self.exposed.slices]) for name in names}
+        num_targets = len(labelled.owners) - len(exposed.owners)
+        names = sorted({name for own in exposed.slices for name in own})
+        masks = {name: np.array([False] * num_targets + [name in own for own in exposed.slices]) for name in names}
         return {name: self.tasks(labelled.where(mask)) for name, mask in masks.items()}
 
     @cached_property

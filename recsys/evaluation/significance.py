@@ -27,8 +27,9 @@ def resampled_means(values: Floats, generator: np.random.Generator) -> Floats:
 
 
 def interval_95(resamples: Floats) -> Interval:
-    """Return the 95 % percentile interval of resampled numbers."""
-    low, high = np.percentile(resamples, [2.5, 97.5])
+    """Return the 95 % percentile interval of resampled numbers; NaN, where a resample has nothing to measure, is left out."""
+    known = resamples[~np.isnan(resamples)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
     return float(low), float(high)
 
 

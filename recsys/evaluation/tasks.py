@@ -30,19 +30,25 @@ def task_measures(kind: str, labels: Floats, predictions: Floats, owners: Intege
     """
     if kind == "regression":
         squares = (labels - predictions) ** 2
-        return {"rmse": lambda counts: float(np.sqrt(np.average(squares, weights=counts[owners])))}
+        return {"rmse": lambda counts: float(np.sqrt(_mean(squares, counts[owners])))}
     likelihood = np.where(labels > 0, predictions, 1 - predictions)
     surprise = -np.log(np.maximum(likelihood, np.finfo(np.float32).eps))
     measures: dict[str, Measure] = {
-        "logloss": lambda counts: float(np.average(surprise, weights=counts[owners])),
+        "logloss": lambda counts: _mean(surprise, counts[owners]),
         "ece": lambda counts: calibration_error(labels, predictions, counts[owners]),
     }
     if len(np.unique(labels)) == 2:
         measures["auc"] = auc_measure(labels, predictions, owners)
     users, areas = user_auc(labels, predictions, owners)
     if len(users):
-        measures["uauc"] = lambda counts: float(counts[users] @ areas / max(counts[users].sum(), _SMALLEST))
+        measures["uauc"] = lambda counts: _mean(areas, counts[users])
     return measures
+
+
+def _mean(values: Floats, weights: Floats) -> float:
+    """Return the weighted mean; NaN for a resample without any of the values, which intervals leave out."""
+    total = weights.sum()
+    return float(weights @ values / total) if total else float("nan")
 
 
 def calibration_error(labels: Floats, predictions: Floats, weights: Floats) -> float:
@@ -51,7 +57,8 @@ def calibration_error(labels: Floats, predictions: Floats, weights: Floats) -> f
     The sum over bins of their share of the predictions x |mean label - mean prediction|.
     """
     bins = np.minimum((predictions * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    return float(np.abs(np.bincount(bins, weights * (labels - predictions), NUM_BINS)).sum() / weights.sum())
+    total = weights.sum()
+    return float(np.abs(np.bincount(bins, weights * (labels - predictions), NUM_BINS)).sum() / total) if total else float("nan")
 
 
 def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measure:
@@ -64,7 +71,8 @@ def auc_measure(labels: Floats, predictions: Floats, owners: Integers) -> Measur
         weights = counts[users]
         positive, negative = (np.add.reduceat(np.where(is_class, weights, 0.0), starts) for is_class in (is_positive, ~is_positive))
         below = np.cumsum(negative) - negative / 2
-        return float(positive @ below / max(positive.sum() * negative.sum(), _SMALLEST))
+        num_pairs = positive.sum() * negative.sum()
+        return float(positive @ below / num_pairs) if num_pairs else float("nan")
 
     return measure
 

@@ -188,10 +188,11 @@ class Ranker(nn.Module):
 
         The biases have the mean 0 over the exposures, so that a score without bias, as it is served, is that of a mean position.
         """
-        if self.display_bias is None or not len(displays):
+        if self.display_bias is None:
             return scores
-        centered = self.display_bias - self.display_shares @ self.display_bias
-        return torch.cat([scores[: -len(displays)], scores[-len(displays) :] + F.embedding(displays.clamp(max=NUM_DISPLAYS), centered)])
+        centered, num_targets = self.display_bias - self.display_shares @ self.display_bias, len(scores) - len(displays)
+        # Also without exposures: every rank's parameters need a gradient.
+        return torch.cat([scores[:num_targets], scores[num_targets:] + F.embedding(displays.clamp(max=NUM_DISPLAYS), centered)])
 
     def calibrate(self, scores: Tensor) -> Tensor:
         """Correct logits (..., T) for the sampling of negatives at `negative_rates` in training.

@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 
 from recsys.config import Config, load_config
 from recsys.data.batch import Collator
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences, cut_windows
 from recsys.errors import UserError
+from recsys.evaluation.decisions.promotion import compare_versions
 from recsys.evaluation.evaluator import evaluate
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.ingest.prepare import prepare
@@ -311,3 +313,20 @@ def test_ignored_kinds_and_wrong_labels_are_counted(tmp_path: Path) -> None:
     assert dataset.manifest.event_kinds == ("impression", "click")
     with pytest.raises(UserError, match=r"data\.split = 'column' needs data\.columns\.split"):
         load_config(None, ["data.split=column"])
+
+
+def test_versions_are_compared_on_exposures(tmp_path: Path) -> None:
+    config, dataset = prepared(tmp_path, shown_log())
+    one, other = (
+        build_predictor(seeded, dataset, build_recommender(seeded, dataset, torch.device("cpu")).eval())
+        for seeded in (config, config.with_values({"training.seed": 1}))
+    )
+    asked = config.evaluation.model_copy(update={"metric": "click.auc", "guards": {"ndcg@10": -1.0}})
+    same = compare_versions(one, one, dataset, asked, tmp_path)
+    assert [change.difference for change in same.values()] == [0, 0]
+    found = compare_versions(one, other, dataset, asked, tmp_path)["click.auc"]
+    exposed = ExposedTargets.read(dataset, "validation")
+    scored = np.concatenate([one.score([user.history], [user.targets.items])[0]["click"] for user in exposed.users])
+    assert found.new == pytest.approx(roc_auc_score(exposed.labels[:, 0], scored), abs=1e-6)
+    assert found.interval is not None
+    assert found.interval[0] < found.difference < found.interval[1]

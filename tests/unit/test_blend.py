@@ -14,6 +14,7 @@ from recsys.evaluation.decisions.refusals import refuse_unknown_tasks
 from recsys.evaluation.evaluator import RETRIEVAL_ALONE, evaluate
 from recsys.evaluation.ranking import lists_by
 from recsys.evaluation.users import read_evaluation_users
+from recsys.exports.files import load_export, write_export
 from recsys.exports.profiles import ArrowProfiles
 from recsys.model.recommender import build_recommender
 from recsys.model.text.catalogue_text import SINGLE_PROCESS
@@ -52,9 +53,9 @@ def test_the_blend_is_the_plain_sum(config: Config, dataset: Dataset) -> None:
     users = read_evaluation_users(dataset, "test")
     histories, seen = [user.history for user in users], [user.seen for user in users]
     retrieval = predictor.score_catalogue(histories).numpy()
-    for user, ranking in enumerate(predictor.recommend(histories, 20, seen)):
-        best = top_k(retrieval[user], 20, seen[user]).items
-        (scores,) = predictor.score([histories[user]], [best[:20]])
+    for user, ranking in enumerate(predictor.recommend(histories, 12, seen)):
+        best = top_k(retrieval[user], 12, seen[user]).items
+        (scores,) = predictor.score([histories[user]], [best])
         logs = torch.log_softmax(torch.from_numpy(retrieval[user, 1:]), 0).numpy()[best - 1]
         expected = 0.5 * logs + 2.0 * scores["like"] + 3.0 * scores["purchase"] * scores["like"] - 0.2 * scores["rating"]
         order = np.argsort(-expected, kind="stable")
@@ -71,8 +72,10 @@ def test_candidates_come_first_and_the_rest_keeps_the_order_of_retrieval(config:
         whole, before = top_k(row, 40, user.seen).items, top_k(plain, 40, user.seen).items
         assert set(whole[:5].tolist()) == set(before[:5].tolist())
         assert whole[5:].tolist() == before[5:].tolist()
-        (ranking,) = predictor.recommend([user.history], 5, [user.seen])
-        assert ranking.items.tolist() == whole[:5].tolist()
+        for k in (3, 5, 20):
+            (ranking,) = predictor.recommend([user.history], k, [user.seen])
+            assert ranking.items.tolist() == whole[:k].tolist()
+            assert (np.diff(ranking.scores) <= 0).all()
 
 
 def test_evaluation_prints_retrieval_alone_beside_and_no_candidates_change_nothing(config: Config, dataset: Dataset) -> None:
@@ -113,6 +116,18 @@ def test_the_served_list_is_the_evaluated_one_with_its_scores(config: Config, da
         assert [item["item_id"] for item in items] == [predictor.catalogue.item_ids[item] for item in ranking.items]
         np.testing.assert_allclose([item["score"] for item in items], ranking.scores, atol=1e-6)
         assert items[0]["scores"].keys() == {"retrieval", *tasks}
+
+
+def test_a_version_with_a_blend_is_published_and_loaded(config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    given = config.with_values({"ranking.num_candidates": 15, "ranking.blend": BLEND})
+    model = build_recommender(given, dataset, torch.device("cpu")).eval()
+    predictor = build_predictor(given, dataset, model)
+    write_export(predictor, model.state_dict(), dataset, tmp_path, num_golden=16)
+    loaded = load_export(tmp_path).predictor
+    history = read_evaluation_users(dataset, "test")[0].history
+    (before,), (after,) = (each.recommend([history], 20, [history.items]) for each in (predictor, loaded))
+    assert before.items.tolist() == after.items.tolist()
+    np.testing.assert_allclose(before.scores, after.scores, atol=1e-6)
 
 
 def test_unknown_scores_and_empty_blends_are_refused(config: Config, dataset: Dataset) -> None:

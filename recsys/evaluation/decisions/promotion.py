@@ -15,9 +15,10 @@ from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.evaluation.diversity import content_vectors
+from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.significance import Interval, bootstrap_intervals, measure_intervals
-from recsys.evaluation.tasks import TaskMeasures, labelled_targets, measure_tasks, predict_all, predict_by
+from recsys.evaluation.tasks import Labelled, TaskMeasures, labelled_targets, measure_tasks, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
 from recsys.metric_names import broken_guards, oriented
 from recsys.predictor import Predictor
@@ -73,7 +74,8 @@ def compare_versions(new: Predictor, old: Predictor, dataset: Dataset, config: E
     names = list(dict.fromkeys((config.metric, *config.guards)))
     by_content = any(name.startswith("intra_list_diversity") for name in names)
     vectors = content_vectors(catalogue) if by_content else None
-    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), vectors)
+    exposed = ExposedTargets.read(dataset, "validation") if dataset.manifest.has_exposures else None
+    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), vectors, exposed)
     both = [Guest.of(predictor, dataset, catalogue.item_ids) for predictor in (new, old)]
     changes = _list_changes(measures, *both) if any("@" in name for name in names) else {}
     if any("@" not in name for name in names):
@@ -101,16 +103,21 @@ class Guest:
         return cls(predictor, items, np.array([predictor.event_index.get(kind, -1) for kind in dataset.manifest.event_kinds]))
 
     def score(self, users: Sequence[EvaluationUser]) -> Scores:
-        """Score all items of the dataset (B, I + 1), unknown ones with -inf; a user without a known item gets the popular items."""
+        """Score all items of the dataset (B, I + 1) as its lists are ordered, unknown ones with -inf.
+
+        A user without a known item gets the popular items.
+        """
         histories = [self._known(user.history) for user in users]
-        scores = self.predictor.score_catalogue(histories).numpy()
+        others = np.setdiff1d(np.arange(1, len(self.predictor.catalogue.item_ids)), self.items)  # items that the dataset does not have
+        scores = self.predictor.score_lists(histories, [np.append(others, self.items[user.seen]) for user in users])
         has_history = np.array([len(history.items) > 0 for history in histories])
         scores[~has_history] = self.predictor.popularity.numpy()
         return np.where(self.items > 0, scores[:, self.items], np.float32(-np.inf))
 
     def knows(self, user: EvaluationUser) -> Mask:
-        """Return which of the user's targets it can score; none without a known item in the history."""
-        return np.asarray((self.items[user.targets.items] > 0) & (len(self._known(user.history).items) > 0))
+        """Return which of the user's targets it can score; none without a known history, unless histories have a place before."""
+        is_known_user = self.predictor.manifest.has_exposures or len(self._known(user.history).items) > 0
+        return np.asarray((self.items[user.targets.items] > 0) & is_known_user)
 
     def translated(self, user: EvaluationUser) -> EvaluationUser:
         """Return the user with the predictor's item indices and event kinds; all targets must be known."""
@@ -127,16 +134,14 @@ def _list_changes(measures: Measures, new: Guest, old: Guest) -> dict[str, Chang
     new_means, old_means = map(measures.summarize, ranked)
     mine, theirs = map(measures.per_user, ranked)
     intervals = bootstrap_intervals({name: mine[name] - theirs[name] for name in mine})
-    return {name: Change(value, old_means[name], intervals.get(name)) for name, value in new_means.items()}
+    return {name: Change(value, old_means[name], intervals.get(name)) for name, value in new_means.items() if name in old_means}
 
 
 def _task_changes(measures: Measures, new: Guest, old: Guest) -> dict[str, Change]:
-    users = [_with_targets(user, (new.knows(user) & old.knows(user)).nonzero()[0]) for user in measures.users]
-    users = [user for user in users if len(user.targets.items)]
-    mine, theirs = (_measure_tasks(measures, guest, users) for guest in (new, old))
+    mine, theirs = _measure_tasks(measures, new, old)
     names = [name for name in mine.measures if name in theirs.measures]
     differences = {name: partial(_difference, mine, theirs, name) for name in names}
-    intervals, values, others = measure_intervals(differences, len(users)), mine.values(), theirs.values()
+    intervals, values, others = measure_intervals(differences, mine.num_users), mine.values(), theirs.values()
     return {name: Change(values[name], others[name], intervals[name]) for name in names}
 
 
@@ -144,12 +149,27 @@ def _difference(mine: TaskMeasures, theirs: TaskMeasures, name: str, counts: Flo
     return mine.measures[name](counts) - theirs.measures[name](counts)
 
 
-def _measure_tasks(measures: Measures, guest: Guest, users: Sequence[EvaluationUser]) -> TaskMeasures:
+def _measure_tasks(measures: Measures, *both: Guest) -> list[TaskMeasures]:
+    """Measure the tasks of two versions on the targets and the exposures whose items both know."""
+    manifest, exposed = measures.manifest, measures.exposed
+    found = labelled_targets({}, manifest, measures.users)
+    everyone = [*measures.users, *(exposed.users if exposed else ())]
+    labels, mask = map(np.concatenate, _with_exposed(found, exposed))
+    known = [np.logical_and(*(guest.knows(user) for guest in both)) for user in everyone]
+    is_kept = np.concatenate([np.zeros(0, bool), *known])
+    users = [_with_targets(user, np.flatnonzero(own)) for user, own in zip(everyone, known, strict=True) if own.any()]
     if not users:
-        return TaskMeasures(0, {}, {}, {})
-    translated = [guest.translated(user) for user in users]
-    predictions = predict_all(predict_by(guest.predictor), translated, measures.config.batch_size)
-    return measure_tasks(labelled_targets(predictions, measures.manifest, users), measures.manifest, len(users))
+        return [TaskMeasures(0, {}, {}, {}) for _ in both]
+    indices, owners = np.unique([user.user_index for user in users for _ in user.targets.items], return_inverse=True)
+    measured = []
+    for guest in both:
+        predictions = predict_all(predict_by(guest.predictor), [guest.translated(user) for user in users], measures.config.batch_size)
+        measured.append(measure_tasks(Labelled(predictions, labels[is_kept], mask[is_kept], owners), manifest, len(indices)))
+    return measured
+
+
+def _with_exposed(found: Labelled, exposed: ExposedTargets | None) -> list[tuple[Scores, Scores]]:
+    return [(found.labels, exposed.labels if exposed else found.labels[:0]), (found.mask, exposed.mask if exposed else found.mask[:0])]
 
 
 def _with_targets(user: EvaluationUser, places: Integers) -> EvaluationUser:

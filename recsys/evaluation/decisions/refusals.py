@@ -8,6 +8,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.users import TargetRules, find_users
+from recsys.metric_names import SHARE_SUFFIX
 
 
 def refuse_absent_metrics(dataset: Dataset, split: str, config: EvaluationConfig) -> None:
@@ -20,6 +21,8 @@ def refuse_absent_metrics(dataset: Dataset, split: str, config: EvaluationConfig
     find_users(dataset, split, TargetRules.of(dataset.manifest, config))
     for metric in (config.metric, *config.guards):
         name, _, measure = metric.rpartition(".")
+        if SHARE_SUFFIX + "@" in metric:
+            name, measure = metric.partition(f"{SHARE_SUFFIX}@")[0], "share"
         if not name:
             continue
         if name not in tasks:
@@ -30,7 +33,8 @@ def refuse_absent_metrics(dataset: Dataset, split: str, config: EvaluationConfig
             possible = "rmse" if kind == "regression" else "auc"
             raise UserError(f"evaluation.metric = '{metric}': '{name}' is a {kind} task; {name}.{possible} would work")
         if not _has_labels(dataset, split, config, tasks[name], measure):
-            lacking = {"rmse": "no target has a value", "uauc": "no user has labels of both classes"}.get(measure, "all labels are equal")
+            reasons = {"rmse": "no target has a value", "uauc": "no user has labels of both classes", "share": "no target has a label"}
+            lacking = reasons.get(measure, "all labels are equal")
             raise UserError(f"evaluation.metric = '{metric}': {lacking} in the {split} data; ndcg@10 would work")
 
 
@@ -58,19 +62,20 @@ def refuse_unknown_tasks(dataset: Dataset, config: Config) -> None:
 
 
 def _has_labels(dataset: Dataset, split: str, config: EvaluationConfig, column: int, measure: str) -> bool:
+    """Return whether the labels of a task suffice for a metric: those of targets and, unless lists are measured, of exposures."""
     found: set[float] = set()
-    if dataset.manifest.tasks[column].name in dataset.manifest.exposure_tasks and dataset.manifest.only_exposures_have_labels:
-        exposed = ExposedTargets.read(dataset, split)
-        is_known = exposed.mask[:, column] > 0
-        pairs = {
-            (owner if measure == "uauc" else 0, label)
-            for owner, label in zip(exposed.owners[is_known].tolist(), exposed.labels[is_known, column].tolist(), strict=True)
-        }
-        return len(pairs) > len({owner for owner, _ in pairs})
+    by_user: dict[int, set[float]] = {}
     for user in find_users(dataset, split, TargetRules.of(dataset.manifest, config)):
         labels, mask = (array[:, column] for array in task_labels(dataset.manifest, user.targets.events, user.targets.values))
         own = set(labels[mask > 0].tolist())
-        found = own if measure == "uauc" else found | own
-        if len(found) >= (1 if measure == "rmse" else 2):
+        by_user[user.user_index], found = own, found | own
+        if len(own if measure == "uauc" else found) >= (1 if measure in ("rmse", "share") else 2):
             return True
-    return False
+    if measure == "share" or dataset.manifest.tasks[column].name not in dataset.manifest.exposure_tasks:
+        return False
+    exposed = ExposedTargets.read(dataset, split)
+    is_known = exposed.mask[:, column] > 0
+    for owner, label in zip(exposed.owners[is_known].tolist(), exposed.labels[is_known, column].tolist(), strict=True):
+        by_user.setdefault(owner, set()).add(label)
+    is_enough = any(len(own) == 2 for own in by_user.values())
+    return is_enough if measure == "uauc" else len(set().union(*by_user.values())) == 2
