@@ -155,14 +155,6 @@ class KindConfig(Section):
         marks_seen = is_reaction if self.marks_seen is None else self.marks_seen
         return Kind(name, role, self.weight, in_history, marks_seen, self.seen_seconds)
 
-    @model_validator(mode="after")
-    def _check_role(self) -> Self:
-        if self.role in ("positive", None) and self.in_history is False:
-            raise ValueError("data.kinds.NAME.in_history = false needs a role other than positive, since targets come from histories")
-        if self.marks_seen and (self.in_history is False or (self.role == "exposure" and not self.in_history)):
-            raise ValueError("data.kinds.NAME.marks_seen = true needs in_history = true, since seen items come from histories")
-        return self
-
 
 class SyntheticConfig(Section):
     """The seeded generator of `data.source = "synthetic"`."""
@@ -251,6 +243,20 @@ class DataConfig(Section):
     def kind(self, name: str) -> Kind:
         """Return an event kind with its role."""
         return self.kinds.get(name, KindConfig()).resolve(name)
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> Self:
+        for name in self.kinds:
+            kind = self.kind(name)
+            if kind.role == "positive" and not kind.in_history:
+                raise ValueError(f"data.kinds.{name}.in_history = false: targets come from histories; another role would work")
+            if kind.marks_seen and not kind.in_history:
+                raise ValueError(f"data.kinds.{name}.marks_seen = true: seen items come from histories; set in_history = true, too")
+            if kind.role == "ignored" and kind.in_history:
+                raise ValueError(f"data.kinds.{name}.in_history = true: events with the role ignored are dropped; another role would work")
+        if self.collapse_seconds is not None and self.columns.labels:
+            raise ValueError("data.collapse_seconds: rows of data.columns.labels are not collapsed; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_split(self) -> Self:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,11 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
     if data.split == "time" and time_column != TIMESTAMP:
         raise UserError(f"data.split = 'time': {first} has no column '{data.columns.timestamp}'; 'leave_one_out' would work")
     unit = _find_unit(data, storage, files["events"], time_column)
-    optional = tuple(name for name in columns if name in OPTIONAL_TYPES or name.startswith((LABEL_PREFIX, SLICE_PREFIX)))
+    found = dict(columns)
+    for file in files["events"][1 :: max(1, len(files["events"]) // _SAMPLED_FILES)]:
+        with suppress(UserError):  # the task that reads the file reports what is wrong with it
+            found |= event_columns(storage, file.uri, data)
+    optional = tuple(name for name in found if name in OPTIONAL_TYPES or name.startswith((LABEL_PREFIX, SLICE_PREFIX)))
     return Inputs(**files, time_column=time_column, time_unit=unit, optional=optional)
 
 

@@ -23,8 +23,10 @@ from recsys.ingest.write.exposures import (
     find_exposures,
     held_out_columns,
     history_events,
+    in_histories,
     is_interaction,
     known_exposures,
+    label_kinds,
     role_of_exposures,
 )
 from recsys.ingest.write.feature_statistics import Moments, read_histories
@@ -61,6 +63,8 @@ def merge_events(job: Job, partition: int) -> Partition:
 def _drop_known(job: Job, event_kinds: tuple[str, ...], known: pa.Table, events: pa.Table, rejects: Rejects) -> tuple[pa.Table, int]:
     """Drop events that the base already has; return the others, and how many of them are older than the user's newest known event."""
     columns = index_events(job, events, event_kinds, KNOWN_INDEX_NAME)
+    if job.data.columns.labels:
+        columns["events"] = label_kinds(events, event_kinds)
     owners = pc.fill_null(pc.index_in(events[USER_ID], value_set=known[USER_ID].combine_chunks()), -1).to_numpy().astype(np.int64)
     is_old = is_known(owners, columns, known)
     newest = newest_times(known)[owners]
@@ -98,7 +102,7 @@ def _stage_generation(job: Job, generation: int, partition: int, events: pa.Tabl
         rejected=rejects,
         examples=rejects.examples,
         num_users=pc.count_distinct(events[USER_ID]).as_py(),
-        num_queries=pc.count_distinct(events[QUERY]).as_py(),
+        num_queries=pc.count_distinct(events[QUERY].filter(in_histories(events, job.data))).as_py(),
         event_kinds=tuple(sorted(pc.unique(events[EVENT]).to_pylist())),
     )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from recsys.config import Config
 from recsys.data.manifest import Dataset
+from recsys.errors import UserError
 from recsys.evaluation.decisions.refusals import refuse_absent_metrics, refuse_unknown_tasks
 from recsys.store import Storage
 
@@ -15,6 +16,8 @@ def check_training(config: Config, *text_modes: str) -> None:
     config = dataset.complete(config)
     refuse_absent_metrics(dataset, "validation", config.evaluation)
     refuse_unknown_tasks(dataset, config)
+    if dataset.manifest.has_exposures and config.training.shuffle_histories:
+        raise UserError("training.shuffle_histories = true: an exposure has what was before it as history; set it to false")
     if config.fairness.attribute:
         from recsys.data.labels.training import read_groups
 

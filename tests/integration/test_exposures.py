@@ -149,6 +149,60 @@ def test_every_impression_is_there_once_with_its_labels_and_what_was_before_it(t
             assert any(list(history) == (before[len(before) - len(history) :] if name == "train" else before) for before in candidates)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_label_in_training_comes_from_a_held_out_event(tmp_path: Path, split: str) -> None:
+    generator = np.random.default_rng(1)
+    rows: list[tuple[Any, ...]] = []
+    for number, item in enumerate(
+        generator.permutation(NUM_ITEMS * NUM_USERS)
+    ):  # each user sees an item once, so a click has one impression
+        user, shown = item % NUM_USERS, item // NUM_USERS
+        time, part = START + int(generator.integers(10 * DAY)), ("train", "valid", "test")[number % 3]
+        rows.append((f"u{user}", f"i{shown}", time, "impression", part))
+        if generator.random() < 0.5:
+            rows.append((f"u{user}", f"i{shown}", time + int(generator.integers(WINDOW)), "click", part))
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "event", "part"])
+    _, dataset = prepared(tmp_path, log, **SPLITS[split])
+    items = ["", *dataset.catalogue["item_id"].to_pylist()]
+    trained = {(row["user_id"], items[item]) for row in dataset.read_users().to_pylist() for item in row["items"][: row["num_train"]]}
+    shown_in_training = found_exposures(dataset)["train"]
+    clicked = {(user, item) for user, item, label, *_ in shown_in_training if label}
+    assert clicked
+    assert clicked <= trained
+
+
+def test_users_who_were_only_shown_things_and_labels_in_any_order(tmp_path: Path) -> None:
+    rows = [("u1", f"i{step}", step, "impression") for step in range(5)] + [("u2", f"i{step}", step, "click") for step in range(5)]
+    log = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "event"])
+    _, dataset = prepared(tmp_path, log, num_shards=8)
+    assert dataset.manifest.num_exposures == 5
+    labels = {"buy": "bought", "click": "clicked"}
+    log = pd.DataFrame(
+        [(f"u{step % 4}", f"i{step % 7}", step, step % 2, 0) for step in range(40)],
+        columns=["user_id", "item_id", "timestamp", "clicked", "bought"],
+    )
+    _, dataset = prepared(tmp_path, log, event_kinds=["click", "buy"], columns={"labels": labels, "event": ""})
+    assert dataset.manifest.exposure_tasks == ("click", "buy")
+    shown = [each for part in found_exposures(dataset).values() for each in part]
+    assert sum(label & 1 for _, _, label, *_ in shown) == 20
+    assert all(label < 2 for _, _, label, *_ in shown)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.kinds": {"impression": {"marks_seen": True}}}, r"data\.kinds\.impression\.marks_seen = true"),
+        ({"data.kinds": {"view": {"in_history": False}}}, r"data\.kinds\.view\.in_history = false"),
+        ({"data.kinds": {"view": {"role": "ignored", "in_history": True}}}, "events with the role ignored are dropped"),
+        ({"data.collapse_seconds": 5, "data.columns.labels": {"click": "label"}}, r"rows of data\.columns\.labels are not collapsed"),
+    ],
+)
+def test_roles_that_contradict_themselves_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config().with_values(settings)
+    assert load_config(None, ["data.kinds.dislike.in_history=false", "data.kinds.dislike.marks_seen=false"]).data.kinds
+
+
 def test_a_day_appended_has_the_exposures_of_one_preparation(tmp_path: Path) -> None:
     log = shown_log()
     end = START + 7 * DAY

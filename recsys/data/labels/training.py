@@ -62,10 +62,12 @@ def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
     shown = EXPOSURE_COLUMNS if dataset.manifest.has_exposures else ()
     source = RowGroupSource(dataset, ["items", "events", "values", "first_target", *shown])
     positives, labels = torch.zeros(2, len(dataset.manifest.tasks), dtype=torch.float64)
+    is_target = np.array([kind.is_target for kind in dataset.manifest.kind_table])
     for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
         samples = Sequences.from_table(source.read(group))
         targets = samples.within(samples.scalars["first_target"], samples.lengths)
-        pairs = [task_labels(dataset.manifest, targets.events, targets.values)]
+        chosen = is_target[targets.events]
+        pairs = [task_labels(dataset.manifest, targets.events[chosen], targets.values[chosen])]
         if samples.exposures is not None:
             pairs.append(exposure_labels(dataset.manifest, samples.exposures.flat("labels"), samples.exposures.flat("known")))
         for label, mask in pairs:

@@ -1,7 +1,7 @@
 """Queries typed by users or made from item texts, and the draw of samples that get one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -120,6 +120,11 @@ class QueryDraws:
 
     def __call__(self, samples: Sequences, epoch: int) -> QueryTargets:
         """Choose samples, and one target of each."""
+        has_any = samples.lengths > samples.scalars["first_target"]
+        samples_with = np.flatnonzero(has_any)
+        if len(samples_with) < len(samples):
+            asked = self(samples[samples_with], epoch) if len(samples_with) else QueryTargets(*(np.zeros(0, np.int64) for _ in range(4)))
+            return replace(asked, samples=samples_with[asked.samples])
         last = samples.lengths - 1
         items = samples.columns["items"][samples.starts + last].astype(np.int64)
         draws = sample_draws(torch.from_numpy(samples.scalars["sample_id"]), self.seed, epoch)

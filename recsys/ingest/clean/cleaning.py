@@ -30,7 +30,7 @@ from recsys.schema import (
     USER_ID,
     VALUE,
     events_schema,
-    strength,
+    order_event_kinds,
 )
 
 Values: TypeAlias = pa.ChunkedArray | Callable[[], pa.ChunkedArray]
@@ -247,15 +247,18 @@ def drop_ignored(events: pa.Table, data: DataConfig) -> tuple[pa.Table, Rejects]
 def collapse_chains(events: pa.Table, data: DataConfig) -> pa.Table:
     """Keep the strongest event, the last of equals, of each chain: events of a user on one item at most `data.collapse_seconds` apart.
 
-    Events out of the history, such as exposures, are kept. `events` are sorted by the tie rule.
+    Events out of the history, such as exposures, and those that name their impression are kept. `events` are sorted by the tie rule.
     """
     if data.collapse_seconds is None:
         return events
     users, items, kinds = (events[name].combine_chunks().dictionary_encode() for name in (USER_ID, ITEM_ID, EVENT))
     names = kinds.dictionary.to_pylist()
-    ranks = {name: rank for rank, name in enumerate(sorted(names, key=lambda name: strength(name, data.event_kinds)))}
+    ordered = order_event_kinds(set(names), data.event_kinds, {name: data.kind(name).role for name in names})
+    ranks = {name: rank for rank, name in enumerate(ordered)}
     strengths = np.array([ranks[name] for name in names], np.int64)[kinds.indices.to_numpy()]
     in_history = np.array([data.kind(name).in_history for name in names], bool)[kinds.indices.to_numpy()]
+    if IMPRESSION_ID in events.column_names:
+        in_history &= events[IMPRESSION_ID].is_null().to_numpy()
     times, user, item = events[TIMESTAMP].to_numpy(), users.indices.to_numpy(), items.indices.to_numpy()
     rows = np.flatnonzero(in_history)
     rows = rows[np.lexsort((rows, item[rows], user[rows]))]  # each user's events on an item together, in order

@@ -94,7 +94,7 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
     if is_jsonl(uri):
-        names = [*names, columns.query]
+        names = [*names, columns.query, *columns.labels.values(), *columns.slices, *filter(None, [columns.split])]
     for optional in (EVENT, VALUE, QUERY, IMPRESSION_ID, DISPLAY_POSITION):
         name = find_column(optional, columns, names)
         if name and (name in names or name != optional):

@@ -3,10 +3,12 @@
 from recsys.config.data import DataConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
-from recsys.ingest.write.exposures import labelled_kinds
+from recsys.ingest.write.exposures import labelled_kinds, role_of_exposures
 from recsys.schema import Kind, order_event_kinds
 
 _MAX_EVENT_KINDS = 127
+_MAX_LABELS = 31
+"""Labels are bits of a 32-bit number."""
 
 
 def choose_kinds(found: set[str], data: DataConfig, base: Dataset | None) -> tuple[tuple[Kind, ...], list[str]]:
@@ -25,10 +27,18 @@ def choose_kinds(found: set[str], data: DataConfig, base: Dataset | None) -> tup
                 f"data.events = {data.events}: has the event kind '{new[0]}', which the base dataset does not have; "
                 f"it has {', '.join(known)}; prepare a new dataset from all events"
             )
-        return base.manifest.kind_table, []
-    kinds = {name: data.kind(name) for name in found}
+        kinds = base.manifest.kind_table
+        if bool(role_of_exposures(kinds, data)) != base.manifest.has_exposures or (
+            data.columns.labels and set(labelled_kinds(data)) != set(known)
+        ):
+            raise UserError("data.columns.labels: the events have other labels or exposures than the base dataset; give its columns")
+        return kinds, []
+    roles = {name: data.kind(name) for name in found}
     configured = data.event_kinds or tuple(data.columns.labels)
-    names = order_event_kinds(found, configured, {name: kind.role for name, kind in kinds.items()})
+    names = order_event_kinds(found, configured, {name: kind.role for name, kind in roles.items()})
     if len(names) > _MAX_EVENT_KINDS:
         raise UserError(f"data.columns.event = '{data.columns.event}': has {len(names)} kinds; at most {_MAX_EVENT_KINDS} are possible")
-    return tuple(kinds[name] for name in names), warnings
+    ordered = tuple(roles[name] for name in names)
+    if role_of_exposures(ordered, data) and sum(kind.is_target for kind in ordered) > _MAX_LABELS:
+        raise UserError(f"data.kinds: exposures can have labels of at most {_MAX_LABELS} positive kinds; give some the role ignored")
+    return ordered, warnings

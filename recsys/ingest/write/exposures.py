@@ -1,5 +1,6 @@
 """Exposures: which events are, what the user did with each, its part of the data, and its place in the user's history."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +32,8 @@ _SHORT = tuple(name.removeprefix("exposed_") for name in EXPOSURE_COLUMNS)
 def role_of_exposures(kinds: tuple[Kind, ...], data: DataConfig) -> str:
     """Return what the exposures of a log are: `label` for rows with labels, else a role: `exposure`, `negative`, or empty for none."""
     roles = {kind.role for kind in kinds}
+    if "positive" not in roles:
+        return ""
     return "label" if data.columns.labels else "exposure" if "exposure" in roles else "negative" if "negative" in roles else ""
 
 
@@ -63,6 +66,22 @@ def labelled_kinds(data: DataConfig) -> tuple[str, ...]:
     return ((UNTAKEN,) if data.kind(UNTAKEN).in_history else ()) + tuple(data.columns.labels)
 
 
+def in_histories(events: pa.Table, data: DataConfig) -> pa.ChunkedArray:
+    """Return which events belong to histories."""
+    if data.columns.labels and data.kind(UNTAKEN).in_history:
+        return pa.chunked_array([np.ones(events.num_rows, bool)])
+    return is_interaction(events, data)
+
+
+def label_kinds(events: pa.Table, names: Sequence[str]) -> Integers:
+    """Return the number of the strongest of some kinds that each row has a label 1 of; that of UNTAKEN, or -1, without one."""
+    kinds = np.full(events.num_rows, names.index(UNTAKEN) if UNTAKEN in names else -1)
+    for number, name in enumerate(names):
+        if name != UNTAKEN:
+            kinds[_is_positive(events, name)] = number
+    return kinds
+
+
 def _is_positive(events: pa.Table, name: str) -> Mask:
     return np.asarray(pc.fill_null(pc.equal(events[f"{LABEL_PREFIX}{name}"], 1), False).to_numpy(), bool)
 
@@ -87,39 +106,46 @@ class Exposures:
     displays: Integers  # 0: unknown
     slices: pa.Array  # lists of `column=value`
     parts: Integers  # as drawn by a column or a hash; TRAINING where the user's history decides
+    decided: Integers  # time of the last event that decides a label, else that of the exposure
     is_new: Mask  # False: held out by an earlier version
 
     def __getitem__(self, rows: Mask | Integers) -> "Exposures":
         places = np.flatnonzero(rows) if rows.dtype == bool else rows
         columns = {
-            name: getattr(self, name)[places] for name in ("users", "items", "times", "labels", "known", "displays", "parts", "is_new")
+            name: getattr(self, name)[places]
+            for name in ("users", "items", "times", "labels", "known", "displays", "parts", "decided", "is_new")
         }
         return replace(self, **columns, slices=self.slices.take(pa.array(places)))
 
     def joined(self, other: "Exposures") -> "Exposures":
-        """Return both, sorted by user and time."""
-        names = ("users", "items", "times", "labels", "known", "displays", "parts", "is_new")
+        """Return both, sorted by user and time; of equal exposures, those of `self` stay."""
+        names = ("users", "items", "times", "labels", "known", "displays", "parts", "decided", "is_new")
         columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
         both = Exposures(**columns, slices=pa.concat_arrays([self.slices, other.slices]))
+        keys = np.stack([both.users, both.items, both.times, both.displays], axis=1)
+        first = np.unique(keys, axis=0, return_index=True)[1]
+        both = both[np.sort(first)]
         return both[np.lexsort((both.times, both.users))]
 
     def placed(self, histories: Sequences, num_train: Integers, num_validation: Integers, data: DataConfig) -> tuple["Exposures", Integers]:
         """Return the exposures with their parts, and for each the number of interactions of its user's row before it.
 
         `histories` are the users' rows: training interactions first, then validation, then test. An exposure sees the longest beginning of
-        the row that is older than itself, and nothing of a later part. leave_one_out: what is shown after the last training interaction
-        belongs to the validation data, what is shown after the validation target to the test data.
+        the row that is older than itself, and nothing of a later part. It belongs to the part of the last event that decides its label.
+        leave_one_out: what is decided after the last training interaction belongs to the validation data, what is decided after the
+        validation target to the test data.
         """
         places = _num_older(histories, self.users, self.times)
         train, held_out = num_train[self.users], (num_train + num_validation)[self.users]
         parts = self.parts
         if data.split == "leave_one_out":
             has_held_out = histories.lengths[self.users] > train
-            parts = np.where(~has_held_out | (places < train), TRAINING, np.where(places < held_out, VALIDATION, TEST))
+            decided = _num_older(histories, self.users, self.decided)
+            parts = np.where(~has_held_out | (decided < train), TRAINING, np.where(decided < held_out, VALIDATION, TEST))
         elif data.split == "time":
             assert data.validation_from is not None
             assert data.test_from is not None
-            parts = (self.times >= data.validation_from).astype(np.int64) + (self.times >= data.test_from)
+            parts = (self.decided >= data.validation_from).astype(np.int64) + (self.decided >= data.test_from)
         limits = np.select([parts == TRAINING, parts == VALIDATION], [train, held_out], histories.lengths[self.users])
         return replace(self, parts=parts), np.minimum(places, limits)
 
@@ -134,11 +160,10 @@ class Exposures:
 
 def _num_older(histories: Sequences, users: Integers, times: Integers) -> Integers:
     """Return the length of the longest beginning of each user's row whose interactions are all older than a time."""
-    own = histories.timestamps
-    first = min(own.min(initial=0), times.min(initial=0)) if len(times) else 0
-    span = max(own.max(initial=0), times.max(initial=0)) - first + 2 if len(times) else 1
-    newest = np.maximum.accumulate(histories.owners * span + (own - first))  # within a row: the newest time so far
-    return np.asarray(np.searchsorted(newest, users * span + (times - first), side="left") - histories.offsets[users])
+    distinct, ranks = np.unique(np.concatenate([histories.timestamps, times]), return_inverse=True)  # small numbers: no overflow below
+    own, asked, span = ranks[: len(ranks) - len(times)], ranks[len(ranks) - len(times) :], len(distinct) + 1
+    newest = np.maximum.accumulate(histories.owners * span + own)  # within a row: the newest time so far
+    return np.asarray(np.searchsorted(newest, users * span + asked, side="left") - histories.offsets[users])
 
 
 def find_exposures(
@@ -156,8 +181,11 @@ def find_exposures(
     times, displays = events[TIMESTAMP].to_numpy(), np.zeros(events.num_rows, np.int64)
     if DISPLAY_POSITION in events.column_names:
         displays = pc.fill_null(events[DISPLAY_POSITION], 0).to_numpy().astype(np.int64).clip(min=0)
+    decided, parts = times.copy(), np.full(events.num_rows, TRAINING)
+    if data.split in ("random", "column"):
+        parts = split_events(events, offsets, data)
     if role == "label":
-        labels, known = _given_labels(events, tuple(data.columns.labels))
+        labels, known = _given_labels(events, [kind.name for kind in kinds if kind.is_target])
         is_exposure = known > 0
     else:
         numbers = {kind.name: number for number, kind in enumerate(kinds)}
@@ -169,12 +197,13 @@ def find_exposures(
         labels = np.zeros(events.num_rows, np.int64)
         if role == "exposure":
             shown = _attribute(events, owners, items, times, is_exposure, data.exposure_seconds)
+            joined = np.flatnonzero(shown >= 0)
+            np.maximum.at(decided, shown[joined], times[joined])
+            np.maximum.at(parts, shown[joined], parts[joined])  # an answer that is held out may not be trained on
             for bit, task in enumerate(tasks):
                 reached = np.flatnonzero((shown >= 0) & (kind_of >= task) & np.array([kind.is_target for kind in kinds])[kind_of])
                 labels[shown[reached]] |= 1 << bit
     rows = np.flatnonzero(is_exposure)
-    by_column = data.split in ("random", "column")
-    parts = split_events(events, offsets, data)[rows] if by_column else np.full(len(rows), TRAINING)
     chosen = events.take(pa.array(rows))
     found = Exposures(
         user_of[owners[rows]],
@@ -184,13 +213,14 @@ def find_exposures(
         known[rows],
         displays[rows],
         _slices(chosen, data),
-        parts,
+        parts[rows],
+        decided[rows],
         np.ones(len(rows), bool),
     )
     return found[np.lexsort((found.times, found.users))]
 
 
-def _given_labels(events: pa.Table, names: tuple[str, ...]) -> tuple[Integers, Integers]:
+def _given_labels(events: pa.Table, names: Sequence[str]) -> tuple[Integers, Integers]:
     labels, known = np.zeros((2, events.num_rows), np.int64)
     for bit, name in enumerate(names):
         column = events[f"{LABEL_PREFIX}{name}"]
@@ -259,6 +289,7 @@ def known_exposures(known: pa.Table) -> Exposures | None:
         numbers["exposed_displays"],
         flat["exposed_slices"],
         parts,
+        numbers["exposed_times"],
         np.zeros(int(lengths.sum()), bool),
     )
 

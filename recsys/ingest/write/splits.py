@@ -53,7 +53,7 @@ def _last_targets(offsets: Integers, is_target: Mask) -> tuple[Integers, Integer
     """Return the places of each user's last and last but one target, counted from the user's first interaction; -1 without one."""
     targets = np.flatnonzero(is_target)
     ends, begins = np.searchsorted(targets, offsets[1:]), np.searchsorted(targets, offsets[:-1])
-    padded = np.append(targets, 0)  # so that an index exists for users without targets
+    padded = np.append(targets, [0, 0])  # so that an index exists for users without targets
     last, before = (np.where(ends - begins >= back, padded[ends - back] - offsets[:-1], -1) for back in (1, 2))
     return last, before
 
