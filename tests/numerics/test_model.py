@@ -83,7 +83,7 @@ def test_how_histories_are_grouped_changes_no_loss(config: Config, dataset: Data
 
 
 def test_attention_is_that_of_each_history_alone(config: Config, dataset: Dataset, batch: Batch) -> None:
-    attention = Attention(config, has_time=False)
+    attention = Attention(config, num_places=config.data.max_history, has_time=False)
     inputs = torch.randn(len(batch.histories.items), config.model.width)
     outputs = attention(inputs, batch.histories)
     begin = 0
