@@ -6,6 +6,7 @@ import torch
 
 from recsys.baselines.baseline import Baseline
 from recsys.baselines.click_models import fit_dcn, fit_din
+from recsys.baselines.content import fit_content_minilm, fit_content_tfidf, fit_hybrid
 from recsys.baselines.counting import fit_item_knn, fit_popularity, fit_recent_popularity
 from recsys.baselines.factorization import fit_bpr, fit_factorization_machine, fit_matrix_factorization
 from recsys.baselines.sasrec import fit_sasrec
@@ -25,6 +26,9 @@ _FITS: dict[BaselineName, Callable[[TrainingData, Config], Baseline]] = {
     "factorization_machine": fit_factorization_machine,
     "two_tower": fit_two_tower,
     "sasrec": fit_sasrec,
+    "content_tfidf": fit_content_tfidf,
+    "content_minilm": fit_content_minilm,
+    "hybrid": fit_hybrid,
     "din": fit_din,
     "dcn": fit_dcn,
 }

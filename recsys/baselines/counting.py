@@ -9,7 +9,7 @@ from scipy.sparse import csr_array, vstack
 
 from recsys.arrays import Integers, Scores
 from recsys.baselines.baseline import Baseline, ValidationRanking
-from recsys.baselines.training_data import TrainingData, history_matrix
+from recsys.baselines.training_data import TrainingData, history_matrix, recency_weights
 from recsys.config import Config
 
 RECENT_SHARE = 0.1
@@ -61,9 +61,7 @@ class ItemNeighbors(Baseline):
 
     def score(self, histories: Sequence[Integers], users: Integers) -> Scores:
         """Sum the similarities to the history's items, weighted by recency."""
-        ages = np.concatenate([np.zeros(0), *(np.arange(len(history))[::-1] for history in histories)])
-        weights = np.exp2(-ages / self.half_life).astype(np.float32)
-        matrix = history_matrix(histories, len(self.popularity) - 1, weights)
+        matrix = history_matrix(histories, len(self.popularity) - 1, recency_weights(histories, self.half_life))
         scores: Scores = (matrix @ self.similarity).toarray() + self.popularity
         return scores
 

@@ -110,6 +110,12 @@ def join_histories(histories: Sequence[Integers], max_history: int | None = None
     return np.concatenate([np.zeros(0, np.int64), *recent]), np.cumsum([0, *map(len, recent)])
 
 
+def recency_weights(histories: Sequence[Integers], half_life: float) -> NDArray[np.float32]:
+    """Return the weights of all histories' interactions, halved every `half_life` interactions back."""
+    ages = np.concatenate([np.zeros(0), *(np.arange(len(history))[::-1] for history in histories)])
+    return np.exp2(-ages / half_life).astype(np.float32)
+
+
 def history_matrix(histories: Sequence[Integers], num_items: int, weights: NDArray[np.float32] | None = None) -> csr_array:
     """Return B histories as a matrix (B, I + 1) with the sum of each item's interaction weights; without `weights` each is 1."""
     items, offsets = join_histories(histories)

@@ -17,6 +17,9 @@ BaselineName = Literal[
     "factorization_machine",
     "two_tower",
     "sasrec",
+    "content_tfidf",
+    "content_minilm",
+    "hybrid",
     "din",
     "dcn",
 ]

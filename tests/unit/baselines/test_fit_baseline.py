@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys.baselines import Baseline, fit_baseline
+from recsys.baselines.content import ContentMatch
 from recsys.config import Config, load_config
 from recsys.config.evaluation import BaselineName
 from recsys.data.items import ItemFeatures
@@ -20,6 +21,8 @@ from tests.datasets import make_dataset
 NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 POPULAR: tuple[BaselineName, ...] = ("popularity", "recent_popularity")
 PREDICTING: tuple[BaselineName, ...] = ("matrix_factorization", "factorization_machine")
+CHOSEN: tuple[BaselineName, ...] = ("item_knn", "content_tfidf", "content_minilm", "hybrid")
+"""They only have settings, which the validation targets choose; no seed changes them."""
 CLICK_MODELS: tuple[BaselineName, ...] = ("din", "dcn")
 """They predict binary tasks and rank nothing."""
 
@@ -111,7 +114,7 @@ def test_what_is_held_out_for_the_test_changes_nothing(name: BaselineName, datas
         np.testing.assert_array_equal(predicted, other_tasks[task])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("item_knn", "matrix_factorization", *CLICK_MODELS)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("matrix_factorization", *CHOSEN, *CLICK_MODELS)])
 def test_validation_interactions_train_nothing(name: BaselineName, dataset: Dataset, config: Config) -> None:
     def change(row: dict[str, Any]) -> dict[str, Any]:
         begin = row["num_train"]
@@ -131,7 +134,7 @@ def test_the_seed_tells_the_outcome(name: BaselineName, dataset: Dataset, config
     np.testing.assert_array_equal(scores, again)
     for task, predicted in tasks.items():
         np.testing.assert_array_equal(predicted, tasks_again[task])
-    if name not in (*POPULAR, "item_knn"):
+    if name not in (*POPULAR, *CHOSEN):
         other, other_tasks = ask(fit(name, dataset, short.with_values({"training.seed": 1})), dataset)
         is_same = np.array_equal(tasks["like"], other_tasks["like"]) if name in CLICK_MODELS else np.array_equal(scores, other)
         assert not is_same
@@ -250,3 +253,16 @@ def test_recent_popularity_counts_what_is_taken_lately(dataset: Dataset, config:
             expected[item] += time >= latest
     (scores,) = fit("recent_popularity", dataset, config).score_catalogue([np.zeros(0, np.int64)], [0])
     np.testing.assert_array_equal(np.floor(scores[1:]), expected[1:])
+
+
+def test_content_matches_what_its_plain_formula_matches(dataset: Dataset, config: Config) -> None:
+    catalogue = ItemFeatures.read(dataset, Path(config.run.scratch))
+    baseline = fit("content_tfidf", dataset, config)
+    assert isinstance(baseline, ContentMatch)
+    history = np.array([3, 8, 21])
+    vectors = baseline.vectors.toarray()
+    weights = 0.5 ** (np.array([2, 1, 0]) / baseline.half_life)
+    expected = vectors @ (weights @ vectors[history]) + baseline.popularity
+    np.testing.assert_allclose(baseline.score([history], np.array([0]))[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors[1:], axis=1), 1, rtol=1e-5)
+    assert len(catalogue.texts) == len(vectors)
