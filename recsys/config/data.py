@@ -52,6 +52,10 @@ class ColumnsConfig(Section):
     """Column that joins an exposure with what the user did; optional; empty: ignored."""
     display_position: str = "display_position"
     """Column of an exposure's place on the page, from 1; optional; empty: ignored."""
+    slate: str = ""
+    """Column with a list of the items shown at once, for logs with a row per page; each becomes an exposure, those taken a click."""
+    slate_flags: str = ""
+    """Column with a list of 0 and 1: which items of the slate were taken; empty: the items end with -0 or -1."""
     split: str = ""
     """Column of the part that an event belongs to, for `data.split = "column"`: train, validation or test."""
     slices: tuple[str, ...] = ()

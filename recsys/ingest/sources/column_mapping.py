@@ -22,9 +22,10 @@ from recsys.ingest.sources.item_columns import (
     scalar_lists,
     title_column,
 )
-from recsys.ingest.sources.known_layouts import catalogue_kinds, find_column, is_amazon_review
+from recsys.ingest.sources.known_layouts import catalogue_kinds, find_column, is_amazon_review, slate_columns
 from recsys.ingest.sources.sandbox import reading
 from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists, spell, without_point_zero
+from recsys.ingest.sources.slates import expand_slates
 from recsys.ingest.sources.text_files import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
 from recsys.schema import (
     DISPLAY_POSITION,
@@ -90,6 +91,8 @@ def find_event_columns(storage: Storage, uri: str, data: DataConfig) -> dict[str
 
 
 def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> dict[str, str]:
+    if slates := slate_columns(uri, columns):
+        return _match_slates(uri, names, columns, slates)
     found = {canonical_name: find_column(canonical_name, columns, names) for canonical_name in (USER_ID, ITEM_ID)}
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
@@ -110,6 +113,31 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     return found
 
 
+def _match_slates(uri: str, names: list[str], columns: ColumnsConfig, slates: dict[str, str]) -> dict[str, str]:
+    """Return the file columns that the event columns of slates come from; the slate gives the item, the kind and the position."""
+    time = next((name for name in (find_column(TIMESTAMP, columns, names), "time") if name in names), None)
+    position = columns.position if time is None and columns.position in names else None
+    found = {
+        USER_ID: find_column(USER_ID, columns, names),
+        (TIMESTAMP if position is None else POSITION): time or position or columns.timestamp,
+    }
+    for canonical_name, name in (*found.items(), *slates.items()):
+        if name not in names:
+            raise _missing(uri, f"'{name}'", canonical_name, names)
+    impression = columns.impression_id if columns.impression_id in names else slates["slate"]
+    return found | dict.fromkeys((ITEM_ID, EVENT, DISPLAY_POSITION), slates["slate"]) | {IMPRESSION_ID: impression}
+
+
+def _read_slates(
+    storage: Storage, part: FilePart, found: dict[str, str], slates: dict[str, str], time_column: str, data: DataConfig
+) -> Iterator[pa.Table]:
+    """Read a part's slates as events."""
+    own = {USER_ID: found[USER_ID], time_column: found[time_column]} | slates
+    own |= {IMPRESSION_ID: found[IMPRESSION_ID]} if found[IMPRESSION_ID] != slates["slate"] else {}
+    for table in read_tables(storage, part, list(dict.fromkeys(own.values())), data.csv, has_lists=True):
+        yield expand_slates(pa.table([*(table[name] for name in own.values()), table[INPUT_ORDER]], [*own, INPUT_ORDER]), time_column)
+
+
 def import_events(storage: Storage, part: FilePart, data: DataConfig, time_column: str) -> Imported:
     """Read the event columns of one part under this project's names.
 
@@ -121,14 +149,19 @@ def import_events(storage: Storage, part: FilePart, data: DataConfig, time_colum
     if time_column not in found:
         raise UserError(f"{part.uri}: has no column for {time_column}, which the first file of data.events has")
 
+    slates = slate_columns(part.uri, data.columns)
+
     def tables() -> Iterator[pa.Table]:
+        if slates:
+            yield from _read_slates(storage, part, found, slates, time_column, data)
+            return
         for table in read_tables(storage, part, list(dict.fromkeys(found.values())), data.csv, has_lists=False):
             columns = [
                 _without_floats(table[own], header, own) if name in (USER_ID, ITEM_ID, EVENT) else table[own] for name, own in found.items()
             ]
             yield pa.table([*columns, table[INPUT_ORDER]], [*found, INPUT_ORDER])
 
-    used = {own: canonical_name for canonical_name, own in found.items()}
+    used = {own: canonical_name for canonical_name, own in found.items()} | {own: name for name, own in slates.items()}
     return Imported(
         tuple(_use("events", header, name, used.get(name, ""), "" if name in used else _unused_event(name, used)) for name in header),
         tables(),

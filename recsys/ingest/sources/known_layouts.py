@@ -22,7 +22,17 @@ _MOVIELENS_COLUMNS = {
 }
 """Column names from MovieLens's README; its `.dat` files have no header line."""
 
-_FILE_NAMES = {"events": ("events", "ratings", "reviews"), "items": ("items", "movies", "meta_"), "users": ("users",)}
+_MIND_COLUMNS = {
+    "behaviors.tsv": ("impression_id", "user_id", "time", "history", "impressions"),
+    "news.tsv": ("item_id", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities"),
+}
+"""Columns of MIND's files (Wu et al. 2020), which have no header line."""
+
+_FILE_NAMES = {
+    "events": ("events", "ratings", "reviews", "behaviors.tsv"),
+    "items": ("items", "movies", "meta_", "news.tsv"),
+    "users": ("users",),
+}
 """How the file names of a role begin; only the first beginning that occurs in a folder counts."""
 
 _AMAZON_REVIEW = {USER_ID, "parent_asin", "rating", TIMESTAMP}
@@ -41,6 +51,7 @@ _CATALOGUES: tuple[tuple[set[str], dict[str, FeatureKind]], ...] = (
     ),
     ({"MovieID", "Title", "Genres"}, {"Title": "text", "Genres": "categories"}),
     ({"movieId", "title", "genres"}, {"title": "text", "genres": "categories"}),
+    (set(_MIND_COLUMNS["news.tsv"]), {"title": "text", "abstract": "text", "category": "categories", "subcategory": "categories"}),
 )
 """Catalogue layouts by their columns. Average ratings and rating counts are left out: they leak data from after the split."""
 
@@ -80,6 +91,18 @@ def movielens_columns(uri: str) -> tuple[str, ...]:
     """Return the columns of a MovieLens `.dat` file, by the file's name; empty for every other file."""
     name = _file_name(uri)
     return next((names for stem, names in _MOVIELENS_COLUMNS.items() if name.startswith(stem) and name.endswith(".dat")), ())
+
+
+def mind_columns(uri: str) -> tuple[str, ...]:
+    """Return the columns of a file of MIND, by the file's name; empty for every other file."""
+    return _MIND_COLUMNS.get(_file_name(uri), ())
+
+
+def slate_columns(uri: str, columns: ColumnsConfig) -> dict[str, str]:
+    """Return the columns of a file's slates, as {`slate`, `flags`, `history`: name}; empty if its rows are single events."""
+    is_mind = bool(mind_columns(uri)) and not columns.slate
+    named = {"slate": "impressions", "history": "history"} if is_mind else {"slate": columns.slate, "flags": columns.slate_flags}
+    return {name: column for name, column in named.items() if column and named["slate"]}
 
 
 def is_table(uri: str, role: str) -> bool:

@@ -15,7 +15,7 @@ import pyarrow.csv as arrow_csv
 from recsys.config.data import CsvConfig
 from recsys.errors import UserError
 from recsys.ingest.sources.delimited import HEADER_BYTES, as_text, read_delimited, read_names
-from recsys.ingest.sources.known_layouts import ATOMIC_SUFFIXES, movielens_columns
+from recsys.ingest.sources.known_layouts import ATOMIC_SUFFIXES, mind_columns, movielens_columns
 from recsys.ingest.sources.lines import MAX_LINE_BYTES, batches, open_stream, read_lines
 from recsys.ingest.sources.scalars import JsonNumber, json_number, name_key
 from recsys.store import Storage
@@ -40,8 +40,8 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 def read_text_header(storage: Storage, uri: str, dialect: CsvConfig, is_whole: bool) -> dict[str, str]:
     """Return a text file's columns with their declared types, as `formats.read_header` does."""
-    if movielens_columns(uri):
-        return dict.fromkeys(movielens_columns(uri), TEXT)
+    if headless := movielens_columns(uri) or mind_columns(uri):
+        return dict.fromkeys(headless, TEXT)
     if is_jsonl(uri):
         with open_stream(storage, uri) as stream:
             names: dict[str, str] = {}
@@ -58,7 +58,9 @@ def read_text(storage: Storage, uri: str, columns: list[str], dialect: CsvConfig
     if is_jsonl(uri):
         yield from _read_jsonl(storage, uri, columns, has_lists)
     elif movielens_columns(uri):
-        yield from _read_movielens(storage, uri, columns)
+        yield from _read_headless(storage, uri, columns, list(movielens_columns(uri)), b"::")
+    elif mind_columns(uri):
+        yield from _read_headless(storage, uri, columns, list(mind_columns(uri)), b"\t")
     elif is_atomic(uri):
         yield from _read_atomic(storage, uri, columns)
     else:
@@ -85,16 +87,16 @@ def _read_atomic(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.
             yield pa.Table.from_batches([batch]).rename_columns(columns)
 
 
-def _read_movielens(storage: Storage, uri: str, columns: list[str]) -> Iterator[pa.Table]:
-    """Read `::`-separated lines. Arrow accepts only one-byte separators, so `::` is replaced by a byte that text does not contain."""
-    names = list(movielens_columns(uri))
+def _read_headless(storage: Storage, uri: str, columns: list[str], names: list[str], separator: bytes) -> Iterator[pa.Table]:
+    """Read lines without quotes and header. Arrow accepts only one-byte separators, so `::` becomes a byte that text does not contain."""
     parsing = arrow_csv.ParseOptions(delimiter=_UNIT_SEPARATOR, quote_char=False, double_quote=False, escape_char=False)
     with open_stream(storage, uri) as stream:
         for first, lines in batches(read_lines(uri, stream)):
             for number, line in enumerate(lines, start=first):
-                if line.count(b"::") != len(names) - 1:
-                    raise UserError(f"{uri}: line {number} has {line.count(b'::') + 1} fields; {'::'.join(names)} has {len(names)}")
-            content = _in_utf8(lines).replace(b"::", _UNIT_SEPARATOR.encode())
+                if line.count(separator) != len(names) - 1:
+                    expected = separator.decode().replace("\t", " ").join(names)
+                    raise UserError(f"{uri}: line {number} has {line.count(separator) + 1} fields; {expected} has {len(names)}")
+            content = _in_utf8(lines).replace(separator, _UNIT_SEPARATOR.encode())
             reading = arrow_csv.ReadOptions(use_threads=False, column_names=names, block_size=len(content) + 1)
             yield arrow_csv.read_csv(io.BytesIO(content), reading, parsing, as_text(columns))
 
