@@ -133,9 +133,7 @@ class Predictor:
         return [self._blend_one(*parts, num_candidates) for parts in zip(scores, rankings, tasks, strict=True)]
 
     def _blend_one(self, row: Scores, ranking: Ranking, parts: dict[str, NDArray[np.float32]], num_candidates: int) -> Ranking:
-        finite = row[np.isfinite(row)].astype(np.float64)
-        highest = finite.max(initial=0)
-        parts["retrieval"] = (ranking.scores - highest - np.log(np.exp(finite - highest).sum())).astype(np.float32)
+        parts["retrieval"] = (ranking.scores - torch.from_numpy(row).double().logsumexp(0).item()).astype(np.float32)
         blended = np.zeros(len(ranking.items), np.float32)
         for name, weight in self.config.ranking.blend.items():
             blended += np.float32(weight) * np.prod([self._part(parts, part) for part in name.split("*")], axis=0, dtype=np.float32)

@@ -49,7 +49,7 @@ class TrainingData:
         everything = Sequences.from_table(table).cast(items=np.int64, events=np.int64)
         num_train, num_validation = everything.scalars["num_train"], everything.scalars["num_validation"]
         parts = everything.within(0, num_train), everything.within(num_train, num_train + num_validation)
-        is_target = np.array([kind.is_target for kind in dataset.manifest.kind_table])
+        is_target = dataset.manifest.target_kinds
         train, validation = (part.compact() if is_target.all() else part.where(is_target[part.events]) for part in parts)
         return cls(dataset, catalogue, train, validation, table.num_rows, *_attributes(table))
 
@@ -167,7 +167,7 @@ def _exposed(data: TrainingData, rows: Sequences, users: Integers, column: int) 
     manifest, shown = data.dataset.manifest, rows.exposures
     assert shown is not None
     labels, mask = (array[:, column] for array in exposure_labels(manifest, shown.flat("labels"), shown.flat("known")))
-    is_target = np.array([kind.is_target for kind in manifest.kind_table])[rows.events]
+    is_target = manifest.target_kinds[rows.events]
     before = np.concatenate([[0], np.cumsum(is_target)])  # positive interactions before each one, over all rows
     begins, owners = rows.offsets[:-1], shown.owners
     places = before[begins[owners] + shown.flat("places")] - before[begins[owners]]

@@ -271,7 +271,7 @@ class Collator:
         first = samples.scalars["first_target"]
         num_later = samples.lengths - first
         owners, places = np.repeat(np.arange(len(samples)), num_later), ranges(first, num_later)
-        is_target = np.array([kind.is_target for kind in self.manifest.kind_table])
+        is_target = self.manifest.target_kinds
         if is_target.all() or "events" not in samples.columns:
             return owners, places
         is_kept = is_target[samples.columns["events"][samples.starts[owners] + places]]

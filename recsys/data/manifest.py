@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, Self
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from recsys.arrays import Mask
 from recsys.config import Config
 from recsys.config.verb_settings import refuse_contradictions
 from recsys.errors import UserError
@@ -22,6 +24,7 @@ FORMAT_VERSION: Final = 5
 """Increased whenever the same input and config would give another dataset."""
 
 USER_INDEX = "user_index"
+READ_ROWS = 4096
 
 
 class _Record(BaseModel):
@@ -145,6 +148,11 @@ class DatasetManifest(_Record):
         return self.kinds or tuple(Kind(name) for name in self.event_kinds)
 
     @property
+    def target_kinds(self) -> Mask:
+        """Which event kinds are targets (kinds,)."""
+        return np.array([kind.is_target for kind in self.kind_table])
+
+    @property
     def default_kind(self) -> int:
         """The number of the weakest positive kind, which an interaction without a kind has."""
         return next((number for number, kind in enumerate(self.kind_table) if kind.is_target), 0)
@@ -249,6 +257,12 @@ class Dataset:
         users = pa.concat_tables([self.read_shard(shard, with_index) for shard in self.manifest.users_shards])
         users = users if self.manifest.version == 1 else last_rows(users, USER_INDEX)
         return users.select(columns or users.column_names).combine_chunks()
+
+    def user_batches(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Read all users as tables of at most `READ_ROWS` rows, shard by shard if no later version replaces users."""
+        by_shard = self.manifest.version == 1
+        tables = (self.read_shard(shard, columns) for shard in self.manifest.users_shards) if by_shard else (self.read_users(columns),)
+        return (pa.Table.from_batches([rows]) for table in tables for rows in table.to_batches(READ_ROWS))
 
     def read_shard(self, shard: Shard, columns: list[str] | None = None) -> pa.Table:
         """Read all columns of a shard, or some of them."""

@@ -65,7 +65,7 @@ class Reader:
         queries: QueryDraws | None = None
         if config.model.has_queries:
             has_exposures = dataset.manifest.has_exposures
-            target_kinds = np.array([kind.is_target for kind in dataset.manifest.kind_table])
+            target_kinds = dataset.manifest.target_kinds
             queries = QueryDraws(config.model.query_rate, config.training.seed, catalogue.has_text, target_kinds, has_exposures)
         self._collate = Collator(
             dataset.manifest,

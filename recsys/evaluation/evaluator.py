@@ -103,7 +103,7 @@ def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Datas
 
 
 def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float]:
-    is_target = np.array([kind.is_target for kind in measures.manifest.kind_table])
+    is_target = measures.manifest.target_kinds
 
     def positives(user: EvaluationUser) -> Integers:
         return user.history.items[is_target[user.history.events]]

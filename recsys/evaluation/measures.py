@@ -9,12 +9,20 @@ from scipy.sparse import csr_array
 
 from recsys.arrays import Floats, Integers
 from recsys.config.evaluation import EvaluationConfig
+from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
+from recsys.evaluation.diversity import content_vectors
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.metrics import gini, information, intra_list_diversity, list_mean, popularity_percentiles, ranking_metrics
 from recsys.evaluation.ranking import Ranked, ScoreUsers, rank_users, summarize
 from recsys.evaluation.tasks import Labelled, Predictions, TaskMeasures, labelled_targets, measure_tasks
 from recsys.evaluation.users import EvaluationUser
+
+
+def deciding_vectors(config: EvaluationConfig, catalogue: ItemFeatures) -> csr_array | None:
+    """Return the content vectors of items if a metric that decides needs them."""
+    is_needed = any(name.startswith("intra_list_diversity") for name in (config.metric, *config.guards))
+    return content_vectors(catalogue) if is_needed else None
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,7 @@ class Measures:
 
     def _task_shares(self, lists: Integers) -> dict[str, float]:
         """Return, for each binary task, the mean label of the targets with a label in the lists (users, k); 0 if there is none."""
-        found = labelled_targets({}, self.manifest, self.users)
-        width = len(self.train_count)
-        keys = found.owners * width + np.concatenate([user.targets.items for user in self.users])
-        order = np.argsort(keys, kind="stable")
+        (found, keys, order), width = self._target_labels, len(self.train_count)
         asked = (np.arange(len(lists))[:, None] * width + lists)[lists > 0]
         places = order[np.searchsorted(keys[order], asked).clip(max=len(keys) - 1)]
         hits = places[keys[places] == asked]
@@ -102,6 +107,13 @@ class Measures:
         names = sorted({name for own in exposed.slices for name in own})
         masks = {name: np.array([False] * num_targets + [name in own for own in exposed.slices]) for name in names}
         return {name: self.tasks(labelled.where(mask)) for name, mask in masks.items()}
+
+    @cached_property
+    def _target_labels(self) -> tuple[Labelled, Integers, Integers]:
+        """The labels of the targets, a number for each target's user and item, and the order of these numbers."""
+        found = labelled_targets({}, self.manifest, self.users)
+        keys = found.owners * len(self.train_count) + np.concatenate([user.targets.items for user in self.users])
+        return found, keys, np.argsort(keys, kind="stable")
 
     @cached_property
     def _percentiles(self) -> Floats:

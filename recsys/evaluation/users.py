@@ -17,7 +17,6 @@ from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
 
-READ_ROWS = 4096
 COUNTS = ("in_split", "other_kind", "no_history", "seen_before", "counted")
 """What `TargetRules` counts: the interactions of a split, the reasons why some are no targets, and the targets."""
 
@@ -110,10 +109,7 @@ def find_users(dataset: Dataset, split: str, rules: TargetRules) -> Iterator[Eva
     Raises:
         UserError: there is no such user.
     """
-    manifest = dataset.manifest
-    by_shard = manifest.version == 1  # a later version may replace users of an earlier shard
-    tables = (dataset.read_shard(shard, _COLUMNS) for shard in manifest.users_shards) if by_shard else (dataset.read_users(_COLUMNS),)
-    users = (user for table in tables for rows in table.to_batches(READ_ROWS) for user in _read_rows(rows, split, rules))
+    users = (user for rows in dataset.user_batches(_COLUMNS) for user in _read_rows(rows, split, rules))
     first = next(users, None)
     if first is None:
         found = ", ".join(f"{count} {name}" for name, count in rules.counts.items() if count) or "no interaction in the split"
@@ -125,9 +121,9 @@ def find_users(dataset: Dataset, split: str, rules: TargetRules) -> Iterator[Eva
     return chain([first], users)
 
 
-def _read_rows(rows: pa.RecordBatch, split: str, rules: TargetRules) -> Iterator[EvaluationUser]:
+def _read_rows(rows: pa.Table, split: str, rules: TargetRules) -> Iterator[EvaluationUser]:
     """Split some rows of the table into histories and targets; histories are views, so that their interactions are not copied."""
-    everything = Sequences.from_table(pa.Table.from_batches([rows])).cast(items=np.int64, events=np.int64)
+    everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
     begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
     if split == "test":
         begins, ends = ends, everything.lengths

@@ -13,9 +13,8 @@ from recsys.data.batch import Batch
 from recsys.data.manifest import Dataset
 from recsys.data.plan import EpochPlan
 from recsys.data.reader import Reader, Share
-from recsys.evaluation.diversity import content_vectors
 from recsys.evaluation.exposures import ExposedTargets
-from recsys.evaluation.measures import Measures
+from recsys.evaluation.measures import Measures, deciding_vectors
 from recsys.evaluation.ranking import Ranked, lists_by, rank_users
 from recsys.evaluation.slices import MIN_GROUP_USERS
 from recsys.evaluation.tasks import Predictions, predict_all, predict_by
@@ -112,8 +111,7 @@ class NextItem(Objective):
         """Return the measures of the validation users, rank by rank; lists are compared by content only if that decides."""
         catalogue, num_ranks = self.module.catalogue, self._ranks.world_size
         users = [user for rank in range(num_ranks) for user in self._users[rank::num_ranks]]
-        by_content = any(name.startswith("intra_list_diversity") for name in (evaluation.metric, *evaluation.guards))
-        vectors, exposed = content_vectors(catalogue) if by_content else None, self._exposed
+        vectors, exposed = deciding_vectors(evaluation, catalogue), self._exposed
         if exposed is not None:
             entries = np.arange(len(exposed.users))
             exposed = exposed.ordered(np.concatenate([entries[rank::num_ranks] for rank in range(num_ranks)]))

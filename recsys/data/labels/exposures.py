@@ -10,7 +10,6 @@ from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.schema import EXPOSURE_COLUMNS
 
-READ_ROWS = 4096
 _HELD_OUT = [USER_INDEX, *HISTORY_COLUMNS, *EXPOSURE_COLUMNS, "exposed_slices", "num_validation_exposures", "attributes"]
 
 
@@ -26,11 +25,7 @@ class HeldOut:
 
 def read_held_out(dataset: Dataset, split: str) -> Iterator[HeldOut]:
     """Read the exposures of the validation or the test data, some users at a time; the dataset must have exposures."""
-    manifest = dataset.manifest
-    by_shard = manifest.version == 1  # a later version may replace users of an earlier shard
-    tables = (dataset.read_shard(shard, _HELD_OUT) for shard in manifest.users_shards) if by_shard else (dataset.read_users(_HELD_OUT),)
-    for batch in (batch for table in tables for batch in table.to_batches(READ_ROWS)):
-        rows = pa.Table.from_batches([batch])
+    for rows in dataset.user_batches(_HELD_OUT):
         everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
         shown, num_validation = everything.exposures, everything.scalars["num_validation_exposures"]
         assert shown is not None

@@ -1,5 +1,6 @@
 """The draw of negative labels, and user groups."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,14 +58,19 @@ def negative_rates(dataset: Dataset, ranker: RankerConfig) -> Tensor:
     return torch.where(is_binary, rates, 1.0).float()
 
 
+def _some_samples(dataset: Dataset, columns: list[str]) -> Iterator[Sequences]:
+    """Read some columns of at most MAX_ROW_GROUPS row groups, spread evenly over the training data."""
+    source = RowGroupSource(dataset, columns)
+    for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
+        yield Sequences.from_table(source.read(group))
+
+
 def count_labels(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the number of positive labels and of all labels per task in some row groups of the training data, (T,) float64 each."""
     shown = EXPOSURE_COLUMNS if dataset.manifest.has_exposures else ()
-    source = RowGroupSource(dataset, ["items", "events", "values", "first_target", *shown])
     positives, labels = torch.zeros(2, len(dataset.manifest.tasks), dtype=torch.float64)
-    is_target = np.array([kind.is_target for kind in dataset.manifest.kind_table])
-    for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
-        samples = Sequences.from_table(source.read(group))
+    is_target = dataset.manifest.target_kinds
+    for samples in _some_samples(dataset, ["items", "events", "values", "first_target", *shown]):
         targets = samples.within(samples.scalars["first_target"], samples.lengths)
         chosen = is_target[targets.events]
         pairs = [task_labels(dataset.manifest, targets.events[chosen], targets.values[chosen])]
@@ -80,10 +86,9 @@ def display_shares(dataset: Dataset) -> Tensor | None:
     """Return the share of each position of display among the exposures in some row groups (NUM_DISPLAYS + 1,); None if none is known."""
     if not dataset.manifest.has_exposures:
         return None
-    source = RowGroupSource(dataset, ["items", *EXPOSURE_COLUMNS])
     counts = np.zeros(NUM_DISPLAYS + 1)
-    for group in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_ROW_GROUPS)).astype(np.int64)).tolist():
-        shown = Sequences.from_table(source.read(group)).exposures
+    for samples in _some_samples(dataset, ["items", *EXPOSURE_COLUMNS]):
+        shown = samples.exposures
         assert shown is not None
         counts += np.bincount(shown.flat("displays").clip(max=NUM_DISPLAYS), minlength=NUM_DISPLAYS + 1)
     return torch.from_numpy(counts / counts.sum()).float() if counts[1:].any() else None

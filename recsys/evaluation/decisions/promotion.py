@@ -14,11 +14,10 @@ from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
-from recsys.evaluation.diversity import content_vectors
 from recsys.evaluation.exposures import ExposedTargets
-from recsys.evaluation.measures import Measures
+from recsys.evaluation.measures import Measures, deciding_vectors
 from recsys.evaluation.significance import Interval, bootstrap_intervals, measure_intervals
-from recsys.evaluation.tasks import Labelled, TaskMeasures, labelled_targets, measure_tasks, predict_all, predict_by
+from recsys.evaluation.tasks import TaskMeasures, measure_tasks, predict_all, predict_by
 from recsys.evaluation.users import EvaluationUser, read_evaluation_users
 from recsys.metric_names import broken_guards, oriented
 from recsys.predictor import Predictor
@@ -72,10 +71,8 @@ def compare_versions(new: Predictor, old: Predictor, dataset: Dataset, config: E
     """
     catalogue, users = ItemFeatures.read(dataset, scratch), read_evaluation_users(dataset, "validation", config)
     names = list(dict.fromkeys((config.metric, *config.guards)))
-    by_content = any(name.startswith("intra_list_diversity") for name in names)
-    vectors = content_vectors(catalogue) if by_content else None
     exposed = ExposedTargets.read(dataset, "validation") if dataset.manifest.has_exposures else None
-    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), vectors, exposed)
+    measures = Measures(config, dataset.manifest, users, catalogue.train_count.numpy(), deciding_vectors(config, catalogue), exposed)
     both = [Guest.of(predictor, dataset, catalogue.item_ids) for predictor in (new, old)]
     changes = _list_changes(measures, *both) if any("@" in name for name in names) else {}
     if any("@" not in name for name in names):
@@ -151,25 +148,18 @@ def _difference(mine: TaskMeasures, theirs: TaskMeasures, name: str, counts: Flo
 
 def _measure_tasks(measures: Measures, *both: Guest) -> list[TaskMeasures]:
     """Measure the tasks of two versions on the targets and the exposures whose items both know."""
-    manifest, exposed = measures.manifest, measures.exposed
-    found = labelled_targets({}, manifest, measures.users)
-    everyone = [*measures.users, *(exposed.users if exposed else ())]
-    labels, mask = map(np.concatenate, _with_exposed(found, exposed))
+    everyone = [*measures.users, *(measures.exposed.users if measures.exposed else ())]
     known = [np.logical_and(*(guest.knows(user) for guest in both)) for user in everyone]
     is_kept = np.concatenate([np.zeros(0, bool), *known])
     users = [_with_targets(user, np.flatnonzero(own)) for user, own in zip(everyone, known, strict=True) if own.any()]
     if not users:
         return [TaskMeasures(0, {}, {}, {}) for _ in both]
-    indices, owners = np.unique([user.user_index for user in users for _ in user.targets.items], return_inverse=True)
-    measured = []
+    kept, measured = measures.labelled({}, {}).where(is_kept), []
+    distinct, owners = np.unique(kept.owners, return_inverse=True)
     for guest in both:
         predictions = predict_all(predict_by(guest.predictor), [guest.translated(user) for user in users], measures.config.batch_size)
-        measured.append(measure_tasks(Labelled(predictions, labels[is_kept], mask[is_kept], owners), manifest, len(indices)))
+        measured.append(measure_tasks(replace(kept, predictions=predictions, owners=owners), measures.manifest, len(distinct)))
     return measured
-
-
-def _with_exposed(found: Labelled, exposed: ExposedTargets | None) -> list[tuple[Scores, Scores]]:
-    return [(found.labels, exposed.labels if exposed else found.labels[:0]), (found.mask, exposed.mask if exposed else found.mask[:0])]
 
 
 def _with_targets(user: EvaluationUser, places: Integers) -> EvaluationUser:

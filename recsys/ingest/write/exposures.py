@@ -1,7 +1,7 @@
 """Exposures: which events are, what the user did with each, its part of the data, and its place in the user's history."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -111,16 +111,12 @@ class Exposures:
 
     def __getitem__(self, rows: Mask | Integers) -> "Exposures":
         places = np.flatnonzero(rows) if rows.dtype == bool else rows
-        columns = {
-            name: getattr(self, name)[places]
-            for name in ("users", "items", "times", "labels", "known", "displays", "parts", "decided", "is_new")
-        }
+        columns = {name: getattr(self, name)[places] for name in _ARRAYS}
         return replace(self, **columns, slices=self.slices.take(pa.array(places)))
 
     def joined(self, other: "Exposures") -> "Exposures":
         """Return both, sorted by user and time; of equal exposures, those of `self` stay."""
-        names = ("users", "items", "times", "labels", "known", "displays", "parts", "decided", "is_new")
-        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
+        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
         both = Exposures(**columns, slices=pa.concat_arrays([self.slices, other.slices]))
         keys = np.stack([both.users, both.items, both.times, both.displays], axis=1)
         first = np.unique(keys, axis=0, return_index=True)[1]
@@ -156,6 +152,9 @@ class Exposures:
             for name, column in zip(_SHORT, (self.items, places, self.labels, self.known, self.displays), strict=True)
         }
         return Sequences.of_offsets(columns, np.searchsorted(self.users, np.arange(num_users + 1)))
+
+
+_ARRAYS = tuple(field.name for field in fields(Exposures) if field.name != "slices")
 
 
 def _num_older(histories: Sequences, users: Integers, times: Integers) -> Integers:
@@ -200,8 +199,9 @@ def find_exposures(
             joined = np.flatnonzero(shown >= 0)
             np.maximum.at(decided, shown[joined], times[joined])
             np.maximum.at(parts, shown[joined], parts[joined])  # an answer that is held out may not be trained on
+            is_taken = (shown >= 0) & np.array([kind.is_target for kind in kinds])[kind_of]
             for bit, task in enumerate(tasks):
-                reached = np.flatnonzero((shown >= 0) & (kind_of >= task) & np.array([kind.is_target for kind in kinds])[kind_of])
+                reached = np.flatnonzero(is_taken & (kind_of >= task))
                 labels[shown[reached]] |= 1 << bit
     rows = np.flatnonzero(is_exposure)
     chosen = events.take(pa.array(rows))

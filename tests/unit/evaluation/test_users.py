@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from recsys.config import load_config
+from recsys.data import manifest as module
 from recsys.data.manifest import Dataset
 from recsys.data.text.queries import read_queries
-from recsys.evaluation import users as module
 from recsys.evaluation.users import groups_of, read_evaluation_users, rectangle, target_items
 from recsys.ingest.prepare import prepare
 from recsys.store import Storage
