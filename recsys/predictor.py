@@ -1,7 +1,7 @@
 """Inference with loaded weights: user vectors, scores, rankings. Evaluation, batch scoring and the service run this code."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from recsys.arrays import Integers, Scores
 from recsys.config import Config
-from recsys.data.batch import PackedHistories, group_cost, map_tensors, pack
+from recsys.data.batch import PackedHistories, group_cost, has_profiles, has_start, map_tensors, pack
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
-from recsys.data.sequences import Sequences
+from recsys.data.sequences import ASKED, HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
 from recsys.model.item_encoder import ItemEncoder
 from recsys.model.ranker import Ranker
@@ -62,6 +62,18 @@ class Predictor:
         self.popularity = self.catalogue.train_count.float()  # (I + 1,)
         self.popularity[0] = -torch.inf
         self._retrieval = RetrievalScores(self.item_vectors)
+        self._has_start = has_start(self.config.model, self.manifest)
+        self._nobody = self.manifest.profiles.encode([{}]) if has_profiles(self.config.model, self.manifest) else None
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether a user without history has a list of their own, by profile."""
+        return self._nobody is not None
+
+    @property
+    def reads_contexts(self) -> bool:
+        """Whether the context of a request changes the answer."""
+        return self.user_encoder.context is not None
 
     @cached_property
     def item_index(self) -> dict[str, int]:
@@ -70,7 +82,9 @@ class Predictor:
 
     @torch.no_grad()
     def encode(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:
-        """Return user vectors (B, W); they carry no information for an empty history without a query (use `popular` there).
+        """Return user vectors (B, W) for the profiles and the asked contexts that the histories have.
+
+        They carry no information for an empty history without a query, unless the model reads profiles (see `popular`).
 
         Raises:
             UserError: there is a query, but the model was trained without queries.
@@ -79,20 +93,30 @@ class Predictor:
 
     def _encode(self, histories: Sequence[Sequences], queries: Queries | None) -> tuple[Tensor, Tensor, PackedHistories, Tensor]:
         """Return user vectors (B, W), the packed histories' item vectors (P, W), the packed histories, and each user's last place (B,)."""
-        recent = Sequences.join([history.last(self.config.data.max_history) for history in histories])
+        recent = Sequences.join([self._complete(history.last(self.config.data.max_history)) for history in histories])
         device = self.item_vectors.device
         typed = [query for query in queries or () if query is not None]
         if typed and self.query_encoder is None:
             raise UserError("model.query_rate = 0: this model was trained without queries; ask without, or train with model.query_rate=0.5")
         has_query = np.array([query is not None for query in queries or ()]) if typed else None
-        has_start = self.manifest.has_exposures
-        packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query, has_start)
+        packed, first_places = pack(recent, group_cost(device.type == "cuda"), has_query, self._has_start)
         packed = map_tensors(packed, lambda tensor: tensor.to(device))
         vectors = F.embedding(packed.items, self.item_vectors).to(self.user_encoder.norm_in.weight.dtype)
         states = self.user_encoder(vectors, packed, self.query_encoder(typed) if self.query_encoder is not None and typed else None)
         num_places = recent.lengths if has_query is None else recent.lengths + has_query
-        places = torch.from_numpy(first_places + np.maximum(num_places, 1 - has_start) - 1).to(device)
-        return F.embedding(places, states), vectors, packed, places
+        places = torch.from_numpy(first_places + np.maximum(num_places, 1 - self._has_start) - 1).to(device)
+        users = F.embedding(places, states)
+        if ASKED in recent.scalars:
+            users = self.user_encoder.ask(users, torch.from_numpy(recent.scalars[ASKED]).to(device))
+        return users, vectors, packed, places
+
+    def _complete(self, history: Sequences) -> Sequences:
+        """Return a history with a profile and a context, unknown ones if it has none, as far as the model reads them."""
+        if not (self.reads_profiles or self.reads_contexts):
+            return replace(history, scalars={}, profiles=None)
+        columns = {name: history.columns[name] for name in HISTORY_COLUMNS}
+        scalars = {ASKED: history.scalars.get(ASKED, np.zeros(1, np.int64))} if self.reads_contexts else {}
+        return replace(history, columns=columns, scalars=scalars, profiles=history.profiles or self._nobody, exposures=None)
 
     @torch.no_grad()
     def score_catalogue(self, histories: Sequence[Sequences], queries: Queries | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -20,9 +20,9 @@ QUERY = "query"
 IMPRESSION_ID = "impression_id"
 DISPLAY_POSITION = "display_position"
 SPLIT = "split"
-LABEL_PREFIX, SLICE_PREFIX = "label:", "slice:"
+LABEL_PREFIX, SLICE_PREFIX, CONTEXT_PREFIX = "label:", "slice:", "context:"
 """Event columns that only some logs have: the exposure that an event belongs to, its place on the page, the part of the data that it
-belongs to, its labels by task, and values to report metrics by."""
+belongs to, its labels by task, values to report metrics by, and the situation of the user."""
 
 PADDING_ITEM = 0
 """Catalogue index of "no item"; real items are numbered from 1."""
@@ -72,8 +72,9 @@ OPTIONAL_TYPES = {
     SPLIT: pa.int8(),
     LABEL_PREFIX: pa.int8(),
     SLICE_PREFIX: pa.string(),
+    CONTEXT_PREFIX: pa.string(),
 }
-"""Types of the optional event columns; those of labels and slices by their prefix. A split is 0 training, 1 validation, 2 test."""
+"""Types of the optional event columns, some by their prefix. A split is 0 training, 1 validation, 2 test."""
 
 
 def events_schema(optional: Sequence[str]) -> pa.Schema:
@@ -91,7 +92,16 @@ _SEQUENCE_FIELDS = [
 ]
 """Interactions of one user, oldest first; `queries` are indices into QUERIES_SCHEMA, 0 for no query."""
 
-SEQUENCE_COLUMNS = tuple(name for name, _ in _SEQUENCE_FIELDS)
+CONTEXTS = "contexts"
+_CONTEXT_FIELD = (CONTEXTS, pa.list_(pa.int64()))
+"""The contexts of the interactions (see `recsys.data.features.contexts`), in datasets that have contexts."""
+
+SEQUENCE_COLUMNS = (*(name for name, _ in _SEQUENCE_FIELDS), CONTEXTS)
+
+_PROFILE_FIELDS = [("profile_categories", pa.list_(pa.int32())), ("profile_numbers", pa.list_(pa.float32()))]
+"""The profile of a row's user (see `recsys.data.features.profiles`), in datasets that have profiles."""
+
+PROFILE_COLUMNS = tuple(name for name, _ in _PROFILE_FIELDS)
 
 TRAIN_SCHEMA = pa.schema([("user_index", pa.int64()), *_SEQUENCE_FIELDS, ("first_target", pa.int32())])
 """One row per training sample: up to `max_history + 1` interactions of one user, oldest first. Interactions from
@@ -131,9 +141,10 @@ _EXPOSURE_FIELDS = [
     ("exposed_labels", pa.list_(pa.int32())),
     ("exposed_known", pa.list_(pa.int32())),
     ("exposed_displays", pa.list_(pa.int32())),
+    ("exposed_contexts", pa.list_(pa.int64())),
 ]
 """Items shown to one user, or explicit negative events. A place is the number of the row's interactions before it. Labels and which of
-them are known are bits, one per name in the manifest's `exposure_tasks`; a display position is 0 if it is unknown."""
+them are known are bits, one per name in the manifest's `exposure_tasks`; a display position is 0 if it is unknown, and so is a context."""
 
 EXPOSURE_COLUMNS = tuple(name for name, _ in _EXPOSURE_FIELDS)
 
@@ -144,14 +155,27 @@ _HELD_OUT_FIELDS = [
 ]
 
 
-def train_schema(has_exposures: bool) -> pa.Schema:
-    """Return the schema of training samples; `first_target` may then be 0."""
-    return pa.schema([*TRAIN_SCHEMA, *_EXPOSURE_FIELDS]) if has_exposures else TRAIN_SCHEMA
+class RowParts(NamedTuple):
+    """What the rows of a dataset's users and samples have beyond the interactions."""
+
+    exposures: bool = False
+    contexts: bool = False
+    profiles: bool = False
 
 
-def users_schema(has_exposures: bool) -> pa.Schema:
-    """Return the schema of users, with their exposures in the validation and the test data, the former first."""
-    return pa.schema([*USERS_SCHEMA, *_EXPOSURE_FIELDS, *_HELD_OUT_FIELDS]) if has_exposures else USERS_SCHEMA
+def _with_parts(schema: pa.Schema, parts: RowParts, held_out: list[tuple[str, pa.DataType]]) -> pa.Schema:
+    fields = [_CONTEXT_FIELD] * parts.contexts + _PROFILE_FIELDS * parts.profiles + [*_EXPOSURE_FIELDS, *held_out] * parts.exposures
+    return pa.schema([*schema, *fields])
+
+
+def train_schema(parts: RowParts) -> pa.Schema:
+    """Return the schema of training samples; with exposures, `first_target` may be 0."""
+    return _with_parts(TRAIN_SCHEMA, parts, [])
+
+
+def users_schema(parts: RowParts) -> pa.Schema:
+    """Return the schema of users; their exposures are those in the validation and the test data, the former first."""
+    return _with_parts(USERS_SCHEMA, parts, _HELD_OUT_FIELDS)
 
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])

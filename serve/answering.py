@@ -1,7 +1,7 @@
 """Answers batches of requests from one exported version, without Ray or HTTP."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
 from recsys.data.labels.seen import SeenRule
-from recsys.data.sequences import Sequences
+from recsys.data.sequences import ASKED, Sequences
 from recsys.errors import UserError
 from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
@@ -78,6 +78,8 @@ class Answerer:
             tasks=[task.name for task in manifest.tasks],
             event_kinds=list(manifest.event_kinds),
             takes_queries=loaded.predictor.query_encoder is not None,
+            profile_columns=list(manifest.profiles.columns) if loaded.predictor.reads_profiles else [],
+            context_fields=list(manifest.contexts.given) if loaded.predictor.reads_contexts else [],
             metrics=export.metadata.get("metrics", {}),
             code_version=export.metadata.get("code_version"),
         )
@@ -119,9 +121,8 @@ class Answerer:
         if not requests:
             return []
         deepest = max(request.k for request in requests)
-        now = int(time.time())
         exclude = [
-            self._seen(history, now if history.timestamps.any() else None) if request.exclude_seen else NOTHING
+            self._seen(history, _now(request) if history.timestamps.any() else None) if request.exclude_seen else NOTHING
             for request, history in zip(requests, histories, strict=True)
         ]
         return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
@@ -131,16 +132,35 @@ class Answerer:
         if request.query is not None and not self.info.takes_queries:
             return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:
+            self._check_fields("profile", request.profile, self.info.profile_columns)
+            self._check_fields("context", request.context, self.info.context_fields)
             found = self._find_history(request)
         except HTTPException as error:
             return Answer.error(error.status_code, error.detail)
-        return replace(found, history=Sequences.of([])) if found.history is None and request.query is not None else found
+        return replace(found, history=self._situated(request, found.history))
+
+    def _check_fields(self, name: str, given: Mapping[str, str] | None, known: Sequence[str]) -> None:
+        if unknown := sorted(set(given or ()).difference(known)):
+            raise HTTPException(422, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")
+
+    def _situated(self, request: UserRequest, history: Sequences | None) -> Sequences | None:
+        """Return the history with the request's profile and context; None if nothing says what to recommend."""
+        predictor, manifest = self.predictor, self.predictor.manifest
+        profiles = None if history is None else history.profiles
+        if predictor.reads_profiles and request.profile is not None:
+            profiles = manifest.profiles.merge(profiles or manifest.profiles.encode([{}]), request.profile)
+        has_profile = predictor.reads_profiles and profiles is not None
+        if (history is None or not len(history.items)) and request.query is None and not has_profile:
+            return None
+        history = Sequences.of([]) if history is None else history
+        last = int(history.timestamps[-1]) if history.timestamps.any() else None
+        asked = manifest.contexts.ask(_now(request) if manifest.has_time else None, last, request.context or {})
+        return replace(history, profiles=profiles, scalars={ASKED: asked})
 
     def _find_history(self, request: UserRequest) -> ResolvedUser:
         if request.user_id is None:
-            return self._read_history(request.history or [])
-        history = self._profiles.find(request.user_id)
-        return ResolvedUser(history if history is not None and len(history.items) else None)
+            return ResolvedUser(None) if request.history is None else self._read_history(request.history)
+        return ResolvedUser(self._profiles.find(request.user_id))
 
     def _read_history(self, posted: Sequence[PostedInteraction]) -> ResolvedUser:
         """Convert a posted history; items that are not in the catalogue are left out and listed."""
@@ -205,6 +225,10 @@ class Answerer:
             scores.append(CandidateScore(item_id=item_id, known=is_known, **values))
         unknown_items = list(dict.fromkeys(unknown))
         return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
+
+
+def _now(request: UserRequest) -> int:
+    return int(time.time()) if request.time is None else request.time
 
 
 def _known_histories(found: Sequence[ResolvedUser | Answer]) -> dict[int, Sequences]:

@@ -1,6 +1,7 @@
 """Requests and responses of the service, and parsing of request bodies."""
 
 import json
+import math
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import (
@@ -25,6 +26,9 @@ MAX_SECONDS = 253_402_300_799
 """The last second of the year 9999; a larger number is probably in milliseconds."""
 
 MAX_VALUE = 1e6
+MAX_FIELDS = 100
+MAX_FIELD_CHARACTERS = 10_000
+"""Limits of a profile and a context; a vector is a list, which is spelled as text."""
 
 POPULARITY = "popularity"
 
@@ -55,21 +59,40 @@ class PostedInteraction(Message):
     value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
 
 
-class UserRequest(Message):
-    """The user of a request, by id in the training data or by history, and a query in words.
+def _spell_field(value: Any) -> Any:
+    """Spell a number, a truth value or a list of such as data preparation does; the field's type refuses what is not text then."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else repr(value)
+    return " ".join(map(str, map(_spell_field, value))) if isinstance(value, list) else value
 
-    A history is oldest first. If it has timestamps, it is sorted by them, and equal ones keep their order. A query needs no user.
+
+FieldName = Annotated[str, Field(max_length=MAX_ID_CHARACTERS)]
+FieldText = Annotated[str, Field(max_length=MAX_FIELD_CHARACTERS), BeforeValidator(_spell_field)]
+Fields = Annotated[dict[FieldName, FieldText], Field(max_length=MAX_FIELDS)]
+
+
+class UserRequest(Message):
+    """The user of a request, by id in the training data, history or profile, and a query in words.
+
+    A history is oldest first. If it has timestamps, it is sorted by them, and equal ones keep their order. A query needs no user. A
+    profile has columns of the users table; for a known user they replace the stored ones. The context has columns of the events; `time`
+    is when the list is shown, in seconds, now if it is not given.
     """
 
     user_id: Identifier | None = None
     history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY)] | None = None
     query: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS, pattern=r"\S")] | None = None
+    profile: Fields | None = None
+    context: Fields | None = None
+    time: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:
         is_nobody = self.user_id is None and self.history is None
-        if (self.user_id is not None and self.history is not None) or (is_nobody and self.query is None):
-            raise ValueError("give either user_id or history, and not both; a query needs neither")
+        if (self.user_id is not None and self.history is not None) or (is_nobody and self.query is None and self.profile is None):
+            raise ValueError("give either user_id or history, and not both; a query or a profile needs neither")
         if self.history and len({interaction.timestamp is None for interaction in self.history}) > 1:
             raise ValueError("history: give every interaction a timestamp, or none")
         return self
@@ -147,6 +170,8 @@ class ModelInfo(Message):
     tasks: list[str]
     event_kinds: list[str]
     takes_queries: bool
+    profile_columns: list[str]
+    context_fields: list[str]
     metrics: dict[str, JsonValue]
     code_version: str | None
 

@@ -60,6 +60,8 @@ class ColumnsConfig(Section):
     """Column of the part that an event belongs to, for `data.split = "column"`: train, validation or test."""
     slices: tuple[str, ...] = ()
     """Columns of events whose values metrics of tasks are reported by."""
+    context: tuple[str, ...] = ()
+    """Columns of events with the situation of the user, such as device or page; each value is a category."""
     labels: dict[str, str] = {}  # noqa: RUF012 - pydantic copies defaults
     """Columns of labels, 0 or 1, by task; each event is then an exposure, and one with label 1 an event of this kind."""
 
@@ -118,6 +120,28 @@ class ItemFeaturesConfig(Section):
     def names_columns(self) -> bool:
         """Return whether any feature column is configured."""
         return bool(self.text or self.categories or self.numbers or self.vectors)
+
+
+class UserFeaturesConfig(Section):
+    """Columns of users that are inputs of the model, by kind. If no column is given, each column's kind is inferred from its values."""
+
+    categories: tuple[str, ...] = ()
+    """Columns with a category, or several with the separator between them."""
+    text: tuple[str, ...] = ()
+    """Columns of text, of which the words are read."""
+    numbers: tuple[str, ...] = ()
+    """Numeric columns; they are standardized. A column may also be given as a category."""
+    vectors: tuple[str, ...] = ()
+    """Columns of lists of numbers."""
+    ignored: tuple[str, ...] = ()
+    """Columns that are no input."""
+    separator: str = "|"
+    """Separator between the categories in a text; empty: texts are not split."""
+
+    @property
+    def names_columns(self) -> bool:
+        """Return whether any column is configured."""
+        return bool(self.categories or self.text or self.numbers or self.vectors)
 
 
 class CleaningConfig(Section):
@@ -195,6 +219,11 @@ class DataConfig(Section):
     columns: Annotated[ColumnsConfig, Fact.INPUT] = ColumnsConfig()
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
+    user_features: UserFeaturesConfig = UserFeaturesConfig()
+    time_context: tuple[Literal["hour", "weekday", "gap"], ...] = ()
+    """What the time of an event or a request says, as context: the hour and weekday in UTC, and the time since the interaction before."""
+    sensitive: tuple[str, ...] = ()
+    """Columns of users, items and events that are never an input of the model; they stay attributes for slices and fairness."""
     time_unit: Annotated[Literal["auto", "s", "ms", "us", "ns"], Fact.INPUT] = "auto"
     """Unit of numeric times; `auto` infers it from the number of digits."""
     cleaning: CleaningConfig = CleaningConfig()
@@ -227,8 +256,10 @@ class DataConfig(Section):
     """Share of the remaining interactions in the validation data, for `split = "random"`."""
     withheld_items: Fraction = 0.0
     """Share of the catalogue that is withheld from training, so that these items are cold in validation and test."""
+    withheld_users: Fraction = 0.0
+    """Share of the users whose history is withheld from training and evaluation, so that lists for new users can be measured."""
     split_seed: int = 0
-    """Seed of random splits and of the withheld items."""
+    """Seed of random splits and of the withheld items and users."""
     max_history: Annotated[int, Field(ge=2, le=4096)] = 50
     """Longest history that the model reads; if it is below the dataset's, training samples are cut into pieces."""
     window_stride: PositiveInt | None = None
@@ -260,6 +291,18 @@ class DataConfig(Section):
                 raise ValueError(f"data.kinds.{name}.in_history = true: events with the role ignored are dropped; another role would work")
         if self.collapse_seconds is not None and self.columns.labels:
             raise ValueError("data.collapse_seconds: rows of data.columns.labels are not collapsed; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sensitive(self) -> Self:
+        own = {
+            "columns.context": self.columns.context,
+            **{f"user_features.{kind}": getattr(self.user_features, kind) for kind in ("categories", "text", "numbers", "vectors")},
+            **{f"item_features.{kind}": getattr(self.item_features, kind) for kind in ("categories", "text", "numbers", "vectors")},
+        }
+        for key, names in own.items():
+            if both := sorted(set(names).intersection(self.sensitive)):
+                raise ValueError(f"data.{key} = {both[0]}: data.sensitive names it, so it can be no input; take it out of one of them")
         return self
 
     @model_validator(mode="after")

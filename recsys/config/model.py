@@ -117,6 +117,12 @@ class ModelConfig(Section):
     """Use the time between interactions."""
     use_values: bool = True
     """Use the values (ratings) of past interactions."""
+    use_profiles: bool = False
+    """Use the columns of users, which the model reads before the history; a user without history then gets a list by profile."""
+    profile_rate: Fraction = 0.5
+    """Share of samples of which one target is also predicted from the profile alone."""
+    use_contexts: bool = True
+    """Use the context of the request: of the event that is predicted in training, of the request in the service."""
     query_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of samples that are also trained with a free-text query, typed by the user or made from the target's text."""
     text: TextConfig = TextConfig()

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recsys.arrays import Integers, Mask
-from recsys.data.draws import sample_draws, stable_hash
+from recsys.config.model import ModelConfig
+from recsys.data.draws import AloneDraws, sample_draws, stable_hash
 from recsys.data.labels.tasks import exposure_labels, task_labels
 from recsys.data.labels.training import UserGroups, keep_negatives
 from recsys.data.manifest import DatasetManifest
 from recsys.data.sequences import Sequences, cut_windows, ranges
 from recsys.data.text.queries import QueryDraws
-from recsys.schema import EXPOSURE_COLUMNS, PADDING_ITEM
+from recsys.schema import CONTEXTS, EXPOSURE_COLUMNS, PADDING_ITEM
 
 Groups = tuple[tuple[int, int], ...]
 """(number of histories, places per history) of each group, in order."""
@@ -24,6 +25,15 @@ Groups = tuple[tuple[int, int], ...]
 CPU_GROUP_COST = 32
 GPU_GROUP_COST = 4096
 """Cost of one more group, in padded places: attention runs once per group, which is most expensive on a GPU."""
+
+
+@dataclass(frozen=True)
+class PackedProfiles:
+    """The profiles of B users, with C categories in total and F numbers each."""
+
+    categories: Tensor  # (C,) from 1
+    offsets: Tensor  # (B,) where each user's categories begin
+    numbers: Tensor  # (B, F) NaN if missing
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class PackedHistories:
     groups: Groups
     query_places: Tensor | None = None  # (Q,) places of queries, each the last of its history; there only `times` is set
     start_places: Tensor | None = None  # (B,) the place before each history's first interaction, if there is one; likewise
+    profiles: PackedProfiles | None = None
 
 
 Record = TypeVar("Record")
@@ -118,8 +129,24 @@ def pack(histories: Sequences, group_cost: int, has_query: Mask | None = None, h
         groups=groups,
         query_places=None if query_places is None else torch.from_numpy(query_places),
         start_places=torch.from_numpy(start_places) if has_start else None,
+        profiles=_pack_profiles(histories.profiles) if has_start and histories.profiles is not None else None,
     )
     return packed, first_places
+
+
+def _pack_profiles(profiles: Sequences) -> PackedProfiles:
+    categories, offsets = profiles.flat("categories").astype(np.int64), np.cumsum(profiles.lengths) - profiles.lengths
+    return PackedProfiles(*map(torch.from_numpy, (categories, offsets, np.ascontiguousarray(profiles.scalars["numbers"], np.float32))))
+
+
+def has_profiles(config: ModelConfig, manifest: DatasetManifest) -> bool:
+    """Return whether the model reads profiles."""
+    return config.use_profiles and bool(manifest.profiles)
+
+
+def has_start(config: ModelConfig, manifest: DatasetManifest) -> bool:
+    """Return whether a history begins with a place before its first interaction: for its user's profile, or what was shown before it."""
+    return manifest.has_exposures or has_profiles(config, manifest)
 
 
 def group_cost(is_gpu: bool) -> int:
@@ -132,7 +159,7 @@ class Batch:
     """One micro batch. Shapes: B samples, P places of their histories, N targets, E exposures, D distinct items, T tasks, G groups.
 
     `histories.items`, `targets`, `exposures` and `negatives` are positions in `items`; `items` are catalogue indices, and `items[0]` is
-    padding. The last Q of the N targets belong to queries.
+    padding. The last Q of the N targets belong to queries; before them are targets that are predicted from the profile alone.
     """
 
     sample_ids: Tensor  # (B,)
@@ -145,6 +172,7 @@ class Batch:
     exposure_places: Tensor  # (E,) the place before each exposure
     exposures: Tensor  # (E,)
     displays: Tensor  # (E,) position of display, from 1; 0: unknown
+    contexts: Tensor  # (N + E,) of the targets, then of the exposures; 0: unknown
     labels: Tensor  # (N + E, T) of the targets, then of the exposures
     label_mask: Tensor  # (N + E, T) 1 if there is a label
     group_mask: Tensor  # (N, G) 1 if the target's user is in the group; G is 0 without `fairness.attribute`
@@ -214,6 +242,7 @@ class Collator:
     caches_texts: bool = False
     max_history: int | None = None
     stride: int | None = None
+    alone: AloneDraws | None = None  # for a model that reads profiles
 
     def __call__(self, samples: Sequences, negatives: Tensor, negatives_log_q: Tensor, epoch: int = 0) -> Batch:
         """Build a micro batch. Without samples it is one place of padding, so that every rank runs every step."""
@@ -224,13 +253,17 @@ class Collator:
         sample_ids_before = samples.scalars["sample_id"]
         if self.max_history is not None:
             samples = cut_histories(samples, self.max_history, self.stride or self.max_history)
-        has_start = self.manifest.has_exposures
-        histories = samples if has_start else samples.within(0, samples.lengths - 1)  # the last one is only a target
+        # Exposures may follow the last interaction, which otherwise is only a target.
+        histories = samples if self.manifest.has_exposures else samples.within(0, samples.lengths - 1)
         owners, after = self._targets(samples)
         asked = None if self.queries is None else self.queries(samples, epoch)
         histories, has_query = (histories, None) if asked is None else asked.histories(histories)
-        packed, first_places = pack(histories, self.group_cost, has_query, has_start)
+        packed, first_places = pack(histories, self.group_cost, has_query, self.manifest.has_exposures or self.alone is not None)
         target_places = torch.from_numpy(first_places[owners] + after - 1)
+        if self.alone is not None and packed.start_places is not None:
+            drawn = self.alone(samples.scalars["sample_id"], owners, epoch)
+            target_places = torch.cat([target_places, packed.start_places[owners[drawn]]])
+            owners, after = np.append(owners, owners[drawn]), np.append(after, after[drawn])
         if asked is not None and packed.query_places is not None:
             owners, after = np.append(owners, asked.samples), np.append(after, asked.targets)
             target_places = torch.cat([target_places, packed.query_places])
@@ -258,6 +291,7 @@ class Collator:
             exposure_places=torch.from_numpy(first_places[shown.owners] + shown.flat("places") - 1),
             exposures=exposures,
             displays=torch.from_numpy(shown.flat("displays").astype(np.int64)),
+            contexts=torch.from_numpy(np.append(_column(samples, CONTEXTS, places), shown.flat("contexts")).astype(np.int64)),
             labels=labels,
             label_mask=label_mask,
             group_mask=torch.from_numpy(self._group_mask(sample_ids)),

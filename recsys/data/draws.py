@@ -1,9 +1,12 @@
 """Seeded draws that are the same on every machine, device and version: integer hashes, and negatives of sampled losses."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from recsys.arrays import Integers
 from recsys.config import Config
 from recsys.config.model import ModelConfig
 from recsys.data.items import ItemFeatures
@@ -22,6 +25,22 @@ def stable_hash(numbers: Tensor, seed: int) -> Tensor:
 def sample_draws(sample_ids: Tensor, seed: int, epoch: int) -> Tensor:
     """Return a random number per sample and epoch, to be hashed further; it is the same for any number of ranks."""
     return stable_hash(stable_hash(sample_ids, seed), epoch)
+
+
+@dataclass(frozen=True)
+class AloneDraws:
+    """Draws, for a share of the samples, the target that is also predicted from the profile alone."""
+
+    rate: float
+    seed: int
+
+    def __call__(self, sample_ids: Integers, owners: Integers, epoch: int) -> Integers:
+        """Choose among N targets, given the row of each one's sample, ascending (N,); return the positions of those chosen."""
+        draws = sample_draws(torch.from_numpy(sample_ids), self.seed, epoch)
+        chance, choice = (stable_hash(draws, number).numpy() for number in (4, 5))  # seeds 0 to 3 draw queries and shuffle histories
+        counts = np.bincount(owners, minlength=len(sample_ids))
+        chosen = np.flatnonzero((chance < self.rate * 2.0**63) & (counts > 0))
+        return (np.cumsum(counts) - counts + choice % np.maximum(counts, 1))[chosen]
 
 
 def _shift(words: Tensor, bits: int) -> Tensor:

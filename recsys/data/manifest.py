@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from recsys.arrays import Mask
 from recsys.config import Config
 from recsys.config.verb_settings import refuse_contradictions
+from recsys.data.features.contexts import ContextSpace
+from recsys.data.features.profiles import ProfileSpace
 from recsys.errors import UserError
-from recsys.schema import Kind, Task
+from recsys.schema import Kind, RowParts, Task
 from recsys.store import Storage, join
 
 MANIFEST_NAME = "manifest.json"
@@ -120,6 +122,8 @@ class DatasetManifest(_Record):
     user_statistics_shards: tuple[Shard, ...] = ()
     item_statistics_shards: tuple[Shard, ...] = ()
     query_shards: tuple[Shard, ...] = ()  # typed queries, in the order of their indices
+    profiles: ProfileSpace = ProfileSpace()
+    contexts: ContextSpace = ContextSpace()
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Self:
@@ -139,8 +143,13 @@ class DatasetManifest(_Record):
 
     @property
     def has_exposures(self) -> bool:
-        """Whether users and samples have exposures; a history then begins with a place before its first interaction."""
+        """Whether users and samples have exposures."""
         return bool(self.exposure_tasks)
+
+    @property
+    def row_parts(self) -> RowParts:
+        """What the rows of users and samples have beyond the interactions."""
+        return RowParts(self.has_exposures, bool(self.contexts), bool(self.profiles))
 
     @property
     def kind_table(self) -> tuple[Kind, ...]:

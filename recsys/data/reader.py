@@ -15,8 +15,8 @@ import torch
 
 from recsys.arrays import Integers
 from recsys.config import Config
-from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost
-from recsys.data.draws import NegativeSampler
+from recsys.data.batch import PADDING_SAMPLE, Batch, Collator, group_cost, has_profiles
+from recsys.data.draws import AloneDraws, NegativeSampler
 from recsys.data.items import ItemFeatures
 from recsys.data.labels.training import UserGroups, negative_rates
 from recsys.data.manifest import Dataset, DatasetManifest
@@ -25,7 +25,7 @@ from recsys.data.plan import EpochPlan
 from recsys.data.sequences import Sequences
 from recsys.data.shards import RowGroupSource, WindowLoader
 from recsys.data.text.queries import QueryDraws
-from recsys.schema import EXPOSURE_COLUMNS
+from recsys.schema import CONTEXTS, EXPOSURE_COLUMNS, PROFILE_COLUMNS
 
 PREFETCHED_STEPS = 4
 _SPAN_ROWS = 8192
@@ -78,6 +78,7 @@ class Reader:
             config.model.caches_texts,
             config.data.max_history,
             config.data.window_stride,
+            AloneDraws(config.model.profile_rate, config.training.seed) if has_profiles(config.model, dataset.manifest) else None,
         )
         self._negatives = NegativeSampler(catalogue, config)
         self._is_pinned = config.training.use_gpu and torch.cuda.is_available()
@@ -139,6 +140,8 @@ def wanted_columns(config: Config, manifest: DatasetManifest) -> tuple[str, ...]
         "values": manifest.has_values,
         "queries": config.model.has_queries and manifest.num_queries > 0,
         "first_target": True,
+        CONTEXTS: config.model.use_contexts and bool(manifest.contexts),
+        **dict.fromkeys(PROFILE_COLUMNS, has_profiles(config.model, manifest)),
         **dict.fromkeys(EXPOSURE_COLUMNS, manifest.has_exposures),
     }
     return tuple(name for name, wanted in is_wanted.items() if wanted)

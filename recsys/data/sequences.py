@@ -10,10 +10,13 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from recsys.arrays import Integers
-from recsys.schema import EXPOSURE_COLUMNS, SEQUENCE_COLUMNS
+from recsys.schema import EXPOSURE_COLUMNS, PROFILE_COLUMNS, SEQUENCE_COLUMNS
 
 HISTORY_COLUMNS = ("items", "events", "timestamps", "values")
-"""The columns of a history; users and samples may also have `queries`."""
+"""The columns of a history; users and samples may also have `queries` and `contexts`."""
+
+ASKED = "asked"
+"""The scalar with the context in which what follows a history is asked for."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Sequences:
     lengths: Integers  # (R,)
     scalars: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # (R,) each: one value per row, such as `first_target`
     exposures: "Sequences | None" = None  # (R,) what was shown to each row's user: EXPOSURE_COLUMNS without their prefix
+    profiles: "Sequences | None" = None  # (R,) each row's user, as returned by `ProfileSpace.encode`
 
     @classmethod
     def of_offsets(cls, columns: Mapping[str, NDArray[Any]], offsets: Integers, **scalars: NDArray[Any]) -> "Sequences":
@@ -57,7 +61,7 @@ class Sequences:
         columns = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
         offsets = lists["items"].offsets.to_numpy().astype(np.int64)
         integers = {name: table[name].to_numpy().astype(np.int64) for name in table.column_names if pa.types.is_integer(table[name].type)}
-        return cls(columns, offsets[:-1] - offsets[0], np.diff(offsets), integers | scalars, cls._exposures(table))
+        return cls(columns, offsets[:-1] - offsets[0], np.diff(offsets), integers | scalars, cls._exposures(table), cls.profiles_of(table))
 
     @classmethod
     def _exposures(cls, table: pa.Table) -> "Sequences | None":
@@ -69,6 +73,16 @@ class Sequences:
         return cls.of_offsets(columns, offsets - offsets[0])
 
     @classmethod
+    def profiles_of(cls, table: pa.Table) -> "Sequences | None":
+        """Return the profiles in a table's PROFILE_COLUMNS (R,); None if it lacks them."""
+        if not set(PROFILE_COLUMNS).issubset(table.column_names):
+            return None
+        categories, numbers = (table[name].combine_chunks() for name in PROFILE_COLUMNS)
+        offsets = categories.offsets.to_numpy().astype(np.int64)
+        rows = numbers.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+        return cls.of_offsets({"categories": categories.flatten().to_numpy(zero_copy_only=False)}, offsets - offsets[0], numbers=rows)
+
+    @classmethod
     def join(cls, parts: Sequence["Sequences"]) -> "Sequences":
         """Concatenate the rows of one or more parts with the same columns."""
         if len(parts) == 1:
@@ -77,7 +91,9 @@ class Sequences:
         scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in parts[0].scalars}
         lengths = np.concatenate([part.lengths for part in parts])
         exposures = [part.exposures for part in parts if part.exposures is not None]
-        return cls(columns, np.cumsum(lengths) - lengths, lengths, scalars, cls.join(exposures) if exposures else None)
+        profiles = [part.profiles for part in parts if part.profiles is not None]
+        nested = (cls.join(own) if own else None for own in (exposures, profiles))
+        return cls(columns, np.cumsum(lengths) - lengths, lengths, scalars, *nested)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -85,8 +101,8 @@ class Sequences:
     def __getitem__(self, rows: slice | NDArray[Any]) -> "Sequences":
         """Return a view of some rows, by a slice, row numbers or a mask."""
         scalars = {name: column[rows] for name, column in self.scalars.items()}
-        exposures = None if self.exposures is None else self.exposures[rows]
-        return Sequences(self.columns, self.starts[rows], self.lengths[rows], scalars, exposures)
+        nested = (None if own is None else own[rows] for own in (self.exposures, self.profiles))
+        return Sequences(self.columns, self.starts[rows], self.lengths[rows], scalars, *nested)
 
     def within(self, begins: int | Integers, ends: int | Integers) -> "Sequences":
         """Return a view of each row from `begins` to `ends`, counted from its first interaction."""
@@ -99,8 +115,8 @@ class Sequences:
     def compact(self) -> "Sequences":
         """Return the rows end to end in their columns without gaps; copies the interactions if necessary."""
         columns = {name: self.flat(name) for name in self.columns}
-        exposures = None if self.exposures is None else self.exposures.compact()
-        return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths, exposures=exposures)
+        exposures, profiles = (None if own is None else own.compact() for own in (self.exposures, self.profiles))
+        return replace(self, columns=columns, starts=np.cumsum(self.lengths) - self.lengths, exposures=exposures, profiles=profiles)
 
     def where(self, is_kept: NDArray[np.bool_]) -> "Sequences":
         """Return copies of the rows with only some interactions; the mask (N,) is in the order of `flat`."""

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,18 @@ from recsys.evaluation.diversity import content_vectors, diversity_curve
 from recsys.evaluation.exposures import ExposedTargets
 from recsys.evaluation.measures import Measures
 from recsys.evaluation.metrics import ranking_metrics
-from recsys.evaluation.ranking import Ranked, lists_by, protocol, rank_users, score_by
+from recsys.evaluation.ranking import Ranked, lists_by, popularity_of, protocol, rank_users, score_by
 from recsys.evaluation.significance import bootstrap_intervals
 from recsys.evaluation.slices import compare, evaluate_slices, fairness_gaps, find_slices
 from recsys.evaluation.tasks import Labelled, Predictions, PredictTasks, predict_all, predict_by
-from recsys.evaluation.users import EvaluationUser, TargetRules, find_users, target_items
+from recsys.evaluation.users import EvaluationUser, TargetRules, find_new_users, find_users, target_items
 from recsys.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
 POPULARITY = "popularity"
 RETRIEVAL_ALONE = "retrieval alone"
+NEW_USERS_PROTOCOL = "users without any interaction before the split are ranked by their profile alone; no item is removed"
 TYPED_PROTOCOL = "users whose first target followed a typed query; it is ranked with that query"
 MADE_PROTOCOL = (
     f"each user's first target is asked for with 1 to {MAX_WORDS} words of its own text, which the model could not know: "
@@ -69,6 +71,8 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
         },
         "fairness": fairness_gaps(per_user[config.ranking_metric], users, config.fairness_attributes),
     }
+    if new_users := find_new_users(dataset, config.split, rules) if predictor.reads_profiles else []:
+        result["new_users"] = _evaluate_new_users(measures, new_users, predictor)
     if predictor.query_encoder is not None:
         result["queries"] = _evaluate_queries(measures, ranked, predictor, dataset)
     if config.diversity:
@@ -87,7 +91,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, config: EvaluationConfig, l
 
 def _evaluate_baselines(measures: Measures, predictor: Predictor, dataset: Dataset) -> dict[str, dict[str, float]]:
     """Fit `evaluation.baselines` on the training data and return the metrics of each; popularity is always included, as the first."""
-    results = {POPULARITY: measures.summarize(measures.rank(lambda users: predictor.popularity.expand(len(users), -1).numpy()))}
+    results = {POPULARITY: measures.summarize(measures.rank(popularity_of(predictor)))}
     if predictor.config.ranking.num_candidates:
         results[RETRIEVAL_ALONE] = measures.summarize(measures.rank(score_by(predictor)))
     config = predictor.config.model_copy(update={"evaluation": measures.config})
@@ -124,6 +128,14 @@ def _measure_baseline(measures: Measures, baseline: Baseline) -> dict[str, float
 def _predict(measures: Measures, predict: PredictTasks) -> Labelled:
     size, exposed = measures.config.batch_size, measures.exposed
     return measures.labelled(predict_all(predict, measures.users, size), predict_all(predict, exposed.users, size) if exposed else {})
+
+
+def _evaluate_new_users(measures: Measures, users: Sequence[EvaluationUser], predictor: Predictor) -> dict[str, Any]:
+    """Compare the lists by profile with popularity (`other`) for users without a history; all their targets count."""
+    own, config = replace(measures, users=users), measures.config
+    ranked, by_count = own.rank(lists_by(predictor)), own.rank(popularity_of(predictor))
+    metrics = compare(ranked, by_count, {}, config.cutoffs, config.ranking_metric)["metrics"]
+    return {"protocol": NEW_USERS_PROTOCOL, "num_users": len(users), "metrics": metrics}
 
 
 def _evaluate_queries(measures: Measures, ranked: Ranked, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:

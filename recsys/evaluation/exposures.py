@@ -9,7 +9,7 @@ from recsys.arrays import Integers, Scores
 from recsys.data.labels.exposures import read_held_out
 from recsys.data.labels.tasks import exposure_labels
 from recsys.data.manifest import Dataset
-from recsys.data.sequences import Sequences, ranges
+from recsys.data.sequences import ASKED, Sequences, ranges
 from recsys.evaluation.users import EvaluationUser
 
 NOTHING: Integers = np.zeros(0, np.int64)
@@ -17,7 +17,7 @@ NOTHING: Integers = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class ExposedTargets:
-    """E exposures. `users` has one entry for each user and place in the history, whose targets are what was shown there."""
+    """E exposures. `users` has one entry for each user, place in the history and context, whose targets are what was shown there."""
 
     users: list[EvaluationUser]
     labels: Scores  # (E, T) in the order of the users' targets
@@ -49,10 +49,12 @@ def _read(dataset: Dataset, split: str) -> Iterator[tuple[EvaluationUser, Scores
         assert shown is not None
         for row in np.flatnonzero(shown.lengths).tolist():
             own, first = shown[row : row + 1], int(shown.offsets[row])
-            places = own.flat("places").astype(np.int64)
-            order = np.argsort(places, kind="stable")
-            for group in np.split(order, np.flatnonzero(np.diff(places[order])) + 1):
+            places, contexts = own.flat("places").astype(np.int64), own.flat("contexts")
+            order = np.lexsort((contexts, places))
+            is_first = (np.diff(places[order]) != 0) | (np.diff(contexts[order]) != 0)
+            for group in np.split(order, np.flatnonzero(is_first) + 1):
                 history, targets = histories[row : row + 1].within(0, places[group[:1]]), Sequences.of(own.items[group])
+                history = replace(history, scalars={ASKED: contexts[group[:1]]})
                 user = EvaluationUser(found.user_indices[row], history, targets, NOTHING, found.attributes[row], 0)
                 labels, mask = exposure_labels(dataset.manifest, own.flat("labels")[group], own.flat("known")[group])
                 yield user, labels, mask, [list(found.slices[first + place]) for place in group.tolist()]

@@ -66,6 +66,11 @@ def score_by(predictor: Predictor) -> ScoreUsers:
     return lambda users: predictor.score_catalogue([user.history for user in users]).numpy()
 
 
+def popularity_of(predictor: Predictor) -> ScoreUsers:
+    """Return a function that scores all users by the number of training interactions."""
+    return lambda users: predictor.popularity.expand(len(users), -1).numpy()
+
+
 def rank_users(score: ScoreUsers, users: Sequence[EvaluationUser], config: EvaluationConfig, is_cold: Mask | None = None) -> Ranked:
     """Rank every user's targets over the whole catalogue; `is_cold` (I + 1,) marks the items without training interactions."""
     depth = max(config.cutoffs + (NUM_CANDIDATES,) * bool(config.diversity))

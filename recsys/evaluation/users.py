@@ -14,8 +14,9 @@ from recsys.arrays import Integers, Mask
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.labels.seen import SeenRule
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
-from recsys.data.sequences import HISTORY_COLUMNS, Sequences
+from recsys.data.sequences import ASKED, HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
+from recsys.schema import CONTEXTS, PROFILE_COLUMNS
 
 COUNTS = ("in_split", "other_kind", "no_history", "seen_before", "counted")
 """What `TargetRules` counts: the interactions of a split, the reasons why some are no targets, and the targets."""
@@ -25,7 +26,7 @@ _COLUMNS = [USER_INDEX, *HISTORY_COLUMNS, "queries", "num_train", "num_validatio
 
 @dataclass(frozen=True)
 class EvaluationUser:
-    """One user's history before the split, and the targets in the split that count.
+    """One user's history before the split, with profile and the context of the first target, and the targets in the split that count.
 
     `seen` are the items that are no candidates. `query` is the index of the query typed before the first target, 0 for none.
     """
@@ -85,6 +86,10 @@ class TargetRules:
         self.counts.update(seen_before=int((is_kind & ~counts).sum()), counted=int(counts.sum()))
         return np.flatnonzero(counts), seen
 
+    def apply_new(self, later: Sequences) -> tuple[Integers, Integers]:
+        """Return the places of the interactions that count for a user without history, and no seen items; counts nothing."""
+        return np.flatnonzero(self.kinds[later.events]), np.zeros(0, np.int64)
+
 
 def _is_stronger(history: Sequences, items: Integers, events: Integers) -> Mask:
     """Return which events are of a stronger kind than any event of the history on the same item."""
@@ -109,7 +114,7 @@ def find_users(dataset: Dataset, split: str, rules: TargetRules) -> Iterator[Eva
     Raises:
         UserError: there is no such user.
     """
-    users = (user for rows in dataset.user_batches(_COLUMNS) for user in _read_rows(rows, split, rules))
+    users = _find(dataset, split, rules)
     first = next(users, None)
     if first is None:
         found = ", ".join(f"{count} {name}" for name, count in rules.counts.items() if count) or "no interaction in the split"
@@ -121,23 +126,42 @@ def find_users(dataset: Dataset, split: str, rules: TargetRules) -> Iterator[Eva
     return chain([first], users)
 
 
-def _read_rows(rows: pa.Table, split: str, rules: TargetRules) -> Iterator[EvaluationUser]:
-    """Split some rows of the table into histories and targets; histories are views, so that their interactions are not copied."""
+def find_new_users(dataset: Dataset, split: str, rules: TargetRules) -> list[EvaluationUser]:
+    """Read the users with a target in the split and without a history before it, all of them or those of `data.withheld_users`."""
+    return list(_find(dataset, split, rules, are_new=True))
+
+
+def _find(dataset: Dataset, split: str, rules: TargetRules, are_new: bool = False) -> Iterator[EvaluationUser]:
+    manifest = dataset.manifest
+    columns = [*_COLUMNS, *[CONTEXTS] * bool(manifest.contexts), *(PROFILE_COLUMNS if manifest.profiles else ())]
+    hides = bool(manifest.data_config.get("withheld_users"))
+    return (user for rows in dataset.user_batches(columns) for user in _read_rows(rows, split, rules, hides, are_new))
+
+
+def _read_rows(rows: pa.Table, split: str, rules: TargetRules, hides: bool, are_new: bool) -> Iterator[EvaluationUser]:
+    """Split some rows of the table into histories and targets; histories are views, so that their interactions are not copied.
+
+    With `hides`, users without training interactions have no history in the test split either: they are withheld.
+    """
     everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
     begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
     if split == "test":
         begins, ends = ends, everything.lengths
     interactions = replace(everything, scalars={})  # scalars would add an array per user
-    histories, rest = interactions.within(0, begins), interactions.within(begins, ends)
+    lengths = begins * (everything.scalars["num_train"] > 0) if hides else begins
+    histories, rest = interactions.within(0, lengths), replace(interactions.within(begins, ends), profiles=None)
     attributes, user_indices = rows["attributes"].to_pylist(), rows[USER_INDEX].to_pylist()
-    for row in np.flatnonzero(rest.lengths).tolist():
-        counted, seen = rules.apply(histories[row : row + 1], rest[row : row + 1])
+    for row in np.flatnonzero((rest.lengths > 0) & ((lengths == 0) | (not are_new))).tolist():
+        history = histories[row : row + 1]
+        counted, seen = rules.apply_new(rest[row : row + 1]) if are_new else rules.apply(history, rest[row : row + 1])
         if len(counted):
             places = rest.starts[row] + counted
             columns = {name: column[places] for name, column in rest.columns.items()}
             targets = Sequences(columns, np.zeros(1, np.int64), np.array([len(places)]))
+            if CONTEXTS in columns:
+                history = replace(history, scalars={ASKED: columns[CONTEXTS][:1]})
             query = int(columns["queries"][0])
-            yield EvaluationUser(user_indices[row], histories[row : row + 1], targets, seen, dict(attributes[row] or []), query)
+            yield EvaluationUser(user_indices[row], history, targets, seen, dict(attributes[row] or []), query)
 
 
 def batches(users: Sequence[EvaluationUser], size: int) -> Iterator[Sequence[EvaluationUser]]:

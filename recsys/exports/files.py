@@ -16,15 +16,15 @@ from recsys.arrays import Integers
 from recsys.config import Config
 from recsys.data.items import ITEM_INDEX, CatalogueSource, ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.data.sequences import HISTORY_COLUMNS, Sequences
+from recsys.data.sequences import Sequences
 from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
 from recsys.errors import UserError
-from recsys.exports.profiles import ArrowProfiles, ProfileStore, write_profiles
+from recsys.exports.profiles import STORED, ArrowProfiles, ProfileStore, write_profiles
 from recsys.model.ranker import Ranker, build_regression
 from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.user_encoder import UserEncoder
 from recsys.predictor import Predictor
-from recsys.schema import CATALOGUE_SCHEMA, USER_ID
+from recsys.schema import CATALOGUE_SCHEMA, PROFILE_COLUMNS
 
 PROJECTION = "item_encoder.sources.text."
 USERS_FILE = "users.arrow"
@@ -52,7 +52,8 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
-    write_profiles(dataset.read_users([USER_ID, *HISTORY_COLUMNS]), folder / USERS_FILE)
+    stored = [name for name in STORED if name not in PROFILE_COLUMNS or predictor.reads_profiles]
+    write_profiles(dataset.read_users(stored), folder / USERS_FILE)
     if predictor.query_encoder is not None:
         predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}

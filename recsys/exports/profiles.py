@@ -1,7 +1,8 @@
-"""Users' histories by user id: the `ProfileStore` protocol, and a memory-mapped Arrow file that implements it."""
+"""Users' histories and profiles by user id: the `ProfileStore` protocol, and a memory-mapped Arrow file that implements it."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,17 +10,19 @@ import numpy as np
 import pyarrow as pa
 
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.schema import USER_ID
+from recsys.schema import PROFILE_COLUMNS, USER_ID
 
 HASH = "user_hash"
 BATCH_ROWS = 1 << 16
+STORED = (USER_ID, *HISTORY_COLUMNS, *PROFILE_COLUMNS)
+"""The columns of users that are stored; those of profiles only in datasets that have profiles."""
 
 
 class ProfileStore(Protocol):
     """Finds the histories of users."""
 
     def find(self, user_id: str) -> Sequences | None:
-        """Return a user's history; None for an unknown user."""
+        """Return a user's history with the profile, if the dataset has profiles; None for an unknown user."""
 
 
 class ArrowProfiles:
@@ -73,12 +76,15 @@ class _Columns:
         items, events, timestamps, values = (batch.column(name).values for name in HISTORY_COLUMNS)
         self._items, self._events, self._timestamps = (column.to_numpy() for column in (items, events, timestamps))
         self._values = values
+        has_profiles = set(PROFILE_COLUMNS).issubset(batch.schema.names)
+        self._profiles = Sequences.profiles_of(pa.Table.from_batches([batch]).select(PROFILE_COLUMNS)) if has_profiles else None
 
     def history(self, row: int) -> Sequences:
         here = slice(self._offsets[row], self._offsets[row + 1])
-        return Sequences.of(
+        found = Sequences.of(
             self._items[here], self._events[here], self._timestamps[here], self._values[here].to_numpy(zero_copy_only=False)
         )
+        return found if self._profiles is None else replace(found, profiles=self._profiles[row : row + 1])
 
 
 def write_profiles(users: pa.Table, path: Path) -> None:
@@ -90,7 +96,7 @@ def write_profiles(users: pa.Table, path: Path) -> None:
 
 def _sorted(users: pa.Table) -> pa.Table:
     hashes = np.fromiter((_hash(user_id) for user_id in users[USER_ID].to_pylist()), np.int64, users.num_rows)
-    table = users.select([USER_ID, *HISTORY_COLUMNS]).append_column(HASH, pa.array(hashes))
+    table = users.select([name for name in STORED if name in users.column_names]).append_column(HASH, pa.array(hashes))
     return table.take(pa.array(np.argsort(hashes, kind="stable"))).combine_chunks()
 
 

@@ -44,7 +44,7 @@ from recsys.ingest.inputs import Inputs, content_config
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue
 from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order
-from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, FeatureKind, users_schema
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, FeatureKind, RowParts, users_schema
 from recsys.store import Storage
 
 KNOWN_INDEX_NAME = "known_items.parquet"
@@ -110,7 +110,7 @@ def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray)
 
     Every version names its shards by partition.
     """
-    tables = [users_schema(base is not None and base.manifest.has_exposures).empty_table()]
+    tables = [users_schema(base.manifest.row_parts if base is not None else RowParts()).empty_table()]
     for shard in base.manifest.users_shards if base is not None else ():
         if base is not None and shard.path == f"users/{partition:05d}.parquet":
             users = base.read_shard(shard)
@@ -143,7 +143,7 @@ def join_known(known: pa.Table, new: Sequences, new_rows: Integers) -> tuple[Seq
     """
     if not known.num_rows:
         return new, np.ones(int(new.lengths.sum()), bool)
-    before = replace(Sequences.from_table(known), exposures=None)
+    before = replace(Sequences.from_table(known), exposures=None, profiles=None)
     parts = part_by_place(before.offsets, before.scalars["num_train"], before.scalars["num_validation"])
     both = Sequences.join([replace(before, columns={**before.columns, PART: parts}, scalars={}), new])
     user = np.arange(len(new_rows))

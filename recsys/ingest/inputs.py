@@ -19,7 +19,7 @@ from recsys.ingest.sources.formats import FilePart
 from recsys.ingest.sources.input_files import event_columns, find_files, find_in_folder
 from recsys.ingest.sources.sandbox import reading, run_limited
 from recsys.ingest.synthetic.events import GENERATOR_VERSION
-from recsys.schema import LABEL_PREFIX, OPTIONAL_TYPES, POSITION, SLICE_PREFIX, TIMESTAMP
+from recsys.schema import CONTEXT_PREFIX, LABEL_PREFIX, OPTIONAL_TYPES, POSITION, SLICE_PREFIX, TIMESTAMP
 from recsys.store import ObjectInfo, Storage
 
 ROLES = ("events", "items", "users")
@@ -61,7 +61,7 @@ def find_inputs(data: DataConfig, storage: Storage) -> Inputs:
     for file in files["events"][1 :: max(1, len(files["events"]) // _SAMPLED_FILES)]:
         with suppress(UserError):  # the task that reads the file reports what is wrong with it
             found |= event_columns(storage, file.uri, data)
-    optional = tuple(name for name in found if name in OPTIONAL_TYPES or name.startswith((LABEL_PREFIX, SLICE_PREFIX)))
+    optional = tuple(name for name in found if name in OPTIONAL_TYPES or name.startswith((LABEL_PREFIX, SLICE_PREFIX, CONTEXT_PREFIX)))
     return Inputs(**files, time_column=time_column, time_unit=unit, optional=optional)
 
 

@@ -103,6 +103,13 @@ class Partition(Cleaned):
     num_users: int
     num_queries: int
     event_kinds: tuple[str, ...]
+    contexts: dict[str, tuple[str, ...]]  # the values of each column of contexts
+
+
+class UserColumns(Outcome):
+    """The number of users by value, for each column of one partition of the users table."""
+
+    values: dict[str, dict[str, int]]
 
 
 class Limited(Outcome):

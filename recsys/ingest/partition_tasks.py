@@ -1,7 +1,7 @@
 """Tasks over user partitions: merge the cleaned events, filter by k-core, write the shards."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
+from recsys.data.features.contexts import GAP, ContextSpace
+from recsys.data.features.profiles import ProfileSpace
 from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
 from recsys.ingest.clean.cleaning import collapse_chains, drop_bots, notice_order, sort_and_deduplicate
@@ -18,6 +20,7 @@ from recsys.ingest.clean.rejects import Rejects
 from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.job import Job, Partition, Written
 from recsys.ingest.shuffle import read_partition, read_table, write_table
+from recsys.ingest.situations import count_values
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.exposures import (
     find_exposures,
@@ -32,8 +35,8 @@ from recsys.ingest.write.exposures import (
 from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
-from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
-from recsys.schema import COUNTS_SCHEMA, EVENT, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
+from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld, withheld_users
+from recsys.schema import CONTEXT_PREFIX, CONTEXTS, COUNTS_SCHEMA, EVENT, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
 
 ITEM_INDEX_NAME = "item_index.parquet"
 IS_WITHHELD = "is_withheld"
@@ -104,6 +107,7 @@ def _stage_generation(job: Job, generation: int, partition: int, events: pa.Tabl
         num_users=pc.count_distinct(events[USER_ID]).as_py(),
         num_queries=pc.count_distinct(events[QUERY].filter(in_histories(events, job.data))).as_py(),
         event_kinds=tuple(sorted(pc.unique(events[EVENT]).to_pylist())),
+        contexts={name: tuple(count_values(events[f"{CONTEXT_PREFIX}{name}"])) for name in job.data.columns.context},
     )
 
 
@@ -116,6 +120,8 @@ class WriteTask:
     first_user: int
     first_query: int
     kinds: tuple[Kind, ...]
+    profiles: ProfileSpace
+    contexts: ContextSpace
 
 
 def write_shards(job: Job, task: WriteTask) -> Written:
@@ -136,16 +142,25 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     user_indices = np.concatenate([known["user_index"].to_numpy(), task.first_user + np.arange(len(new_ids))])
     queries, asked = _number_queries(events, task.first_query)
     columns = index_events(job, events, tuple(names)) | {"queries": queries}
+    if task.contexts:
+        columns[CONTEXTS] = _context_codes(job, events, task.contexts)
     columns[PART] = split_events(events, offsets, job.data, is_target[columns["events"]])
     new_rows = pc.index_in(user_ids, value_set=active_ids.combine_chunks()).to_numpy()
     everything, is_new = join_known(known, Sequences.of_offsets(columns, offsets), new_rows)
+    if task.contexts.has(GAP):
+        _add_gaps(everything, is_new, task.contexts)
     parts = assign_parts(everything, is_new, job.data, is_target[everything.columns["events"]])
-    parts = np.where((parts == TRAINING) & staged_withheld(job)[everything.columns["items"] - 1], WITHHELD, parts)
+    is_withheld = withheld_users(user_ids, job.data)
+    is_out = staged_withheld(job)[everything.columns["items"] - 1] | is_withheld[everything.owners]
+    parts = np.where((parts == TRAINING) & is_out, WITHHELD, parts)
     sequences, num_train, num_validation = by_part(everything, parts)
-    rows = sequences, num_train, num_validation
-    shown, held_out, num_exposures = _write_exposures(job, task, everyone, all_offsets, new_rows, known, rows)
-    first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=shown is None)
     attributes, listed, overlap = _staged_attributes(job, task.partition, user_ids, known[ATTRIBUTES].combine_chunks())
+    if task.profiles:
+        profiles = task.profiles.encode([dict(own or []) for own in attributes.to_pylist()])
+        sequences = replace(sequences, profiles=profiles)
+    rows = sequences, num_train, num_validation
+    shown, held_out, num_exposures = _write_exposures(job, task, everyone, all_offsets, new_rows, known, rows, is_withheld)
+    first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=shown is None)
     users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes, held_out)
     train = train_table(sequences, user_indices, first_targets, num_train, job.data, shown)
     values = sequences.within(0, num_train).values.astype(np.float64)
@@ -179,20 +194,24 @@ def _write_exposures(
     new_rows: Integers,
     known: pa.Table,
     rows: tuple[Sequences, Integers, Integers],
+    is_withheld: Mask,
 ) -> tuple[Sequences | None, list[pa.Array], int]:
     """Return the exposures of the training data by user, the columns of those held out, and the number of the former.
 
-    `rows` are the users' sequences with their numbers of training and validation interactions; `new_rows` as in `join_known`.
+    `rows` are the users' sequences with their numbers of training and validation interactions, `is_withheld` which users are kept out of
+    training; `new_rows` as in `join_known`.
     """
     if not role_of_exposures(task.kinds, job.data):
         return None, [], 0
     histories, num_train, num_validation = rows
-    items = index_events(job, events, ())["items"].astype(np.int64)
-    found = find_exposures(events, offsets, np.argsort(new_rows), items, task.kinds, job.data)
+    columns = index_events(job, events, ()) | {CONTEXTS: _context_codes(job, events, task.contexts)}
+    found = find_exposures(events, offsets, np.argsort(new_rows), columns, task.kinds, job.data)
     before = known_exposures(known)
     found = found if before is None else before.joined(found)
     found, places = found.placed(histories, num_train, num_validation, job.data)
-    is_trained = (found.parts == TRAINING) & found.is_new & ~staged_withheld(job)[found.items - 1]
+    if task.contexts.has(GAP):
+        found = found.with_gaps(histories, places, task.contexts)
+    is_trained = (found.parts == TRAINING) & found.is_new & ~staged_withheld(job)[found.items - 1] & ~is_withheld[found.users]
     is_held_out = found.parts != TRAINING
     held_out = held_out_columns(found[is_held_out], places[is_held_out], len(histories))
     return found[is_trained].sequences(places[is_trained], len(histories)), held_out, int(is_trained.sum())
@@ -207,6 +226,18 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
         "timestamps": events[TIMESTAMP].to_numpy(),
         "values": events[VALUE].to_numpy(),
     }
+
+
+def _context_codes(job: Job, events: pa.Table, contexts: ContextSpace) -> Integers:
+    """Return the context of each event, without gaps; 0 in a dataset without contexts."""
+    given = {name: events[f"{CONTEXT_PREFIX}{name}"] for name in contexts.given if f"{CONTEXT_PREFIX}{name}" in events.column_names}
+    return contexts.encode(events[TIMESTAMP].to_numpy() if job.has_time else None, given, events.num_rows)
+
+
+def _add_gaps(rows: Sequences, is_new: Mask, contexts: ContextSpace) -> None:
+    """Add the time since the user's interaction before to the contexts of new interactions, in place."""
+    codes, gaps = rows.columns[CONTEXTS], np.diff(rows.columns["timestamps"], prepend=0)
+    codes |= contexts.encode_gaps(gaps, is_new & (rows.positions > 0))
 
 
 def staged_withheld(job: Job) -> Mask:

@@ -15,6 +15,8 @@ from pyarrow import fs
 from recsys.arrays import Integers
 from recsys.config import Config
 from recsys.config.data import DataConfig
+from recsys.data.features.contexts import ContextSpace
+from recsys.data.features.profiles import ProfileSpace
 from recsys.data.manifest import MANIFEST_NAME, ColumnUse, Dataset, DatasetManifest, content_fingerprint
 from recsys.errors import UserError
 from recsys.ingest.append import KNOWN_INDEX_NAME, changed_items, extend, open_base, refuse_other_input, with_base_settings
@@ -24,8 +26,16 @@ from recsys.ingest.clean.times import UNIT_NAMES
 from recsys.ingest.input_tasks import stage_events, stage_users
 from recsys.ingest.inputs import Inputs, choose_num_shards, content_config, dataset_uri, find_inputs, identify_inputs
 from recsys.ingest.job import Cleaned, Job, Partition, Written, present
-from recsys.ingest.partition_tasks import IS_WITHHELD, ITEM_INDEX_NAME, WriteTask, core_round, merge_events, write_shards
+from recsys.ingest.partition_tasks import (
+    IS_WITHHELD,
+    ITEM_INDEX_NAME,
+    WriteTask,
+    core_round,
+    merge_events,
+    write_shards,
+)
 from recsys.ingest.shuffle import read_table, write_table
+from recsys.ingest.situations import context_space, profile_space
 from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.synthetic.events import generate
@@ -124,7 +134,8 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     kinds, unknown_kinds = choose_kinds({kind for outcome in events.partitions for kind in outcome.event_kinds}, job.data, job.base)
     ids, odd_items, warnings = _number_items(job, events.generation, items.rows, known_ids)
     users = _stage_inputs(job, "users", inputs.users)
-    shards = _write_all(job, events, kinds)
+    profiles, contexts = profile_space(job, users), context_space(job, events.partitions)
+    shards = _write_all(job, events, kinds, profiles, contexts)
     if job.base is None and not any(outcome.train for outcome in shards):
         raise _nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
     measured = measure(job, shards, len(kinds), len(ids))
@@ -151,6 +162,8 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         "user_statistics_shards": measured.user_shards,
         "item_statistics_shards": measured.item_shards,
         "query_shards": present(outcome.queries for outcome in shards),
+        "profiles": profiles,
+        "contexts": contexts,
     }
     manifest = _sign(extend(job.base, fields) if job.base is not None else fields)
     write_dataset_report(job, manifest, measured)
@@ -307,11 +320,11 @@ def _number_items(job: Job, generation: int, items: pa.Table | None, known: Sequ
     return ids, noticed, both.warnings("items", "data.columns.item_id", takes_unused)
 
 
-def _write_all(job: Job, events: _Events, kinds: tuple[Kind, ...]) -> list[Written]:
+def _write_all(job: Job, events: _Events, kinds: tuple[Kind, ...], profiles: ProfileSpace, contexts: ContextSpace) -> list[Written]:
     first_user, first_query = (job.base.manifest.num_users, job.base.manifest.num_queries + 1) if job.base is not None else (0, 1)
     tasks = []
     for number, outcome in enumerate(events.partitions):
-        tasks.append(WriteTask(number, events.generation, first_user, first_query, kinds))
+        tasks.append(WriteTask(number, events.generation, first_user, first_query, kinds, profiles, contexts))
         first_user, first_query = first_user + outcome.num_users, first_query + outcome.num_queries
     return job.run("shards", Written, partial(write_shards, job), tasks)
 

@@ -59,7 +59,7 @@ class Recommender(nn.Module):
         vectors = F.embedding(batch.histories.items, items)  # (P, W)
         states = self.user_encoder(vectors, batch.histories, asked)  # (P, W)
         places, pairs = torch.cat([batch.target_places, batch.exposure_places]), torch.cat([batch.targets, batch.exposures])  # (N + E,)
-        users, paired = F.embedding(places, states), F.embedding(pairs, items)  # (N + E, W)
+        users, paired = self.user_encoder.ask(F.embedding(places, states), batch.contexts), F.embedding(pairs, items)  # (N + E, W)
         ranked_users = self.ranker.read_users(users, vectors, batch.histories, places)
         scores = self.ranker(ranked_users, paired, None if texts is None else F.embedding(pairs, texts))
         scores = self.ranker.add_display_bias(scores, batch.displays)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recsys.config import Config
-from recsys.data.batch import PackedHistories
+from recsys.data.batch import PackedHistories, has_profiles, has_start
 from recsys.data.manifest import DatasetManifest
+from recsys.model.situations import ContextFusion, ProfileEncoder
 
 NUM_TIME_BUCKETS = 32
 ROTARY_BASE = 10_000.0
@@ -25,7 +26,8 @@ class UserEncoder(nn.Module):
         super().__init__()
         model, width = config.model, config.model.width
         self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
-        num_places = config.data.max_history + model.has_queries + 2 * manifest.has_exposures  # the start, and what only exposures follow
+        # Besides the history: a query, the start, and an interaction that only exposures follow.
+        num_places = config.data.max_history + model.has_queries + has_start(model, manifest) + manifest.has_exposures
         self.position = nn.Embedding(num_places, width) if model.positions == "learned" else None
         self.event = nn.Embedding(len(manifest.event_kinds) + 1, width, padding_idx=0) if len(manifest.event_kinds) > 1 else None
         self.gap = nn.Embedding(NUM_TIME_BUCKETS, width) if model.use_gaps and manifest.has_time else None
@@ -34,12 +36,14 @@ class UserEncoder(nn.Module):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1 * width**-0.5)
         self.query = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if model.has_queries else None
-        self.start = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if manifest.has_exposures else None
+        self.start = nn.Parameter(torch.randn(width) * 0.1 * width**-0.5) if has_start(model, manifest) else None
+        self.profile = ProfileEncoder(manifest.profiles, width) if has_profiles(model, manifest) else None
         self.norm_in = nn.LayerNorm(width)
         self.dropout = nn.Dropout(model.dropout)
         has_time = manifest.has_time and model.use_gaps
         self.blocks = nn.ModuleList(Block(config, num_places, has_time) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
+        self.context = ContextFusion(manifest.contexts, width) if model.use_contexts and manifest.contexts else None
 
     def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
         """Return the user state after each place (P, W); query vectors (Q, W) are added to the item vectors (P, W) at query places."""
@@ -47,14 +51,20 @@ class UserEncoder(nn.Module):
             item_vectors = item_vectors.index_add(0, histories.query_places, (query_vectors + self.query).to(item_vectors.dtype))
         if self.start is not None and histories.start_places is not None:
             starts = self.start.to(item_vectors.dtype).expand(len(histories.start_places), -1)
+            if self.profile is not None:
+                starts = starts + self.profile(histories.profiles, len(starts)).to(item_vectors.dtype)
             item_vectors = item_vectors.index_add(0, histories.start_places, starts)
-        states = self.dropout(self.norm_in(item_vectors + self._context(item_vectors, histories)))
+        states = self.dropout(self.norm_in(item_vectors + self._add_ons(item_vectors, histories)))
         for block in self.blocks:
             states = block(states, histories)
         encoded: Tensor = self.norm_out(states)
         return encoded
 
-    def _context(self, item_vectors: Tensor, histories: PackedHistories) -> Tensor:
+    def ask(self, states: Tensor, contexts: Tensor) -> Tensor:
+        """Return what retrieval and ranker read, given states (N, W) and the contexts that they are asked in (N,)."""
+        return states if self.context is None else self.context(states, contexts)
+
+    def _add_ons(self, item_vectors: Tensor, histories: PackedHistories) -> Tensor:
         """Return the sum of the position, event, time gap and value embeddings, broadcastable to (P, W)."""
         context = torch.zeros((), dtype=item_vectors.dtype, device=item_vectors.device)
         if self.position is not None:

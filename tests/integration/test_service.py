@@ -66,7 +66,7 @@ def run_deploy(config: Config, head: Head) -> "subprocess.CompletedProcess[str]"
         "service.request_timeout_seconds": config.service.request_timeout_seconds,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "serve.deploy", *overrides],
         cwd=ROOT,
         env={**os.environ, **head.environment},
@@ -75,6 +75,10 @@ def run_deploy(config: Config, head: Head) -> "subprocess.CompletedProcess[str]"
         timeout=200,
         check=False,
     )
+    if done.returncode == 1:  # an unexpected end: its reason is in the newest log
+        logs = sorted((Path(config.run.scratch) / "logs").glob("serve.deploy-*"), key=lambda path: path.stat().st_mtime)
+        done.stderr += "".join(path.read_text(errors="replace")[-3000:] for path in logs[-1:])
+    return done
 
 
 @pytest.fixture(scope="module")

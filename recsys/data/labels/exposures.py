@@ -8,9 +8,10 @@ import pyarrow as pa
 
 from recsys.data.manifest import USER_INDEX, Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.schema import EXPOSURE_COLUMNS
+from recsys.schema import EXPOSURE_COLUMNS, PROFILE_COLUMNS
 
 _HELD_OUT = [USER_INDEX, *HISTORY_COLUMNS, *EXPOSURE_COLUMNS, "exposed_slices", "num_validation_exposures", "attributes"]
+"""Columns of users, besides profiles."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class HeldOut:
 
 def read_held_out(dataset: Dataset, split: str) -> Iterator[HeldOut]:
     """Read the exposures of the validation or the test data, some users at a time; the dataset must have exposures."""
-    for rows in dataset.user_batches(_HELD_OUT):
+    for rows in dataset.user_batches([*_HELD_OUT, *(PROFILE_COLUMNS if dataset.manifest.profiles else ())]):
         everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
         shown, num_validation = everything.exposures, everything.scalars["num_validation_exposures"]
         assert shown is not None

@@ -28,6 +28,7 @@ from recsys.ingest.sources.scalars import ids_of, is_list, is_text, simple_lists
 from recsys.ingest.sources.slates import expand_slates
 from recsys.ingest.sources.text_files import ATOMIC_TYPES, TEXT, WHOLE_JSON, is_jsonl
 from recsys.schema import (
+    CONTEXT_PREFIX,
     DISPLAY_POSITION,
     EVENT,
     IMPRESSION_ID,
@@ -54,6 +55,7 @@ _TAKEN = {
     INPUT_ORDER: "this name is reserved for the row number; rename the column",
 }
 _LEFT_OUT = "data.item_features names the columns that are used, and not this one"
+_IGNORED = "data.item_features.ignored names it"
 _OF_LAYOUT = "the known layout of this file leaves it out"
 
 
@@ -97,13 +99,14 @@ def _match_event_columns(uri: str, names: list[str], columns: ColumnsConfig) -> 
     time_column = TIMESTAMP if find_column(TIMESTAMP, columns, names) in names else POSITION
     found[time_column] = find_column(time_column, columns, names)
     if is_jsonl(uri):
-        names = [*names, columns.query, *columns.labels.values(), *columns.slices, *filter(None, [columns.split])]
+        names = [*names, columns.query, *columns.labels.values(), *columns.slices, *columns.context, *filter(None, [columns.split])]
     for optional in (EVENT, VALUE, QUERY, IMPRESSION_ID, DISPLAY_POSITION):
         name = find_column(optional, columns, names)
         if name and (name in names or name != optional):
             found[optional] = name
     found |= {f"{LABEL_PREFIX}{task}": name for task, name in columns.labels.items()}
     found |= {f"{SLICE_PREFIX}{name}": name for name in columns.slices} | ({SPLIT: columns.split} if columns.split else {})
+    found |= {f"{CONTEXT_PREFIX}{name}": name for name in columns.context}
     for canonical_name, name in found.items():
         if name == INPUT_ORDER:
             raise UserError(f"{uri}: its column '{name}' ({canonical_name}) has a name that is reserved for the row number; rename it")
@@ -239,7 +242,8 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
     header = {name: declared for own in reversed(headers.values()) for name, declared in own.items()}
     header = {name: header[name] for name in (*first, *(name for name in header if name not in first))}
     id_name = find_column(ITEM_ID, data.columns, first)
-    known = {name: kind for name, kind in catalogue_kinds(features, first).items() if name not in features.ignored}
+    ignored = {**dict.fromkeys(data.sensitive, "data.sensitive names it"), **dict.fromkeys(features.ignored, _IGNORED)}
+    known = {name: kind for name, kind in catalogue_kinds(features, first).items() if name not in ignored}
     if is_amazon_review(first) and not known:
         raise UserError(
             f"{files[0].uri}: holds reviews, whose text is not the items'; the catalogue is the file meta_*.jsonl.gz in the same folder"
@@ -247,11 +251,11 @@ def import_items(storage: Storage, files: Sequence[ObjectInfo], data: DataConfig
     for name in (id_name, *known):
         if name not in first:
             raise _missing(files[0].uri, f"'{name}'", ITEM_ID if name == id_name else known[name], list(first))
-    wanted = list(known) or [name for name in header if name not in (id_name, ITEM_ID, INPUT_ORDER, *features.ignored)]
+    wanted = list(known) or [name for name in header if name not in (id_name, ITEM_ID, INPUT_ORDER, *ignored)]
     table = _read_whole(storage, files, headers, id_name, wanted, data)
     title = title_column([name for name in wanted if known.get(name, "text") == "text"])
     kinds, reasons = dict(known), dict.fromkeys(header, _LEFT_OUT if features.names_columns else _OF_LAYOUT)
-    reasons |= _TAKEN | dict.fromkeys(features.ignored, "data.item_features.ignored names it") | dict.fromkeys((id_name, *known), "")
+    reasons |= _TAKEN | ignored | dict.fromkeys((id_name, *known), "")
     columns: dict[str, pa.ChunkedArray] = {}
     for name in wanted:
         columns[name] = scalar_lists(table[name])

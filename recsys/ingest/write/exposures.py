@@ -1,6 +1,6 @@
 """Exposures: which events are, what the user did with each, its part of the data, and its place in the user's history."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
 from recsys.config.data import DataConfig
+from recsys.data.features.contexts import ContextSpace
 from recsys.data.sequences import Sequences
 from recsys.ingest.write.splits import TEST, TRAINING, VALIDATION, part_by_place, split_events
 from recsys.schema import (
@@ -104,6 +105,7 @@ class Exposures:
     labels: Integers
     known: Integers
     displays: Integers  # 0: unknown
+    contexts: Integers  # 0: unknown
     slices: pa.Array  # lists of `column=value`
     parts: Integers  # as drawn by a column or a hash; TRAINING where the user's history decides
     decided: Integers  # time of the last event that decides a label, else that of the exposure
@@ -145,12 +147,16 @@ class Exposures:
         limits = np.select([parts == TRAINING, parts == VALIDATION], [train, held_out], histories.lengths[self.users])
         return replace(self, parts=parts), np.minimum(places, limits)
 
+    def with_gaps(self, histories: Sequences, places: Integers, contexts: ContextSpace) -> "Exposures":
+        """Return the exposures, of which the new ones have the time since the interaction before their place in their contexts."""
+        has_gap = self.is_new & (places > 0)
+        times = histories.columns["timestamps"][(histories.starts[self.users] + places - 1).clip(min=0)] if len(self.users) else self.times
+        return replace(self, contexts=self.contexts | contexts.encode_gaps(self.times - times, has_gap))
+
     def sequences(self, places: Integers, num_users: int) -> Sequences:
         """Return the exposures as one row per user."""
-        columns = {
-            name: column.astype(np.int32)
-            for name, column in zip(_SHORT, (self.items, places, self.labels, self.known, self.displays), strict=True)
-        }
+        numbers = (self.items, places, self.labels, self.known, self.displays)
+        columns = {name: column.astype(np.int32) for name, column in zip(_SHORT[:-1], numbers, strict=True)} | {"contexts": self.contexts}
         return Sequences.of_offsets(columns, np.searchsorted(self.users, np.arange(num_users + 1)))
 
 
@@ -166,15 +172,16 @@ def _num_older(histories: Sequences, users: Integers, times: Integers) -> Intege
 
 
 def find_exposures(
-    events: pa.Table, offsets: Integers, user_of: Integers, items: Integers, kinds: tuple[Kind, ...], data: DataConfig
+    events: pa.Table, offsets: Integers, user_of: Integers, columns: Mapping[str, Integers], kinds: tuple[Kind, ...], data: DataConfig
 ) -> Exposures:
     """Find the exposures among the events of a partition, and label them by what the user did.
 
     Args:
         offsets: where each user's events begin.
         user_of: (U,) the row of each of these users.
-        items: (N,) the item index of each event.
+        columns: `items` (N,), the item index of each event, and `contexts` (N,).
     """
+    items = columns["items"].astype(np.int64)
     role = role_of_exposures(kinds, data)
     owners = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     times, displays = events[TIMESTAMP].to_numpy(), np.zeros(events.num_rows, np.int64)
@@ -212,6 +219,7 @@ def find_exposures(
         labels[rows],
         known[rows],
         displays[rows],
+        columns["contexts"][rows],
         _slices(chosen, data),
         parts[rows],
         decided[rows],
@@ -287,6 +295,7 @@ def known_exposures(known: pa.Table) -> Exposures | None:
         numbers["exposed_labels"],
         numbers["exposed_known"],
         numbers["exposed_displays"],
+        numbers["exposed_contexts"],
         flat["exposed_slices"],
         parts,
         numbers["exposed_times"],
@@ -301,7 +310,7 @@ def held_out_columns(exposures: Exposures, places: Integers, num_users: int) -> 
     offsets = pa.array(np.searchsorted(own.users, np.arange(num_users + 1)), pa.int32())
     numbers: list[NDArray[np.int64]] = [own.items, places, own.labels, own.known, own.displays]
     lists = [pa.ListArray.from_arrays(offsets, pa.array(column, pa.int32())) for column in numbers]
-    times = pa.ListArray.from_arrays(offsets, pa.array(own.times, pa.int64()))
+    contexts, times = (pa.ListArray.from_arrays(offsets, pa.array(column, pa.int64())) for column in (own.contexts, own.times))
     slices = pa.ListArray.from_arrays(offsets, own.slices)
     num_validation = np.bincount(own.users[own.parts == VALIDATION], minlength=num_users)
-    return [*lists, times, slices, pa.array(num_validation, pa.int32())]
+    return [*lists, contexts, times, slices, pa.array(num_validation, pa.int32())]

@@ -10,7 +10,7 @@ from recsys.arrays import Integers
 from recsys.config.data import DataConfig
 from recsys.data.sequences import Sequences, cut_windows
 from recsys.ingest.write.splits import TRAINING, VALIDATION, WITHHELD
-from recsys.schema import EXPOSURE_COLUMNS, SEQUENCE_COLUMNS, TRAIN_SCHEMA, train_schema, users_schema
+from recsys.schema import CONTEXTS, EXPOSURE_COLUMNS, SEQUENCE_COLUMNS, TRAIN_SCHEMA, RowParts, train_schema, users_schema
 
 
 def by_part(users: Sequences, parts: Integers) -> tuple[Sequences, Integers, Integers]:
@@ -39,8 +39,8 @@ def users_table(
 ) -> pa.Table:
     """Build one row per user (`users_schema`); `held_out` are the columns of held-out exposures, if the log has exposures."""
     counts = (pa.array(counts, pa.int32()) for counts in (num_train, num_validation))
-    columns = [pa.array(user_indices, pa.int64()), user_ids, *_lists(users), *counts, attributes, *held_out]
-    return pa.table(columns, schema=users_schema(bool(held_out)))
+    columns = [pa.array(user_indices, pa.int64()), user_ids, *_lists(users), *counts, attributes, *_situations(users), *held_out]
+    return pa.table(columns, schema=users_schema(_parts(users, bool(held_out))))
 
 
 def train_table(
@@ -58,14 +58,31 @@ def train_table(
     samples = cut_windows(training, data.max_history, strides, data.max_exposures)
     user_index, first_target = (pa.array(samples.scalars[name], TRAIN_SCHEMA.field(name).type) for name in ("user_index", "first_target"))
     shown = [] if samples.exposures is None else _exposure_lists(samples.exposures)
-    return pa.table([user_index, *_lists(samples), first_target, *shown], schema=train_schema(samples.exposures is not None))
+    columns = [user_index, *_lists(samples), first_target, *_situations(samples), *shown]
+    return pa.table(columns, schema=train_schema(_parts(samples, samples.exposures is not None)))
+
+
+def _parts(rows: Sequences, has_exposures: bool) -> RowParts:
+    return RowParts(has_exposures, CONTEXTS in rows.columns, rows.profiles is not None)
+
+
+def _situations(rows: Sequences) -> list[pa.Array]:
+    """Return the columns of contexts and profiles, as far as there are any."""
+    columns = [_list(rows, CONTEXTS)] if CONTEXTS in rows.columns else []
+    if rows.profiles is not None:
+        numbers = rows.profiles.scalars["numbers"]
+        offsets = pa.array(np.arange(len(rows) + 1) * numbers.shape[1], pa.int32())
+        columns += [_list(rows.profiles, "categories"), pa.ListArray.from_arrays(offsets, pa.array(numbers.reshape(-1), pa.float32()))]
+    return columns
 
 
 def _exposure_lists(exposures: Sequences) -> list[pa.Array]:
-    offsets = pa.array(exposures.offsets, pa.int32())
-    return [pa.ListArray.from_arrays(offsets, pa.array(exposures.flat(name.removeprefix("exposed_")))) for name in EXPOSURE_COLUMNS]
+    return [_list(exposures, name.removeprefix("exposed_")) for name in EXPOSURE_COLUMNS]
 
 
 def _lists(sequences: Sequences) -> list[pa.Array]:
-    offsets = pa.array(sequences.offsets, pa.int32())
-    return [pa.ListArray.from_arrays(offsets, pa.array(sequences.flat(name))) for name in SEQUENCE_COLUMNS]
+    return [_list(sequences, name) for name in SEQUENCE_COLUMNS if name != CONTEXTS]
+
+
+def _list(sequences: Sequences, name: str) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(sequences.offsets, pa.int32()), pa.array(sequences.flat(name)))

@@ -84,6 +84,13 @@ def draw(keys: Iterable[str], seed: int) -> Floats:
 
 def withheld(item_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
     """Return which items are kept out of training: a share of about `data.withheld_items`, each by its own draw."""
-    if not data.withheld_items:
-        return np.zeros(len(item_ids), bool)
-    return draw((f"item {item}" for item in item_ids.to_pylist()), data.split_seed) < data.withheld_items
+    return _drawn("item", item_ids, data.withheld_items, data.split_seed)
+
+
+def withheld_users(user_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
+    """Return which users are kept out of training: a share of about `data.withheld_users`, each by its own draw."""
+    return _drawn("withheld user", user_ids, data.withheld_users, data.split_seed)
+
+
+def _drawn(name: str, ids: pa.Array | pa.ChunkedArray, share: float, seed: int) -> Mask:
+    return draw((f"{name} {key}" for key in ids.to_pylist()), seed) < share if share else np.zeros(len(ids), bool)

@@ -1,0 +1,122 @@
+"""Contexts: the situation of an event or a request as one integer, a few bits per field."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from recsys.arrays import Integers
+from recsys.errors import UserError
+
+HOUR, WEEKDAY, GAP = "hour", "weekday", "gap"
+"""Fields that follow from times, in UTC; the gap is the time since the interaction before, floor(log2(1 + seconds))."""
+
+DERIVED = {
+    HOUR: tuple(map(str, range(24))),
+    WEEKDAY: ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
+    GAP: tuple(map(str, range(32))),
+}
+MAX_BITS = 63
+_DAY = 86_400
+
+
+class ContextField(BaseModel):
+    """A field of the context. A code is the position of a value from 1, or 0 for a missing or unknown one; it takes some `bits`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    values: tuple[str, ...]
+    bits: int
+
+
+class ContextSpace(BaseModel):
+    """The fields of a dataset's contexts; the codes of all fields together are one integer, 0 for an unknown context."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fields: tuple[ContextField, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.fields)
+
+    @classmethod
+    def of(cls, derived: Iterable[str], given: Mapping[str, Iterable[str]]) -> "ContextSpace":
+        """Build from names of derived fields and the values of given ones; each given field has room for twice its values.
+
+        Raises:
+            UserError: the fields need too many bits.
+        """
+        fields = [ContextField(name=name, values=DERIVED[name], bits=len(DERIVED[name]).bit_length()) for name in derived]
+        for name, found in given.items():
+            values = tuple(sorted(found))
+            fields.append(ContextField(name=name, values=values, bits=len(values).bit_length() + 1))
+        if (bits := sum(field.bits for field in fields)) > MAX_BITS:
+            most = max(fields, key=lambda field: field.bits)
+            raise UserError(
+                f"data.columns.context: the fields need {bits} bits, and at most {MAX_BITS} are possible; '{most.name}' has "
+                f"{len(most.values)} values; leave it out, or group its values"
+            )
+        return cls(fields=tuple(fields))
+
+    def extended(self, given: Mapping[str, Iterable[str]]) -> "ContextSpace":
+        """Return the space with new values of given fields at the end, as far as their bits have room."""
+
+        def extend(field: ContextField) -> ContextField:
+            new = sorted(set(given.get(field.name, ())).difference(field.values)) if field.name not in DERIVED else []
+            return field.model_copy(update={"values": (*field.values, *new)[: (1 << field.bits) - 1]})
+
+        return ContextSpace(fields=tuple(map(extend, self.fields)))
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of the fields that do not follow from times."""
+        return tuple(field.name for field in self.fields if field.name not in DERIVED)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a field of this name."""
+        return any(field.name == name for field in self.fields)
+
+    def encode(self, times: Integers | None, given: Mapping[str, pa.Array | pa.ChunkedArray], size: int) -> Integers:
+        """Return the codes of contexts (size,), without gaps, from `times` (size,) and the given fields; what is missing is unknown."""
+        parts: dict[str, Integers] = {}
+        if times is not None:
+            parts = {HOUR: times % _DAY // 3600 + 1, WEEKDAY: (times // _DAY + 3) % 7 + 1}  # the first of January 1970 was a Thursday
+        for field in self.fields:
+            if field.name in given:
+                codes = pc.index_in(given[field.name], value_set=pa.array(field.values, pa.string()))
+                parts[field.name] = pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+        return self._join(parts, size)
+
+    def encode_gaps(self, seconds: Integers, has_gap: NDArray[np.bool_]) -> Integers:
+        """Return the codes of the gaps alone (N,), to be added to those of `encode`; unknown where `has_gap` is False."""
+        _, exponents = np.frexp(np.maximum(seconds, 0) + 1.0)
+        return self._join({GAP: np.where(has_gap, np.minimum(exponents, len(DERIVED[GAP])), 0)}, len(seconds))
+
+    def ask(self, time: int | None, last: int | None, given: Mapping[str, str]) -> Integers:
+        """Return the code (1,) of a request at a `time`, after an interaction at the time `last`, with text values of given fields."""
+        times = None if time is None else np.array([time])
+        codes = self.encode(times, {name: pa.array([value], pa.string()) for name, value in given.items()}, 1)
+        if time is not None and last is not None:
+            codes |= self.encode_gaps(np.array([time - last]), np.array([True]))
+        return codes
+
+    def split(self, codes: Any) -> Sequence[Any]:
+        """Return the code of each field; `codes` may be NumPy's or PyTorch's integers."""
+        parts, shift = [], 0
+        for field in self.fields:
+            parts.append((codes >> shift) & ((1 << field.bits) - 1))
+            shift += field.bits
+        return parts
+
+    def _join(self, parts: Mapping[str, Integers], size: int) -> Integers:
+        codes, shift = np.zeros(size, np.int64), 0
+        for field in self.fields:
+            if field.name in parts:
+                codes |= parts[field.name].astype(np.int64) << shift
+            shift += field.bits
+        return codes
