@@ -170,8 +170,8 @@ class ModelInfo(Message):
     tasks: list[str]
     event_kinds: list[str]
     takes_queries: bool
-    profile_columns: list[str]
-    context_fields: list[str]
+    profile_columns: list[str] = Field(default_factory=list)
+    context_fields: list[str] = Field(default_factory=list)
     metrics: dict[str, JsonValue]
     code_version: str | None
 

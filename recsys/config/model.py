@@ -117,6 +117,8 @@ class ModelConfig(Section):
     """Use the time between interactions."""
     use_values: bool = True
     """Use the values (ratings) of past interactions."""
+    use_long_term: bool = False
+    """Join user states with a moving average of them, so that the model also sees what lasts."""
     use_profiles: bool = False
     """Use the columns of users, which the model reads before the history; a user without history then gets a list by profile."""
     profile_rate: Fraction = 0.5

@@ -14,6 +14,7 @@ from recsys.model.situations import ContextFusion, ProfileEncoder
 
 NUM_TIME_BUCKETS = 32
 ROTARY_BASE = 10_000.0
+FIRST_RATE = 0.1
 
 
 class UserEncoder(nn.Module):
@@ -43,6 +44,7 @@ class UserEncoder(nn.Module):
         has_time = manifest.has_time and model.use_gaps
         self.blocks = nn.ModuleList(Block(config, num_places, has_time) for _ in range(model.num_layers))
         self.norm_out = nn.LayerNorm(width)
+        self.long_term = LongTermProfile(width) if model.use_long_term else None
         self.context = ContextFusion(manifest.contexts, width) if model.use_contexts and manifest.contexts else None
 
     def forward(self, item_vectors: Tensor, histories: PackedHistories, query_vectors: Tensor | None = None) -> Tensor:
@@ -58,7 +60,7 @@ class UserEncoder(nn.Module):
         for block in self.blocks:
             states = block(states, histories)
         encoded: Tensor = self.norm_out(states)
-        return encoded
+        return encoded if self.long_term is None else self.long_term(encoded, histories)
 
     def ask(self, states: Tensor, contexts: Tensor) -> Tensor:
         """Return what retrieval and ranker read, given states (N, W) and the contexts that they are asked in (N,)."""
@@ -77,6 +79,31 @@ class UserEncoder(nn.Module):
             is_known, value = known_values(histories, self.value_mean, self.value_std)
             context = context + self.value(torch.stack([is_known.to(value), value, value.square()], -1).to(item_vectors.dtype))
         return context
+
+
+class LongTermProfile(nn.Module):
+    """Joins user states H with a long-term profile P: H + D P, where each place updates P = a H + (1 - a) P, from P = 0.
+
+    The rate a is learned and begins at FIRST_RATE. D begins at 0.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(FIRST_RATE).logit())
+        self.down = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, states: Tensor, histories: PackedHistories) -> Tensor:
+        """Map (P, W) to (P, W)."""
+        profiles = torch.cat([(self.weights(part.shape[1]) @ part).flatten(0, 1) for part in by_group(states, histories)])
+        joined: Tensor = states + self.down(profiles)
+        return joined
+
+    def weights(self, length: int) -> Tensor:
+        """Return the weight of each earlier state in the profile of each place, a (1 - a)^distance, (L, L)."""
+        rate, places = self.rate.sigmoid(), torch.arange(length, device=self.rate.device)
+        distance = places[:, None] - places
+        return (rate * (1 - rate) ** distance.clamp(min=0)).masked_fill(distance < 0, 0.0).to(self.down.weight.dtype)
 
 
 class Block(nn.Module):

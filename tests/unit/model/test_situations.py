@@ -1,11 +1,13 @@
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
-from recsys.data.batch import PackedProfiles
+from recsys.data.batch import PackedHistories, PackedProfiles
 from recsys.data.features.contexts import ContextSpace
 from recsys.data.features.profiles import ProfileSpace
 from recsys.model.situations import ContextFusion, ProfileEncoder
+from recsys.model.user_encoder import FIRST_RATE, LongTermProfile
 
 WIDTH = 6
 
@@ -32,3 +34,21 @@ def test_a_context_is_joined_by_the_plain_formula_and_begins_without_effect() ->
     context = torch.stack([weekday[0] + device[0], weekday[1] + device[2], weekday[7] + device[0]])  # device 3 is of a later version
     hidden = torch.cat([states, context], 1) @ fusion.up.weight.T + fusion.up.bias
     torch.testing.assert_close(fusion(states, codes), states + F.silu(hidden) @ fusion.down.weight.T)
+
+
+@pytest.mark.parametrize("rate", [FIRST_RATE, 0.7])
+def test_the_long_term_profile_is_updated_place_by_place(rate: float) -> None:
+    layer = LongTermProfile(WIDTH)
+    torch.nn.init.constant_(layer.rate, torch.tensor(rate).logit().item())
+    torch.nn.init.normal_(layer.down.weight)
+    groups, states = ((2, 3), (1, 5)), torch.randn(11, WIDTH)
+    nothing = torch.zeros(11, dtype=torch.long)
+    expected, begin = [], 0
+    for number, length in groups:
+        for _ in range(number):
+            profile = torch.zeros(WIDTH)
+            for state in states[begin : begin + length]:
+                profile = rate * state + (1 - rate) * profile
+                expected.append(state + layer.down(profile))
+            begin += length
+    torch.testing.assert_close(layer(states, PackedHistories(nothing, nothing, nothing, nothing.float(), groups)), torch.stack(expected))
