@@ -154,7 +154,7 @@ class Answerer:
             return None
         history = Sequences.of([]) if history is None else history
         last = int(history.timestamps[-1]) if history.timestamps.any() else None
-        asked = manifest.contexts.ask(_now(request) if manifest.has_time else None, last, request.context or {})
+        asked = manifest.contexts.ask(_now(request) if manifest.has_time else None, last, len(history.items), request.context or {})
         return replace(history, profiles=profiles, scalars={ASKED: asked})
 
     def _find_history(self, request: UserRequest) -> ResolvedUser:

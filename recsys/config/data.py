@@ -220,8 +220,8 @@ class DataConfig(Section):
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: UserFeaturesConfig = UserFeaturesConfig()
-    time_context: tuple[Literal["hour", "weekday", "gap"], ...] = ()
-    """What the time of an event or a request says, as context: the hour and weekday in UTC, and the time since the interaction before."""
+    derived_context: tuple[Literal["hour", "weekday", "gap", "activity"], ...] = ()
+    """Context that follows from times (in UTC) and histories: time since the interaction before, number of interactions before."""
     sensitive: tuple[str, ...] = ()
     """Columns of users, items and events that are never an input of the model; they stay attributes for slices and fairness."""
     time_unit: Annotated[Literal["auto", "s", "ms", "us", "ns"], Fact.INPUT] = "auto"

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
-from recsys.data.features.contexts import GAP, ContextSpace
+from recsys.data.features.contexts import ContextSpace
 from recsys.data.features.profiles import ProfileSpace
 from recsys.data.sequences import Sequences
 from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
@@ -147,8 +147,8 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     columns[PART] = split_events(events, offsets, job.data, is_target[columns["events"]])
     new_rows = pc.index_in(user_ids, value_set=active_ids.combine_chunks()).to_numpy()
     everything, is_new = join_known(known, Sequences.of_offsets(columns, offsets), new_rows)
-    if task.contexts.has(GAP):
-        _add_gaps(everything, is_new, task.contexts)
+    if task.contexts.reads_places:
+        _add_places(job, everything, is_new, task.contexts)
     parts = assign_parts(everything, is_new, job.data, is_target[everything.columns["events"]])
     is_withheld = withheld_users(user_ids, job.data)
     is_out = staged_withheld(job)[everything.columns["items"] - 1] | is_withheld[everything.owners]
@@ -209,8 +209,8 @@ def _write_exposures(
     before = known_exposures(known)
     found = found if before is None else before.joined(found)
     found, places = found.placed(histories, num_train, num_validation, job.data)
-    if task.contexts.has(GAP):
-        found = found.with_gaps(histories, places, task.contexts)
+    if task.contexts.reads_places:
+        found = found.with_places(histories, places, task.contexts, job.has_time)
     is_trained = (found.parts == TRAINING) & found.is_new & ~staged_withheld(job)[found.items - 1] & ~is_withheld[found.users]
     is_held_out = found.parts != TRAINING
     held_out = held_out_columns(found[is_held_out], places[is_held_out], len(histories))
@@ -229,15 +229,15 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
 
 
 def _context_codes(job: Job, events: pa.Table, contexts: ContextSpace) -> Integers:
-    """Return the context of each event, without gaps; 0 in a dataset without contexts."""
+    """Return the context of each event, without that of its place in the history; 0 in a dataset without contexts."""
     given = {name: events[f"{CONTEXT_PREFIX}{name}"] for name in contexts.given if f"{CONTEXT_PREFIX}{name}" in events.column_names}
     return contexts.encode(events[TIMESTAMP].to_numpy() if job.has_time else None, given, events.num_rows)
 
 
-def _add_gaps(rows: Sequences, is_new: Mask, contexts: ContextSpace) -> None:
-    """Add the time since the user's interaction before to the contexts of new interactions, in place."""
-    codes, gaps = rows.columns[CONTEXTS], np.diff(rows.columns["timestamps"], prepend=0)
-    codes |= contexts.encode_gaps(gaps, is_new & (rows.positions > 0))
+def _add_places(job: Job, rows: Sequences, is_new: Mask, contexts: ContextSpace) -> None:
+    """Add what follows from the place in the history to the contexts of new interactions, in place."""
+    gaps = np.diff(rows.columns["timestamps"], prepend=0) if job.has_time else None
+    rows.columns[CONTEXTS][is_new] |= contexts.encode_places(rows.positions, gaps)[is_new]
 
 
 def staged_withheld(job: Job) -> Mask:

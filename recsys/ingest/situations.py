@@ -7,7 +7,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys.data.features.contexts import ContextSpace
+from recsys.data.features.contexts import ACTIVITY, ContextSpace
 from recsys.data.features.profiles import MAX_VALUES, ProfileSpace, common_values, fit_profiles
 from recsys.errors import UserError
 from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
@@ -46,9 +46,9 @@ def context_space(job: Job, partitions: Sequence[Partition]) -> ContextSpace:
             given[name].update(values)
     if job.base is not None:
         return job.base.manifest.contexts.extended(given)
-    if job.data.time_context and not job.has_time:
-        raise UserError(f"data.time_context = {job.data.time_context[0]}: the events have positions and no times; leave it out")
-    return ContextSpace.of(job.data.time_context, given)
+    if not job.has_time and (needs_time := [name for name in job.data.derived_context if name != ACTIVITY]):
+        raise UserError(f"data.derived_context = {needs_time[0]}: the events have positions and no times; leave it out")
+    return ContextSpace.of(job.data.derived_context, given)
 
 
 def count_user_columns(job: Job, partition: int) -> UserColumns:

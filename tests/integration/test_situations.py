@@ -74,7 +74,7 @@ def prepared(folder: Path, events: pd.DataFrame, users: pd.DataFrame, **values: 
         "run.scratch": str(folder.parent / "scratch"),
         "data.folder": str(folder),
         "data.columns.context": ["device"],
-        "data.time_context": ["hour", "weekday", "gap"],
+        "data.derived_context": ["hour", "weekday", "gap", "activity"],
         "data.sensitive": ["secret"],
         "data.max_history": 20,
         "model.width": 32,
@@ -109,11 +109,12 @@ def test_contexts_and_profiles_of_the_rows_are_those_of_the_tables(small: Small)
     attributes = {row["user_id"]: row for row in users.to_dict("records")}
     for row, user in enumerate(table["user_id"].to_pylist()):
         own, times = plain[user], pd.to_datetime(plain[user].timestamp, unit="s", utc=True)
-        hours, weekdays, gaps, devices = space.split(rows[row : row + 1].flat("contexts"))
+        hours, weekdays, gaps, activities, devices = space.split(rows[row : row + 1].flat("contexts"))
         assert [code - 1 for code in hours.tolist()] == times.dt.hour.tolist()
         assert [code - 1 for code in weekdays.tolist()] == times.dt.day_of_week.tolist()
         seconds = np.diff(own.timestamp.to_numpy())
         assert gaps.tolist() == [0, *(np.floor(np.log2(1 + seconds)) + 1).astype(int).tolist()]
+        assert activities.tolist() == (np.floor(np.log2(1 + np.arange(len(own)))) + 1).astype(int).tolist()
         assert [(None, *DEVICES)[code] for code in devices.tolist()] == own.device.astype(object).where(own.device.notna(), None).tolist()
         taste = attributes[user]["taste"]
         index = rows.profiles[row : row + 1].flat("categories")
@@ -198,7 +199,7 @@ def test_served_is_evaluated(small: Small, tmp_path: Path) -> None:
     for user in users:
         attributes = dict(table["attributes"][user.user_index].as_py())
         profile = {"taste": attributes.get("taste", ""), "age": int(attributes["age"])}
-        device = fields.split(user.targets.flat("contexts"))[3][0]
+        device = fields.split(user.targets.flat("contexts"))[-1][0]
         history = [
             {"item_id": ids[item], "timestamp": time}
             for item, time in zip(user.history.items.tolist(), user.history.timestamps.tolist(), strict=True)
@@ -246,7 +247,7 @@ def test_an_appended_version_keeps_the_meaning_of_codes(small: Small, tmp_path: 
     assert devices == (*DEVICES, "watch")
     parts = [part.tolist() for part in after.contexts.split(rows[[names.index("new")]].flat("contexts"))]
     assert parts[2] == [0, 12, 4]
-    assert [devices[code - 1] if code else None for code in parts[3]] == ["tv", None, "tv"]
+    assert [devices[code - 1] if code else None for code in parts[-1]] == ["tv", None, "tv"]
 
 
 def test_withheld_users_are_never_trained_on_and_have_no_history(tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_withheld_users_are_never_trained_on_and_have_no_history(tmp_path: Path)
 
 def test_positions_have_no_time_and_sensitive_columns_are_no_inputs(tmp_path: Path) -> None:
     events, users = world(4)
-    with pytest.raises(UserError, match=r"data.time_context = hour: the events have positions and no times"):
+    with pytest.raises(UserError, match=r"data.derived_context = hour: the events have positions and no times"):
         prepared(tmp_path / "input", events.rename(columns={"timestamp": "position"}), users)
     with pytest.raises(UserError, match=r"data.user_features.categories = secret: data.sensitive names it"):
         prepared(tmp_path / "other", events, users, data__user_features__categories=["secret"])

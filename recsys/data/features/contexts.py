@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from recsys.arrays import Integers
 from recsys.errors import UserError
 
-HOUR, WEEKDAY, GAP = "hour", "weekday", "gap"
-"""Fields that follow from times, in UTC; the gap is the time since the interaction before, floor(log2(1 + seconds))."""
+HOUR, WEEKDAY, GAP, ACTIVITY = "hour", "weekday", "gap", "activity"
+"""Fields that follow from the time, in UTC, and from the history: floor(log2(1 + n)) of the seconds n since the interaction before, and of
+the number n of interactions before."""
 
 DERIVED = {
     HOUR: tuple(map(str, range(24))),
     WEEKDAY: ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"),
     GAP: tuple(map(str, range(32))),
+    ACTIVITY: tuple(map(str, range(32))),
 }
 MAX_BITS = 63
 _DAY = 86_400
@@ -77,12 +78,13 @@ class ContextSpace(BaseModel):
         """The names of the fields that do not follow from times."""
         return tuple(field.name for field in self.fields if field.name not in DERIVED)
 
-    def has(self, name: str) -> bool:
-        """Return whether there is a field of this name."""
-        return any(field.name == name for field in self.fields)
+    @property
+    def reads_places(self) -> bool:
+        """Whether some field follows from the history (see `encode_places`)."""
+        return any(field.name in (GAP, ACTIVITY) for field in self.fields)
 
     def encode(self, times: Integers | None, given: Mapping[str, pa.Array | pa.ChunkedArray], size: int) -> Integers:
-        """Return the codes of contexts (size,), without gaps, from `times` (size,) and the given fields; what is missing is unknown."""
+        """Return the codes of contexts (size,) from `times` (size,) and the given fields; what is missing is unknown."""
         parts: dict[str, Integers] = {}
         if times is not None:
             parts = {HOUR: times % _DAY // 3600 + 1, WEEKDAY: (times // _DAY + 3) % 7 + 1}  # the first of January 1970 was a Thursday
@@ -92,18 +94,24 @@ class ContextSpace(BaseModel):
                 parts[field.name] = pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
         return self._join(parts, size)
 
-    def encode_gaps(self, seconds: Integers, has_gap: NDArray[np.bool_]) -> Integers:
-        """Return the codes of the gaps alone (N,), to be added to those of `encode`; unknown where `has_gap` is False."""
-        _, exponents = np.frexp(np.maximum(seconds, 0) + 1.0)
-        return self._join({GAP: np.where(has_gap, np.minimum(exponents, len(DERIVED[GAP])), 0)}, len(seconds))
+    def encode_places(self, num_before: Integers, gaps: Integers | None) -> Integers:
+        """Return the codes of what follows from the history (N,), to be added to those of `encode`.
 
-    def ask(self, time: int | None, last: int | None, given: Mapping[str, str]) -> Integers:
-        """Return the code (1,) of a request at a `time`, after an interaction at the time `last`, with text values of given fields."""
+        Args:
+            num_before: (N,) number of interactions before.
+            gaps: (N,) seconds since the last of them; None without times.
+        """
+        parts = {ACTIVITY: _magnitudes(num_before)}
+        if gaps is not None:
+            parts[GAP] = np.where(num_before > 0, _magnitudes(gaps), 0)
+        return self._join(parts, len(num_before))
+
+    def ask(self, time: int | None, last: int | None, num_before: int, given: Mapping[str, str]) -> Integers:
+        """Return the code (1,) of a request at a `time`, after `num_before` interactions, the `last` at that time, with given fields."""
         times = None if time is None else np.array([time])
+        gaps = None if time is None or last is None else np.array([time - last])
         codes = self.encode(times, {name: pa.array([value], pa.string()) for name, value in given.items()}, 1)
-        if time is not None and last is not None:
-            codes |= self.encode_gaps(np.array([time - last]), np.array([True]))
-        return codes
+        return codes | self.encode_places(np.array([num_before]), gaps)
 
     def split(self, codes: Any) -> Sequence[Any]:
         """Return the code of each field; `codes` may be NumPy's or PyTorch's integers."""
@@ -120,3 +128,9 @@ class ContextSpace(BaseModel):
                 codes |= parts[field.name].astype(np.int64) << shift
             shift += field.bits
         return codes
+
+
+def _magnitudes(numbers: Integers) -> Integers:
+    """Return 1 + floor(log2(1 + n)), capped."""
+    _, exponents = np.frexp(np.maximum(numbers, 0) + 1.0)
+    return np.minimum(exponents.astype(np.int64), len(DERIVED[GAP]))

@@ -147,11 +147,11 @@ class Exposures:
         limits = np.select([parts == TRAINING, parts == VALIDATION], [train, held_out], histories.lengths[self.users])
         return replace(self, parts=parts), np.minimum(places, limits)
 
-    def with_gaps(self, histories: Sequences, places: Integers, contexts: ContextSpace) -> "Exposures":
-        """Return the exposures, of which the new ones have the time since the interaction before their place in their contexts."""
-        has_gap = self.is_new & (places > 0)
-        times = histories.columns["timestamps"][(histories.starts[self.users] + places - 1).clip(min=0)] if len(self.users) else self.times
-        return replace(self, contexts=self.contexts | contexts.encode_gaps(self.times - times, has_gap))
+    def with_places(self, histories: Sequences, places: Integers, contexts: ContextSpace, has_time: bool) -> "Exposures":
+        """Return the exposures, of which the new ones have what follows from their place in the history in their contexts."""
+        before = np.append(histories.columns["timestamps"], 0)[histories.starts[self.users] + places - 1]
+        codes = contexts.encode_places(places, self.times - before if has_time else None)
+        return replace(self, contexts=self.contexts | np.where(self.is_new, codes, 0))
 
     def sequences(self, places: Integers, num_users: int) -> Sequences:
         """Return the exposures as one row per user."""

@@ -13,7 +13,9 @@ TIMES = np.array([0, 1_700_000_000, 1_709_164_799, 951_782_400])
 
 @pytest.fixture
 def space() -> ContextSpace:
-    return ContextSpace.of(("hour", "weekday", "gap"), {"device": {"tv", "phone"}, "page": {f"p{number}" for number in range(100)}})
+    return ContextSpace.of(
+        ("hour", "weekday", "gap", "activity"), {"device": {"tv", "phone"}, "page": {f"p{number}" for number in range(100)}}
+    )
 
 
 def read(space: ContextSpace, codes: np.ndarray) -> list[dict[str, str | None]]:
@@ -30,22 +32,30 @@ def test_codes_are_read_back_and_times_agree_with_the_calendar(space: ContextSpa
     found = read(space, space.encode(TIMES, {"device": devices, "page": pa.array(["p99", "p0", None, "p7"])}, 4))
     for row, time, device, page in zip(found, TIMES.tolist(), ["tv", None, None, "phone"], ["p99", "p0", None, "p7"], strict=True):
         moment = datetime.fromtimestamp(time, UTC)
-        expected = {"hour": str(moment.hour), "weekday": moment.strftime("%A").lower(), "gap": None, "device": device, "page": page}
+        expected = {
+            "hour": str(moment.hour),
+            "weekday": moment.strftime("%A").lower(),
+            "gap": None,
+            "activity": None,
+            "device": device,
+            "page": page,
+        }
         assert row == expected
 
 
-def test_gaps_are_logarithmic(space: ContextSpace) -> None:
+def test_gaps_and_activity_are_logarithmic(space: ContextSpace) -> None:
     seconds = np.array([0, 1, 2, 3, 1_000, 2**40, -5, 7])
-    codes = space.encode_gaps(seconds, np.array([True] * 7 + [False]))
-    assert [row["gap"] for row in read(space, codes)] == ["0", "1", "1", "2", "9", "31", "0", None]
+    found = read(space, space.encode_places(np.array([1, 2, 3, 4, 7, 8, 2**40, 0]), seconds))
+    assert [row["gap"] for row in found] == ["0", "1", "1", "2", "9", "31", "0", None]
+    assert [row["activity"] for row in found] == ["1", "1", "2", "2", "3", "3", "31", "0"]
+    assert [row["gap"] for row in read(space, space.encode_places(np.array([5]), None))] == [None]
 
 
 def test_a_request_has_the_code_of_an_event(space: ContextSpace) -> None:
-    expected = space.encode(np.array([TIMES[1]]), {"device": pa.array(["tv"])}, 1) | space.encode_gaps(np.array([90]), np.array([True]))
-    assert space.ask(int(TIMES[1]), int(TIMES[1]) - 90, {"device": "tv"}).tolist() == expected.tolist()
-    assert space.ask(None, None, {}).tolist() == [0]
-    (only,) = read(space, space.ask(None, None, {"device": "phone"}))
-    assert {name: value for name, value in only.items() if value} == {"device": "phone"}
+    expected = space.encode(np.array([TIMES[1]]), {"device": pa.array(["tv"])}, 1) | space.encode_places(np.array([6]), np.array([90]))
+    assert space.ask(int(TIMES[1]), int(TIMES[1]) - 90, 6, {"device": "tv"}).tolist() == expected.tolist()
+    (only,) = read(space, space.ask(None, None, 0, {"device": "phone"}))
+    assert {name: value for name, value in only.items() if value} == {"device": "phone", "activity": "0"}
 
 
 def test_codes_of_torch_are_split_alike(space: ContextSpace) -> None:
