@@ -178,6 +178,9 @@ def users_schema(parts: RowParts) -> pa.Schema:
     return _with_parts(USERS_SCHEMA, parts, _HELD_OUT_FIELDS)
 
 
+LISTED_SCHEMA = pa.schema([(USER_ID, pa.string()), *_PROFILE_FIELDS])
+"""One row per user of the users table without events, in datasets that have profiles."""
+
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
 """One row per query text that users of one partition typed, numbered from 1 over all partitions and versions; partitions share no rows."""
 

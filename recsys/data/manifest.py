@@ -122,6 +122,7 @@ class DatasetManifest(_Record):
     user_statistics_shards: tuple[Shard, ...] = ()
     item_statistics_shards: tuple[Shard, ...] = ()
     query_shards: tuple[Shard, ...] = ()  # typed queries, in the order of their indices
+    listed_shards: tuple[Shard, ...] = ()  # users of the users table that no event of this or an older version is of
     profiles: ProfileSpace = ProfileSpace()
     contexts: ContextSpace = ContextSpace()
 

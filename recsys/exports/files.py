@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,15 +17,15 @@ from recsys.arrays import Integers
 from recsys.config import Config
 from recsys.data.items import ITEM_INDEX, CatalogueSource, ItemFeatures
 from recsys.data.manifest import Dataset, DatasetManifest
-from recsys.data.sequences import Sequences
+from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.data.text.queries import EVALUATION_VARIANT, drop_words
 from recsys.errors import UserError
-from recsys.exports.profiles import STORED, ArrowProfiles, ProfileStore, write_profiles
+from recsys.exports.profiles import ArrowProfiles, ProfileStore, write_profiles
 from recsys.model.ranker import Ranker, build_regression
 from recsys.model.text.queries import TOKENIZER_AND_BACKBONE, QueryEncoder
 from recsys.model.user_encoder import UserEncoder
 from recsys.predictor import Predictor
-from recsys.schema import CATALOGUE_SCHEMA, PROFILE_COLUMNS
+from recsys.schema import CATALOGUE_SCHEMA, LISTED_SCHEMA, PROFILE_COLUMNS, USER_ID
 
 PROJECTION = "item_encoder.sources.text."
 USERS_FILE = "users.arrow"
@@ -52,8 +53,7 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     (folder / "config.json").write_text(predictor.config.model_dump_json(indent=1), encoding="utf-8")
     (folder / "dataset.json").write_text(dataset.manifest.model_dump_json(indent=1), encoding="utf-8")
     _write_catalogue(dataset, predictor.catalogue.train_count.numpy(), folder / "catalogue.parquet")
-    stored = [name for name in STORED if name not in PROFILE_COLUMNS or predictor.reads_profiles]
-    write_profiles(dataset.read_users(stored), folder / USERS_FILE)
+    write_profiles(_stored_users(dataset, predictor.reads_profiles), folder / USERS_FILE)
     if predictor.query_encoder is not None:
         predictor.query_encoder.save(folder / TOKENIZER_AND_BACKBONE)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("item_encoder.text_encoder.")}
@@ -63,6 +63,24 @@ def write_export(predictor: Predictor, weights: dict[str, Tensor], dataset: Data
     save_file({name: tensor.contiguous() for name, tensor in vectors.items() if tensor is not None}, folder / "item_vectors.safetensors")
     golden = golden_answers(predictor, ArrowProfiles.open(folder / USERS_FILE), num_golden)
     (folder / "golden.json").write_text(json.dumps(golden), encoding="utf-8")
+
+
+def _stored_users(dataset: Dataset, has_profiles: bool) -> pa.Table:
+    """Read the users with their histories; with profiles also the users of the users table who have no history."""
+    if not has_profiles:
+        return dataset.read_users([USER_ID, *HISTORY_COLUMNS])
+    users = dataset.read_users([USER_ID, *HISTORY_COLUMNS, *PROFILE_COLUMNS])
+    listed = pa.concat_tables([LISTED_SCHEMA.empty_table(), *(dataset.read_shard(shard) for shard in dataset.manifest.listed_shards)])
+    newest = listed.take(_last_rows(listed[USER_ID]))
+    new = newest.filter(pc.invert(pc.is_in(newest[USER_ID], value_set=users[USER_ID].combine_chunks())))
+    nothing = {name: pa.array([[]] * new.num_rows, users.schema.field(name).type) for name in HISTORY_COLUMNS}
+    return pa.concat_tables([users, pa.table({**nothing, **{name: new[name] for name in new.column_names}}).select(users.column_names)])
+
+
+def _last_rows(ids: pa.ChunkedArray) -> pa.Array:
+    """Return the last row of each id, in order."""
+    rows = {user_id: row for row, user_id in enumerate(ids.to_pylist())}
+    return pa.array(sorted(rows.values()), pa.int64())
 
 
 def _write_catalogue(dataset: Dataset, train_count: Integers, path: Path) -> None:

@@ -124,6 +124,7 @@ class Written(Cleaned, Limited):
     users: Shard | None
     train: Shard | None
     queries: Shard | None
+    listed: Shard | None
     num_interactions: int
     num_targets: int
     num_exposures: int

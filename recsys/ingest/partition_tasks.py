@@ -34,9 +34,22 @@ from recsys.ingest.write.exposures import (
 )
 from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
-from recsys.ingest.write.sequence_tables import by_part, train_table, users_table
+from recsys.ingest.write.sequence_tables import by_part, profile_lists, train_table, users_table
 from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld, withheld_users
-from recsys.schema import CONTEXT_PREFIX, CONTEXTS, COUNTS_SCHEMA, EVENT, ITEM_ID, QUERIES_SCHEMA, QUERY, TIMESTAMP, USER_ID, VALUE, Kind
+from recsys.schema import (
+    CONTEXT_PREFIX,
+    CONTEXTS,
+    COUNTS_SCHEMA,
+    EVENT,
+    ITEM_ID,
+    LISTED_SCHEMA,
+    QUERIES_SCHEMA,
+    QUERY,
+    TIMESTAMP,
+    USER_ID,
+    VALUE,
+    Kind,
+)
 
 ITEM_INDEX_NAME = "item_index.parquet"
 IS_WITHHELD = "is_withheld"
@@ -177,6 +190,7 @@ def write_shards(job: Job, task: WriteTask) -> Written:
         users=job.write_shard(f"users/{task.partition:05d}.parquet", users),
         train=job.write_shard(f"train/{task.partition:05d}.parquet", train),
         queries=job.write_shard(f"queries/{task.partition:05d}.parquet", asked),
+        listed=job.write_shard(f"listed/{task.partition:05d}.parquet", _listed_users(job, task, user_ids)),
         num_exposures=num_exposures,
         num_targets=int(is_target[targets.events].sum()),
         withheld=int((parts == WITHHELD).sum()),
@@ -226,6 +240,19 @@ def index_events(job: Job, events: pa.Table, event_kinds: tuple[str, ...], index
         "timestamps": events[TIMESTAMP].to_numpy(),
         "values": events[VALUE].to_numpy(),
     }
+
+
+def _listed_users(job: Job, task: WriteTask, user_ids: pa.Array) -> pa.Table:
+    """Return the profiles of the users in the users table who have no event in this or an older version (LISTED_SCHEMA)."""
+    if not task.profiles:
+        return LISTED_SCHEMA.empty_table()
+    staged = read_partition(job.storage, job.staging("user-pieces"), task.partition, STAGED_USERS).combine_chunks()
+    ids = staged[USER_ID].combine_chunks()
+    active = pa.concat_arrays([user_ids, known_users(job.base, task.partition, staged[USER_ID])[USER_ID].combine_chunks()])
+    is_first = pc.equal(pc.index_in(ids, value_set=ids), pa.array(np.arange(len(ids)), pa.int32()))
+    chosen = staged.filter(pc.and_not(is_first, pc.is_in(ids, value_set=active)))
+    profiles = task.profiles.encode([dict(own or []) for own in chosen[ATTRIBUTES].to_pylist()])
+    return pa.table([chosen[USER_ID], *profile_lists(profiles)], schema=LISTED_SCHEMA)
 
 
 def _context_codes(job: Job, events: pa.Table, contexts: ContextSpace) -> Integers:

@@ -162,6 +162,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
         "user_statistics_shards": measured.user_shards,
         "item_statistics_shards": measured.item_shards,
         "query_shards": present(outcome.queries for outcome in shards),
+        "listed_shards": present(outcome.listed for outcome in shards),
         "profiles": profiles,
         "contexts": contexts,
     }

@@ -62,7 +62,8 @@ def world(num_events: int = 24) -> tuple[pd.DataFrame, pd.DataFrame]:
     events = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "device"])
     names = [f"taste{taste}" if number % 10 else None for number, taste in enumerate(tastes)]
     users = pd.DataFrame({"user_id": [f"u{user}" for user in range(NUM_USERS)], "taste": names, "age": ages, "secret": tastes})
-    return events, users
+    listed = pd.DataFrame({"user_id": ["only listed", "u0"], "taste": ["taste1", "taste2"], "age": [30, 31], "secret": [1, 2]})
+    return events, pd.concat([users, listed], ignore_index=True)
 
 
 def prepared(folder: Path, events: pd.DataFrame, users: pd.DataFrame, **values: Any) -> tuple[Config, Dataset]:
@@ -106,7 +107,7 @@ def test_contexts_and_profiles_of_the_rows_are_those_of_the_tables(small: Small)
     rows = Sequences.from_table(table)
     assert rows.profiles is not None
     plain = {user: own.sort_values("timestamp", kind="stable") for user, own in events.groupby("user_id")}
-    attributes = {row["user_id"]: row for row in users.to_dict("records")}
+    attributes = {row["user_id"]: row for row in reversed(users.to_dict("records"))}  # the first row of an id counts
     for row, user in enumerate(table["user_id"].to_pylist()):
         own, times = plain[user], pd.to_datetime(plain[user].timestamp, unit="s", utc=True)
         hours, weekdays, gaps, activities, devices = space.split(rows[row : row + 1].flat("contexts"))
@@ -216,6 +217,12 @@ def test_served_is_evaluated(small: Small, tmp_path: Path) -> None:
     known, unknown = answerer.recommend([RecommendRequest(user_id="u3", time=START, k=3), RecommendRequest(user_id="nobody", k=3)])
     assert b'"fallback":null' in known.body
     assert b'"fallback":"popularity"' in unknown.body
+    listed, posted = answerer.recommend(
+        [RecommendRequest(user_id="only listed", time=START), RecommendRequest(profile={"taste": "taste1", "age": 30}, time=START)]
+    )
+    assert listed.body == posted.body
+    assert loaded.profiles.find("only listed") is not None
+    assert len(loaded.profiles) == NUM_USERS + 1
     by_profile, other = answerer.recommend([RecommendRequest(profile={"taste": f"taste{number}"}, time=START) for number in (1, 4)])
     assert b'"fallback":null' in by_profile.body
     assert by_profile.body != other.body

@@ -68,12 +68,15 @@ def _parts(rows: Sequences, has_exposures: bool) -> RowParts:
 
 def _situations(rows: Sequences) -> list[pa.Array]:
     """Return the columns of contexts and profiles, as far as there are any."""
-    columns = [_list(rows, CONTEXTS)] if CONTEXTS in rows.columns else []
-    if rows.profiles is not None:
-        numbers = rows.profiles.scalars["numbers"]
-        offsets = pa.array(np.arange(len(rows) + 1) * numbers.shape[1], pa.int32())
-        columns += [_list(rows.profiles, "categories"), pa.ListArray.from_arrays(offsets, pa.array(numbers.reshape(-1), pa.float32()))]
-    return columns
+    contexts = [_list(rows, CONTEXTS)] if CONTEXTS in rows.columns else []
+    return contexts + ([] if rows.profiles is None else profile_lists(rows.profiles))
+
+
+def profile_lists(profiles: Sequences) -> list[pa.Array]:
+    """Return the PROFILE_COLUMNS of profiles."""
+    numbers = profiles.scalars["numbers"]
+    offsets = pa.array(np.arange(len(profiles) + 1) * numbers.shape[1], pa.int32())
+    return [_list(profiles, "categories"), pa.ListArray.from_arrays(offsets, pa.array(numbers.reshape(-1), pa.float32()))]
 
 
 def _exposure_lists(exposures: Sequences) -> list[pa.Array]:
