@@ -169,15 +169,14 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     sequences, num_train, num_validation = by_part(everything, parts)
     attributes, listed, overlap = _staged_attributes(job, task.partition, user_ids, known[ATTRIBUTES].combine_chunks())
     if task.profiles:
-        profiles = task.profiles.encode([dict(own or []) for own in attributes.to_pylist()])
-        sequences = replace(sequences, profiles=profiles)
+        sequences = replace(sequences, profiles=task.profiles.encode([dict(own or []) for own in attributes.to_pylist()]))
     rows = sequences, num_train, num_validation
     shown, held_out, num_exposures = _write_exposures(job, task, everyone, all_offsets, new_rows, known, rows, is_withheld)
     first_targets = np.bincount(everything.owners[(parts == TRAINING) & ~is_new], minlength=len(user_ids)).clip(min=shown is None)
     users = users_table(sequences, user_indices, user_ids, num_train, num_validation, attributes, held_out)
     train = train_table(sequences, user_indices, first_targets, num_train, job.data, shown)
     values = sequences.within(0, num_train).values.astype(np.float64)
-    moments = Moments.of(values, np.zeros(len(values), np.int64), 1)
+    moments = Moments.of(values, np.zeros_like(values, np.int64), 1)
     num_trained = np.concatenate([known["num_train"].to_numpy().astype(np.int64), np.zeros(len(new_ids), np.int64)])
     new_training, targets = sequences.within(num_trained, num_train), sequences.within(first_targets, num_train)
     counts = np.unique(new_training.items[is_target[new_training.events]], return_counts=True)

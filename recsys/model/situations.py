@@ -47,18 +47,13 @@ class ContextFusion(nn.Module):
     def __init__(self, space: ContextSpace, width: int) -> None:
         super().__init__()
         self.space = space
-        tables = [nn.Embedding(len(field.values) + 1, width) for field in space.fields]
-        for table in tables:
-            nn.init.normal_(table.weight, std=width**-0.5)
-        self.fields = nn.ModuleList(tables)
+        self.values = nn.Embedding(len(space.names), width)
+        nn.init.normal_(self.values.weight, std=width**-0.5)
         self.up, self.down = nn.Linear(2 * width, 2 * width), nn.Linear(2 * width, width, bias=False)
         nn.init.zeros_(self.down.weight)
 
     def forward(self, states: Tensor, contexts: Tensor) -> Tensor:
         """Return the joined states (N, W) of states (N, W) and contexts (N,)."""
-        # A value that a later version of the dataset has is unknown to an older model.
-        sizes = [len(field.values) + 1 for field in self.space.fields]
-        codes = [code * (code < size) for code, size in zip(self.space.split(contexts), sizes, strict=True)]
-        context = torch.stack([table(code) for table, code in zip(self.fields, codes, strict=True)]).sum(0).to(states.dtype)
+        context = self.values(torch.stack(list(self.space.rows(contexts)))).sum(0).to(states.dtype)
         joined: Tensor = states + self.down(F.silu(self.up(torch.cat([states, context], -1))))
         return joined

@@ -1,6 +1,6 @@
 """Contexts: the situation of an event or a request as one integer, a few bits per field."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,18 @@ class ContextSpace(BaseModel):
         gaps = None if time is None or last is None else np.array([time - last])
         codes = self.encode(times, {name: pa.array([value], pa.string()) for name, value in given.items()}, 1)
         return codes | self.encode_places(np.array([num_before]), gaps)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The values of all fields as `field=value`; the first of a field, without a value, stands for an unknown one."""
+        return tuple(f"{field.name}={value}" for field in self.fields for value in ("", *field.values))
+
+    def rows(self, codes: Any) -> Iterator[Any]:
+        """Yield for each field the positions in `names` of its values; a value that only a later version of the dataset has is unknown."""
+        begin = 0
+        for field, part in zip(self.fields, self.split(codes), strict=True):
+            yield begin + part * (part <= len(field.values))
+            begin += 1 + len(field.values)
 
     def split(self, codes: Any) -> Sequence[Any]:
         """Return the code of each field; `codes` may be NumPy's or PyTorch's integers."""

@@ -30,7 +30,9 @@ def test_a_context_is_joined_by_the_plain_formula_and_begins_without_effect() ->
     states, codes = torch.randn(3, WIDTH), torch.from_numpy(np.array([0, 1 + (2 << 3), 7 + (3 << 3)]))
     torch.testing.assert_close(fusion(states, codes), states, rtol=0, atol=0)
     torch.nn.init.normal_(fusion.down.weight)
-    weekday, device = (table.weight for table in fusion.fields)
+    assert space.names[:2] == ("weekday=", "weekday=monday")
+    assert space.names[-3:] == ("device=", "device=phone", "device=tv")
+    weekday, device = fusion.values.weight.split([8, 3])
     context = torch.stack([weekday[0] + device[0], weekday[1] + device[2], weekday[7] + device[0]])  # device 3 is of a later version
     hidden = torch.cat([states, context], 1) @ fusion.up.weight.T + fusion.up.bias
     torch.testing.assert_close(fusion(states, codes), states + F.silu(hidden) @ fusion.down.weight.T)
