@@ -1,13 +1,15 @@
 """The command line of all verbs: `--config`, `--set`, `--verbose`, `--help`; one JSON object as the last line of stdout."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -33,7 +35,7 @@ def run_verb(name: str, verb: Callable[[Config], dict[str, Any]], description: s
     except UserError as error:
         _fail(error)
     begin = time.monotonic()
-    with _stdout_for_the_result() as stdout, terminal.output_to(log):
+    with _stdout_for_the_result() as stdout, _noticed_end(log), terminal.output_to(log):
         try:
             if missed := unread(name, config):
                 logger.warning("%s does not read %s", name, ", ".join(missed))
@@ -67,6 +69,32 @@ def _stdout_for_the_result() -> TextIO:
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stdout
+
+
+@contextlib.contextmanager
+def _noticed_end(log: Path | None) -> Iterator[None]:
+    """Name the log file on the terminal if this process ends within the block without a last line, as native code and kills end it.
+
+    A child process waits for the end of a pipe: nothing runs any more in a process that ends in this way.
+    """
+    if log is None:
+        yield
+        return
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.close(writing)
+        if not os.read(reading, 1):
+            os.write(2, f"error: the process ended unexpectedly; its last output is in {log}\n".encode())
+        os._exit(0)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        os.write(writing, b".")
+        os.close(writing)
+        os.waitpid(child, 0)
 
 
 def _log_file(config: Config, name: str) -> Path:

@@ -32,6 +32,10 @@ VERB = """
             raise UserError("data.events = x:\\n no such file")
         if "{how}" == "failure":
             raise RuntimeError("something broke")
+        if "{how}" == "exit":
+            os._exit(1)
+        if "{how}" == "kill":
+            os.kill(os.getpid(), 9)
         return {{"answer": 1}}
 
     run_verb("serve.stop", run, None)
@@ -73,6 +77,16 @@ def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(tmp_path: Path, h
     assert next(each for each in finished.stderr.splitlines() if "told by" not in each).startswith(line)
     assert len(finished.stderr.splitlines()) == 4
     assert ("RuntimeError: something broke" in log and "Traceback" in log) == (how == "failure")
+
+
+@pytest.mark.parametrize(("how", "status"), [("exit", 1), ("kill", -9)])
+def test_an_end_without_a_last_line_names_the_log(tmp_path: Path, how: str, status: int) -> None:
+    """Ray's native code ends a driver in this way, for example if it cannot register with the node."""
+    finished, _ = run(tmp_path, how)
+    assert finished.returncode == status
+    assert finished.stdout == ""
+    assert "error: the process ended unexpectedly; its last output is in" in finished.stderr.splitlines()[-1]
+    assert str(tmp_path / "logs" / "serve.stop-") in finished.stderr.splitlines()[-1]
 
 
 def test_verbose_shows_everything_and_keeps_no_file(tmp_path: Path) -> None:
