@@ -104,6 +104,8 @@ class TrainingConfig(Section):
             )
         if self.keep_optimizer and not self.start_from:
             raise ValueError("training.keep_optimizer = true needs the checkpoint in training.start_from; false would work")
+        if self.keep_optimizer and self.zero_stage == 0:
+            raise ValueError("training.keep_optimizer = true needs training.zero_stage >= 1; 2 would work")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")
         if self.offload_parameters and self.zero_stage < 3:

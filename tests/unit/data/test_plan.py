@@ -14,7 +14,9 @@ WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12)
 
 plans = st.builds(
     EpochPlan,
-    row_groups=st.lists(st.integers(0, 40) | st.integers(250, 600), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) > 0).map(tuple),
+    row_groups=st.lists(st.integers(0, 40) | st.integers(250, 600), min_size=1, max_size=30)
+    .filter(lambda sizes: sum(sizes) > 0)
+    .map(tuple),
     global_batch_size=st.integers(1, 64),
     streams=st.sampled_from([1, 5, 12, 24, 48]),
     window=st.integers(0, 5),
