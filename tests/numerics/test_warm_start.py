@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from recsys.config import Config, load_config
+from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.ingest.prepare import prepare
 from recsys.model.recommender import Recommender
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage
@@ -18,51 +18,18 @@ from recsys.train.checkpoints.load_recommender import build_predictor, load_trai
 from recsys.train.loop import Trainer
 from recsys.train.state import TrainingState
 from tests.checkpoints import store_of
-from tests.datasets import open_dataset, small_config
-from tests.distributed import run_distributed
+from tests.datasets import make_dataset, open_dataset, small_config
+from tests.distributed import RankError, run_distributed
 from tests.reporters import LocalReporter
-from tests.without_ray import patch_run_tasks, run_once
+from tests.versions import NUM_NEW, NUM_OLD, make_versions, prepared, write_events, write_items
 
-NUM_USERS, NUM_OLD, NUM_NEW = 60, 20, 6
 SMALL_STEPS: dict[str, Any] = {"optimizer__learning_rate": 1e-12, "optimizer__weight_decay": 0.0}
 """A step that changes nothing beyond rounding, so that a checkpoint has the weights from before the first step."""
 
 
-def write_events(path: Path, days: range, num_items: int, kinds: str = "") -> None:
-    """Write an event a day for each user; with kinds (one letter each) also a kind and a value."""
-    generator = np.random.default_rng(days.start)
-    rows = ["user_id,item_id,timestamp" + ",event,value" * bool(kinds)]
-    for user in range(NUM_USERS):
-        for day in days:
-            item = num_items - 1 - int(generator.integers(num_items)) if generator.random() < 0.3 else (user * 7 + day) % num_items
-            more = f",{kinds[int(generator.integers(len(kinds)))]},{generator.integers(1, 6)}" if kinds else ""
-            rows.append(f"u{user},i{item:03},{1_700_000_000 + day * 86_400 + user}{more}")
-    path.write_text("\n".join(rows) + "\n")
-
-
-def write_items(path: Path, num_items: int) -> None:
-    rows = [f"i{item:03},{'new' if item >= NUM_OLD else 'abc'[item % 3]},{item / 7}" for item in range(num_items)]
-    path.write_text("\n".join(["item_id,genre,price", *rows]) + "\n")
-
-
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset]:
-    """A dataset, and the next version with new items and categories."""
-    folder = tmp_path_factory.mktemp("versions")
-    storage = Storage(str(folder / "store"))
-    write_events(folder / "before.csv", range(12), NUM_OLD, "vb")
-    write_events(folder / "day.csv", range(12, 14), NUM_OLD + NUM_NEW, "vb")
-    write_items(folder / "items.csv", NUM_OLD)
-    write_items(folder / "more.csv", NUM_OLD + NUM_NEW)
-    with pytest.MonkeyPatch.context() as patch:
-        patch_run_tasks(patch, run_once)
-        first = prepared(storage, folder, events="before.csv", items="items.csv")
-        return first, prepared(storage, folder, events="day.csv", items="more.csv", base=first.uri)
-
-
-def prepared(storage: Storage, folder: Path, base: str = "", **files: str) -> Dataset:
-    values = {"storage.root": storage.root, "run.scratch": str(folder / "scratch"), "data.max_history": 10, "data.base": base}
-    return prepare(load_config().with_values(values | {f"data.{key}": str(folder / file) for key, file in files.items()}), storage)
+    return make_versions(tmp_path_factory.mktemp("versions"))
 
 
 def train(config: Config) -> TrainingState:
@@ -92,17 +59,10 @@ def test_scores_of_old_users_and_items_are_unchanged_after_the_tables_grew(
     first, second = versions
     assert second.manifest.num_items == NUM_OLD + NUM_NEW
     assert len(second.manifest.category_vocabulary) == len(first.manifest.category_vocabulary) + 1
-    start, _ = trained(first, tmp_path, old[0], run__name="monday", training__max_steps=8, training__zero_stage=old[1])
-    after, config = trained(
-        second,
-        tmp_path,
-        new[0],
-        run__name="tuesday",
-        training__max_steps=1,
-        training__zero_stage=new[1],
-        training__start_from=start,
-        **SMALL_STEPS,
-    )
+    stages = [{"training__zero_stage": stage} for _, stage in (old, new)]
+    start, _ = trained(first, tmp_path, old[0], run__name=f"monday-{old}", training__max_steps=8, **stages[0])
+    values = {"run__name": f"tuesday-{new}", "training__max_steps": 1, "training__start_from": start}
+    after, config = trained(second, tmp_path, new[0], **values, **stages[1], **SMALL_STEPS)
     before, grown = (build_predictor(config, dataset, loaded(dataset, uri, tmp_path)) for dataset, uri in ((first, start), (second, after)))
     users = Sequences.from_table(first.read_users(list(HISTORY_COLUMNS)))
     histories = [users[row : row + 1] for row in range(len(users))]
@@ -117,13 +77,14 @@ def test_scores_of_old_users_and_items_are_unchanged_after_the_tables_grew(
             np.testing.assert_allclose(other[task], values, rtol=0, atol=1e-6)
 
 
-def test_a_model_of_behaviour_alone_becomes_one_with_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_run_tasks(monkeypatch, run_once)
+def test_a_model_of_behaviour_alone_becomes_one_with_tasks(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "store"))
     write_events(tmp_path / "views.csv", range(12), NUM_OLD + NUM_NEW)
-    write_events(tmp_path / "labelled.csv", range(20, 30), NUM_OLD, "vb")
+    write_events(tmp_path / "labelled.csv", range(20, 30), NUM_OLD, "vb", first=NUM_NEW)
     write_items(tmp_path / "items.csv", NUM_OLD + NUM_NEW)
-    views, labelled = (prepared(storage, tmp_path, events=name, items="items.csv") for name in ("views.csv", "labelled.csv"))
+    write_items(tmp_path / "fewer.csv", NUM_OLD, first=NUM_NEW)
+    views = prepared(storage, tmp_path, events="views.csv", items="items.csv")
+    labelled = prepared(storage, tmp_path, events="labelled.csv", items="fewer.csv")
     assert (views.manifest.tasks, len(views.manifest.event_kinds)) == ((), 1)
     start, _ = trained(views, tmp_path, run__name="pretrained", training__max_steps=8)
     after, _ = trained(labelled, tmp_path, run__name="labelled", training__max_steps=1, training__start_from=start, **SMALL_STEPS)
@@ -144,3 +105,43 @@ def test_a_model_of_behaviour_alone_becomes_one_with_tasks(tmp_path: Path, monke
     for item, row in places[1].items():
         ids = [weights["item_encoder.sources.id.weight"] for weights in (result, source)]
         torch.testing.assert_close(ids[0][row], ids[1][places[0][item]], rtol=0, atol=1e-6)
+
+
+ONE_STEP = {
+    "training__global_batch_size": 512,  # an epoch is one step, so that the order of samples is irrelevant
+    "training__micro_batch_size": 256,
+    "training__num_workers": 2,
+    "training__early_stopping_patience": None,
+    "optimizer__warmup_steps": 0,
+    "optimizer__final_fraction": 1.0,
+    "model__dropout": 0.0,
+    "model__id_dropout": 0.0,
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3, pytest.param(1, marks=pytest.mark.slow)])
+def test_with_the_optimizers_state_a_run_in_two_parts_equals_one_in_one(tmp_path: Path, stage: int) -> None:
+    dataset = make_dataset(Storage(str(tmp_path / "store")))
+    assert dataset.manifest.num_samples <= 512
+
+    def weights(name: str, epochs: int, num_workers: int = 2, **values: object) -> tuple[str, dict[str, Tensor]]:
+        sizes = ONE_STEP | {"training__num_workers": num_workers, "training__micro_batch_size": 512 // num_workers}
+        uri, _ = trained(
+            dataset, tmp_path, num_workers, run__name=name, training__epochs=epochs, training__zero_stage=stage, **sizes, **values
+        )
+        return uri, dict(loaded(dataset, uri, tmp_path).named_parameters())
+
+    start, half = weights("half", 4)
+    _, whole = weights("whole", 8)
+    _, kept = weights("kept", 4, 1, training__start_from=start, training__keep_optimizer=True)
+    _, anew = weights("anew", 4, 1, training__start_from=start)
+    moved, off, lost = (max(float((one[name] - whole[name]).abs().max()) for name in whole) for one in (half, kept, anew))
+    assert off < 1e-5
+    assert min(lost, moved) > 1e-3
+
+
+def test_weights_of_which_nothing_fits_are_refused_by_the_worker(tmp_path: Path) -> None:
+    dataset = make_dataset(Storage(str(tmp_path / "store")))
+    start, _ = trained(dataset, tmp_path, run__name="wide", training__max_steps=1, model__width=32)
+    with pytest.raises(RankError, match=r"has model\.width = 32, this run 16; set model\.width=32"):
+        trained(dataset, tmp_path, run__name="narrow", training__start_from=start)
