@@ -35,7 +35,7 @@ def make_versions(folder: Path) -> tuple[Dataset, Dataset]:
     """Prepare a dataset, and the next version with new items and categories, without Ray."""
     storage = Storage(str(folder / "store"))
     write_events(folder / "before.csv", range(12), NUM_OLD, "vb")
-    write_events(folder / "day.csv", range(12, 14), NUM_OLD + NUM_NEW, "vb")
+    write_events(folder / "day.csv", range(12, 17), NUM_OLD + NUM_NEW, "vb")
     write_items(folder / "items.csv", NUM_OLD)
     write_items(folder / "more.csv", NUM_OLD + NUM_NEW)
     first = prepared(storage, folder, events="before.csv", items="items.csv")

@@ -27,6 +27,12 @@ from recsys.arrays import Integers
 SLICE_ROWS = 256
 """Maximum number of consecutive rows that a replay draws together, so that few row groups are decoded for it."""
 
+MIN_SLICES = 48
+"""A replay consists of at least so many slices, which are then shorter, so that it is spread over the history."""
+
+MAX_DRAWN_FROM = 1 << 20
+"""A draw is from about so many slices at most, which bounds its time and memory."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -154,10 +160,11 @@ class EpochPlan:
     def _replayed(self, num_samples: int) -> Integers:
         """Draw slices of older row groups with `num_samples` samples in total, at most all; return them in the manifest's order."""
         sizes = np.asarray(self.row_groups[: self.first_new], dtype=np.int64)
-        counts = -(-sizes // SLICE_ROWS)
+        rows = min(SLICE_ROWS, max(1, num_samples // MIN_SLICES, int(sizes.sum()) // MAX_DRAWN_FROM))
+        counts = -(-sizes // rows)
         groups = np.repeat(np.arange(len(sizes)), counts)
-        begins = (np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)) * SLICE_ROWS
-        ends = np.minimum(begins + SLICE_ROWS, sizes[groups])
+        begins = (np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows
+        ends = np.minimum(begins + rows, sizes[groups])
         # Not one of the generators of two and four numbers above: to NumPy, missing numbers are zeros.
         order = np.random.default_rng((self.seed, self.epoch, 0, 0, 1)).permutation(len(groups))
         surplus = np.maximum(np.cumsum((ends - begins)[order]) - num_samples, 0)

@@ -8,15 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data.plan import SLICE_ROWS, EpochPlan, _permutation
+from recsys.data.plan import MIN_SLICES, SLICE_ROWS, EpochPlan, _permutation
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12)
 
 plans = st.builds(
     EpochPlan,
-    row_groups=st.lists(st.integers(0, 40) | st.integers(250, 600), min_size=1, max_size=30)
-    .filter(lambda sizes: sum(sizes) > 0)
-    .map(tuple),
+    row_groups=st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) > 0).map(tuple),
     global_batch_size=st.integers(1, 64),
     streams=st.sampled_from([1, 5, 12, 24, 48]),
     window=st.integers(0, 5),
@@ -157,10 +155,15 @@ def test_without_replay_the_order_is_that_of_earlier_releases() -> None:
 def test_a_replay_reads_as_many_row_groups_as_the_day_needs_however_long_the_history_is() -> None:
     day = (1000,) * 4
     for num_old in (20, 2_000, 20_000):
-        plan = EpochPlan((1000,) * num_old + day, 480, streams=48, window=2, seed=0, epoch=0, first_new=num_old, replay=0.5)
-        assert (plan.num_samples, plan.num_steps) == (6_000, 13)
-        spans = [span for stream in range(48) for window in plan.windows(stream) for span in window.spans]
-        assert len({group for group, *_ in spans}) <= len(day) + -(-2_000 // SLICE_ROWS) + 1
+        for replay, num_slices in ((0.5, MIN_SLICES), (10.0, -(-40_000 // SLICE_ROWS))):
+            plan = EpochPlan((1000,) * num_old + day, 480, streams=48, window=2, seed=0, epoch=0, first_new=num_old, replay=replay)
+            num_samples = 4_000 + min(round(4_000 * replay), 1000 * num_old)
+            assert (plan.num_samples, plan.num_steps) == (num_samples, -(-num_samples // 480))
+            spans = [span for stream in range(48) for window in plan.windows(stream) for span in window.spans]
+            groups = {group for group, *_ in spans}
+            assert len(groups) <= len(day) + 1.5 * num_slices  # row groups are no multiple of a slice
+            if num_old > 1000:
+                assert len(groups) > len(day) + num_slices / 2
 
 
 def test_a_replay_draws_other_slices_each_epoch_and_in_time_all_samples() -> None:
@@ -174,7 +177,7 @@ def test_a_replay_draws_other_slices_each_epoch_and_in_time_all_samples() -> Non
         counts[old] += 1
     assert counts.min() > 0
     by_group = [part.mean() for part in np.split(counts, np.cumsum(base.row_groups[:3]))]
-    np.testing.assert_allclose(by_group, 400 * 300 / num_old, rtol=0.5)  # the last slice is cut, so short ones are drawn more often
+    np.testing.assert_allclose(by_group, 400 * 300 / num_old, rtol=0.25)
 
 
 def test_a_replay_without_a_window_keeps_the_order_of_the_shards() -> None:
