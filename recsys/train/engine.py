@@ -244,7 +244,7 @@ def read_moments(folder: Path, target: Path, weights: Mapping[str, Tensor]) -> t
     """
     convert_to_universal(folder, target)
     parts = target / TAG / "zero"
-    names = [name for name in weights if (parts / name).is_dir()]
+    names = [name for name in weights if (parts / name / f"{MOMENTS[0]}.pt").is_file()]
     moments = {key: {name: _universal_part(parts / name / f"{key}.pt").view(weights[name].shape) for name in names} for key in MOMENTS}
     shard = torch.load(next((folder / TAG).glob(f"*{SHARDED_SUFFIX}")), map_location="cpu", weights_only=False)["optimizer_state_dict"]
     adam = shard.get("base_optimizer_state") or shard["optimizer_state_dict"]  # ZeRO 1 and 2, or 3

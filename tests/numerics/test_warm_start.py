@@ -60,8 +60,8 @@ def test_scores_of_old_users_and_items_are_unchanged_after_the_tables_grew(
     assert second.manifest.num_items == NUM_OLD + NUM_NEW
     assert len(second.manifest.category_vocabulary) == len(first.manifest.category_vocabulary) + 1
     stages = [{"training__zero_stage": stage} for _, stage in (old, new)]
-    start, _ = trained(first, tmp_path, old[0], run__name=f"monday-{old}", training__max_steps=8, **stages[0])
-    values = {"run__name": f"tuesday-{new}", "training__max_steps": 1, "training__start_from": start}
+    start, _ = trained(first, tmp_path, old[0], run__name=f"monday-{old[0]}-{old[1]}", training__max_steps=8, **stages[0])
+    values = {"run__name": f"tuesday-{new[0]}-{new[1]}", "training__max_steps": 1, "training__start_from": start}
     after, config = trained(second, tmp_path, new[0], **values, **stages[1], **SMALL_STEPS)
     before, grown = (build_predictor(config, dataset, loaded(dataset, uri, tmp_path)) for dataset, uri in ((first, start), (second, after)))
     users = Sequences.from_table(first.read_users(list(HISTORY_COLUMNS)))
@@ -136,7 +136,7 @@ def test_with_the_optimizers_state_a_run_in_two_parts_equals_one_in_one(tmp_path
     _, kept = weights("kept", 4, 1, training__start_from=start, training__keep_optimizer=True)
     _, anew = weights("anew", 4, 1, training__start_from=start)
     moved, off, lost = (max(float((one[name] - whole[name]).abs().max()) for name in whole) for one in (half, kept, anew))
-    assert off < 1e-5
+    assert off < 1e-4
     assert min(lost, moved) > 1e-3
 
 
