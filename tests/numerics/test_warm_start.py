@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jobs.export import run as export
 from recsys.config import Config
 from recsys.data.manifest import Dataset
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
@@ -51,7 +52,7 @@ def loaded(dataset: Dataset, uri: str, folder: Path) -> Recommender:
 @pytest.mark.parametrize(
     ("old", "new"),
     [((1, 2), (2, 1)), ((2, 0), (1, 3)), pytest.param((2, 3), (1, 2), marks=pytest.mark.slow)],
-    ids=["1-to-2-workers", "zero-0-to-3", "zero-3-to-2"],
+    ids=["export-1-to-2-workers", "zero-0-to-3", "zero-3-to-2"],
 )
 def test_scores_of_old_users_and_items_are_unchanged_after_the_tables_grew(
     versions: tuple[Dataset, Dataset], tmp_path: Path, old: tuple[int, int], new: tuple[int, int]
@@ -60,8 +61,9 @@ def test_scores_of_old_users_and_items_are_unchanged_after_the_tables_grew(
     assert second.manifest.num_items == NUM_OLD + NUM_NEW
     assert len(second.manifest.category_vocabulary) == len(first.manifest.category_vocabulary) + 1
     stages = [{"training__zero_stage": stage} for _, stage in (old, new)]
-    start, _ = trained(first, tmp_path, old[0], run__name=f"monday-{old[0]}-{old[1]}", training__max_steps=8, **stages[0])
-    values = {"run__name": f"tuesday-{new[0]}-{new[1]}", "training__max_steps": 1, "training__start_from": start}
+    start, config = trained(first, tmp_path, old[0], run__name=f"monday-{old[0]}-{old[1]}", training__max_steps=8, **stages[0])
+    source = export(config.with_values({"export.checkpoint": start}))["uri"] if old == (1, 2) else start
+    values = {"run__name": f"tuesday-{new[0]}-{new[1]}", "training__max_steps": 1, "training__start_from": source}
     after, config = trained(second, tmp_path, new[0], **values, **stages[1], **SMALL_STEPS)
     before, grown = (build_predictor(config, dataset, loaded(dataset, uri, tmp_path)) for dataset, uri in ((first, start), (second, after)))
     users = Sequences.from_table(first.read_users(list(HISTORY_COLUMNS)))

@@ -198,7 +198,7 @@ def _fetch(config: Config, dataset: Dataset) -> dict[str, Any]:
     if export is None:
         read_manifest(storage, uri)  # raises a readable error
     key = (storage.read_bytes(join(uri, MANIFEST_NAME)), dataset.manifest.fingerprint, config.training.keep_optimizer)
-    folder = Path(config.run.scratch) / "checkpoints" / f"start-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+    folder = Path(config.run.scratch) / "starts" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
     def build(new: Path) -> None:
         parts, catalogue = _of_checkpoint(storage, config, new) if export is None else _of_export(*export, new)
