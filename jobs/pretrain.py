@@ -17,7 +17,8 @@ def run(config: Config) -> dict[str, Any]:
     from recsys.store import Storage
     from recsys.train.checkpoints.backbone import publish_backbone
 
-    result = launch(config.with_values({"run.name": f"{config.run.name}/pretraining"}), TextPretraining)
+    own = {"run.name": f"{config.run.name}/pretraining", "training.start_from": "", "training.keep_optimizer": False}
+    result = launch(config.with_values(own), TextPretraining)
     backbone = publish_backbone(Storage.from_config(config.storage), result["checkpoint"], Path(config.run.scratch))
     return result | {"run": config.run.name, "backbone": backbone}
 

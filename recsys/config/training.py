@@ -58,6 +58,12 @@ class TrainingConfig(Section):
     """Maximum number of optimizer steps; unset: no limit."""
     early_stopping_patience: Annotated[PositiveInt | None, Fact.MAY_CHANGE] = 5
     """Stop after this many epochs without improvement of `evaluation.metric`."""
+    start_from: Annotated[str, Fact.PATH] = ""
+    """Checkpoint or export whose weights a new run begins with; rows of tables are matched by name; empty: random weights."""
+    keep_optimizer: bool = False
+    """Take the optimizer's state from the checkpoint in `start_from`, too; the learning rate's schedule starts anew."""
+    replay: NonNegative | None = None
+    """An epoch is the samples that the newest version added and so many older ones per new one, drawn anew; unset: all samples."""
     shuffle_row_groups: Count = 2
     """Samples are shuffled within windows of this many row groups of each stream; 0: no shuffling."""
     shuffle_histories: bool = False
@@ -96,6 +102,10 @@ class TrainingConfig(Section):
                 f"training.global_batch_size = {self.global_batch_size} must be divisible by training.micro_batch_size x "
                 f"training.num_workers = {self.micro_batch_size} x {high}; {near} would work"
             )
+        if self.keep_optimizer and not self.start_from:
+            raise ValueError("training.keep_optimizer = true needs the checkpoint in training.start_from; false would work")
+        if self.keep_optimizer and self.zero_stage == 0:
+            raise ValueError("training.keep_optimizer = true needs training.zero_stage >= 1; 2 would work")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("training.offload_optimizer = true needs training.zero_stage >= 1; 2 would work")
         if self.offload_parameters and self.zero_stage < 3:

@@ -40,15 +40,16 @@ _DATASET = ("data.dataset", "data.max_history")
 _TRAIN = (*_RUN, *_DATASET, *_VALIDATION, "model", "optimizer", "training", "fairness", "ranking", "checkpoint")
 _PRETRAIN = (*_RUN, "data.dataset", "model.text", "optimizer", "training", "pretraining", "checkpoint")
 _LABELLED = ("model.text.mode", "model.text.lora_rank", "model.text.lora_targets", "model.text.refresh_steps")
+_START = ("training.start_from", "training.keep_optimizer")
 
 _IN_DATASET = ("data",)
 _IN_CHECKPOINT = ("data", "model", "optimizer", "training", "fairness", "pretraining")
 
 VERBS = {
     "jobs.prepare_data": VerbSettings((*_STORE, "data"), ignored=("data.dataset",)),
-    "jobs.pretrain": VerbSettings(_PRETRAIN, ignored=_LABELLED, carried=_IN_DATASET),
+    "jobs.pretrain": VerbSettings(_PRETRAIN, ignored=(*_LABELLED, *_START, "training.replay"), carried=_IN_DATASET),
     "jobs.train": VerbSettings(_TRAIN, carried=_IN_DATASET),
-    "jobs.plan_memory": VerbSettings((*_STORE, *_DATASET, *_VALIDATION, "model", "training", "fairness"), carried=_IN_DATASET),
+    "jobs.plan_memory": VerbSettings((*_STORE, *_DATASET, *_VALIDATION, "model", "training", "fairness"), _START, carried=_IN_DATASET),
     "jobs.evaluate": VerbSettings((*_STORE, "ranking", "evaluation"), carried=_IN_CHECKPOINT),
     "jobs.export": VerbSettings((*_STORE, *_VALIDATION, "run.name", "ranking", "export"), carried=_IN_CHECKPOINT),
     "jobs.pipeline": VerbSettings(("run.stages", "service.token_env")),

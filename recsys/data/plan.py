@@ -1,6 +1,6 @@
 """Which rank reads which samples in which step: a pure function of sizes, seed and epoch, without I/O.
 
-The row groups of a dataset are permuted and concatenated. The result is cut into S streams whose lengths differ by at most one sample, and
+The row groups of an epoch are permuted and concatenated. The result is cut into S streams whose lengths differ by at most one sample, and
 each stream is shuffled within windows of some row groups. Sample m of the epoch is sample m // S of stream m % S. Step t holds samples t*G
 to (t+1)*G; rank r of N reads those with m % N == r. Therefore:
 
@@ -8,6 +8,10 @@ to (t+1)*G; rank r of N reads those with m % N == r. Therefore:
 - if N divides S, a rank reads only its own streams and their row groups; otherwise it reads all row groups;
 - (epoch, t) is the whole state: a run resumes after any step without reading earlier samples;
 - every sample occurs once: the last step is smaller, and the ranks' shares of a step differ by at most one sample.
+
+With `replay` an epoch has all samples of the newest row groups and, per sample of these, so many older ones. Slices of older row groups are
+drawn without replacement by seed and epoch, and take the place of row groups in the above. Steps and row groups read then depend on
+the newest data, not on the history.
 """
 
 from bisect import bisect_right
@@ -19,6 +23,15 @@ from operator import attrgetter
 import numpy as np
 
 from recsys.arrays import Integers
+
+SLICE_ROWS = 256
+"""Maximum number of consecutive rows that a replay draws together, so that few row groups are decoded for it."""
+
+MIN_SLICES = 48
+"""A replay consists of at least so many slices, which are then shorter, so that it is spread over the history."""
+
+MAX_DRAWN_FROM = 1 << 20
+"""A draw is from about so many slices at most, which bounds its time and memory."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,8 @@ class Window:
 class EpochPlan:
     """The order of one epoch. Sample ids count rows over all row groups in the manifest's order.
 
-    `window` is the number of row groups that are shuffled together in a stream; 0 keeps the manifest's order, in one stream.
+    `window` is the number of row groups that are shuffled together in a stream; 0 keeps the manifest's order, in one stream. Without
+    `replay` an epoch has all samples; otherwise row groups before number `first_new` are older ones.
     """
 
     row_groups: tuple[int, ...]
@@ -50,6 +64,8 @@ class EpochPlan:
     window: int
     seed: int
     epoch: int
+    first_new: int = 0
+    replay: float | None = None
 
     @property
     def num_streams(self) -> int:
@@ -59,7 +75,8 @@ class EpochPlan:
     @cached_property
     def num_samples(self) -> int:
         """Number of samples in the epoch; each occurs exactly once."""
-        return sum(self.row_groups)
+        parts, _ = self._line
+        return int((parts[:, 2] - parts[:, 1]).sum())
 
     @property
     def num_steps(self) -> int:
@@ -107,12 +124,11 @@ class EpochPlan:
         length, longer = divmod(self.num_samples, self.num_streams)
         begin = stream * length + min(stream, longer)
         end = begin + length + (stream < longer)
-        order, ends = self._line
+        parts, ends = self._line
         spans: list[tuple[int, int, int]] = []
         here = slice(int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end, side="left")) + 1)
-        for group, group_end in zip(order[here].tolist(), ends[here].tolist(), strict=True):
-            size = self.row_groups[group]
-            start, stop = max(begin - group_end + size, 0), min(end - group_end + size, size)
+        for (group, first, last), part_end in zip(parts[here].tolist(), ends[here].tolist(), strict=True):
+            start, stop = max(begin - part_end + last, first), min(end - part_end + last, last)
             if stop > start:
                 spans.append((group, start, stop))
         place, width = 0, max(1, self.window)
@@ -131,11 +147,29 @@ class EpochPlan:
 
     @cached_property
     def _line(self) -> tuple[Integers, Integers]:
-        """The row groups in the epoch's order, and where each ends in their concatenation."""
-        order = np.arange(len(self.row_groups))
+        """The parts of row groups (row group, first row, end row) in the epoch's order, and where each ends in their concatenation."""
+        sizes = np.asarray(self.row_groups, dtype=np.int64)
+        parts = np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes], 1)
+        if self.replay is not None:
+            new = parts[self.first_new :]
+            parts = np.concatenate([self._replayed(round(self.replay * int(new[:, 2].sum()))), new])
         if self.window:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
-        return order, np.cumsum(np.asarray(self.row_groups, dtype=np.int64)[order])
+            parts = parts[np.random.default_rng((self.seed, self.epoch)).permutation(np.arange(len(parts)))]
+        return parts, np.cumsum(parts[:, 2] - parts[:, 1])
+
+    def _replayed(self, num_samples: int) -> Integers:
+        """Draw slices of older row groups with `num_samples` samples in total, at most all; return them in the manifest's order."""
+        sizes = np.asarray(self.row_groups[: self.first_new], dtype=np.int64)
+        rows = min(SLICE_ROWS, max(1, num_samples // MIN_SLICES, int(sizes.sum()) // MAX_DRAWN_FROM))
+        counts = -(-sizes // rows)
+        groups = np.repeat(np.arange(len(sizes)), counts)
+        begins = (np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows
+        ends = np.minimum(begins + rows, sizes[groups])
+        # Not one of the generators of two and four numbers above: to NumPy, missing numbers are zeros.
+        order = np.random.default_rng((self.seed, self.epoch, 0, 0, 1)).permutation(len(groups))
+        surplus = np.maximum(np.cumsum((ends - begins)[order]) - num_samples, 0)
+        ends[order] -= np.minimum(surplus, (ends - begins)[order])
+        return np.stack([groups, begins, ends], 1)[ends > begins]
 
 
 @lru_cache(maxsize=64)

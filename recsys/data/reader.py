@@ -52,7 +52,9 @@ class Reader:
         self._config = config
         self._share = share
         self._num_streams = dataset.manifest.num_streams
-        self._row_group_sizes = tuple(size for shard in dataset.manifest.train_shards for size in shard.row_groups)
+        shards = dataset.manifest.train_shards
+        self._row_group_sizes = tuple(size for shard in shards for size in shard.row_groups)
+        self._first_new = sum(len(shard.row_groups) for shard in shards if shard.dataset)  # of this version, which are the last ones
         is_remote = dataset.storage.is_remote(dataset.uri)
         is_cached = is_remote and config.training.cache_bytes > 0
         cache = DiskCache(Path(config.run.scratch) / "cache", config.training.cache_bytes) if is_cached else None
@@ -86,8 +88,16 @@ class Reader:
     def plan(self, epoch: int) -> EpochPlan:
         """Return the order of an epoch."""
         training = self._config.training
-        window = training.shuffle_row_groups
-        return EpochPlan(self._row_group_sizes, training.global_batch_size, self._num_streams, window, training.seed, epoch)
+        return EpochPlan(
+            self._row_group_sizes,
+            training.global_batch_size,
+            self._num_streams,
+            training.shuffle_row_groups,
+            training.seed,
+            epoch,
+            self._first_new,
+            training.replay,
+        )
 
     def steps(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro batches of each step from `first_step` on. Another thread builds them; its errors are raised at their step."""

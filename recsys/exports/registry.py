@@ -7,6 +7,7 @@ create-once object per generation: the highest generation is current, and the hi
 
 import re
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -125,8 +126,8 @@ class Registry:
             raise UserError(f"{uri}: is the manifest of {manifest.name} {manifest.version}; publish {self._name} {version} again")
         return manifest
 
-    def fetch(self, version: str, folder: Path) -> Path:
-        """Download a version's files to `folder/name/version`, verify their sizes and hashes, and return that path.
+    def fetch(self, version: str, folder: Path, only: Collection[str] = ()) -> Path:
+        """Download a version's files, or `only` some, to `folder/name/version`, verify their sizes and hashes, and return that path.
 
         Files that are already there and intact are not downloaded again.
 
@@ -136,6 +137,8 @@ class Registry:
         manifest = self.manifest(version)
         target = private_folder(folder / self._name / version)
         for file in manifest.files:
+            if only and file.path not in only:
+                continue
             local = Path(join(str(target), file.path))
             if _find_damage(local, file) is None:
                 continue

@@ -7,6 +7,7 @@ from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.evaluation.decisions.refusals import refuse_absent_metrics, refuse_unknown_tasks
 from recsys.store import Storage
+from recsys.train.checkpoints.start_address import check_start
 
 
 def check_training(config: Config, *text_modes: str) -> None:
@@ -22,6 +23,9 @@ def check_training(config: Config, *text_modes: str) -> None:
         from recsys.data.labels.training import read_groups
 
         read_groups(dataset, config.fairness.attribute)
+    if config.training.replay is not None:
+        _check_replay(dataset)
+    check_start(storage, config)
     for mode in dict.fromkeys(text_modes or (config.model.text.mode,)):
         _check_backbone(config, storage, mode)
 
@@ -35,6 +39,17 @@ def check_pretraining(config: Config) -> None:
         from recsys.model.text.pretraining import check_objectives
 
         check_objectives(config, folder)
+
+
+def _check_replay(dataset: Dataset) -> None:
+    """Raise a UserError if no older version is there to be replayed, or the newest has no samples."""
+    if dataset.manifest.version == 1:
+        raise UserError(
+            f"training.replay: {dataset.uri} is the first version of its data, so there is nothing to replay; append to it "
+            "(data.base), or leave training.replay out"
+        )
+    if not any(shard.num_rows for shard in dataset.manifest.train_shards if not shard.dataset):
+        raise UserError(f"training.replay: {dataset.uri} adds no training sample to its base; leave training.replay out")
 
 
 def _check_backbone(config: Config, storage: Storage, mode: str) -> str | None:

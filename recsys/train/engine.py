@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from torch.profiler import record_function
 
 from recsys.config import Config
 from recsys.objectives.objective import MicroBatch
-from recsys.train.deepspeed_internals import import_deepspeed, loading_universal, write_no_recovery_script, zero_padding
+from recsys.train.deepspeed_internals import (
+    import_deepspeed,
+    loading_universal,
+    optimizer_parts,
+    write_no_recovery_script,
+    zero_padding,
+)
 from recsys.train.host_copies import host_copies
 from recsys.train.torch_internals import replaced
 
@@ -24,6 +31,9 @@ _NOWHERE = "nowhere"
 
 BUCKET_ELEMENTS = 500_000_000
 """Maximum gradients that DeepSpeed reduces at once. It allocates a buffer of the configured size (this is 2 GB) for any model."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of each parameter."""
 
 SHARED_FILE = "mp_rank_00_model_states.pt"
 """The only file that rank 0 writes and every rank reads."""
@@ -119,6 +129,19 @@ class Engine:
             if isinstance(moments.get("step"), Tensor):  # parameters share one tensor, which each would increment
                 moments["step"] = moments["step"].clone()
 
+    def load_moments(self, moment: Callable[[str, str], Tensor], step: float) -> None:
+        """Set Adam's state before the first step: `moment` returns a parameter's whole moment, by name and kind. Needs ZeRO 1 to 3."""
+        adam = self._optimizer.optimizer
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        for flat, parts in optimizer_parts(self._optimizer):
+            is_torch = isinstance(adam, torch.optim.AdamW)
+            adam.state[flat]["step"] = torch.tensor(step, device=flat.device) if is_torch else int(step)
+            for key in MOMENTS:
+                adam.state[flat][key] = torch.zeros_like(flat)
+                for part in parts:
+                    values = moment(names[id(part.parameter)], key).flatten()[part.first : part.first + part.size]
+                    adam.state[flat][key][part.place : part.place + part.size] = values
+
 
 def deepspeed_config(config: Config, world_size: int, num_trained: int) -> dict[str, Any]:
     """Return DeepSpeed's config for a model with `num_trained` trained parameters."""
@@ -175,16 +198,17 @@ def _optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Opti
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def consolidate(folder: Path) -> dict[str, Tensor]:
+def consolidate(folder: Path, use_gpu: bool = False) -> dict[str, Tensor]:
     """Return whole float32 weights from the saved state of all ranks, in one process on the CPU.
 
-    The files are pickles: call this only on files whose hashes match the checkpoint's manifest.
+    The files are pickles: call this only on files whose hashes match the checkpoint's manifest. `use_gpu` says whether this process uses
+    DeepSpeed on a GPU later; its first import decides that.
     """
     model_file = folder / TAG / SHARED_FILE
     if not list((folder / TAG).glob(f"*{SHARDED_SUFFIX}")):
         weights: dict[str, Tensor] = torch.load(model_file, map_location="cpu", weights_only=False)["module"]
         return {name: tensor.float() for name, tensor in weights.items()}
-    import_deepspeed(use_gpu=False)
+    import_deepspeed(use_gpu)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
@@ -208,9 +232,23 @@ def convert_to_universal(folder: Path, target: Path) -> None:
     whole = consolidate(folder)
     shapes = torch.load(next((folder / TAG).glob("*_model_states.pt")), map_location="cpu", weights_only=False)["param_shapes"]
     for name in (name for group in shapes for name in group):
-        weights, *moments = (_universal_part(target / TAG / "zero" / name / f"{key}.pt") for key in ("fp32", "exp_avg", "exp_avg_sq"))
+        weights, *moments = (_universal_part(target / TAG / "zero" / name / f"{key}.pt") for key in ("fp32", *MOMENTS))
         if not torch.equal(weights, whole[name].flatten()) or any(moment.shape != weights.shape for moment in moments):
             raise RuntimeError(f"the state in {folder} could not be converted: {name} changed")
+
+
+def read_moments(folder: Path, target: Path, weights: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], float]:
+    """Return Adam's moments of the state saved by all ranks, by kind and parameter, and its number of steps; `target` is overwritten.
+
+    ZeRO 0 saves the moments without names. `weights` are those of `consolidate`.
+    """
+    convert_to_universal(folder, target)
+    parts = target / TAG / "zero"
+    names = [name for name in weights if (parts / name / f"{MOMENTS[0]}.pt").is_file()]
+    moments = {key: {name: _universal_part(parts / name / f"{key}.pt").view(weights[name].shape) for name in names} for key in MOMENTS}
+    shard = torch.load(next((folder / TAG).glob(f"*{SHARDED_SUFFIX}")), map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    adam = shard.get("base_optimizer_state") or shard["optimizer_state_dict"]  # ZeRO 1 and 2, or 3
+    return moments, float(adam["state"][0]["step"])
 
 
 def _universal_part(path: Path) -> Tensor:

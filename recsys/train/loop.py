@@ -17,6 +17,7 @@ from recsys.model.text.catalogue_text import Ranks
 from recsys.model.user_encoder import recompute_activations
 from recsys.objectives.objective import MicroBatch, ObjectiveFactory, tensors_of
 from recsys.train.checkpoints.checkpoint_store import CheckpointStore
+from recsys.train.checkpoints.warm_start import begin
 from recsys.train.engine import Engine, learning_rate_factor
 from recsys.train.failures import Attempt, NonFiniteError, StoppedError, TrainingError, describe
 from recsys.train.memory_plan import MemoryPlan, capacity, plan_step
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains one rank's part of a run, from the newest checkpoint or from the start.
+    """Trains one rank's part of a run, from the newest checkpoint, or from `training.start_from` or random weights.
 
     Every rank must create one, after the process group is initialized, and call `run`.
     """
@@ -51,9 +52,13 @@ class Trainer:
         self.state = TrainingState()
         self.memory_plan: MemoryPlan | None = None
         self._opened: Iterator[Sequence[MicroBatch]] | None = None  # steps, the first one already in memory
-        if self.checkpoints.newest_world_size() != self.world_size:
+        saved_by = self.checkpoints.newest_world_size()
+        if saved_by != self.world_size:
             self._check_memory()
+        moments = begin(self.objective.module, config, dataset) if config.training.start_from and not saved_by else None
         self.engine = Engine(self.objective.module, config, self.device)
+        if moments is not None:
+            self.engine.load_moments(moments.of, moments.step)
         self.steps_per_epoch = self.objective.plan(0).num_steps
         self.total_steps = planned_steps(config, self.steps_per_epoch)
         self.watchdog = Watchdog(config.training.hang_seconds, config.storage, config.run.name, self.clock.attempt.token, self.rank)

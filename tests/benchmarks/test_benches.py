@@ -31,6 +31,7 @@ WITH_RAY = {
     "preparing": [],
     "recovery": [],
     "kills": [],
+    "daily": [],
 }
 
 

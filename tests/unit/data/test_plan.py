@@ -1,5 +1,6 @@
 """The plan: every sample once per epoch, the same samples per step for any number of ranks, seeking in O(1)."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys.data.plan import EpochPlan, _permutation
+from recsys.data.plan import MIN_SLICES, SLICE_ROWS, EpochPlan, _permutation
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12)
 
@@ -19,7 +20,9 @@ plans = st.builds(
     window=st.integers(0, 5),
     seed=st.integers(0, 2**31),
     epoch=st.integers(0, 5),
-)
+    first_new=st.integers(0, 29),
+    replay=st.none() | st.floats(0, 5),
+).filter(lambda plan: plan.num_samples > 0)
 
 
 def all_ids(plan: EpochPlan) -> list[list[int]]:
@@ -30,9 +33,22 @@ def flat(plan: EpochPlan) -> list[int]:
     return [sample for step in all_ids(plan) for sample in step]
 
 
+def check_samples(plan: EpochPlan) -> None:
+    """Check that all samples occur once; with a replay all new ones, and as many others as it says."""
+    ids = flat(plan)
+    assert len(set(ids)) == len(ids) == plan.num_samples
+    num_old = sum(plan.row_groups[: plan.first_new])
+    if plan.replay is None:
+        assert sorted(ids) == list(range(sum(plan.row_groups)))
+    else:
+        new = range(num_old, sum(plan.row_groups))
+        assert set(new) <= set(ids) <= set(range(new.stop))
+        assert len(ids) - len(new) == min(num_old, round(plan.replay * len(new)))
+
+
 def check_every_sample_once_and_every_step_the_same(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
     steps = all_ids(plan)
-    assert sorted(sample for step in steps for sample in step) == list(range(plan.num_samples))
+    check_samples(plan)
     assert all(len(step) == plan.global_batch_size for step in steps[:-1])
     step = data.draw(st.integers(0, plan.num_steps - 1))
     fresh = replace(plan)  # a copy without state of earlier steps
@@ -59,8 +75,10 @@ def test_so_it_is_for_ten_thousand_plans(plan: EpochPlan, world_size: int, data:
 
 @pytest.mark.parametrize("world_size", [*WORLD_SIZES, 5, 7, 16, 24, 48])
 @pytest.mark.parametrize("global_batch_size", [1, 48, 120, 1000])
-def test_every_rank_at_every_step(world_size: int, global_batch_size: int) -> None:
-    plan = EpochPlan((97, 3, 0, 250, 1, 64, 64, 64, 31), global_batch_size, streams=48, window=2, seed=3, epoch=1)
+@pytest.mark.parametrize("replay", [None, 0.0, 1.5])
+def test_every_rank_at_every_step(world_size: int, global_batch_size: int, replay: float | None) -> None:
+    sizes = (97, 3, 0, 250, 1, 64, 64, 64, 31)
+    plan = EpochPlan(sizes, global_batch_size, streams=48, window=2, seed=3, epoch=1, first_new=5, replay=replay)
     for step, expected in enumerate(all_ids(plan)):
         dealt = np.empty(len(expected), np.int64)
         first = step * global_batch_size
@@ -81,7 +99,7 @@ def test_streams_share_the_samples_to_the_row_and_windows_tile_them(plan: EpochP
         lengths.append(sum(window.num_samples for window in windows))
         rows += [sample for window in windows for sample in plan.line_ids(window)[plan.shuffle(window)].tolist()]
     assert max(lengths) - min(lengths) <= 1
-    assert sorted(rows) == list(range(plan.num_samples))
+    assert sorted(rows) == sorted(flat(plan))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6, 8, 12, 24, 48])
@@ -126,3 +144,45 @@ def test_shuffling_takes_neighbours_apart() -> None:
     assert len(set(groups.tolist())) == 48
     rows = np.array(flat(plan)).reshape(-1, 48)[:, 0] % 1000
     assert np.abs(np.diff(rows)).mean() > 200
+
+
+def test_without_replay_the_order_is_that_of_earlier_releases() -> None:
+    plan = EpochPlan((97, 3, 0, 250, 1, 64, 64, 64, 31), 7, streams=12, window=2, seed=3, epoch=1, first_new=5)
+    digest = hashlib.sha256(np.array(flat(plan)).tobytes()).hexdigest()
+    assert digest == "2bac4a8ff5da68ea2526ad5924db48d5cbe45375dd9268a9fa1502f403103ddd"
+
+
+def test_a_replay_reads_as_many_row_groups_as_the_day_needs_however_long_the_history_is() -> None:
+    day = (1000,) * 4
+    for num_old in (20, 2_000, 20_000):
+        for replay, num_slices in ((0.5, MIN_SLICES), (10.0, -(-40_000 // SLICE_ROWS))):
+            plan = EpochPlan((1000,) * num_old + day, 480, streams=48, window=2, seed=0, epoch=0, first_new=num_old, replay=replay)
+            num_samples = 4_000 + min(round(4_000 * replay), 1000 * num_old)
+            assert (plan.num_samples, plan.num_steps) == (num_samples, -(-num_samples // 480))
+            spans = [span for stream in range(48) for window in plan.windows(stream) for span in window.spans]
+            groups = {group for group, *_ in spans}
+            assert len(groups) <= len(day) + 1.5 * num_slices  # row groups are no multiple of a slice
+            if num_old > 1000:
+                assert len(groups) > len(day) + num_slices / 2
+
+
+def test_a_replay_draws_other_slices_each_epoch_and_in_time_all_samples() -> None:
+    base = EpochPlan((300, 40, 700, 512, 100), 16, streams=12, window=2, seed=1, epoch=0, first_new=4, replay=3)
+    assert flat(base) == flat(replace(base))
+    num_old = sum(base.row_groups[: base.first_new])
+    counts = np.zeros(num_old)
+    for epoch in range(400):
+        old = np.array([sample for sample in flat(replace(base, epoch=epoch)) if sample < num_old])
+        assert len(old) == 300
+        counts[old] += 1
+    assert counts.min() > 0
+    by_group = [part.mean() for part in np.split(counts, np.cumsum(base.row_groups[:3]))]
+    np.testing.assert_allclose(by_group, 400 * 300 / num_old, rtol=0.25)
+
+
+def test_a_replay_without_a_window_keeps_the_order_of_the_shards() -> None:
+    plan = EpochPlan((7, 5, 9), 4, 12, 0, seed=1, epoch=3, first_new=2, replay=0.7)
+    order = flat(plan)
+    assert order == sorted(order)
+    assert order[-9:] == list(range(12, 21))
+    assert len(order) == 15

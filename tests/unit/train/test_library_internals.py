@@ -50,9 +50,13 @@ def test_deepspeed_still_has_what_is_set_and_read() -> None:
     deepspeed = import_deepspeed(use_gpu=False)
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
     from deepspeed.runtime import engine
-    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.utils.tensor_fragment import set_full_hp_param, tensor_fragment
 
     source = inspect.getsource(engine.DeepSpeedEngine)
     assert "self._copy_recovery_script(" in source
     assert "self._config.load_universal_checkpoint" in source
     assert {"fp16_groups", "fp32_partitioned_groups_flat"} <= set(stage3.DeepSpeedZeroOptimizer_Stage3.__init__.__code__.co_names)
+    assert {"bit16_groups", "single_partition_of_fp32_groups"} <= set(stage_1_and_2.DeepSpeedZeroOptimizer.__init__.__code__.co_names)
+    assert "_hp_mapping" in set_full_hp_param.__code__.co_names
+    assert {"lp_fragment_address", "hp_fragment_address"} <= set(tensor_fragment.__dataclass_fields__)
