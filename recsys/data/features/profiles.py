@@ -51,6 +51,11 @@ class ProfileSpace(BaseModel):
         """The columns that are read."""
         return tuple(dict.fromkeys([*self.categories, *self.words, *self.numbers, *self.vectors]))
 
+    @property
+    def number_names(self) -> list[str]:
+        """The names of the numbers, in their order; the entries of a vector are numbered."""
+        return [*self.numbers, *(f"{name}[{entry}]" for name, size in self.vectors.items() for entry in range(size))]
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.vocabulary, start=1)}
@@ -71,8 +76,7 @@ class ProfileSpace(BaseModel):
         names = [self.vocabulary[index - 1].partition("=")[0] for index in known.flat("categories").tolist()]
         kept = known.flat("categories")[np.array([name not in posted for name in names], bool)]
         new = [index for index in own.flat("categories").tolist() if self.vocabulary[index - 1].partition("=")[0] in posted]
-        columns = [*self.numbers, *(name for name, size in self.vectors.items() for _ in range(size))]
-        is_posted = np.array([name in posted for name in columns], bool)
+        is_posted = np.array([name.partition("[")[0] in posted for name in self.number_names], bool)
         numbers = np.where(is_posted, own.scalars["numbers"], known.scalars["numbers"])
         categories = np.append(kept, np.array(new, kept.dtype))
         return Sequences.of_offsets({"categories": categories}, np.array([0, len(categories)]), numbers=numbers)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from recsys.arrays import Integers
 from recsys.config import Config
+from recsys.data.batch import has_start
 from recsys.data.items import CatalogueSource
 from recsys.data.manifest import Dataset, DatasetManifest
 from recsys.data.node_files import shared_entry
@@ -58,6 +59,9 @@ TABLES = (
     Table("item_encoder.gates.*", 0, "sources"),
     Table("user_encoder.event.weight", 0, "kinds"),
     Table("user_encoder.position.weight", 0, "places"),
+    Table("user_encoder.profile.categories.weight", 0, "profile categories"),
+    Table("user_encoder.profile.numbers.weight", 1, "profile numbers"),
+    Table("user_encoder.context.values.weight", 0, "contexts"),
     Table("user_encoder.blocks.*.attention.distance_bias", 1, "distances"),
     Table("ranker.heads.weight", 0, "tasks"),
     Table("ranker.biases.*", 0, "tasks"),
@@ -77,15 +81,18 @@ Rows = Mapping[str, Integers | None]
 def vocabularies(config: Config, manifest: DatasetManifest, parameters: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of every vocabulary except `items`, in the order of the rows, of a model with these `parameters`."""
     tasks = [f"{task.name} {task.kind}" for task in manifest.tasks] or [""]  # without tasks the ranker has one output, which is not trained
-    has_start = manifest.has_exposures
-    num_places = config.data.max_history + config.model.has_queries + 2 * has_start
+    profiles, starts = manifest.profiles, has_start(config.model, manifest)
+    num_places = config.data.max_history + config.model.has_queries + starts + manifest.has_exposures
     sources = {name.split(".")[2] for name in parameters if name.startswith("item_encoder.sources.")}
     return {
         "categories": ["", *manifest.category_vocabulary],
         "numbers": [f"{part} {name}" for part in ("value", "presence") for name in manifest.number_columns],
         "sources": [name for name in PRESENCE if name in sources],
         "kinds": ["", *manifest.event_kinds],
-        "places": ["start"] * has_start + [str(place) for place in range(num_places - has_start)],
+        "places": ["start"] * starts + [str(place) for place in range(num_places - starts)],
+        "profile categories": ["", *profiles.vocabulary],
+        "profile numbers": [f"{part} {name}" for part in ("value", "presence") for name in profiles.number_names],
+        "contexts": list(manifest.contexts.names),
         "distances": [str(distance) for distance in range(num_places)],
         "tasks": tasks,
         "mixtures": [f"{expert} {task}" for expert in range(config.model.ranker.num_experts) for task in tasks],

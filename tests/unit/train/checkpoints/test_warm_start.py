@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recsys.config import Config, load_config
+from recsys.data.features.contexts import ContextSpace
+from recsys.data.features.profiles import ProfileSpace
 from recsys.data.manifest import DatasetManifest
 from recsys.schema import Task
 from recsys.train.checkpoints.warm_start import Rows, carried, carry, id_rows, matched_rows, vocabularies
@@ -52,10 +54,20 @@ def test_names_follow_the_dataset_and_the_config() -> None:
         "distances": ["0", "1", "2"],
         "tasks": ["buy binary", "rating regression"],
         "mixtures": ["0 buy binary", "0 rating regression", "1 buy binary", "1 rating regression"],
+        "profile categories": [""],
+        "profile numbers": [],
+        "contexts": [],
     }
     shown = vocabularies(config, manifest.model_copy(update={"exposure_tasks": ("buy",), "tasks": ()}), parameters)
     assert shown["places"] == ["start", "0", "1", "2", "3"]
     assert (shown["tasks"], len(shown["distances"])) == ([""], 5)
+    profiles = ProfileSpace(numbers=("age",), vectors={"taste": 2}, moments=((0, 1),) * 3, vocabulary=("sex=", "sex=F"))
+    asked = manifest.model_copy(update={"profiles": profiles, "contexts": ContextSpace.of((), {"device": ["tv"]})})
+    known = vocabularies(config.with_values({"model.use_profiles": True}), asked, parameters)
+    assert known["places"] == ["start", "0", "1", "2"]
+    assert known["profile categories"] == ["", "sex=", "sex=F"]
+    assert known["profile numbers"] == [f"{part} {name}" for part in ("value", "presence") for name in ("age", "taste[0]", "taste[1]")]
+    assert known["contexts"] == ["device=", "device=tv"]
 
 
 @pytest.mark.parametrize(
