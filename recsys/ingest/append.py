@@ -78,6 +78,8 @@ def with_base_settings(config: Config, base: Dataset) -> Config:
     made_by = content_config(DataConfig()) | base.manifest.data_config  # the manifest of an old base may lack newer keys
     refuse_contradictions(config, {"data": made_by}, "the base dataset", "a version keeps that; prepare a new dataset from all events")
     adopted = {key: value for key, value in made_by.items() if Fact.INPUT not in facts_of(f"data.{key}")}
+    if "kinds" not in base.manifest.data_config:  # made before kinds had roles: all are positive, whatever their names
+        adopted["kinds"] = {kind.name: {"role": kind.role} for kind in base.manifest.kind_table}
     if not any(key.startswith("data.columns.") for key in config.given):
         adopted["columns"] = made_by["columns"]
     return config.with_values({f"data.{key}": value for key, value in adopted.items()})

@@ -1,5 +1,6 @@
 """Appended versions without Ray: exact tables by hand, properties of random logs split into days, and refusals."""
 
+import json
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -12,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from recsys.config import load_config
+from recsys.config.data import KindConfig
 from recsys.data.manifest import Dataset
 from recsys.errors import UserError
 from recsys.ingest.prepare import find_dataset, prepare
@@ -284,3 +286,18 @@ def train_counts(dataset: Dataset) -> dict[str, int]:
     for row in dataset.catalogue.to_pylist():
         counts[row["item_id"]] = row["train_count"]
     return counts
+
+
+def test_kinds_of_a_base_from_before_roles_stay_positive(tmp_path: Path) -> None:
+    events = [(user, item, time, "impression", value) for user, item, time, _, value in FIRST]
+    base = first(tmp_path, 'data.kinds={impression = {role = "positive"}}', events=events)
+    address = f"{base.uri}/manifest.json"
+    manifest = json.loads(base.storage.read_bytes(address))
+    del manifest["data_config"]["kinds"]
+    base.storage.write_bytes(address, json.dumps(manifest).encode())
+    day = log(tmp_path, "day", [("ann", "i9", 50, "impression", ""), ("ann", "i2", 60, "impression", "")])
+    dataset = made(tmp_path, f"data.base={base.uri}", f"data.events={day}")
+    assert dataset.manifest.num_interactions == base.manifest.num_interactions + 2
+    rows = dataset.read_users(["user_id", "items"]).to_pylist()
+    assert len(next(row["items"] for row in rows if row["user_id"] == "ann")) == 6
+    assert dataset.manifest.data_config["kinds"] == {"impression": KindConfig(role="positive").model_dump()}
