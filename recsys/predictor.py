@@ -115,7 +115,9 @@ class Predictor:
         if not (self.reads_profiles or self.reads_contexts):
             return replace(history, scalars={}, profiles=None)
         columns = {name: history.columns[name] for name in HISTORY_COLUMNS}
-        scalars = {ASKED: history.scalars.get(ASKED, np.zeros(1, np.int64))} if self.reads_contexts else {}
+        asked = history.scalars.get(ASKED, np.zeros(1, np.int64))
+        asked = asked if len(history.items) else self.manifest.contexts.without_history(asked)
+        scalars = {ASKED: asked} if self.reads_contexts else {}
         return replace(history, columns=columns, scalars=scalars, profiles=history.profiles or self._nobody, exposures=None)
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ MAX_ID_CHARACTERS = 512
 LARGEST_SECONDS = 10**11
 """Numbers from here on (12 digits, the year 5138) are not times in seconds."""
 
+_WHOLE = re.compile(r"(-?\d+)\.0+")
 _ZONE = re.compile(r"\s*(?:UTC|GMT)$|(?<=\d)\s+(?=[+-]\d\d:?\d\d$)")
 _DATE = re.compile(r"^(\d{4})[-/](\d\d?)[-/](\d\d?)(?!\d)")
 
@@ -178,7 +179,7 @@ def users_schema(parts: RowParts) -> pa.Schema:
     return _with_parts(USERS_SCHEMA, parts, _HELD_OUT_FIELDS)
 
 
-LISTED_SCHEMA = pa.schema([(USER_ID, pa.string()), *_PROFILE_FIELDS])
+LISTED_SCHEMA = pa.schema([USERS_SCHEMA.field(USER_ID), USERS_SCHEMA.field("attributes"), *_PROFILE_FIELDS])
 """One row per user of the users table without events, in datasets that have profiles."""
 
 QUERIES_SCHEMA = pa.schema([("query_index", pa.int32()), (QUERY, pa.string())])
@@ -309,6 +310,15 @@ def derive_tasks(kinds: tuple[Kind, ...], num_values: int, like_threshold: float
 def normalize_id(text: str) -> str:
     """Return the canonical form of an id in tables, settings and requests: Unicode NFC, without surrounding whitespace."""
     return unicodedata.normalize("NFC", text).strip()
+
+
+def normalize_value(text: str) -> str:
+    """Return the canonical form of a value of a profile or a context: as of an id, and `25` for `25.0`, `true` for `True`."""
+    value = normalize_id(text)
+    if value in ("True", "False"):
+        return value.lower()
+    whole = _WHOLE.fullmatch(value)
+    return whole[1] if whole else value
 
 
 def read_time(text: str) -> float:

@@ -65,7 +65,7 @@ def _spell_field(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, (int, float)) and math.isfinite(value):
         return str(int(value)) if value == int(value) else repr(value)
-    return " ".join(map(str, map(_spell_field, value))) if isinstance(value, list) else value
+    return "|".join(map(str, map(_spell_field, value))) if isinstance(value, list) else value
 
 
 FieldName = Annotated[str, Field(max_length=MAX_ID_CHARACTERS)]

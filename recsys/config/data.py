@@ -294,8 +294,16 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_context(self) -> Self:
+        names = self.columns.context
+        if taken := sorted({name for name in names if name in ("hour", "weekday", "gap", "activity") or names.count(name) > 1}):
+            raise ValueError(f"data.columns.context = {taken[0]}: is named twice, or as a field of data.derived_context; rename the column")
+        return self
+
+    @model_validator(mode="after")
     def _check_sensitive(self) -> Self:
         own = {
+            **{f"columns.{name}": (getattr(self.columns, name),) for name in ("event", "value", "query")},
             "columns.context": self.columns.context,
             **{f"user_features.{kind}": getattr(self.user_features, kind) for kind in ("categories", "text", "numbers", "vectors")},
             **{f"item_features.{kind}": getattr(self.item_features, kind) for kind in ("categories", "text", "numbers", "vectors")},

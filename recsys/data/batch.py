@@ -291,7 +291,7 @@ class Collator:
             exposure_places=torch.from_numpy(first_places[shown.owners] + shown.flat("places") - 1),
             exposures=exposures,
             displays=torch.from_numpy(shown.flat("displays").astype(np.int64)),
-            contexts=torch.from_numpy(np.append(_column(samples, CONTEXTS, places), shown.flat("contexts")).astype(np.int64)),
+            contexts=torch.from_numpy(np.append(self._contexts(samples, places, target_places, packed), shown.flat("contexts"))),
             labels=labels,
             label_mask=label_mask,
             group_mask=torch.from_numpy(self._group_mask(sample_ids)),
@@ -310,6 +310,14 @@ class Collator:
             return owners, places
         is_kept = is_target[samples.columns["events"][samples.starts[owners] + places]]
         return owners[is_kept], places[is_kept]
+
+    def _contexts(self, samples: Sequences, places: Integers, target_places: Tensor, packed: PackedHistories) -> Integers:
+        """Return the contexts of targets (N,); those predicted from the profile alone have no interaction before."""
+        codes = _column(samples, CONTEXTS, places).astype(np.int64)
+        if self.alone is None or packed.start_places is None:
+            return codes
+        is_alone = torch.isin(target_places, packed.start_places).numpy()
+        return np.where(is_alone, self.manifest.contexts.without_history(codes), codes)
 
     def _weights(self, events: NDArray[Any]) -> Tensor:
         """Return the weights of targets in the retrieval loss (N,), by their kinds."""

@@ -79,7 +79,7 @@ class Sequences:
             return None
         categories, numbers = (table[name].combine_chunks() for name in PROFILE_COLUMNS)
         offsets = categories.offsets.to_numpy().astype(np.int64)
-        rows = numbers.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+        rows = numbers.flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1 if table.num_rows else 0)
         return cls.of_offsets({"categories": categories.flatten().to_numpy(zero_copy_only=False)}, offsets - offsets[0], numbers=rows)
 
     @classmethod

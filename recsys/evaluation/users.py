@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from recsys.arrays import Integers, Mask
 from recsys.config.evaluation import EvaluationConfig
 from recsys.data.labels.seen import SeenRule
+from recsys.data.labels.withheld import withheld_users
 from recsys.data.manifest import USER_INDEX, Dataset, DatasetManifest
 from recsys.data.sequences import ASKED, HISTORY_COLUMNS, Sequences
 from recsys.errors import UserError
-from recsys.schema import CONTEXTS, PROFILE_COLUMNS
+from recsys.schema import CONTEXTS, PROFILE_COLUMNS, USER_ID
 
 COUNTS = ("in_split", "other_kind", "no_history", "seen_before", "counted")
 """What `TargetRules` counts: the interactions of a split, the reasons why some are no targets, and the targets."""
@@ -133,22 +134,24 @@ def find_new_users(dataset: Dataset, split: str, rules: TargetRules) -> list[Eva
 
 def _find(dataset: Dataset, split: str, rules: TargetRules, are_new: bool = False) -> Iterator[EvaluationUser]:
     manifest = dataset.manifest
-    columns = [*_COLUMNS, *[CONTEXTS] * bool(manifest.contexts), *(PROFILE_COLUMNS if manifest.profiles else ())]
-    hides = bool(manifest.data_config.get("withheld_users"))
-    return (user for rows in dataset.user_batches(columns) for user in _read_rows(rows, split, rules, hides, are_new))
+    share, seed = (manifest.data_config.get(name, 0) for name in ("withheld_users", "split_seed"))
+    columns = [*_COLUMNS, *[CONTEXTS] * bool(manifest.contexts), *(PROFILE_COLUMNS if manifest.profiles else ()), *[USER_ID] * bool(share)]
+    for rows in dataset.user_batches(columns):
+        is_hidden = withheld_users(rows[USER_ID], share, seed) if share else np.zeros(rows.num_rows, bool)
+        yield from _read_rows(rows, split, rules, is_hidden, are_new)
 
 
-def _read_rows(rows: pa.Table, split: str, rules: TargetRules, hides: bool, are_new: bool) -> Iterator[EvaluationUser]:
+def _read_rows(rows: pa.Table, split: str, rules: TargetRules, is_hidden: Mask, are_new: bool) -> Iterator[EvaluationUser]:
     """Split some rows of the table into histories and targets; histories are views, so that their interactions are not copied.
 
-    With `hides`, users without training interactions have no history in the test split either: they are withheld.
+    Users who are withheld from training, `is_hidden`, have no history in the test split either.
     """
     everything = Sequences.from_table(rows).cast(items=np.int64, events=np.int64)
     begins, ends = everything.scalars["num_train"], everything.scalars["num_train"] + everything.scalars["num_validation"]
     if split == "test":
         begins, ends = ends, everything.lengths
     interactions = replace(everything, scalars={})  # scalars would add an array per user
-    lengths = begins * (everything.scalars["num_train"] > 0) if hides else begins
+    lengths = np.where(is_hidden, 0, begins)
     histories, rest = interactions.within(0, lengths), replace(interactions.within(begins, ends), profiles=None)
     attributes, user_indices = rows["attributes"].to_pylist(), rows[USER_INDEX].to_pylist()
     for row in np.flatnonzero((rest.lengths > 0) & ((lengths == 0) | (not are_new))).tolist():

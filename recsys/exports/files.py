@@ -71,16 +71,12 @@ def _stored_users(dataset: Dataset, has_profiles: bool) -> pa.Table:
         return dataset.read_users([USER_ID, *HISTORY_COLUMNS])
     users = dataset.read_users([USER_ID, *HISTORY_COLUMNS, *PROFILE_COLUMNS])
     listed = pa.concat_tables([LISTED_SCHEMA.empty_table(), *(dataset.read_shard(shard) for shard in dataset.manifest.listed_shards)])
-    newest = listed.take(_last_rows(listed[USER_ID]))
+    rows = pa.table([listed[USER_ID], pa.array(np.arange(listed.num_rows))], [USER_ID, "row"])
+    newest = listed.take(rows.group_by(USER_ID, use_threads=False).aggregate([("row", "max")])["row_max"])
     new = newest.filter(pc.invert(pc.is_in(newest[USER_ID], value_set=users[USER_ID].combine_chunks())))
     nothing = {name: pa.array([[]] * new.num_rows, users.schema.field(name).type) for name in HISTORY_COLUMNS}
-    return pa.concat_tables([users, pa.table({**nothing, **{name: new[name] for name in new.column_names}}).select(users.column_names)])
-
-
-def _last_rows(ids: pa.ChunkedArray) -> pa.Array:
-    """Return the last row of each id, in order."""
-    rows = {user_id: row for row, user_id in enumerate(ids.to_pylist())}
-    return pa.array(sorted(rows.values()), pa.int64())
+    columns = {name: nothing[name] if name in nothing else new[name] for name in users.column_names}
+    return pa.concat_tables([users, pa.table(columns)])
 
 
 def _write_catalogue(dataset: Dataset, train_count: Integers, path: Path) -> None:

@@ -44,7 +44,7 @@ from recsys.ingest.inputs import Inputs, content_config
 from recsys.ingest.sources.formats import INPUT_ORDER
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue
 from recsys.ingest.write.splits import TRAINING, part_by_place, split_in_order
-from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, POSITION, TIMESTAMP, USER_ID, FeatureKind, RowParts, users_schema
+from recsys.schema import CATALOGUE_SCHEMA, ITEM_ID, LISTED_SCHEMA, POSITION, TIMESTAMP, USER_ID, FeatureKind, RowParts, users_schema
 from recsys.store import Storage
 
 KNOWN_INDEX_NAME = "known_items.parquet"
@@ -82,6 +82,8 @@ def with_base_settings(config: Config, base: Dataset) -> Config:
         adopted["kinds"] = {kind.name: {"role": kind.role} for kind in base.manifest.kind_table}
     if not any(key.startswith("data.columns.") for key in config.given):
         adopted["columns"] = made_by["columns"]
+    elif "data.columns.context" not in config.given:
+        adopted["columns.context"] = made_by["columns"].get("context", ())
     return config.with_values({f"data.{key}": value for key, value in adopted.items()})
 
 
@@ -118,6 +120,19 @@ def known_users(base: Dataset | None, partition: int, user_ids: pa.ChunkedArray)
             users = base.read_shard(shard)
             tables.append(users.filter(pc.is_in(users[USER_ID], value_set=pc.unique(user_ids))))
     return last_rows(pa.concat_tables(tables), "user_index").combine_chunks()
+
+
+def listed_attributes(base: Dataset | None, partition: int, user_ids: pa.Array) -> pa.Array:
+    """Return the attributes that users without events have in the base, for each of the given ids; none for others."""
+    tables = [LISTED_SCHEMA.empty_table()]
+    for shard in base.manifest.listed_shards if base is not None else ():
+        if base is not None and shard.path == f"listed/{partition:05d}.parquet":
+            tables.append(base.read_shard(shard))
+    listed = pa.concat_tables(tables[::-1]).combine_chunks()  # the newest version first: index_in finds the first row of an id
+    nothing = pa.array([[]] * len(user_ids), LISTED_SCHEMA.field("attributes").type)
+    rows = pc.index_in(user_ids, value_set=listed[USER_ID].combine_chunks())
+    chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(listed.num_rows, listed.num_rows + len(user_ids)), pa.int32()))
+    return pa.chunked_array([listed["attributes"].combine_chunks(), nothing]).take(chosen).combine_chunks()
 
 
 def is_known(owners: Integers, columns: dict[str, Any], known: pa.Table) -> Mask:

@@ -10,10 +10,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from recsys.arrays import Integers, Mask
-from recsys.data.features.contexts import ContextSpace
+from recsys.data.features.contexts import ContextSpace, normalized
 from recsys.data.features.profiles import ProfileSpace
+from recsys.data.labels.withheld import withheld_users
 from recsys.data.sequences import Sequences
-from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, newest_times
+from recsys.ingest.append import KNOWN_INDEX_NAME, PART, assign_parts, is_known, join_known, known_users, listed_attributes, newest_times
 from recsys.ingest.clean.cleaning import collapse_chains, drop_bots, notice_order, sort_and_deduplicate
 from recsys.ingest.clean.id_overlap import Overlap
 from recsys.ingest.clean.rejects import Rejects
@@ -35,7 +36,7 @@ from recsys.ingest.write.exposures import (
 from recsys.ingest.write.feature_statistics import Moments, read_histories
 from recsys.ingest.write.report_counts import Limits
 from recsys.ingest.write.sequence_tables import by_part, profile_lists, train_table, users_table
-from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld, withheld_users
+from recsys.ingest.write.splits import TRAINING, WITHHELD, split_events, withheld
 from recsys.schema import (
     CONTEXT_PREFIX,
     CONTEXTS,
@@ -120,7 +121,7 @@ def _stage_generation(job: Job, generation: int, partition: int, events: pa.Tabl
         num_users=pc.count_distinct(events[USER_ID]).as_py(),
         num_queries=pc.count_distinct(events[QUERY].filter(in_histories(events, job.data))).as_py(),
         event_kinds=tuple(sorted(pc.unique(events[EVENT]).to_pylist())),
-        contexts={name: tuple(count_values(events[f"{CONTEXT_PREFIX}{name}"])) for name in job.data.columns.context},
+        contexts={name: tuple(count_values(normalized(events[f"{CONTEXT_PREFIX}{name}"]))) for name in job.data.columns.context},
     )
 
 
@@ -163,7 +164,7 @@ def write_shards(job: Job, task: WriteTask) -> Written:
     if task.contexts.reads_places:
         _add_places(job, everything, is_new, task.contexts)
     parts = assign_parts(everything, is_new, job.data, is_target[everything.columns["events"]])
-    is_withheld = withheld_users(user_ids, job.data)
+    is_withheld = withheld_users(user_ids, job.data.withheld_users, job.data.split_seed)
     is_out = staged_withheld(job)[everything.columns["items"] - 1] | is_withheld[everything.owners]
     parts = np.where((parts == TRAINING) & is_out, WITHHELD, parts)
     sequences, num_train, num_validation = by_part(everything, parts)
@@ -251,7 +252,7 @@ def _listed_users(job: Job, task: WriteTask, user_ids: pa.Array) -> pa.Table:
     is_first = pc.equal(pc.index_in(ids, value_set=ids), pa.array(np.arange(len(ids)), pa.int32()))
     chosen = staged.filter(pc.and_not(is_first, pc.is_in(ids, value_set=active)))
     profiles = task.profiles.encode([dict(own or []) for own in chosen[ATTRIBUTES].to_pylist()])
-    return pa.table([chosen[USER_ID], *profile_lists(profiles)], schema=LISTED_SCHEMA)
+    return pa.table([chosen[USER_ID], chosen[ATTRIBUTES], *profile_lists(profiles)], schema=LISTED_SCHEMA)
 
 
 def _context_codes(job: Job, events: pa.Table, contexts: ContextSpace) -> Integers:
@@ -289,11 +290,11 @@ def _user_offsets(user_ids: pa.ChunkedArray) -> Integers:
 def _staged_attributes(job: Job, partition: int, user_ids: pa.Array, known: pa.Array) -> tuple[pa.ChunkedArray, Rejects, Overlap]:
     """Return each user's attributes, the rejected rows of the users table, and its overlap with the users of the events.
 
-    A user who is not in the table keeps the attributes in `known`, whose rows belong to the first of `user_ids`.
+    A user who is not in the table keeps the attributes in `known`, whose rows belong to the first of `user_ids`, or of an older table.
     """
     staged = read_partition(job.storage, job.staging("user-pieces"), partition, STAGED_USERS)
     ids = staged[USER_ID].combine_chunks()
-    no_attributes = pa.array([[]] * (len(user_ids) - len(known)), known.type)
+    listed = listed_attributes(job.base, partition, user_ids.slice(len(known)))
     # index_in finds the first row of an id, which is the first by input order, since pieces are read in that order.
     rows = pc.index_in(user_ids, value_set=ids)
     chosen = pc.if_else(rows.is_valid(), rows, pa.array(np.arange(staged.num_rows, staged.num_rows + len(user_ids)), pa.int32()))
@@ -301,4 +302,4 @@ def _staged_attributes(job: Job, partition: int, user_ids: pa.Array, known: pa.A
     is_later = pc.less(pc.index_in(ids, value_set=ids), pa.array(np.arange(len(ids)), pa.int32()))
     rejects.add("user_duplicate", pa.chunked_array([is_later]), staged[INPUT_ORDER], staged[USER_ID])
     overlap = Overlap.of(pc.unique(user_ids), pc.unique(ids)) if len(ids) else Overlap()
-    return pa.chunked_array([staged[ATTRIBUTES].combine_chunks(), known, no_attributes]).take(chosen), rejects, overlap
+    return pa.chunked_array([staged[ATTRIBUTES].combine_chunks(), known, listed]).take(chosen), rejects, overlap

@@ -35,7 +35,7 @@ from recsys.ingest.partition_tasks import (
     write_shards,
 )
 from recsys.ingest.shuffle import read_table, write_table
-from recsys.ingest.situations import context_space, profile_space
+from recsys.ingest.situations import context_space, profile_space, refuse_unknown_sensitive
 from recsys.ingest.sources import input_files
 from recsys.ingest.sources.sandbox import run_limited
 from recsys.ingest.synthetic.events import generate
@@ -134,6 +134,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     kinds, unknown_kinds = choose_kinds({kind for outcome in events.partitions for kind in outcome.event_kinds}, job.data, job.base)
     ids, odd_items, warnings = _number_items(job, events.generation, items.rows, known_ids)
     users = _stage_inputs(job, "users", inputs.users)
+    refuse_unknown_sensitive(job, [*(use for outcome in (*events.outcomes, *users) for use in outcome.uses), *items.uses])
     profiles, contexts = profile_space(job, users), context_space(job, events.partitions)
     shards = _write_all(job, events, kinds, profiles, contexts)
     if job.base is None and not any(outcome.train for outcome in shards):

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from recsys.data.features.contexts import ACTIVITY, ContextSpace
 from recsys.data.features.profiles import MAX_VALUES, ProfileSpace, common_values, fit_profiles
+from recsys.data.manifest import ColumnUse
 from recsys.errors import UserError
 from recsys.ingest.input_tasks import ATTRIBUTES, STAGED_USERS
 from recsys.ingest.job import Cleaned, Job, Partition, UserColumns
@@ -38,6 +39,13 @@ def profile_space(job: Job, users: Sequence[Cleaned]) -> ProfileSpace:
     return fit_profiles(values, features)
 
 
+def refuse_unknown_sensitive(job: Job, uses: Sequence[ColumnUse]) -> None:
+    """Raise a UserError if `data.sensitive` names a column that no table has: a misspelled one would be an input."""
+    known = {use.name for use in uses}
+    if job.base is None and (unknown := sorted(set(job.data.sensitive).difference(known))):
+        raise UserError(f"data.sensitive = {unknown[0]}: no table has this column; columns: {', '.join(sorted(known))}")
+
+
 def context_space(job: Job, partitions: Sequence[Partition]) -> ContextSpace:
     """Return the fields of contexts: those of the base, with new values, or those that the config asks for."""
     given: dict[str, set[str]] = {name: set() for name in job.data.columns.context}
@@ -58,7 +66,10 @@ def count_user_columns(job: Job, partition: int) -> UserColumns:
     names, values = pairs.keys, pairs.items
     limit = max(_FEWEST_VALUES, MAX_VALUES * _FEW_PARTITIONS // max(job.num_partitions, _FEW_PARTITIONS))
     left_out = (*job.data.sensitive, *job.data.user_features.ignored)
-    columns = {name: values.filter(pc.equal(names, name)) for name in sorted(pc.unique(names).to_pylist()) if name not in left_out}
+    known = [
+        name for name in sorted(pc.unique(names).to_pylist()) if name not in left_out and "=" not in name
+    ]  # a category is `column=value`
+    columns = {name: values.filter(pc.equal(names, name)) for name in known}
     return UserColumns(rows=staged.num_rows, values={name: count_values(column, limit) for name, column in columns.items()})
 
 

@@ -83,18 +83,23 @@ def _noticed_end(log: Path | None) -> Iterator[None]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.close(writing)
-        if not os.read(reading, 1):
-            os.write(2, f"error: the process ended unexpectedly; its last output is in {log}\n".encode())
-        os._exit(0)
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are also sent to the whole process group
+                signal.signal(number, signal.SIG_IGN)
+            os.close(writing)
+            if not os.read(reading, 1):
+                os.write(2, f"error: the process ended unexpectedly; its last output is in {log}\n".encode())
+        finally:
+            os._exit(0)
     os.close(reading)
     try:
         yield
     finally:
-        os.write(writing, b".")
+        with contextlib.suppress(OSError):  # a child that is gone is no reason to fail
+            os.write(writing, b".")
         os.close(writing)
-        os.waitpid(child, 0)
+        with contextlib.suppress(OSError):
+            os.waitpid(child, 0)
 
 
 def _log_file(config: Config, name: str) -> Path:

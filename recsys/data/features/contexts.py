@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from recsys.arrays import Integers
 from recsys.errors import UserError
+from recsys.schema import normalize_value
 
 HOUR, WEEKDAY, GAP, ACTIVITY = "hour", "weekday", "gap", "activity"
 """Fields that follow from the time, in UTC, and from the history: floor(log2(1 + n)) of the seconds n since the interaction before, and of
@@ -90,7 +91,7 @@ class ContextSpace(BaseModel):
             parts = {HOUR: times % _DAY // 3600 + 1, WEEKDAY: (times // _DAY + 3) % 7 + 1}  # the first of January 1970 was a Thursday
         for field in self.fields:
             if field.name in given:
-                codes = pc.index_in(given[field.name], value_set=pa.array(field.values, pa.string()))
+                codes = pc.index_in(normalized(given[field.name]), value_set=pa.array(field.values, pa.string()))
                 parts[field.name] = pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
         return self._join(parts, size)
 
@@ -112,6 +113,15 @@ class ContextSpace(BaseModel):
         gaps = None if time is None or last is None else np.array([time - last])
         codes = self.encode(times, {name: pa.array([value], pa.string()) for name, value in given.items()}, 1)
         return codes | self.encode_places(np.array([num_before]), gaps)
+
+    def without_history(self, codes: Integers) -> Integers:
+        """Return the codes as if there were no interaction before."""
+        kept, shift = np.int64(-1), 0
+        for field in self.fields:
+            if field.name in (GAP, ACTIVITY):
+                kept &= ~(((1 << field.bits) - 1) << shift)
+            shift += field.bits
+        return (codes & kept) | self.encode_places(np.zeros(1, np.int64), None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,6 +150,12 @@ class ContextSpace(BaseModel):
                 codes |= parts[field.name].astype(np.int64) << shift
             shift += field.bits
         return codes
+
+
+def normalized(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Return a text column with its values in their canonical form."""
+    encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
+    return pa.array(map(normalize_value, encoded.dictionary.to_pylist()), pa.string()).take(encoded.indices)
 
 
 def _magnitudes(numbers: Integers) -> Integers:

@@ -1,6 +1,8 @@
 """Profiles: the columns of users as inputs of the model, in training, evaluation and for posted profiles alike."""
 
+import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -12,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from recsys.arrays import Floats
 from recsys.config.data import UserFeaturesConfig
 from recsys.data.sequences import Sequences
+from recsys.errors import UserError
+from recsys.schema import normalize_value
 
 MAX_VALUES = 20_000
 """Maximum number of values of a column that are told apart; the rarest of more count as missing."""
@@ -22,6 +26,10 @@ MAX_WORDS = 64
 _FEW_NUMBERS = 64
 """Numbers with at most this many different values are categories, too: codes and age groups are."""
 
+_LARGEST = 10.0
+"""Standardized numbers are cut at this many standard deviations."""
+
+_MISSING = ("", "none", "null", "nan", "na", "n/a", "-", "\u2014")
 _SPREAD = re.compile(r"[\s,;|\[\]()]+")
 _WORD = re.compile(r"\w+")
 
@@ -56,12 +64,20 @@ class ProfileSpace(BaseModel):
         """The names of the numbers, in their order; the entries of a vector are numbered."""
         return [*self.numbers, *(f"{name}[{entry}]" for name, size in self.vectors.items() for entry in range(size))]
 
+    @property
+    def missing(self) -> list[int]:
+        """For each category from 0, the entry of a missing value of its column; 0 for padding."""
+        columns = sorted([*self.categories, *self.words], key=len, reverse=True)
+        entries = {name: self._index[f"{name}="] for name in columns}
+        return [0, *(next(entries[name] for name in columns if text.startswith(f"{name}=")) for text in self.vocabulary)]
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.vocabulary, start=1)}
 
     def encode(self, users: Sequence[Mapping[str, str]]) -> Sequences:
         """Convert the columns of R users, as text by name, to the column `categories`, from 1, and the scalar `numbers` (R, F)."""
+        users = [{name: value for name, value in user.items() if value.strip().lower() not in _MISSING} for user in users]
         found = [self._categories(user) for user in users]
         offsets = np.cumsum([0, *map(len, found)])
         categories = np.array([category for own in found for category in own], np.int32)
@@ -73,10 +89,14 @@ class ProfileSpace(BaseModel):
     def merge(self, known: Sequences, posted: Mapping[str, str]) -> Sequences:
         """Return the known profile of one user (R = 1) with the columns that are posted in place of its own."""
         own = self.encode([posted])
-        names = [self.vocabulary[index - 1].partition("=")[0] for index in known.flat("categories").tolist()]
-        kept = known.flat("categories")[np.array([name not in posted for name in names], bool)]
-        new = [index for index in own.flat("categories").tolist() if self.vocabulary[index - 1].partition("=")[0] in posted]
-        is_posted = np.array([name.partition("[")[0] in posted for name in self.number_names], bool)
+
+        def is_posted_category(index: int) -> bool:
+            return self.vocabulary[index - 1].partition("=")[0] in posted
+
+        kept = known.flat("categories")[np.array([not is_posted_category(index) for index in known.flat("categories").tolist()], bool)]
+        new = [index for index in own.flat("categories").tolist() if is_posted_category(index)]
+        columns = [*self.numbers, *(name for name, size in self.vectors.items() for _ in range(size))]
+        is_posted = np.array([name in posted for name in columns], bool)
         numbers = np.where(is_posted, own.scalars["numbers"], known.scalars["numbers"])
         categories = np.append(kept, np.array(new, kept.dtype))
         return Sequences.of_offsets({"categories": categories}, np.array([0, len(categories)]), numbers=numbers)
@@ -86,7 +106,8 @@ class ProfileSpace(BaseModel):
         known = set(self.vocabulary)
         found = [name for column in self.categories for name in _names(column, _split(values.get(column, Counter()), self.separator))]
         found += [name for column in self.words for name in _names(column, _words(values.get(column, Counter())))]
-        return self.model_copy(update={"vocabulary": (*self.vocabulary, *(name for name in found if name not in known))})
+        vocabulary = (*self.vocabulary, *(name for name in found if name not in known))
+        return ProfileSpace.model_validate(self.model_dump() | {"vocabulary": vocabulary})  # a copy would share the cached index
 
     def _categories(self, user: Mapping[str, str]) -> list[int]:
         index, found = self._index, []
@@ -102,7 +123,8 @@ class ProfileSpace(BaseModel):
         for name, size in self.vectors.items():
             entries = numbers_of(user.get(name, ""))
             raw += entries if len(entries) == size else [float("nan")] * size
-        return [(value - mean) / deviation for value, (mean, deviation) in zip(raw, self.moments, strict=True)]
+        standardized = ((value - mean) / deviation for value, (mean, deviation) in zip(raw, self.moments, strict=True))
+        return [value if math.isnan(value) else min(max(value, -_LARGEST), _LARGEST) for value in standardized]
 
 
 def fit_profiles(values: Mapping[str, Counter[str]], config: UserFeaturesConfig) -> ProfileSpace:
@@ -110,7 +132,11 @@ def fit_profiles(values: Mapping[str, Counter[str]], config: UserFeaturesConfig)
 
     Columns that the config does not name are read by their values: numbers, vectors of equal length, text if most values differ, otherwise
     categories. Numbers of few different values are categories, too.
+
+    Raises:
+        UserError: a column that is given as vectors has none.
     """
+    values = {name: Counter({text: n for text, n in own.items() if text.strip().lower() not in _MISSING}) for name, own in values.items()}
     kinds: dict[str, list[str]] = {"categories": [], "text": [], "numbers": [], "vectors": []}
     for name, counts in values.items():
         own = [kind for kind in kinds if name in getattr(config, kind)]
@@ -118,6 +144,8 @@ def fit_profiles(values: Mapping[str, Counter[str]], config: UserFeaturesConfig)
             kinds[kind].append(name)
     samples = [_samples(values[name], lambda text: [_number(text)]) for name in kinds["numbers"]]
     sizes = {name: _usual_size(values[name]) for name in kinds["vectors"]}
+    if odd := [name for name, size in sizes.items() if not size]:
+        raise UserError(f"data.user_features.vectors: column '{odd[0]}' has no list of numbers in any row")
     samples += [_samples(values[name], numbers_of, size) for name, size in sizes.items()]
     space = ProfileSpace(
         categories=tuple(kinds["categories"]),
@@ -140,14 +168,16 @@ def infer_kinds(counts: Counter[str]) -> list[str]:
         is_code = len(texts) <= _FEW_NUMBERS and counts.total() > 2 * len(texts)
         return ["numbers", "categories"] if is_code else ["numbers"]
     sizes = {len(numbers_of(text)) for text in texts}
-    if len(sizes) == 1 and min(sizes) > 1:
+    if len(sizes) == 1 and min(sizes) > 2:  # "1,234" is no vector
         return ["vectors"]
     return ["text"] if len(texts) > counts.total() / 2 else ["categories"]
 
 
 def common_values(counts: Counter[str], limit: int) -> Counter[str]:
-    """Return the `limit` most frequent values; equal ones in the order of the text."""
-    return counts if len(counts) <= limit else Counter(dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:limit]))
+    """Return the `limit` most frequent values; of equally frequent ones a sample, the same on every machine."""
+    if len(counts) <= limit:
+        return counts
+    return Counter(dict(sorted(counts.items(), key=lambda pair: (-pair[1], zlib.crc32(pair[0].encode()), pair[0]))[:limit]))
 
 
 def words_of(text: str) -> list[str]:
@@ -162,14 +192,17 @@ def numbers_of(text: str) -> list[float]:
 
 
 def _number(text: str) -> float:
+    """Return the finite number that a text is, otherwise NaN."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        return float("nan")
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _parts(text: str, separator: str) -> list[str]:
-    return [part.strip() for part in (text.split(separator) if separator else [text]) if part.strip()]
+    parts = map(normalize_value, text.split(separator) if separator else [text])
+    return [part for part in parts if part]
 
 
 def _split(counts: Counter[str], separator: str) -> Counter[str]:
@@ -197,7 +230,8 @@ def _usual_size(counts: Counter[str]) -> int:
     sizes: Counter[int] = Counter()
     for text, count in counts.items():
         sizes[len(numbers_of(text))] += count
-    return sizes.most_common(1)[0][0]
+    del sizes[0]
+    return sizes.most_common(1)[0][0] if sizes else 0
 
 
 def _samples(counts: Counter[str], read: Callable[[str], list[float]], size: int = 1) -> tuple[Floats, NDArray[np.int64]]:

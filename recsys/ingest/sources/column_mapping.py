@@ -207,7 +207,7 @@ def import_users(storage: Storage, part: FilePart, data: DataConfig) -> Imported
 def _attribute(column: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """Spell an attribute as text; return None if its type has no text form."""
     try:
-        return pc.binary_join(spell(simple_lists(column)), " ") if is_list(column.type) else spell(column)
+        return pc.binary_join(spell(simple_lists(column)), "|") if is_list(column.type) else spell(column)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         return None
 

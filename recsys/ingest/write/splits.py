@@ -1,13 +1,11 @@
 """Assigns each interaction to training, validation or test, and draws the withheld items."""
 
-import hashlib
-from collections.abc import Iterable
-
 import numpy as np
 import pyarrow as pa
 
-from recsys.arrays import Floats, Integers, Mask
+from recsys.arrays import Integers, Mask
 from recsys.config.data import DataConfig
+from recsys.data.labels.withheld import draw, drawn
 from recsys.schema import ITEM_ID, SPLIT, TIMESTAMP, USER_ID
 
 TRAINING, VALIDATION, TEST, WITHHELD = range(4)
@@ -76,21 +74,6 @@ def _leading_before(timestamps: Integers, offsets: Integers, moment: int | None)
     return np.asarray(np.minimum(firsts - offsets[:-1], lengths), np.int64)
 
 
-def draw(keys: Iterable[str], seed: int) -> Floats:
-    """Return a number in [0, 1) for each key: a hash of the key and the seed, the same on every machine and in every release."""
-    digests = (hashlib.blake2b(f"{seed} {key}".encode(), digest_size=6).digest() for key in keys)
-    return np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.float64) / 2.0**48
-
-
 def withheld(item_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
     """Return which items are kept out of training: a share of about `data.withheld_items`, each by its own draw."""
-    return _drawn("item", item_ids, data.withheld_items, data.split_seed)
-
-
-def withheld_users(user_ids: pa.Array | pa.ChunkedArray, data: DataConfig) -> Mask:
-    """Return which users are kept out of training: a share of about `data.withheld_users`, each by its own draw."""
-    return _drawn("withheld user", user_ids, data.withheld_users, data.split_seed)
-
-
-def _drawn(name: str, ids: pa.Array | pa.ChunkedArray, share: float, seed: int) -> Mask:
-    return draw((f"{name} {key}" for key in ids.to_pylist()), seed) < share if share else np.zeros(len(ids), bool)
+    return drawn("item", item_ids, data.withheld_items, data.split_seed)

@@ -82,3 +82,9 @@ def test_too_many_values_are_refused_by_name() -> None:
 def test_a_space_without_fields_is_empty() -> None:
     assert not ContextSpace()
     assert ContextSpace().encode(TIMES, {}, 4).tolist() == [0] * 4
+
+
+def test_without_a_history_there_is_no_gap_and_no_activity(space: ContextSpace) -> None:
+    codes = space.encode(TIMES, {"device": pa.array(["tv"] * 4)}, 4)
+    full = codes | space.encode_places(np.array([3, 9, 1, 5]), np.array([1, 2, 3, 4]))
+    assert space.without_history(full).tolist() == (codes | space.encode_places(np.zeros(4, np.int64), None)).tolist()

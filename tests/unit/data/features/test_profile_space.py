@@ -5,6 +5,7 @@ import pytest
 
 from recsys.config.data import UserFeaturesConfig
 from recsys.data.features.profiles import MAX_VALUES, ProfileSpace, common_values, fit_profiles, infer_kinds
+from recsys.errors import UserError
 
 USERS = [
     {"gender": "F", "age": "25", "likes": "rock|jazz", "bio": "I love old jazz", "height": "170.5", "taste": "0.5 1.0"},
@@ -76,7 +77,8 @@ def test_new_values_follow_the_known_ones(space: ProfileSpace) -> None:
     [
         ({"1": 40, "18": 30, "56": 30}, ["numbers", "categories"]),
         ({str(number / 7): 1 for number in range(200)}, ["numbers"]),
-        ({"0.1 0.2": 1, "0.3,0.4": 1}, ["vectors"]),
+        ({"0.1 0.2 1": 1, "0.3,0.4,1": 1}, ["vectors"]),
+        ({"1,234": 1, "2,000": 1}, ["text"]),
         ({"F": 30, "M": 70}, ["categories"]),
         ({f"word{number} text": 1 for number in range(20)}, ["text"]),
         ({}, []),
@@ -95,6 +97,33 @@ def test_the_most_frequent_values_are_kept() -> None:
     counts = Counter({f"v{number}": 1 for number in range(MAX_VALUES + 5)}) + Counter({"often": 9})
     assert "often" in common_values(counts, MAX_VALUES)
     assert len(common_values(counts, MAX_VALUES)) == MAX_VALUES
+
+
+def test_a_missing_marker_does_not_change_a_column_of_numbers() -> None:
+    space = fit_profiles({"age": Counter({str(age): 1 for age in range(20, 90)} | {"NaN": 3})}, UserFeaturesConfig())
+    assert (space.numbers, space.categories) == (("age",), ())
+    assert np.isnan(space.encode([{"age": "NaN"}, {"age": "inf"}]).scalars["numbers"]).all()
+    assert space.encode([{"age": "1e300"}]).scalars["numbers"].tolist() == [[10.0]]
+
+
+def test_values_are_spelled_as_requests_spell_them() -> None:
+    space = fit_profiles({"age": Counter({"25.0": 9, "30.0": 9}), "vip": Counter({"True": 9, "False": 9})}, UserFeaturesConfig())
+    assert {"age=25", "vip=true"} <= set(categories(space, {"age": "25", "vip": "true"}))
+    assert categories(space, {"age": "25.0", "vip": "True"}) == categories(space, {"age": "25", "vip": "true"})
+
+
+def test_columns_with_brackets_are_merged_and_vectors_need_numbers() -> None:
+    space = fit_profiles({"income[usd]": Counter({"10": 9, "20": 9})}, UserFeaturesConfig(numbers=("income[usd]",)))
+    merged, expected = space.merge(space.encode([{"income[usd]": "10"}]), {"income[usd]": "20"}), space.encode([{"income[usd]": "20"}])
+    np.testing.assert_array_equal(merged.scalars["numbers"], expected.scalars["numbers"])
+    with pytest.raises(UserError, match=r"data.user_features.vectors: column 'bio' has no list of numbers"):
+        fit_profiles({"bio": Counter({"a b": 1})}, UserFeaturesConfig(vectors=("bio",)))
+
+
+def test_each_category_knows_the_missing_entry_of_its_column(space: ProfileSpace) -> None:
+    for index, name in enumerate(space.vocabulary, start=1):
+        assert space.vocabulary[space.missing[index] - 1] == f"{name.partition('=')[0]}="
+    assert space.missing[0] == 0
 
 
 def test_a_space_without_columns_is_empty() -> None:
