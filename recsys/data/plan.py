@@ -152,14 +152,15 @@ class EpochPlan:
         parts = np.stack([np.arange(len(sizes)), np.zeros_like(sizes), sizes], 1)
         if self.replay is not None:
             new = parts[self.first_new :]
-            parts = np.concatenate([self._replayed(round(self.replay * int(new[:, 2].sum()))), new])
+            parts = np.concatenate([self._replayed(self.replay * int(new[:, 2].sum())), new])
         if self.window:
             parts = parts[np.random.default_rng((self.seed, self.epoch)).permutation(np.arange(len(parts)))]
         return parts, np.cumsum(parts[:, 2] - parts[:, 1])
 
-    def _replayed(self, num_samples: int) -> Integers:
-        """Draw slices of older row groups with `num_samples` samples in total, at most all; return them in the manifest's order."""
+    def _replayed(self, wanted: float) -> Integers:
+        """Draw slices of older row groups with `wanted` samples in total, at most all; return them in the manifest's order."""
         sizes = np.asarray(self.row_groups[: self.first_new], dtype=np.int64)
+        num_samples = round(min(wanted, int(sizes.sum())))
         rows = min(SLICE_ROWS, max(1, num_samples // MIN_SLICES, int(sizes.sum()) // MAX_DRAWN_FROM))
         counts = -(-sizes // rows)
         groups = np.repeat(np.arange(len(sizes)), counts)

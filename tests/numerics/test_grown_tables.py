@@ -135,8 +135,8 @@ def test_with_the_optimizers_state_a_run_in_two_parts_equals_one_in_one(tmp_path
 
     start, half = weights("half", 4)
     _, whole = weights("whole", 8)
-    _, kept = weights("kept", 4, 1, training__start_from=start, training__keep_optimizer=True)
-    _, anew = weights("anew", 4, 1, training__start_from=start)
+    _, kept = weights("kept", 4, 4, training__start_from=start, training__keep_optimizer=True)
+    _, anew = weights("anew", 4, 2, training__start_from=start)
     moved, off, lost = (max(float((one[name] - whole[name]).abs().max()) for name in whole) for one in (half, kept, anew))
     assert off < 1e-4
     assert min(lost, moved) > 1e-3
