@@ -325,12 +325,16 @@ def train(config: Config) -> int | None:
 
 
 def trained(config: Config, name: str, **values: Any) -> tuple[Predictor, Dataset]:
-    settings = {"run.name": name, "training.num_workers": 1, "training.global_batch_size": 16, "training.micro_batch_size": 16}
-    given = config.with_values(
-        settings
-        | {"training.epochs": 40, "optimizer.learning_rate": 3e-3, "training.early_stopping_patience": 10}
-        | {key.replace("__", "."): value for key, value in values.items()}
-    )
+    settings = {
+        "run.name": name,
+        "training.num_workers": 1,
+        "training.global_batch_size": 16,
+        "training.micro_batch_size": 16,
+        "training.epochs": 40,
+        "training.early_stopping_patience": 10,
+        "optimizer.learning_rate": 3e-3,
+    }
+    given = config.with_values(settings | {key.replace("__", "."): value for key, value in values.items()})
     best = run_distributed(train, 1, given)[0]
     _, config, dataset, recommender = load_trained(Storage.from_config(given.storage), store_of(given).uri(best), given.run.scratch)
     return build_predictor(config, dataset, recommender), dataset

@@ -92,7 +92,8 @@ def test_shards_are_what_the_manifest_says_and_nothing_else_is_left(tmp_path: Pa
     dataset = prepare(*config_of(tmp_path, "data.row_group_rows=1", "data.num_shards=1"))
     manifest = dataset.manifest
     shards = [*manifest.train_shards, *manifest.users_shards, *manifest.catalogue_shards]
-    shards += [*manifest.user_statistics_shards, *manifest.item_statistics_shards]
+    shards += [*manifest.user_statistics_shards, *manifest.item_statistics_shards, *manifest.listed_shards]
+    assert manifest.listed_shards
     for shard in shards:
         path = Path(join(dataset.uri, shard.path))
         assert (path.stat().st_size, sha256_of(path)) == (shard.num_bytes, shard.sha256)

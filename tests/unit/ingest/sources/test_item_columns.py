@@ -229,7 +229,7 @@ def test_columns_of_events_and_users_are_named_too(tmp_path: Path) -> None:
         "__index_level_0__": "an index column written by pandas",
     }
     assert next(read.tables).to_pylist() == [
-        {"user_id": "u", "age": "3", "tags": "p q", "photo": "0xff", "home.city": "Oslo", "input_order": 0}
+        {"user_id": "u", "age": "3", "tags": "p|q", "photo": "0xff", "home.city": "Oslo", "input_order": 0}
     ]
 
 
