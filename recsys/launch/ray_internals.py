@@ -52,7 +52,7 @@ def is_preempted() -> bool:
 
 def worker_nodes() -> set[str]:
     """Return the ids of the nodes of this job's training workers, including dead workers."""
-    job = ray.get_runderived_context().get_job_id()
+    job = ray.get_runtime_context().get_job_id()
     return {actor["Address"]["NodeID"] for actor in actors().values() if (actor["JobID"], actor["ActorClassName"]) == (job, WORKER_CLASS)}
 
 
