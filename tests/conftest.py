@@ -111,7 +111,7 @@ def _run_server(name: str, arguments: list[str], port: int, folder: Path) -> Ite
 def moto_server(aws_environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Run moto's server, which keeps objects in memory and supports `If-None-Match`."""
     port = free_port()
-    arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    arguments = [sys.executable, str(Path(__file__).with_name("atomic_moto.py")), "-H", "127.0.0.1", "-p", str(port)]
     yield from _run_server("moto", arguments, port, tmp_path_factory.mktemp("moto"))
 
 

@@ -1,6 +1,7 @@
 """Row groups from the store: only the needed bytes are fetched, the cache saves requests, and damage in it is detected."""
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,9 @@ def test_nothing_is_read_ahead_beyond_the_limit(dataset: Dataset, groups_read: l
     many = Reader(dataset, ItemFeatures.read(dataset), settings(tmp_path, training__prefetch_bytes=1 << 20), Share(0, 1, 2))
     rows = many.rows(0)
     next(rows)
+    deadline = time.monotonic() + 20
+    while len(groups_read) <= without_limit and time.monotonic() < deadline:  # threads read ahead
+        time.sleep(0.01)
     rows.close()
     assert without_limit < len(groups_read) <= NUM_GROUPS
 
