@@ -152,10 +152,12 @@ class Answerer:
         has_profile = predictor.reads_profiles and profiles is not None
         if (history is None or not len(history.items)) and request.query is None and not has_profile:
             return None
-        history = Sequences.of([]) if history is None else history
+        history = replace(Sequences.of([]) if history is None else history, profiles=profiles)
+        if not predictor.reads_contexts:
+            return history
         last = int(history.timestamps[-1]) if history.timestamps.any() else None
         asked = manifest.contexts.ask(_now(request) if manifest.has_time else None, last, len(history.items), request.context or {})
-        return replace(history, profiles=profiles, scalars={ASKED: asked})
+        return replace(history, scalars={ASKED: asked})
 
     def _find_history(self, request: UserRequest) -> ResolvedUser:
         if request.user_id is None:

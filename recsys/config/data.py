@@ -3,7 +3,7 @@
 import codecs
 import math
 from datetime import date
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -28,6 +28,7 @@ def _read_seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[int, BeforeValidator(_read_seconds)]
+DerivedField = Literal["hour", "weekday", "gap", "activity"]
 InputPath = Annotated[str, Fact.PATH, Fact.INPUT, Fact.MAY_CHANGE]
 
 
@@ -220,7 +221,7 @@ class DataConfig(Section):
     csv: Annotated[CsvConfig, Fact.INPUT] = CsvConfig()
     item_features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: UserFeaturesConfig = UserFeaturesConfig()
-    derived_context: tuple[Literal["hour", "weekday", "gap", "activity"], ...] = ()
+    derived_context: tuple[DerivedField, ...] = ()
     """Context that follows from times (in UTC) and histories: time since the interaction before, number of interactions before."""
     sensitive: tuple[str, ...] = ()
     """Columns of users, items and events that are never an input of the model; they stay attributes for slices and fairness."""
@@ -296,7 +297,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check_context(self) -> Self:
         names = self.columns.context
-        if taken := sorted({name for name in names if name in ("hour", "weekday", "gap", "activity") or names.count(name) > 1}):
+        if taken := sorted({name for name in names if name in get_args(DerivedField) or names.count(name) > 1}):
             raise ValueError(f"data.columns.context = {taken[0]}: is named twice, or as a field of data.derived_context; rename the column")
         return self
 

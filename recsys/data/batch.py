@@ -314,7 +314,7 @@ class Collator:
     def _contexts(self, samples: Sequences, places: Integers, target_places: Tensor, packed: PackedHistories) -> Integers:
         """Return the contexts of targets (N,); those predicted from the profile alone have no interaction before."""
         codes = _column(samples, CONTEXTS, places).astype(np.int64)
-        if self.alone is None or packed.start_places is None:
+        if self.alone is None or packed.start_places is None or not self.manifest.contexts:
             return codes
         is_alone = torch.isin(target_places, packed.start_places).numpy()
         return np.where(is_alone, self.manifest.contexts.without_history(codes), codes)

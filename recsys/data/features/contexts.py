@@ -116,11 +116,10 @@ class ContextSpace(BaseModel):
 
     def without_history(self, codes: Integers) -> Integers:
         """Return the codes as if there were no interaction before."""
-        kept, shift = np.int64(-1), 0
-        for field in self.fields:
+        kept = np.int64(-1)
+        for field, shift in self._placed():
             if field.name in (GAP, ACTIVITY):
                 kept &= ~(((1 << field.bits) - 1) << shift)
-            shift += field.bits
         return (codes & kept) | self.encode_places(np.zeros(1, np.int64), None)
 
     @property
@@ -137,18 +136,20 @@ class ContextSpace(BaseModel):
 
     def split(self, codes: Any) -> Sequence[Any]:
         """Return the code of each field; `codes` may be NumPy's or PyTorch's integers."""
-        parts, shift = [], 0
+        return [(codes >> shift) & ((1 << field.bits) - 1) for field, shift in self._placed()]
+
+    def _placed(self) -> Iterator[tuple[ContextField, int]]:
+        """Yield each field with the position of its lowest bit."""
+        shift = 0
         for field in self.fields:
-            parts.append((codes >> shift) & ((1 << field.bits) - 1))
+            yield field, shift
             shift += field.bits
-        return parts
 
     def _join(self, parts: Mapping[str, Integers], size: int) -> Integers:
-        codes, shift = np.zeros(size, np.int64), 0
-        for field in self.fields:
+        codes = np.zeros(size, np.int64)
+        for field, shift in self._placed():
             if field.name in parts:
                 codes |= parts[field.name].astype(np.int64) << shift
-            shift += field.bits
         return codes
 
 
