@@ -217,10 +217,13 @@ ITEM_STATISTICS_SCHEMA = pa.schema(
         ("last_seen", pa.int64()),
         ("recency_seconds", pa.int64()),
         ("period_counts", pa.list_(pa.int64())),
+        ("num_shown", pa.int64()),
+        ("num_taken", pa.int64()),
     ]
 )
 """One row per catalogue item, otherwise as USER_STATISTICS_SCHEMA. `period_counts` are the item's training interactions in equal periods
-between the first and the last training interaction of the dataset; empty without times."""
+between the first and the last training interaction of the dataset; empty without times. `num_shown` counts the exposures with a label of
+the weakest positive kind, `num_taken` those where it is positive; null in data without exposures."""
 
 RESERVED_NAMES = ("rating", "like", "retrieval", "item_id", "known")
 """Names of scores and of fields next to them; the task of an event kind with one of these names gets the suffix `_event`."""

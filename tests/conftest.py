@@ -14,6 +14,7 @@ import boto3
 import psutil
 import pytest
 from botocore.config import Config
+from hypothesis import settings
 
 from recsys.launch.head import free_port
 from recsys.store import Storage
@@ -23,6 +24,9 @@ from tests.servers import answers
 # Tests run in parallel: with a thread per core in each process, OpenMP's barriers wait up to 50 times as long as one thread computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the same modules
+
+settings.register_profile("any speed", settings(), deadline=None)  # an example may be the first call of a library
+settings.load_profile("any speed")
 
 ACCESS_KEY = "AKIDTESTTESTTEST"
 SECRET_KEY = "secret-of-the-tests-and-of-nothing-else"

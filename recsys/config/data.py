@@ -115,7 +115,7 @@ class ItemFeaturesConfig(Section):
     separator: str = "|"
     """Separator between the categories in a text; empty: texts are not split."""
     statistics: bool = False
-    """Add statistics of the training interactions, such as popularity and mean value, as item features."""
+    """Add statistics of the training data, such as popularity, mean value and the rate at which an item is taken, as item features."""
 
     @property
     def names_columns(self) -> bool:

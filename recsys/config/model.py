@@ -61,7 +61,7 @@ class RankerConfig(Section):
     """How a (user, item) pair is scored for each task."""
 
     kind: Literal["concatenation", "additive", "regression"] = "concatenation"
-    """A network over user, item and product; gated bilinear and text scores; or, for values, a regression on the user's past values."""
+    """A network over user, item and product; gated bilinear and text scores; or a regression on the user's past values or labels."""
     num_factors: PositiveInt = 16
     """Number of item factors that `regression` uses."""
     factor_dropout: Fraction = 0.5

@@ -107,7 +107,7 @@ class DatasetManifest(_Record):
     exposure_tasks: tuple[str, ...] = ()  # the tasks that exposures have labels of, in the order of their bits
     only_exposures_have_labels: bool = False  # of those tasks; otherwise targets have them, too
     num_exposures: int = 0  # in the training data
-    value_mean: float
+    value_mean: float  # of the values; without values, of 1 per target and 0 per exposure that was not taken
     value_std: float
     has_time: bool
     num_streams: int

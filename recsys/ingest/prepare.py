@@ -42,7 +42,7 @@ from recsys.ingest.synthetic.events import generate
 from recsys.ingest.write.catalogue import Catalogue, build_catalogue, clean_items, sort_ids
 from recsys.ingest.write.event_kinds import choose_kinds
 from recsys.ingest.write.exposures import role_of_exposures
-from recsys.ingest.write.feature_statistics import item_numbers, join_moments
+from recsys.ingest.write.feature_statistics import item_numbers, join_moments, taken_moments
 from recsys.ingest.write.splits import withheld
 from recsys.ingest.write.statistics_passes import measure, write_dataset_report
 from recsys.schema import COUNTS_SCHEMA, ITEM_ID, TIE_RULE, FeatureKind, Kind, derive_tasks, event_tasks
@@ -139,7 +139,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     shards = _write_all(job, events, kinds, profiles, contexts)
     if job.base is None and not any(outcome.train for outcome in shards):
         raise _nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
-    measured = measure(job, shards, len(kinds), len(ids))
+    measured = measure(job, shards, len(kinds), len(ids), bool(role_of_exposures(kinds, job.data)))
     counts = _train_counts(job, len(ids))
     if job.base is not None:
         catalogue = changed_items(job.base, ids, items.rows, items.kinds)
@@ -148,7 +148,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     else:
         numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
         catalogue = build_catalogue(ids, items.rows, items.kinds, counts, numbers)
-        fields = _decide(job, items.kinds, kinds, catalogue, shards)
+        fields = _decide(job, items.kinds, kinds, catalogue, shards, measured.items)
     fields |= {
         "inputs": identify_inputs(given, job.storage),
         "num_items": len(ids),
@@ -173,11 +173,13 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
 
 
 def _decide(
-    job: Job, columns: dict[str, FeatureKind], kinds: tuple[Kind, ...], catalogue: Catalogue, shards: Sequence[Written]
+    job: Job, columns: dict[str, FeatureKind], kinds: tuple[Kind, ...], catalogue: Catalogue, shards: Sequence[Written], items: pa.Table
 ) -> dict[str, Any]:
     """Return the manifest fields that the first version fixes for all versions appended to it."""
     num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
     role = role_of_exposures(kinds, job.data)
+    if role and not num_values:
+        value_mean, value_std = taken_moments(items, sum(outcome.num_targets for outcome in shards))
     features = job.data.item_features.model_dump(mode="json")
     for kind in ("text", "categories", "numbers", "vectors"):
         features[kind] = [name for name, own in columns.items() if own == kind]

@@ -26,16 +26,23 @@ the factors, the noise would shrink to the training error."""
 class ValueRegression(nn.Module):
     """Predicts a user's value of an item from the user's other values: Bayesian linear regression, solved at every place.
 
+    The values are those of the interactions. In data without values they are 1 for positive kinds and 0 for the others, standardized like
+    values.
+
     value = b(v) + w . z(v) + noise for an item vector v, where w ~ N(w0(u), 1) belongs to the user. b and z are linear in v, so they
     exist for items not seen in training. The first entry of z is constant: its weight is the user's level. The prior mean w0 is linear
     in the user state u. Given the values so far, the mean of w has a closed form (Bishop 2006, 3.3). The w of a target never includes
     the target's own value, so z is trained to generalize to new users (Bertinetto et al. 2019). Shape K: factors plus the level.
     """
 
+    kind_values: Tensor  # (kinds + 1,) NaN for padding; empty if interactions have values
+
     def __init__(self, config: ModelConfig, manifest: DatasetManifest) -> None:
         super().__init__()
         size = config.ranker.num_factors
         self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
+        self.event = None if manifest.has_values else manifest.kind_table[manifest.default_kind].name
+        self.register_buffer("kind_values", torch.zeros(0) if manifest.has_values else _kind_values(manifest), persistent=False)
         self.dropout = nn.Dropout(config.ranker.factor_dropout)
         self.factors = nn.Linear(config.width, size + 1)
         self.prior = nn.Linear(config.width, size + 1, bias=False)
@@ -45,7 +52,7 @@ class ValueRegression(nn.Module):
 
     def forward(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return the mean of w (N, K) for users (N, W) after `places` (N,) of histories whose items have `vectors` (P, W)."""
-        is_known, values = known_values(histories, self.value_mean, self.value_std)
+        is_known, values = self._past_values(histories)
         factors, biases = self.read(vectors)
         factors = factors * is_known.unsqueeze(1)
         squares, products = factors.unsqueeze(2) * factors.unsqueeze(1), factors * (values - biases).unsqueeze(1)
@@ -63,6 +70,17 @@ class ValueRegression(nn.Module):
         factors, biases = self.read(items)
         return (weights * factors).sum(1) + biases
 
+    def predicts(self, task: Task) -> bool:
+        """Return whether a task is on the values: their size, or whether the weakest positive event happens."""
+        return task.event == self.event
+
+    def _past_values(self, histories: PackedHistories) -> tuple[Tensor, Tensor]:
+        """Return the mask of places with a value (P,), and the standardized values (P,), 0 without a value."""
+        if self.event is None:
+            return known_values(histories, self.value_mean, self.value_std)
+        values = self.kind_values[histories.events]
+        return ~values.isnan(), values.nan_to_num()
+
     def read(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return z (P, K) and b (P,) of item vectors (P, W), in float32."""
         read = self.factors(self.dropout(vectors)).float()
@@ -70,16 +88,25 @@ class ValueRegression(nn.Module):
         return torch.cat([level, read[:, 1:]], 1), read[:, 0]
 
 
+def _kind_values(manifest: DatasetManifest) -> Tensor:
+    """Return the value of each event kind, from 1: 1 if it is positive, else 0, standardized; NaN for padding."""
+    is_positive = torch.from_numpy(manifest.target_kinds).float()
+    return F.pad((is_positive - manifest.value_mean) / manifest.value_std, (1, 0), value=torch.nan)
+
+
 def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueRegression | None:
     """Build the regression, or return None for another kind of ranker.
 
     Raises:
-        UserError: the dataset has no values.
+        UserError: histories have neither values nor events that are not positive.
     """
     if config.ranker.kind != "regression":
         return None
-    if not manifest.has_values:
-        raise UserError("model.ranker.kind = 'regression' learns from values, and this dataset has none; set concatenation or data.columns")
+    if not manifest.has_values and all(kind.is_target for kind in manifest.kind_table if kind.in_history):
+        raise UserError(
+            "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this data has none; "
+            "set concatenation, data.columns.value, or data.kinds.exposure.in_history=true"
+        )
     return ValueRegression(config, manifest)
 
 
@@ -97,8 +124,8 @@ class Ranker(nn.Module):
 
     A task in `config.ranker.needs` has the probability p q, where p is the score of its own and q that of the task that it needs.
 
-    `regression`: scores of tasks on values are a x r + c, with a and c learned per task and r the value predicted by `regression`;
-    the others are f_P as in `concatenation`. The user input is then the state concatenated with the weights of the regression.
+    `regression`: scores of tasks on values (`ValueRegression.predicts`) are a x r + c, with a and c learned per task and r the predicted
+    value; the others are f_P as in `concatenation`. The user input is then the state concatenated with the weights of the regression.
     """
 
     log_negative_rates: Tensor  # (T,)
@@ -140,7 +167,7 @@ class Ranker(nn.Module):
         self.regression = regression
         if regression is not None:
             self.scale, self.shift = nn.Parameter(torch.ones(num_tasks)), nn.Parameter(torch.zeros(num_tasks))
-            self.register_buffer("is_value", torch.tensor([task.event is None for task in tasks]), persistent=False)
+            self.register_buffer("is_value", torch.tensor([regression.predicts(task) for task in tasks]), persistent=False)
         has_displays = display_shares is not None and num_tasks > 0
         self.display_bias = nn.Parameter(torch.zeros(NUM_DISPLAYS + 1, num_tasks)) if has_displays else None
         self.register_buffer("display_shares", display_shares, persistent=False)

@@ -1,5 +1,6 @@
 """Exposures from raw events to batches and scores, against plain references."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recsys.ingest.prepare import prepare
 from recsys.model.recommender import build_recommender
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
+from tests.unit.ingest.write.test_statistics_passes import read_rows
 from tests.without_ray import patch_run_tasks, run_once
 
 NUM_USERS, NUM_ITEMS, START, DAY = 40, 30, 1_700_000_000, 86_400
@@ -122,6 +124,14 @@ def found_exposures(dataset: Dataset) -> dict[str, list[Shown]]:
     return parts
 
 
+def _counts_by_item(dataset: Dataset) -> dict[str, tuple[int, int]]:
+    """Return how often each item was shown and taken, from the statistics of items that were shown."""
+    rows = read_rows(dataset, dataset.manifest.item_statistics_shards, "item_index")
+    ids = dataset.catalogue["item_id"].to_pylist()
+    shown = zip(ids, rows["num_shown"].to_pylist(), rows["num_taken"].to_pylist(), strict=True)
+    return {item: (number, taken) for item, number, taken in shown if number}
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_impression_is_there_once_with_its_labels_and_what_was_before_it(tmp_path: Path, split: str) -> None:
     log = shown_log()
@@ -133,6 +143,9 @@ def test_every_impression_is_there_once_with_its_labels_and_what_was_before_it(t
     expected = sorted((user, item, click + 2 * buy, 3, position) for (user, item, _), (click, buy, position) in plain_labels(log).items())
     assert sorted(shown[:5] for own in parts.values() for shown in own) == expected
     assert manifest.num_exposures == len(parts["train"])
+    shown = Counter(own[1] for own in parts["train"])
+    taken = Counter(own[1] for own in parts["train"] if own[2] & 1)
+    assert _counts_by_item(dataset) == {item: (number, taken[item]) for item, number in shown.items()}
     assert all(parts.values())
     assert manifest.num_interactions == sum(log.event != "impression")
     by_user = {user: own.sort_values("timestamp", kind="stable") for user, own in log[log.event != "impression"].groupby("user_id")}
@@ -221,6 +234,7 @@ def test_a_day_appended_has_the_exposures_of_one_preparation(tmp_path: Path) -> 
         assert sorted(shown[:5] for shown in of_parts[part]) == sorted(shown[:5] for shown in of_whole[part])
     for part in ("validation", "test"):
         assert sorted(of_parts[part]) == sorted(of_whole[part])
+    assert _counts_by_item(day) == _counts_by_item(whole)
 
 
 def test_sequential_baselines_know_the_place_before_a_history(tmp_path: Path) -> None:
@@ -294,10 +308,10 @@ def shares(dataset: Dataset) -> list[float]:
     return [float((labels & 1).mean()), float((labels >> 1).mean())]
 
 
-@pytest.mark.parametrize("attention", ["softmax", "hstu"])
-def test_what_training_computes_for_an_exposure_is_what_is_served(tmp_path: Path, attention: str) -> None:
-    config, dataset = prepared(tmp_path, shown_log(), max_history=50)
-    config = config.with_values({"model.attention": attention, "model.ranker.kind": "additive"})
+@pytest.mark.parametrize(("attention", "kind"), [("softmax", "additive"), ("hstu", "additive"), ("softmax", "regression")])
+def test_what_training_computes_for_an_exposure_is_what_is_served(tmp_path: Path, attention: str, kind: str) -> None:
+    config, dataset = prepared(tmp_path, shown_log(), max_history=50, kinds={"impression": {"in_history": kind == "regression"}})
+    config = config.with_values({"model.attention": attention, "model.ranker.kind": kind})
     model = build_recommender(config, dataset, torch.device("cpu")).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

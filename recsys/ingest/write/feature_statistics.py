@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.arrays import Floats, Integers, Mask
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
@@ -15,6 +16,9 @@ from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA
 NUM_PERIODS = 8
 NUMBER_PREFIX = "statistics."
 USED_COLUMNS = ["user_index", *HISTORY_COLUMNS, "num_train", "num_validation"]
+
+PRIOR_EXPOSURES = 10
+"""With more, an item's rate tells less; with fewer, the rate of a rare item tells the very labels that are learned from it."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,23 @@ def user_statistics(histories: Sequences, num_kinds: int, span: TrainSpan | None
     )
 
 
-def item_sums(histories: Sequences, span: TrainSpan | None) -> pa.Table:
-    """Sum one partition's training interactions by item, for `ItemTotals.add`."""
+@dataclass(frozen=True)
+class Shown:
+    """E training exposures with a label of the weakest positive kind."""
+
+    items: Integers  # (E,)
+    is_taken: Mask  # (E,)
+
+
+NOTHING_SHOWN = Shown(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+
+
+def item_sums(histories: Sequences, span: TrainSpan | None, shown: Shown | None = None) -> pa.Table:
+    """Sum one partition's training interactions, and its exposures if the data has them, by item, for `ItemTotals.add`."""
     training = training_part(histories)
-    items, groups = np.unique(training.items, return_inverse=True)
+    exposed = NOTHING_SHOWN if shown is None else shown
+    items, groups = np.unique(np.concatenate([training.items, exposed.items]), return_inverse=True)
+    groups, exposed_groups = np.split(groups, [len(training.items)])
     moments = Moments.of(training.values, groups, len(items))
     first, last = np.full(len(items), np.iinfo(np.int64).max), np.full(len(items), np.iinfo(np.int64).min)
     np.minimum.at(first, groups, training.timestamps)
@@ -135,13 +152,18 @@ def item_sums(histories: Sequences, span: TrainSpan | None) -> pa.Table:
         cells = groups * NUM_PERIODS + span.period_of(training.timestamps)
         periods = np.bincount(cells, minlength=len(items) * NUM_PERIODS).reshape(len(items), NUM_PERIODS)
         columns |= {f"period_{number}": periods[:, number] for number in range(NUM_PERIODS)}
+    if shown is not None:
+        columns["shown"] = np.bincount(exposed_groups, minlength=len(items))
+        columns["taken"] = np.bincount(exposed_groups[shown.is_taken], minlength=len(items))
     return pa.table(columns)
 
 
 class ItemTotals:
     """Sums over all partitions; entry i is of item i + 1. `first` and `last` are valid where `train_count` is positive."""
 
-    def __init__(self, num_items: int, has_time: bool) -> None:
+    def __init__(self, num_items: int, has_time: bool, has_exposures: bool = False) -> None:
+        self.has_exposures = has_exposures
+        self.shown, self.taken = np.zeros((2, num_items), np.int64)
         self.train_count = np.zeros(num_items, np.int64)
         self.moments = Moments(np.zeros(num_items, np.int64), np.zeros(num_items), np.zeros(num_items))
         self.first = np.full(num_items, np.iinfo(np.int64).max)
@@ -160,6 +182,9 @@ class ItemTotals:
         self.last[rows] = np.maximum(self.last[rows], column["last"])
         for number in range(self.periods.shape[1]):
             self.periods[rows, number] += column[f"period_{number}"]
+        if self.has_exposures:
+            self.shown[rows] += column["shown"]
+            self.taken[rows] += column["taken"]
 
 
 def item_statistics(totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
@@ -175,6 +200,7 @@ def item_statistics(totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
             _where(totals.last, has_time, pa.int64()),
             _where(end - np.where(has_time, totals.last, end), has_time, pa.int64()),
             _lists(totals.periods),
+            *(_where(counts, np.full(len(counts), totals.has_exposures), pa.int64()) for counts in (totals.shown, totals.taken)),
         ],
         schema=ITEM_STATISTICS_SCHEMA,
     )
@@ -184,7 +210,8 @@ def item_numbers(statistics: pa.Table) -> dict[str, Floats]:
     """Convert item statistics to number columns of the catalogue, NaN where missing; a column without any value is left out.
 
     log_count: log(1 + training interactions). mean_value. recency: log(1 + seconds since the last one). trend: log of (1 + interactions
-    in the later half of the periods) / (1 + interactions in the earlier half).
+    in the later half of the periods) / (1 + interactions in the earlier half). taken: log odds of an exposure being taken, where
+    PRIOR_EXPOSURES exposures are added to each item's own, taken at the mean rate.
     """
     numbers = {"log_count": np.log1p(statistics["train_count"].to_numpy()), "mean_value": _floats(statistics["value_mean"])}
     recency = _floats(statistics["recency_seconds"])
@@ -194,7 +221,19 @@ def item_numbers(statistics: pa.Table) -> dict[str, Floats]:
         halves = periods.reshape(statistics.num_rows, 2, NUM_PERIODS // 2).sum(axis=2)
         trend = np.log1p(halves[:, 1]) - np.log1p(halves[:, 0])
         numbers["trend"] = np.where(np.isnan(recency), np.nan, trend)
+    shown, taken = _floats(statistics["num_shown"]), _floats(statistics["num_taken"])
+    num_shown, num_taken = np.nansum(shown), np.nansum(taken)
+    if 0 < num_taken < num_shown:
+        rates = (taken + PRIOR_EXPOSURES * num_taken / num_shown) / (shown + PRIOR_EXPOSURES)
+        numbers["taken"] = np.where(shown > 0, np.log(rates / (1 - rates)), np.nan)
     return {NUMBER_PREFIX + name: column for name, column in numbers.items() if not np.isnan(column).all()}
+
+
+def taken_moments(statistics: pa.Table, num_targets: int) -> tuple[float, float]:
+    """Return the mean and the standard deviation of 1 per training target and 0 per exposure that was not taken."""
+    untaken = (pc.sum(statistics["num_shown"]).as_py() or 0) - (pc.sum(statistics["num_taken"]).as_py() or 0)
+    share = (num_targets + 1) / (num_targets + untaken + 2)
+    return share, (share * (1 - share)) ** 0.5
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys.arrays import Integers
 from recsys.config.data import DataConfig
@@ -15,8 +16,10 @@ from recsys.ingest.job import Job, Limited, Measured, Written, present
 from recsys.ingest.partition_tasks import staged_withheld
 from recsys.ingest.shuffle import read_table, write_table
 from recsys.ingest.write.feature_statistics import (
+    NOTHING_SHOWN,
     USED_COLUMNS,
     ItemTotals,
+    Shown,
     TrainSpan,
     item_statistics,
     item_sums,
@@ -29,6 +32,8 @@ from recsys.report.pages import DATASET, write_report
 from recsys.store import join
 
 _SUMS = "item-sums"
+SAMPLE_COLUMNS = ["user_index", "items", "events", "timestamps"]
+EXPOSED = ("exposed_items", "exposed_labels", "exposed_known")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class MeasureTask:
     users: tuple[str, ...]
     train: tuple[str, ...]
     num_kinds: int
+    has_exposures: bool
     limits: Limits
 
 
@@ -53,16 +59,18 @@ class Measurements:
     limits: Limits
 
 
-def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int) -> Measurements:
+def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int, has_exposures: bool) -> Measurements:
     """Measure the written shards of each partition and, for an appended version, those of the older versions."""
     users = [_shards_of(job, "users", outcome.users, number) for number, outcome in enumerate(written)]
     train = [_shards_of(job, "train", outcome.train, number) for number, outcome in enumerate(written)]
     found = written if job.base is None else job.run("limits", Limited, partial(_find_limits, job), users)
     limits = Limits.merge([outcome.limits for outcome in found])
-    tasks = [MeasureTask(number, *shards, num_kinds, limits) for number, shards in enumerate(zip(users, train, strict=True))]
+    tasks = [MeasureTask(number, *shards, num_kinds, has_exposures, limits) for number, shards in enumerate(zip(users, train, strict=True))]
     measured = job.run("statistics", Measured, partial(measure_partition, job), tasks)
     occupied = [number for number, outcome in enumerate(measured) if outcome.rows]
-    items = join_item_statistics(job, occupied, num_items, train_span(limits, job.data))
+    items = join_item_statistics(
+        job, occupied, ItemTotals(num_items, limits.train_times is not None, has_exposures), train_span(limits, job.data)
+    )
     return Measurements(
         present(outcome.user_statistics for outcome in measured),
         job.write_shards("statistics/items", items),
@@ -108,9 +116,11 @@ def measure_partition(job: Job, task: MeasureTask) -> Measured:
         return Measured(rows=0)
     histories = read_histories(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
-    write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span))
+    exposed = EXPOSED if task.has_exposures else ()
+    train = _read(job, task.train, [*SAMPLE_COLUMNS, *exposed])
+    write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span, _shown(train) if exposed else None))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
-    samples = _flat_samples(_read(job, task.train, ["user_index", "items", "events", "timestamps"]))
+    samples = _flat_samples(train)
     return Measured(
         rows=len(histories.items),
         user_statistics=job.write_shard(f"statistics/users/{task.partition:05d}.parquet", statistics),
@@ -128,14 +138,22 @@ def _flat_samples(train: pa.Table | None) -> pa.Table:
     if train is None:
         nothing: Integers = np.zeros(0, np.int64)
         return pa.table({"user_index": nothing, "item": nothing, "time": nothing, "event": nothing})
-    samples = Sequences.from_table(train).cast(items=np.int64, events=np.int64)
+    samples = Sequences.from_table(train.select(SAMPLE_COLUMNS)).cast(items=np.int64, events=np.int64)
     users = samples.scalars["user_index"][samples.owners]
     return pa.table({"user_index": users, "item": samples.items, "time": samples.timestamps, "event": samples.events})
 
 
-def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:
-    """Merge the staged sums of the given partitions into the statistics of all items."""
-    totals = ItemTotals(num_items, has_time=span is not None)
+def _shown(train: pa.Table | None) -> Shown:
+    """Return the exposures of training samples with a label of the weakest positive kind."""
+    if train is None:
+        return NOTHING_SHOWN
+    items, labels, known = (pc.list_flatten(train[name].combine_chunks()).to_numpy() for name in EXPOSED)
+    has_label = known & 1 > 0
+    return Shown(items[has_label].astype(np.int64), labels[has_label] & 1 > 0)
+
+
+def join_item_statistics(job: Job, partitions: Iterable[int], totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
+    """Add the staged sums of the given partitions to `totals`, and return the statistics of all items."""
     for partition in partitions:
         totals.add(read_table(job.storage, job.staged(_SUMS, 0, partition)))
     return item_statistics(totals, span)

@@ -60,14 +60,14 @@ def check_every_sample_once_and_every_step_the_same(plan: EpochPlan, world_size:
 on_drawn_plans = given(plan=plans, world_size=st.sampled_from(WORLD_SIZES), data=st.data())
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @on_drawn_plans
 def test_every_sample_once_and_every_step_the_same_for_any_number_of_ranks(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
     check_every_sample_once_and_every_step_the_same(plan, world_size, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 @on_drawn_plans
 def test_so_it_is_for_ten_thousand_plans(plan: EpochPlan, world_size: int, data: st.DataObject) -> None:
     check_every_sample_once_and_every_step_the_same(plan, world_size, data)
@@ -87,7 +87,7 @@ def test_every_rank_at_every_step(world_size: int, global_batch_size: int, repla
         assert dealt.tolist() == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plan=plans)
 def test_streams_share_the_samples_to_the_row_and_windows_tile_them(plan: EpochPlan) -> None:
     lengths = []

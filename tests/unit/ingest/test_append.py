@@ -247,7 +247,7 @@ on_drawn_days = given(
 phases = [Phase.explicit, Phase.reuse, Phase.generate]  # no shrinking of failing examples, since each attempt takes seconds
 
 
-@settings(max_examples=4, deadline=None, phases=phases)
+@settings(max_examples=4, phases=phases)
 @on_drawn_days
 def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
     rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str
@@ -256,7 +256,7 @@ def test_days_add_up_to_one_preparation_and_no_interaction_is_a_target_twice(
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, phases=phases)
+@settings(max_examples=20, phases=phases)
 @on_drawn_days
 def test_so_do_many_more_days(rows: list[tuple[str, int, int, str]], num_days: int, is_sorted: bool, split: str) -> None:
     check_days_add_up(rows, num_days, is_sorted, split)

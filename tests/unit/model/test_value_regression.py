@@ -11,7 +11,7 @@ from recsys.data.manifest import Dataset
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
 from recsys.model.ranker import LEVEL_VARIANCE, NOISE_VARIANCE, Ranker, ValueRegression, build_regression
-from recsys.schema import Task
+from recsys.schema import Kind, Task
 from recsys.store import Storage
 from tests.datasets import make_dataset
 
@@ -98,7 +98,33 @@ def test_only_tasks_of_values_are_scored_by_it(regression: ValueRegression) -> N
     torch.testing.assert_close(scores[:, 0], plain(states[places], items)[:, 0])
 
 
-def test_data_without_values_is_refused_with_what_to_do(dataset: Dataset) -> None:
+def test_without_values_the_regression_is_on_what_was_taken(dataset: Dataset) -> None:
+    kinds = (Kind("exposure", "exposure", in_history=True, marks_seen=False), Kind("click"), Kind("purchase"))
+    tasks = (Task("click", "binary", "click"), Task("purchase", "binary", "purchase"))
+    labelled = dataset.manifest.model_copy(
+        update={"kinds": kinds, "event_kinds": tuple(kind.name for kind in kinds), "tasks": tasks, "value_mean": 0.2, "value_std": 0.4}
+    )
+    torch.manual_seed(0)
+    found = build_regression(CONFIG, labelled)
+    assert found is not None
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert [found.predicts(task) for task in tasks] == [True, False]
+    generator = np.random.default_rng(2)
+    columns = {"items": np.arange(1, 1 + LENGTHS.sum()), "events": generator.integers(0, 3, LENGTHS.sum())}
+    packed, first_places = pack(Sequences(columns, np.cumsum(LENGTHS) - LENGTHS, LENGTHS), CPU_GROUP_COST)
+    vectors, states = torch.randn(2, len(packed.items), WIDTH)
+    values = torch.from_numpy(columns["events"] > 0).float()
+    begin = 0
+    for first, length in zip(first_places.tolist(), LENGTHS.tolist(), strict=True):
+        last = first + length - 1
+        own = found(states[last : last + 1], vectors, packed, torch.tensor([last]))[0]
+        expected = plain_weights(found, values[begin : begin + length], vectors[first : last + 1], states[last])
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+        begin += length
+
+
+def test_data_without_values_and_negatives_is_refused_with_what_to_do(dataset: Dataset) -> None:
     nothing = dataset.manifest.model_copy(update={"tasks": (Task("purchase", "binary", "purchase"),)})
     with pytest.raises(UserError, match="'regression' learns from values"):
         build_regression(CONFIG, nothing)

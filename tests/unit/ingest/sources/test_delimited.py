@@ -36,7 +36,7 @@ def write(rows: list[list[str]], encoding: str, **dialect: Any) -> bytes:
 FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=12)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     rows=st.lists(st.lists(FIELDS, min_size=3, max_size=3), min_size=1, max_size=6),
     separator=st.sampled_from([",", ";", "\t", "|"]),
@@ -65,7 +65,7 @@ def test_any_dialect_is_told_from_the_file(
     assert found == [[field or None for field in row] for row in rows]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     rows=st.lists(st.lists(FIELDS, min_size=3, max_size=3), min_size=1, max_size=6),
     separator=st.sampled_from([",", ";", "\t", "|", ":", "~"]),

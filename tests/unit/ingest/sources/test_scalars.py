@@ -79,7 +79,7 @@ def read_pairs(folder: Path) -> list[tuple[str, str]]:
 PAIRS = st.lists(st.tuples(st.integers(0, 2**53), st.integers(0, 2**53)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(files=st.lists(st.tuples(st.sampled_from([*CARRIERS, *TEXT_CARRIERS]), PAIRS), min_size=1, max_size=4))
 def test_any_mix_of_id_types_gives_the_ids_that_strings_give(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, list[tuple[int, int]]]]

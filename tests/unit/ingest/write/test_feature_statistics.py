@@ -12,14 +12,17 @@ import pytest
 from recsys.data.sequences import Sequences
 from recsys.ingest.write.feature_statistics import (
     NUM_PERIODS,
+    PRIOR_EXPOSURES,
     ItemTotals,
     Moments,
+    Shown,
     TrainSpan,
     item_numbers,
     item_statistics,
     item_sums,
     read_histories,
     session_lengths,
+    taken_moments,
     user_statistics,
 )
 from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, USERS_SCHEMA
@@ -179,3 +182,21 @@ def test_item_numbers_say_what_their_names_say() -> None:
     np.testing.assert_allclose(numbers["statistics.mean_value"], [3.0, np.nan, np.nan])
     np.testing.assert_allclose(numbers["statistics.recency"], [0.0, 0.0, np.nan])
     np.testing.assert_allclose(numbers["statistics.trend"], [np.log(3 / 2), np.log(2), np.nan])
+    assert "statistics.taken" not in numbers
+
+
+def test_the_rate_at_which_an_item_is_taken_is_pulled_towards_the_mean_rate() -> None:
+    histories, span = histories_of(make_users(5, 0)), TrainSpan(0, 1, 1)
+    totals = ItemTotals(30, has_time=False, has_exposures=True)
+    totals.add(item_sums(histories, None, Shown(np.array([1, 1, 2]), np.array([True, True, False]))))
+    totals.add(item_sums(histories, None, Shown(np.array([2, 30]), np.array([False, True]))))
+    table = item_statistics(totals, None)
+    assert table["num_shown"].to_pylist() == [2, 2, *[0] * 27, 1]
+    assert table["num_taken"].to_pylist() == [2, 0, *[0] * 27, 1]
+    assert taken_moments(table, num_targets=6) == pytest.approx((7 / 10, (0.7 * 0.3) ** 0.5))
+    plain = item_statistics(ItemTotals(30, has_time=True), span)
+    assert plain["num_shown"].null_count == plain["num_taken"].null_count == 30
+    rates = [(2 + PRIOR_EXPOSURES * 3 / 5) / (2 + PRIOR_EXPOSURES), (0 + PRIOR_EXPOSURES * 3 / 5) / (2 + PRIOR_EXPOSURES)]
+    taken = item_numbers(table)["statistics.taken"]
+    np.testing.assert_allclose(taken[:2], [np.log(rate / (1 - rate)) for rate in rates])
+    assert np.isnan(taken[2:29]).all()

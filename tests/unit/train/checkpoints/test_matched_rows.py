@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -31,7 +31,6 @@ def manifest_of(**values: Any) -> DatasetManifest:
     return DatasetManifest(**{**needed, **values})
 
 
-@settings(deadline=None)
 @given(old=names, new=names)
 def test_each_row_comes_from_the_row_of_its_name(old: list[str], new: list[str]) -> None:
     expected = [old.index(name) if name in old else -1 for name in new]
