@@ -107,7 +107,7 @@ class DatasetManifest(_Record):
     exposure_tasks: tuple[str, ...] = ()  # the tasks that exposures have labels of, in the order of their bits
     only_exposures_have_labels: bool = False  # of those tasks; otherwise targets have them, too
     num_exposures: int = 0  # in the training data
-    value_mean: float  # of the values; without values, of 1 per target and 0 per exposure that was not taken
+    value_mean: float  # of the values; without values, of what the history says was taken (1) or not (0)
     value_std: float
     has_time: bool
     num_streams: int
@@ -166,6 +166,11 @@ class DatasetManifest(_Record):
     def default_kind(self) -> int:
         """The number of the weakest positive kind, which an interaction without a kind has."""
         return next((number for number, kind in enumerate(self.kind_table) if kind.is_target), 0)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the data brings its own labels: a row is then an event of the kinds that it has a label 1 of, or an exposure."""
+        return bool(self.data_config.get("columns", {}).get("labels"))
 
     @property
     def num_samples(self) -> int:

@@ -139,7 +139,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     shards = _write_all(job, events, kinds, profiles, contexts)
     if job.base is None and not any(outcome.train for outcome in shards):
         raise _nothing_left(job, inputs, "no user has two training interactions, so there is nothing to train on", events.rejects)
-    measured = measure(job, shards, len(kinds), len(ids), bool(role_of_exposures(kinds, job.data)))
+    measured = measure(job, shards, len(kinds), len(ids), role_of_exposures(kinds, job.data) in ("label", "exposure"))
     counts = _train_counts(job, len(ids))
     if job.base is not None:
         catalogue = changed_items(job.base, ids, items.rows, items.kinds)
@@ -148,7 +148,7 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
     else:
         numbers = item_numbers(measured.items) if job.data.item_features.statistics else None
         catalogue = build_catalogue(ids, items.rows, items.kinds, counts, numbers)
-        fields = _decide(job, items.kinds, kinds, catalogue, shards, measured.items)
+        fields = _decide(job, items.kinds, kinds, catalogue, shards, measured.counts["kinds"])
     fields |= {
         "inputs": identify_inputs(given, job.storage),
         "num_items": len(ids),
@@ -173,13 +173,13 @@ def _run_passes(job: Job, inputs: Inputs, given: DataConfig) -> DatasetManifest:
 
 
 def _decide(
-    job: Job, columns: dict[str, FeatureKind], kinds: tuple[Kind, ...], catalogue: Catalogue, shards: Sequence[Written], items: pa.Table
+    job: Job, columns: dict[str, FeatureKind], kinds: tuple[Kind, ...], catalogue: Catalogue, shards: Sequence[Written], counts: Integers
 ) -> dict[str, Any]:
     """Return the manifest fields that the first version fixes for all versions appended to it."""
     num_values, value_mean, value_std = join_moments([outcome.value_moments for outcome in shards])
     role = role_of_exposures(kinds, job.data)
     if role and not num_values:
-        value_mean, value_std = taken_moments(items, sum(outcome.num_targets for outcome in shards))
+        value_mean, value_std = taken_moments(kinds, counts, bool(job.data.columns.labels))
     features = job.data.item_features.model_dump(mode="json")
     for kind in ("text", "categories", "numbers", "vectors"):
         features[kind] = [name for name, own in columns.items() if own == kind]

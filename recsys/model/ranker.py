@@ -15,7 +15,7 @@ from recsys.data.labels.training import NUM_DISPLAYS
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
 from recsys.model.user_encoder import by_group, known_values
-from recsys.schema import Task
+from recsys.schema import Task, says_untaken, taken_follows_shown
 
 NOISE_VARIANCE = 0.65
 LEVEL_VARIANCE = 0.15
@@ -26,8 +26,8 @@ the factors, the noise would shrink to the training error."""
 class ValueRegression(nn.Module):
     """Predicts a user's value of an item from the user's other values: Bayesian linear regression, solved at every place.
 
-    The values are those of the interactions. In data without values they are 1 for positive kinds and 0 for the others, standardized like
-    values.
+    The values are those of the interactions. In data without values they are 1 for an item that the weakest positive event was of and 0
+    for one that was only shown or that a negative event was of, standardized like values.
 
     value = b(v) + w . z(v) + noise for an item vector v, where w ~ N(w0(u), 1) belongs to the user. b and z are linear in v, so they
     exist for items not seen in training. The first entry of z is constant: its weight is the user's level. The prior mean w0 is linear
@@ -35,14 +35,14 @@ class ValueRegression(nn.Module):
     the target's own value, so z is trained to generalize to new users (Bertinetto et al. 2019). Shape K: factors plus the level.
     """
 
-    kind_values: Tensor  # (kinds + 1,) NaN for padding; empty if interactions have values
+    of_kinds: Tensor  # (2, kinds + 1) number of observations and sum of values that an event adds; empty if interactions have values
 
     def __init__(self, config: ModelConfig, manifest: DatasetManifest) -> None:
         super().__init__()
         size = config.ranker.num_factors
         self.value_mean, self.value_std = manifest.value_mean, manifest.value_std
         self.event = None if manifest.has_values else manifest.kind_table[manifest.default_kind].name
-        self.register_buffer("kind_values", torch.zeros(0) if manifest.has_values else _kind_values(manifest), persistent=False)
+        self.register_buffer("of_kinds", torch.zeros(0) if manifest.has_values else _observations(manifest), persistent=False)
         self.dropout = nn.Dropout(config.ranker.factor_dropout)
         self.factors = nn.Linear(config.width, size + 1)
         self.prior = nn.Linear(config.width, size + 1, bias=False)
@@ -52,10 +52,10 @@ class ValueRegression(nn.Module):
 
     def forward(self, users: Tensor, vectors: Tensor, histories: PackedHistories, places: Tensor) -> Tensor:
         """Return the mean of w (N, K) for users (N, W) after `places` (N,) of histories whose items have `vectors` (P, W)."""
-        is_known, values = self._past_values(histories)
+        numbers, values = self._observe(histories)
         factors, biases = self.read(vectors)
-        factors = factors * is_known.unsqueeze(1)
-        squares, products = factors.unsqueeze(2) * factors.unsqueeze(1), factors * (values - biases).unsqueeze(1)
+        observed = factors * numbers.unsqueeze(1)
+        squares, products = observed.unsqueeze(2) * factors.unsqueeze(1), factors * (values - numbers * biases).unsqueeze(1)
         moments = torch.cat([squares.flatten(1), products], 1)
         so_far = torch.cat([part.cumsum(1).flatten(0, 1) for part in by_group(moments, histories)])
         size = factors.shape[1]
@@ -74,12 +74,12 @@ class ValueRegression(nn.Module):
         """Return whether a task is on the values: their size, or whether the weakest positive event happens."""
         return task.event == self.event
 
-    def _past_values(self, histories: PackedHistories) -> tuple[Tensor, Tensor]:
-        """Return the mask of places with a value (P,), and the standardized values (P,), 0 without a value."""
+    def _observe(self, histories: PackedHistories) -> tuple[Tensor, Tensor]:
+        """Return how many values each place adds (P,), and their standardized sum (P,)."""
         if self.event is None:
-            return known_values(histories, self.value_mean, self.value_std)
-        values = self.kind_values[histories.events]
-        return ~values.isnan(), values.nan_to_num()
+            is_known, values = known_values(histories, self.value_mean, self.value_std)
+            return is_known.to(values), values
+        return self.of_kinds[0, histories.events], self.of_kinds[1, histories.events]
 
     def read(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return z (P, K) and b (P,) of item vectors (P, W), in float32."""
@@ -88,25 +88,36 @@ class ValueRegression(nn.Module):
         return torch.cat([level, read[:, 1:]], 1), read[:, 0]
 
 
-def _kind_values(manifest: DatasetManifest) -> Tensor:
-    """Return the value of each event kind, from 1: 1 if it is positive, else 0, standardized; NaN for padding."""
-    is_positive = torch.from_numpy(manifest.target_kinds).float()
-    return F.pad((is_positive - manifest.value_mean) / manifest.value_std, (1, 0), value=torch.nan)
+def _observations(manifest: DatasetManifest) -> Tensor:
+    """Return how many values an event of each kind adds, and their standardized sum, (2, kinds + 1), 0 for padding.
+
+    In a log of events a click follows its exposure. It adds no value but turns the exposure's 0 into a 1.
+    """
+    kinds, mean, std = manifest.kind_table, manifest.value_mean, manifest.value_std
+    numbers, values = torch.zeros(2, len(kinds) + 1)
+    for number, kind in enumerate(kinds, 1):
+        if says_untaken(kind):
+            numbers[number], values[number] = 1.0, -mean / std
+    taken = manifest.default_kind + 1
+    numbers[taken], values[taken] = (0.0, 1 / std) if taken_follows_shown(kinds, manifest.has_labels) else (1.0, (1 - mean) / std)
+    return torch.stack([numbers, values])
 
 
 def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueRegression | None:
     """Build the regression, or return None for another kind of ranker.
 
     Raises:
-        UserError: histories have neither values nor events that are not positive.
+        UserError: histories have neither values nor events that say that an item was not taken, or the dataset is too old.
     """
     if config.ranker.kind != "regression":
         return None
-    if not manifest.has_values and all(kind.is_target for kind in manifest.kind_table if kind.in_history):
+    if not manifest.has_values and not any(map(says_untaken, manifest.kind_table)):
         raise UserError(
             "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this data has none; "
             "set concatenation, data.columns.value, or data.kinds.exposure.in_history=true"
         )
+    if not manifest.has_values and manifest.value_mean == 0:
+        raise UserError("model.ranker.kind = 'regression' needs a dataset of this version; run python -m jobs.prepare_data again")
     return ValueRegression(config, manifest)
 
 

@@ -1,6 +1,6 @@
 """Exposures: which events are, what the user did with each, its part of the data, and its place in the user's history."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from recsys.schema import (
 )
 
 UNTAKEN = "exposure"
-"""The kind of a row whose labels are all 0 or missing."""
+"""The kind of a row of which labels are known, none of them 1."""
 
 _SHORT = tuple(name.removeprefix("exposed_") for name in EXPOSURE_COLUMNS)
 
@@ -41,13 +41,13 @@ def role_of_exposures(kinds: tuple[Kind, ...], data: DataConfig) -> str:
 def history_events(events: pa.Table, offsets: Integers, kinds: tuple[Kind, ...], data: DataConfig) -> tuple[pa.Table, Integers]:
     """Return the events that belong to histories, and where each user's begin; users may have none.
 
-    With labels these are, for each label column, the rows where it is 1, as events of that kind; rows without a 1 are events of the kind
-    UNTAKEN, if that is in histories.
+    With labels these are, for each label column, the rows where it is 1, as events of that kind; rows with only 0 are events of the
+    kind UNTAKEN, if that is in histories.
     """
     if data.columns.labels:
         masks = {name: _is_positive(events, name) for name in data.columns.labels}
         if any(kind.name == UNTAKEN for kind in kinds):
-            masks[UNTAKEN] = ~np.logical_or.reduce(list(masks.values()))
+            masks[UNTAKEN] = _has_label(events, data.columns.labels) & ~np.logical_or.reduce(list(masks.values()))
         rows = [np.flatnonzero(mask) for mask in masks.values()]
         names = pa.array(np.repeat(list(masks), [len(own) for own in rows]), pa.string())
         order = np.argsort(np.concatenate(rows), kind="stable")
@@ -70,17 +70,22 @@ def labelled_kinds(data: DataConfig) -> tuple[str, ...]:
 def in_histories(events: pa.Table, data: DataConfig) -> pa.ChunkedArray:
     """Return which events belong to histories."""
     if data.columns.labels and data.kind(UNTAKEN).in_history:
-        return pa.chunked_array([np.ones(events.num_rows, bool)])
+        return pa.chunked_array([_has_label(events, data.columns.labels)])
     return is_interaction(events, data)
 
 
 def label_kinds(events: pa.Table, names: Sequence[str]) -> Integers:
     """Return the number of the strongest of some kinds that each row has a label 1 of; that of UNTAKEN, or -1, without one."""
-    kinds = np.full(events.num_rows, names.index(UNTAKEN) if UNTAKEN in names else -1)
+    is_untaken = _has_label(events, [name for name in names if name != UNTAKEN]) & (UNTAKEN in names)
+    kinds = np.where(is_untaken, names.index(UNTAKEN) if UNTAKEN in names else -1, -1)
     for number, name in enumerate(names):
         if name != UNTAKEN:
             kinds[_is_positive(events, name)] = number
     return kinds
+
+
+def _has_label(events: pa.Table, names: Iterable[str]) -> Mask:
+    return np.logical_or.reduce([events[f"{LABEL_PREFIX}{name}"].is_valid().to_numpy() for name in names])
 
 
 def _is_positive(events: pa.Table, name: str) -> Mask:

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from recsys.arrays import Floats, Integers, Mask
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA
+from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, Kind, says_untaken, taken_follows_shown
 
 NUM_PERIODS = 8
 NUMBER_PREFIX = "statistics."
@@ -133,14 +132,10 @@ class Shown:
     is_taken: Mask  # (E,)
 
 
-NOTHING_SHOWN = Shown(np.zeros(0, np.int64), np.zeros(0, np.bool_))
-
-
 def item_sums(histories: Sequences, span: TrainSpan | None, shown: Shown | None = None) -> pa.Table:
     """Sum one partition's training interactions, and its exposures if the data has them, by item, for `ItemTotals.add`."""
     training = training_part(histories)
-    exposed = NOTHING_SHOWN if shown is None else shown
-    items, groups = np.unique(np.concatenate([training.items, exposed.items]), return_inverse=True)
+    items, groups = np.unique(np.concatenate([training.items, *([shown.items] if shown else [])]), return_inverse=True)
     groups, exposed_groups = np.split(groups, [len(training.items)])
     moments = Moments.of(training.values, groups, len(items))
     first, last = np.full(len(items), np.iinfo(np.int64).max), np.full(len(items), np.iinfo(np.int64).min)
@@ -161,8 +156,8 @@ def item_sums(histories: Sequences, span: TrainSpan | None, shown: Shown | None 
 class ItemTotals:
     """Sums over all partitions; entry i is of item i + 1. `first` and `last` are valid where `train_count` is positive."""
 
-    def __init__(self, num_items: int, has_time: bool, has_exposures: bool = False) -> None:
-        self.has_exposures = has_exposures
+    def __init__(self, num_items: int, has_time: bool) -> None:
+        self.has_exposures = False
         self.shown, self.taken = np.zeros((2, num_items), np.int64)
         self.train_count = np.zeros(num_items, np.int64)
         self.moments = Moments(np.zeros(num_items, np.int64), np.zeros(num_items), np.zeros(num_items))
@@ -182,7 +177,8 @@ class ItemTotals:
         self.last[rows] = np.maximum(self.last[rows], column["last"])
         for number in range(self.periods.shape[1]):
             self.periods[rows, number] += column[f"period_{number}"]
-        if self.has_exposures:
+        if "shown" in column:
+            self.has_exposures = True
             self.shown[rows] += column["shown"]
             self.taken[rows] += column["taken"]
 
@@ -229,10 +225,14 @@ def item_numbers(statistics: pa.Table) -> dict[str, Floats]:
     return {NUMBER_PREFIX + name: column for name, column in numbers.items() if not np.isnan(column).all()}
 
 
-def taken_moments(statistics: pa.Table, num_targets: int) -> tuple[float, float]:
-    """Return the mean and the standard deviation of 1 per training target and 0 per exposure that was not taken."""
-    untaken = (pc.sum(statistics["num_shown"]).as_py() or 0) - (pc.sum(statistics["num_taken"]).as_py() or 0)
-    share = (num_targets + 1) / (num_targets + untaken + 2)
+def taken_moments(kinds: Sequence[Kind], counts: Integers, has_labels: bool) -> tuple[float, float]:
+    """Return the mean and the standard deviation of what histories say was taken (1) or not (0), from the number of events of each kind.
+
+    With labels a row is either taken or not. Otherwise what is taken was shown before, if exposures are in histories.
+    """
+    untaken = sum(count for kind, count in zip(kinds, counts, strict=True) if says_untaken(kind))
+    taken = next((count for kind, count in zip(kinds, counts, strict=True) if kind.is_target), 0)
+    share = float(min(0.99, (taken + 1) / (untaken + (0 if taken_follows_shown(kinds, has_labels) else taken) + 2)))
     return share, (share * (1 - share)) ** 0.5
 
 

@@ -16,7 +16,6 @@ from recsys.ingest.job import Job, Limited, Measured, Written, present
 from recsys.ingest.partition_tasks import staged_withheld
 from recsys.ingest.shuffle import read_table, write_table
 from recsys.ingest.write.feature_statistics import (
-    NOTHING_SHOWN,
     USED_COLUMNS,
     ItemTotals,
     Shown,
@@ -67,10 +66,8 @@ def measure(job: Job, written: Sequence[Written], num_kinds: int, num_items: int
     limits = Limits.merge([outcome.limits for outcome in found])
     tasks = [MeasureTask(number, *shards, num_kinds, has_exposures, limits) for number, shards in enumerate(zip(users, train, strict=True))]
     measured = job.run("statistics", Measured, partial(measure_partition, job), tasks)
-    occupied = [number for number, outcome in enumerate(measured) if outcome.rows]
-    items = join_item_statistics(
-        job, occupied, ItemTotals(num_items, limits.train_times is not None, has_exposures), train_span(limits, job.data)
-    )
+    occupied = [number for number, shards in enumerate(users) if shards]  # users may only have been shown things
+    items = join_item_statistics(job, occupied, num_items, train_span(limits, job.data))
     return Measurements(
         present(outcome.user_statistics for outcome in measured),
         job.write_shards("statistics/items", items),
@@ -116,9 +113,8 @@ def measure_partition(job: Job, task: MeasureTask) -> Measured:
         return Measured(rows=0)
     histories = read_histories(last_rows(users, "user_index") if len(task.users) > 1 else users)
     span = train_span(task.limits, job.data)
-    exposed = EXPOSED if task.has_exposures else ()
-    train = _read(job, task.train, [*SAMPLE_COLUMNS, *exposed])
-    write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span, _shown(train) if exposed else None))
+    train = _read(job, task.train, [*SAMPLE_COLUMNS, *(EXPOSED if task.has_exposures else ())])
+    write_table(job.storage, job.staged(_SUMS, 0, task.partition), item_sums(histories, span, _shown(train)))
     statistics = user_statistics(histories, task.num_kinds, span, job.data.session_gap_seconds)
     samples = _flat_samples(train)
     return Measured(
@@ -143,17 +139,18 @@ def _flat_samples(train: pa.Table | None) -> pa.Table:
     return pa.table({"user_index": users, "item": samples.items, "time": samples.timestamps, "event": samples.events})
 
 
-def _shown(train: pa.Table | None) -> Shown:
-    """Return the exposures of training samples with a label of the weakest positive kind."""
-    if train is None:
-        return NOTHING_SHOWN
+def _shown(train: pa.Table | None) -> Shown | None:
+    """Return the exposures of training samples with a label of the weakest positive kind, or None if the samples have no exposures."""
+    if train is None or EXPOSED[0] not in train.column_names:
+        return None
     items, labels, known = (pc.list_flatten(train[name].combine_chunks()).to_numpy() for name in EXPOSED)
     has_label = known & 1 > 0
     return Shown(items[has_label].astype(np.int64), labels[has_label] & 1 > 0)
 
 
-def join_item_statistics(job: Job, partitions: Iterable[int], totals: ItemTotals, span: TrainSpan | None) -> pa.Table:
-    """Add the staged sums of the given partitions to `totals`, and return the statistics of all items."""
+def join_item_statistics(job: Job, partitions: Iterable[int], num_items: int, span: TrainSpan | None) -> pa.Table:
+    """Merge the staged sums of the given partitions into the statistics of all items."""
+    totals = ItemTotals(num_items, has_time=span is not None)
     for partition in partitions:
         totals.add(read_table(job.storage, job.staged(_SUMS, 0, partition)))
     return item_statistics(totals, span)

@@ -1,5 +1,7 @@
 """The regression compared with a plain implementation at each position, and its output without any values."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,30 +100,50 @@ def test_only_tasks_of_values_are_scored_by_it(regression: ValueRegression) -> N
     torch.testing.assert_close(scores[:, 0], plain(states[places], items)[:, 0])
 
 
-def test_without_values_the_regression_is_on_what_was_taken(dataset: Dataset) -> None:
-    kinds = (Kind("exposure", "exposure", in_history=True, marks_seen=False), Kind("click"), Kind("purchase"))
+def clicks(dataset: Dataset, columns: dict[str, Any]) -> ValueRegression:
+    """Build the regression for exposures, clicks and purchases in histories, of which 20 % are taken."""
+    kinds = (Kind("exposure", "exposure", marks_seen=False), Kind("click"), Kind("purchase"))
     tasks = (Task("click", "binary", "click"), Task("purchase", "binary", "purchase"))
-    labelled = dataset.manifest.model_copy(
-        update={"kinds": kinds, "event_kinds": tuple(kind.name for kind in kinds), "tasks": tasks, "value_mean": 0.2, "value_std": 0.4}
+    manifest = dataset.manifest.model_copy(
+        update={
+            "kinds": kinds,
+            "event_kinds": tuple(kind.name for kind in kinds),
+            "tasks": tasks,
+            "value_mean": 0.2,
+            "value_std": 0.4,
+            "data_config": {"columns": columns},
+        }
     )
     torch.manual_seed(0)
-    found = build_regression(CONFIG, labelled)
-    assert found is not None
-    for parameter in found.parameters():
+    built = build_regression(CONFIG, manifest)
+    assert built is not None
+    for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    assert [found.predicts(task) for task in tasks] == [True, False]
-    generator = np.random.default_rng(2)
-    columns = {"items": np.arange(1, 1 + LENGTHS.sum()), "events": generator.integers(0, 3, LENGTHS.sum())}
-    packed, first_places = pack(Sequences(columns, np.cumsum(LENGTHS) - LENGTHS, LENGTHS), CPU_GROUP_COST)
-    vectors, states = torch.randn(2, len(packed.items), WIDTH)
-    values = torch.from_numpy(columns["events"] > 0).float()
-    begin = 0
-    for first, length in zip(first_places.tolist(), LENGTHS.tolist(), strict=True):
-        last = first + length - 1
-        own = found(states[last : last + 1], vectors, packed, torch.tensor([last]))[0]
-        expected = plain_weights(found, values[begin : begin + length], vectors[first : last + 1], states[last])
-        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-        begin += length
+    assert [built.predicts(task) for task in tasks] == [True, False]
+    return built
+
+
+def weights_after(regression: ValueRegression, items: list[int], events: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights after one history of events, and the vectors of its items and the last state."""
+    table = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(1))
+    columns = {"items": np.array(items), "events": np.array(events)}
+    packed, _ = pack(Sequences(columns, np.array([0]), np.array([len(items)])), CPU_GROUP_COST)
+    vectors, state = table[packed.items], torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(2))
+    return regression(state, vectors, packed, torch.tensor([len(items) - 1]))[0], vectors, state[0]
+
+
+def test_with_labels_a_row_is_a_value_of_one_or_zero(dataset: Dataset) -> None:
+    regression = clicks(dataset, {"labels": {"click": "clicked", "purchase": "bought"}})
+    found, vectors, state = weights_after(regression, [1, 2, 3, 3, 4], [0, 1, 1, 2, 0])
+    values = torch.tensor([0.0, 1.0, 1.0, torch.nan, 0.0])  # a purchase is of the row that was clicked
+    torch.testing.assert_close(found, plain_weights(regression, values, vectors, state), rtol=1e-4, atol=1e-5)
+
+
+def test_in_a_log_a_click_turns_the_zero_of_its_exposure_into_a_one(dataset: Dataset) -> None:
+    regression = clicks(dataset, {})
+    found, vectors, state = weights_after(regression, [1, 2, 3, 3, 1, 4], [0, 0, 0, 1, 2, 0])
+    values = torch.tensor([0.0, 0.0, torch.nan, 1.0, torch.nan, 0.0])
+    torch.testing.assert_close(found, plain_weights(regression, values, vectors, state), rtol=1e-4, atol=1e-5)
 
 
 def test_data_without_values_and_negatives_is_refused_with_what_to_do(dataset: Dataset) -> None:

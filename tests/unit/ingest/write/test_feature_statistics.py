@@ -3,6 +3,7 @@
 import itertools
 import statistics as plain
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from recsys.ingest.write.feature_statistics import (
     taken_moments,
     user_statistics,
 )
-from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, USERS_SCHEMA
+from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, USERS_SCHEMA, Kind
 
 GAP = 1800
 Rows = list[dict[str, Any]]
@@ -187,16 +188,27 @@ def test_item_numbers_say_what_their_names_say() -> None:
 
 def test_the_rate_at_which_an_item_is_taken_is_pulled_towards_the_mean_rate() -> None:
     histories, span = histories_of(make_users(5, 0)), TrainSpan(0, 1, 1)
-    totals = ItemTotals(30, has_time=False, has_exposures=True)
+    totals = ItemTotals(30, has_time=False)
     totals.add(item_sums(histories, None, Shown(np.array([1, 1, 2]), np.array([True, True, False]))))
     totals.add(item_sums(histories, None, Shown(np.array([2, 30]), np.array([False, True]))))
     table = item_statistics(totals, None)
     assert table["num_shown"].to_pylist() == [2, 2, *[0] * 27, 1]
     assert table["num_taken"].to_pylist() == [2, 0, *[0] * 27, 1]
-    assert taken_moments(table, num_targets=6) == pytest.approx((7 / 10, (0.7 * 0.3) ** 0.5))
     plain = item_statistics(ItemTotals(30, has_time=True), span)
     assert plain["num_shown"].null_count == plain["num_taken"].null_count == 30
     rates = [(2 + PRIOR_EXPOSURES * 3 / 5) / (2 + PRIOR_EXPOSURES), (0 + PRIOR_EXPOSURES * 3 / 5) / (2 + PRIOR_EXPOSURES)]
     taken = item_numbers(table)["statistics.taken"]
     np.testing.assert_allclose(taken[:2], [np.log(rate / (1 - rate)) for rate in rates])
     assert np.isnan(taken[2:29]).all()
+
+
+def test_the_share_of_what_was_taken_counts_each_row_once() -> None:
+    shown, disliked = Kind("exposure", "exposure", marks_seen=False), Kind("dislike", "negative", marks_seen=False)
+    clicked, bought = Kind("click"), Kind("purchase")
+    counts = np.array([7, 2, 1])
+    rows = taken_moments((shown, clicked, bought), counts, has_labels=True)
+    assert rows == pytest.approx((3 / 11, (3 * 8) ** 0.5 / 11))
+    log = taken_moments((shown, clicked, bought), counts, has_labels=False)
+    assert log == pytest.approx((3 / 9, (3 * 6) ** 0.5 / 9))
+    assert taken_moments((disliked, clicked, bought), counts, has_labels=False) == rows
+    assert taken_moments((replace(shown, in_history=False), disliked, clicked), np.array([0, 7, 2]), has_labels=False) == rows
