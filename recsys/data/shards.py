@@ -76,14 +76,16 @@ class _ShardFile:
 
     def _read_local(self, group: int) -> pa.Table:
         """Read from a local file, opened for each read: there may be more shards than a process may open files."""
-        footer = self._open()
-        found = self._storage.stat(self._uri)
-        if found is not None and found.etag != self._etag:
-            self._verify()
-            self._etag = found.etag
-        _, path = self._storage.locate(self._uri)
-        file = pq.ParquetFile(path, metadata=footer, pre_buffer=False)
-        return file.read_row_group(group, columns=self._columns, use_threads=False)
+        footer, (_, path) = self._open(), self._storage.locate(self._uri)
+        for _ in range(2):
+            before = self._storage.stat(self._uri)
+            if before is not None and before.etag != self._etag:
+                self._verify()
+                self._etag = before.etag
+            rows = pq.ParquetFile(path, metadata=footer, pre_buffer=False).read_row_group(group, columns=self._columns, use_threads=False)
+            if self._storage.stat(self._uri) == before:
+                return rows
+        raise self._replaced("it changes while it is read")
 
     def _read_remote(self, group: int) -> pa.Table:
         source = _RangeFile(self._shard.num_bytes, self._fetch)

@@ -111,13 +111,11 @@ def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueReg
     """
     if config.ranker.kind != "regression":
         return None
-    if not manifest.has_values and not any(map(says_untaken, manifest.kind_table)):
+    if not manifest.has_values and (manifest.value_mean == 0 or not any(map(says_untaken, manifest.kind_table))):
         raise UserError(
-            "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this data has none; "
-            "set concatenation, data.columns.value, or data.kinds.exposure.in_history=true"
+            "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this data has none, or an "
+            "older version prepared it; set concatenation, or prepare it with data.columns.value or data.kinds.exposure.in_history=true"
         )
-    if not manifest.has_values and manifest.value_mean == 0:
-        raise UserError("model.ranker.kind = 'regression' needs a dataset of this version; run python -m jobs.prepare_data again")
     return ValueRegression(config, manifest)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ from recsys.data.batch import Batch, map_tensors
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import Dataset
 from recsys.data.reader import Reader, Share
+from recsys.data.shards import RowGroupSource
 from recsys.errors import UserError
 from recsys.objectives.next_item import NextItem
 from recsys.store import Storage, backends
@@ -245,6 +247,22 @@ def test_a_shard_replaced_while_it_is_read_stops_the_reader_before_one_of_its_ro
     assert all(int(batch.items[batch.histories.items].max()) < 1000 for batch in handed_out)
     assert dataset.address(dataset.manifest.train_shards[1]) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_local_shard_replaced_just_before_it_is_opened_is_not_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, open_file = make_dataset(Storage(str(tmp_path / "store")), num_users=NUM_USERS), pq.ParquetFile
+    source, first = RowGroupSource(dataset, ["items"]), len(dataset.manifest.train_shards[0].row_groups)
+    before = source.read(first)
+
+    def open_late(path: str, **options: Any) -> pq.ParquetFile:
+        monkeypatch.undo()
+        write_other_rows(dataset, 1, tmp_path)
+        return open_file(path, **options)
+
+    assert source.read(first).equals(before)
+    monkeypatch.setattr(pq, "ParquetFile", open_late)
+    with pytest.raises(UserError, match="replaced"):
+        source.read(first)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"long" * 50_000])
