@@ -113,7 +113,7 @@ def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueReg
         return None
     if not manifest.has_values and (manifest.value_mean == 0 or not any(map(says_untaken, manifest.kind_table))):
         raise UserError(
-            "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this data has none, or an "
+            "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this has none, or an "
             "older version prepared it; set concatenation, or prepare it with data.columns.value or data.kinds.exposure.in_history=true"
         )
     return ValueRegression(config, manifest)
