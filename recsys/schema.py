@@ -251,15 +251,15 @@ class Kind:
         """Whether the events are what retrieval predicts."""
         return self.role == "positive"
 
-
-def says_untaken(kind: Kind) -> bool:
-    """Return whether an event of this kind in a history says that the item was not, or not yet, taken."""
-    return kind.in_history and kind.role in ("exposure", "negative")
+    @property
+    def says_untaken(self) -> bool:
+        """Whether an event in a history says that the item was not, or not yet, taken."""
+        return self.in_history and self.role in ("exposure", "negative")
 
 
 def taken_follows_shown(kinds: Sequence[Kind], has_labels: bool) -> bool:
     """Return whether histories have both the exposure and the event that says it was taken; with labels they have one of them."""
-    return not has_labels and any(kind.role == "exposure" and kind.in_history for kind in kinds)
+    return not has_labels and any(kind.says_untaken and kind.role == "exposure" for kind in kinds)
 
 
 @dataclass(frozen=True)

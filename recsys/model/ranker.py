@@ -15,7 +15,7 @@ from recsys.data.labels.training import NUM_DISPLAYS
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
 from recsys.model.user_encoder import by_group, known_values
-from recsys.schema import Task, says_untaken, taken_follows_shown
+from recsys.schema import Task, taken_follows_shown
 
 NOISE_VARIANCE = 0.65
 LEVEL_VARIANCE = 0.15
@@ -94,10 +94,8 @@ def _observations(manifest: DatasetManifest) -> Tensor:
     In a log of events a click follows its exposure. It adds no value but turns the exposure's 0 into a 1.
     """
     kinds, mean, std = manifest.kind_table, manifest.value_mean, manifest.value_std
-    numbers, values = torch.zeros(2, len(kinds) + 1)
-    for number, kind in enumerate(kinds, 1):
-        if says_untaken(kind):
-            numbers[number], values[number] = 1.0, -mean / std
+    numbers = torch.tensor([0.0, *(float(kind.says_untaken) for kind in kinds)])
+    values = -mean / std * numbers
     taken = manifest.default_kind + 1
     numbers[taken], values[taken] = (0.0, 1 / std) if taken_follows_shown(kinds, manifest.has_labels) else (1.0, (1 - mean) / std)
     return torch.stack([numbers, values])
@@ -111,7 +109,7 @@ def build_regression(config: ModelConfig, manifest: DatasetManifest) -> ValueReg
     """
     if config.ranker.kind != "regression":
         return None
-    if not manifest.has_values and (manifest.value_mean == 0 or not any(map(says_untaken, manifest.kind_table))):
+    if not manifest.has_values and (manifest.value_mean == 0 or not any(kind.says_untaken for kind in manifest.kind_table)):
         raise UserError(
             "model.ranker.kind = 'regression' learns from values, or from exposures and negative events in histories; this has none, or an "
             "older version prepared it; set concatenation, or prepare it with data.columns.value or data.kinds.exposure.in_history=true"

@@ -76,8 +76,9 @@ def in_histories(events: pa.Table, data: DataConfig) -> pa.ChunkedArray:
 
 def label_kinds(events: pa.Table, names: Sequence[str]) -> Integers:
     """Return the number of the strongest of some kinds that each row has a label 1 of; that of UNTAKEN, or -1, without one."""
-    is_untaken = _has_label(events, [name for name in names if name != UNTAKEN]) & (UNTAKEN in names)
-    kinds = np.where(is_untaken, names.index(UNTAKEN) if UNTAKEN in names else -1, -1)
+    kinds = np.full(events.num_rows, -1)
+    if UNTAKEN in names:
+        kinds[_has_label(events, [name for name in names if name != UNTAKEN])] = names.index(UNTAKEN)
     for number, name in enumerate(names):
         if name != UNTAKEN:
             kinds[_is_positive(events, name)] = number

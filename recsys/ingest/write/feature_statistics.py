@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from recsys.arrays import Floats, Integers, Mask
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
-from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, Kind, says_untaken, taken_follows_shown
+from recsys.schema import ITEM_STATISTICS_SCHEMA, USER_STATISTICS_SCHEMA, Kind, taken_follows_shown
 
 NUM_PERIODS = 8
 NUMBER_PREFIX = "statistics."
@@ -230,7 +230,7 @@ def taken_moments(kinds: Sequence[Kind], counts: Integers, has_labels: bool) -> 
 
     With labels a row is either taken or not. Otherwise what is taken was shown before, if exposures are in histories.
     """
-    untaken = sum(count for kind, count in zip(kinds, counts, strict=True) if says_untaken(kind))
+    untaken = sum(count for kind, count in zip(kinds, counts, strict=True) if kind.says_untaken)
     taken = next((count for kind, count in zip(kinds, counts, strict=True) if kind.is_target), 0)
     share = float(min(0.99, (taken + 1) / (untaken + (0 if taken_follows_shown(kinds, has_labels) else taken) + 2)))
     return share, (share * (1 - share)) ** 0.5
