@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from starlette.exceptions import HTTPException
 
 from recsys.arrays import Integers
 from recsys.data.labels.seen import SeenRule
@@ -18,9 +17,9 @@ from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
 from recsys.predictor import Predictor, Ranking
-from serve.protocol import (
+from serve.api.problems import Answer, RefusedError
+from serve.api.protocol import (
     POPULARITY,
-    Answer,
     CandidateScore,
     ModelInfo,
     PostedInteraction,
@@ -94,6 +93,14 @@ class Answerer:
         if not torch.isfinite(self.predictor.encode([Sequences.of([1])])).all():
             raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
 
+    def answer(self, requests: Sequence[UserRequest]) -> list[Answer]:
+        """Answer a batch of requests of both kinds, in their order."""
+        lists = {index: request for index, request in enumerate(requests) if isinstance(request, RecommendRequest)}
+        scores = {index: request for index, request in enumerate(requests) if isinstance(request, ScoreRequest)}
+        answers = dict(zip(lists, self.recommend(list(lists.values())), strict=True))
+        answers |= dict(zip(scores, self.score(list(scores.values())), strict=True))
+        return [answers[index] for index in range(len(requests))]
+
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
         """Answer each request with its k best items."""
         found = [self._find(request) for request in requests]
@@ -130,18 +137,18 @@ class Answerer:
     def _find(self, request: UserRequest) -> ResolvedUser | Answer:
         """Return the user, or the answer that refuses the request; an unknown user with a query gets an empty history."""
         if request.query is not None and not self.info.takes_queries:
-            return Answer.error(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
+            return Answer.problem(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         try:
             self._check_fields("profile", request.profile, self.info.profile_columns)
             self._check_fields("context", request.context, self.info.context_fields)
             found = self._find_history(request)
-        except HTTPException as error:
-            return Answer.error(error.status_code, error.detail)
+        except RefusedError as error:
+            return error.answer
         return replace(found, history=self._situated(request, found.history))
 
     def _check_fields(self, name: str, given: Mapping[str, str] | None, known: Sequence[str]) -> None:
         if unknown := sorted(set(given or ()).difference(known)):
-            raise HTTPException(422, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")
+            raise RefusedError(422, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")
 
     def _situated(self, request: UserRequest, history: Sequences | None) -> Sequences | None:
         """Return the history with the request's profile and context; None if nothing says what to recommend."""
@@ -171,7 +178,7 @@ class Answerer:
             kind = manifest.default_kind if interaction.event is None else self.predictor.event_index.get(interaction.event)
             if kind is None:
                 known = ", ".join(manifest.event_kinds)
-                raise HTTPException(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
+                raise RefusedError(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
             if not manifest.kind_table[kind].in_history:
                 continue
             rows.append(

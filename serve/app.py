@@ -1,4 +1,4 @@
-"""The Ray Serve application: an HTTP ingress in front of the scorers, for the version that the alias names."""
+"""The Ray Serve application: replicas that answer HTTP requests from the version that the alias names."""
 
 import hashlib
 import json
@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 import ray.serve
-from fastapi import FastAPI
 from ray.serve.config import AutoscalingConfig
 
 import recsys
@@ -19,29 +18,18 @@ from recsys.config.verb_settings import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.exports.registry import Registry
 from recsys.store import Storage
-from serve.gateway import build_http_app, digest_of
-from serve.scorer import Scorer
+from serve.api.gateway import digest_of
+from serve.replica import Replica
 
 logger = logging.getLogger("ray.serve")
 
 APPLICATION = "recsys"
-SCORER = "Scorer"
-INGRESS_REQUESTS = 2000
-"""Requests that one ingress replica holds at once; far above the scorers' limits, so that only the scorers refuse requests."""
+REPLICA = "Replica"
+REQUESTS = 10_000
+"""Requests that Ray Serve lets into one replica at once; far above what the replica's own queue admits, so that only the queue refuses."""
 
-QUEUED_BATCHES = 4
-"""Batches per replica that may wait before requests are refused."""
-
-
-@ray.serve.ingress()
-class Ingress:
-    """The HTTP ingress in front of the scorers; it holds only the token's digest."""
-
-    def __init__(self, service: ServiceConfig, token_digest: str, scorer: Any) -> None:
-        self._arguments = (service, token_digest, scorer)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(*self._arguments)
+SHUTDOWN_SECONDS = 30
+"""Time for a replica that is stopped to answer what it has admitted."""
 
 
 def build_app(args: dict[str, Any]) -> ray.serve.Application:
@@ -55,18 +43,16 @@ def build_app(args: dict[str, Any]) -> ray.serve.Application:
 
 
 def build(config: Config, version: str) -> ray.serve.Application:
-    """Bind the deployments; binding the same config, code and version again does not change a running service.
+    """Bind the deployment; binding the same config, code and version again does not change a running service.
 
     Raises:
         UserError: no token is set.
     """
     service = config.service
     token_digest = digest_of(_token(service))
-    code = _fingerprint(config, token_digest)
-    scorer = ray.serve.deployment(
-        name=SCORER,
-        max_ongoing_requests=2 * service.max_batch_size,
-        max_queued_requests=QUEUED_BATCHES * service.max_batch_size * service.max_replicas,
+    deployment = ray.serve.deployment(
+        name=REPLICA,
+        max_ongoing_requests=REQUESTS,
         autoscaling_config=AutoscalingConfig(
             min_replicas=service.min_replicas,
             max_replicas=service.max_replicas,
@@ -75,17 +61,13 @@ def build(config: Config, version: str) -> ray.serve.Application:
         ray_actor_options={"num_cpus": service.cpus_per_replica},
         user_config={"version": version},
         max_surge_percent=100,
-    )(Scorer)
-    ingress = ray.serve.deployment(
-        name="Ingress",
-        num_replicas=service.ingress_replicas,
-        max_ongoing_requests=INGRESS_REQUESTS,
-        max_surge_percent=100,
-    )(Ingress)
+        graceful_shutdown_timeout_s=SHUTDOWN_SECONDS,
+        logging_config={"enable_access_log": False},
+    )(ray.serve.ingress()(Replica))
     # Without a version, Ray Serve treats a deployment that is bound again as new code. The argument is marked internal, but there is
     # no public one.
-    scorer, ingress = (deployment.options(version=code, _internal=True) for deployment in (scorer, ingress))
-    return ingress.bind(service, token_digest, scorer.bind(config))
+    deployment = deployment.options(version=_fingerprint(config, token_digest), _internal=True)
+    return deployment.bind(config, token_digest)
 
 
 def read_arguments(args: dict[str, Any]) -> Config:

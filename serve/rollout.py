@@ -12,7 +12,7 @@ from recsys.config.service import ServiceConfig
 from recsys.errors import UserError
 from recsys.launch.head import connect, free_port
 from recsys.launch.ray_internals import serve_http_port
-from serve.app import APPLICATION, SCORER, build, version_in_service
+from serve.app import APPLICATION, REPLICA, build, version_in_service
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,7 +37,7 @@ def roll_out(config: Config) -> dict[str, Any]:
         except RuntimeError as error:
             raise UserError(f"version {version} did not start: {_find_reason() or error}") from error
         _wait_until_healthy(url)
-        statuses = ray.serve.get_deployment_handle(SCORER, APPLICATION).broadcast("status").results(timeout_s=STATUS_SECONDS)
+        statuses = ray.serve.get_deployment_handle(REPLICA, APPLICATION).broadcast("status").results(timeout_s=STATUS_SECONDS)
     refusals = [status["refusal"] for status in statuses if status["refusal"]]
     if refusals:
         raise UserError(f"{refusals[0]}; version {statuses[0]['version']} keeps serving")
@@ -77,12 +77,12 @@ def _wait_until_healthy(url: str) -> None:
     reason = ""
     while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"{url}/healthz", timeout=5).close()
+            urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
             return
         except OSError as error:
             reason = str(error)
         time.sleep(0.1)
     raise UserError(
-        f"{url}/healthz: does not answer ({reason}); Serve takes service.host and service.port only when it is first started on a "
+        f"{url}/readyz: does not answer ({reason}); Serve takes service.host and service.port only when it is first started on a "
         "cluster: serve shutdown, or the address it was started with, would work"
     )

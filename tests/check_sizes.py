@@ -29,7 +29,7 @@ SPINE = (
 )
 """The modules on the path from config and plan to a served answer."""
 
-LIMITS = {"product": (PRODUCT, 24_400), "spine": (SPINE, 8_100), "recsys/data": (("recsys/data/",), 3_200)}
+LIMITS = {"product": (PRODUCT, 27_000), "spine": (SPINE, 10_000), "recsys/data": (("recsys/data/",), 3_200)}
 """Maximum number of lines of each part."""
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import tomllib
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,10 +16,12 @@ from recsys.config.data import DataConfig
 from recsys.config.evaluation import EvaluationConfig, SearchConfig
 from recsys.config.model import ModelConfig
 from recsys.config.ranking import RankingConfig
-from recsys.config.service import ExportConfig, ServiceConfig
+from recsys.config.service import ExportConfig, LoadConfig, ServiceConfig
 from recsys.config.storage import RunConfig, StorageConfig
 from recsys.config.training import CheckpointConfig, FairnessConfig, OptimizerConfig, PretrainingConfig, TrainingConfig
 from recsys.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Config(Section):
@@ -38,6 +41,7 @@ class Config(Section):
     search: Annotated[SearchConfig, Fact.MAY_CHANGE] = SearchConfig()
     export: Annotated[ExportConfig, Fact.MAY_CHANGE] = ExportConfig()
     service: Annotated[ServiceConfig, Fact.MAY_CHANGE] = ServiceConfig()
+    load: Annotated[LoadConfig, Fact.MAY_CHANGE] = LoadConfig()
 
     _given: frozenset[str] = PrivateAttr(frozenset())
 
@@ -95,8 +99,13 @@ class Config(Section):
         return _validate(tree, self.given)
 
 
+_REMOVED_FROM_SERVICE = ("batch_wait_seconds", "ingress_replicas")
+
+
 def with_present_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return a config tree with the keys and baselines of earlier releases renamed to their current names."""
+    """Return a config tree with the keys and baselines of earlier releases renamed to their current names, and without removed keys."""
+    if isinstance(service := tree.get("service"), dict):
+        tree = {**tree, "service": {key: value for key, value in service.items() if key not in _REMOVED_FROM_SERVICE}}
     evaluation = tree.get("evaluation")
     if not isinstance(evaluation, dict):
         return tree
@@ -125,6 +134,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not separator or "." not in key:
             raise UserError(f"--set {override}: must be section.key=value, such as --set training.epochs=3")
         _put(tree, key, _parse_value(text))
+    for key in (f"service.{name}" for name in _REMOVED_FROM_SERVICE if name in tree.get("service", ())):
+        logger.warning("%s has no effect any more and can be removed", key)
     tree = with_present_keys(tree)
     return _with_absolute_paths(_validate(tree, frozenset(key for key, _ in leaves(tree))))
 

@@ -1,10 +1,10 @@
-"""The config sections `export` and `service`: publishing versions and serving them."""
+"""The config sections `export`, `service` and `load`: publishing versions, serving them, and measuring the service."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from recsys.config.base import Count, Fact, NonNegative, Positive, PositiveInt, Section
+from recsys.config.base import Count, Fact, Positive, PositiveInt, Section
 
 
 class ExportConfig(Section):
@@ -23,6 +23,8 @@ class ExportConfig(Section):
 class ServiceConfig(Section):
     """The HTTP endpoint."""
 
+    proxy: Literal["haproxy", "ray"] = "haproxy"
+    """HTTP proxy of a head that is started on this machine; a cluster has the proxy that its nodes' environment chooses."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -41,16 +43,16 @@ class ServiceConfig(Section):
     """Largest number of candidates of a request."""
     max_batch_size: PositiveInt = 32
     """Maximum number of requests per batch."""
-    batch_wait_seconds: NonNegative = 0.002
-    """Maximum time that a request waits for its batch to fill."""
+    max_batch_cost: PositiveInt = 20_000
+    """Maximum cost of a batch: places of histories and candidates."""
+    max_wait_seconds: Positive = 0.25
+    """A request is refused if those before it in the queue take longer than this."""
     min_replicas: PositiveInt = 1
-    """Smallest number of scorer replicas."""
+    """Smallest number of replicas."""
     max_replicas: PositiveInt = 2
-    """Largest number of scorer replicas."""
-    ingress_replicas: PositiveInt = 1
-    """Replicas of the HTTP ingress."""
+    """Largest number of replicas."""
     cpus_per_replica: Positive = 1
-    """CPUs that Ray reserves per scorer replica."""
+    """CPUs that Ray reserves per replica."""
     request_timeout_seconds: Positive = 10.0
     """A request that takes longer than this is answered with an error."""
 
@@ -59,3 +61,20 @@ class ServiceConfig(Section):
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"service.min_replicas = {self.min_replicas} must be at most service.max_replicas = {self.max_replicas}")
         return self
+
+
+class LoadConfig(Section):
+    """A load test of the service."""
+
+    url: str = ""
+    """Address of the service; empty: `service.host` and `service.port`."""
+    clients: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8, 32, 64)
+    """Numbers of simultaneous clients; each is measured on its own."""
+    seconds: Positive = 5.0
+    """Duration of each measurement."""
+    rate: Annotated[float, Field(ge=0)] = 0.0
+    """Requests per second that all clients together send, whether or not answers arrive; 0: each client sends when it has its answer."""
+    num_users: PositiveInt = 1000
+    """Users of the served export whose lists are asked for in turn."""
+    limit: PositiveInt = 10
+    """Number of items per list."""

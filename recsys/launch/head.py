@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 
 from recsys.config import Config
+from recsys.config.service import ServiceConfig
+from recsys.launch import haproxy
 from recsys.store import private_folder
 
 logger = logging.getLogger(__name__)
@@ -90,11 +92,12 @@ def _private_head(config: Config) -> Iterator[None]:
         shutil.rmtree(head.folder, ignore_errors=True)
 
 
-def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -> Head:
+def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False, service: ServiceConfig | None = None) -> Head:
     """Start a head that listens only on loopback, with token authentication and all its files below `folder`.
 
     This runs `ray start`, because `ray.init` would listen on the machine's address. With `ends_with_parent` the kernel terminates the
-    head when this process dies for any reason, and the head has no dashboard, since starting one takes longest.
+    head when this process dies for any reason, and the head has no dashboard, since starting one takes longest. With `service`, HTTP
+    requests to Ray Serve on this head go through the proxy that it names.
     """
     port, dashboard, *others = free_ports(2 + len(PORTS))
     address = f"127.0.0.1:{port}"
@@ -127,6 +130,11 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False) -
         "PATH": os.pathsep.join([own_programs, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
+    if service is not None and service.proxy == "haproxy":
+        stats, metrics = free_ports(2)
+        child_environment |= haproxy.environment(
+            _proxy_folder(folder), (stats, metrics), service.request_timeout_seconds, os.cpu_count() or 1
+        )
     process = subprocess.Popen(
         command,
         env=child_environment,
@@ -153,7 +161,9 @@ def local_head(config: Config, outlives: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         head = _recorded_head(record)
         if head is None:
-            head = start_head(_ray_folder(config), _num_slots(config), ends_with_parent=not outlives)
+            head = start_head(
+                _ray_folder(config), _num_slots(config), ends_with_parent=not outlives, service=config.service if outlives else None
+            )
             record.touch(mode=0o600)
             record.write_text(json.dumps(asdict(head)), encoding="utf-8")
             stack.callback(stop_local_head, config)
@@ -178,11 +188,14 @@ def stop_head(process_id: int) -> None:
     """Stop a head and all processes that it started."""
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         process = psutil.Process(process_id)
+        proxy = process.environ().get(haproxy.FOLDER)
         process.terminate()
         try:
             process.wait(STOP_SECONDS)
         except psutil.TimeoutExpired:
             os.killpg(process_id, signal.SIGKILL)
+        if proxy:
+            shutil.rmtree(proxy, ignore_errors=True)
 
 
 def _num_slots(config: Config) -> int:
@@ -213,6 +226,14 @@ def _ray_folder(config: Config) -> str:
     """Create a private folder for one head: below `run.scratch`, or a temporary one if that path is too long for sockets."""
     parent = private_folder(Path(config.run.scratch))
     return tempfile.mkdtemp(prefix="ray-", dir=parent if len(str(parent)) <= LONGEST_FOLDER else None)
+
+
+def _proxy_folder(folder: str) -> Path:
+    """Create a private folder for HAProxy: below the head's, or a temporary one if that path is too long for its socket."""
+    below = Path(folder) / "haproxy"
+    if len(str(below)) > haproxy.LONGEST_FOLDER:
+        return Path(tempfile.mkdtemp(prefix="ha-"))
+    return private_folder(below)
 
 
 def _end_with_parent() -> None:

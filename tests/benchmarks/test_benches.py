@@ -32,6 +32,7 @@ WITH_RAY = {
     "recovery": [],
     "kills": [],
     "daily": [],
+    "service": [],
 }
 
 

@@ -7,6 +7,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def run_deploy(config: Config, head: Head) -> "subprocess.CompletedProcess[str]"
         "service.port": config.service.port,
         "service.max_body_bytes": config.service.max_body_bytes,
         "service.max_batch_size": config.service.max_batch_size,
-        "service.batch_wait_seconds": config.service.batch_wait_seconds,
+        "service.min_replicas": config.service.min_replicas,
         "service.request_timeout_seconds": config.service.request_timeout_seconds,
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -88,7 +89,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         port=free_port(),
         max_body_bytes=MAX_BODY_BYTES,
         max_batch_size=8,
-        batch_wait_seconds=0.02,
+        min_replicas=2,
         request_timeout_seconds=60.0,
     )
     export = publish_export(config, "v1", seed=1)
@@ -96,7 +97,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.service.token_env, token)
         patch.setenv("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # else the head lingers for its replicas when it is stopped
-        head = start_head(folder)
+        head = start_head(folder, service=config.service)
         try:
             done = run_deploy(config, head)
             assert done.returncode == 0, done.stderr[-3000:]
@@ -109,17 +110,18 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def assert_one_line(response: httpx.Response, status: int) -> None:
     assert response.status_code == status, response.text
-    assert list(response.json()) == ["error"]
-    assert response.json()["error"]
-    assert "\n" not in response.json()["error"]
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["status"] == status
+    assert response.json()["detail"]
+    assert "\n" not in response.json()["detail"]
 
 
 def test_the_verb_says_what_it_started(service: Service) -> None:
     url = f"http://127.0.0.1:{service.config.service.port}"
-    assert service.deployed == {"url": url, "version": "v1", "alias": "production", "export": "default", "replicas": 1}
+    assert service.deployed == {"url": url, "version": "v1", "alias": "production", "export": "default", "replicas": 2}
     model = service.client.get("/v1/model").json()
     assert (model["version"], model["metrics"], model["tasks"]) == ("v1", METRICS, ["purchase", "rating", "like"])
-    assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{url}/readyz").json() == {"status": "ok", "version": "v1"}
 
 
 def test_recommendations_served_are_those_computed_offline(service: Service) -> None:
@@ -214,12 +216,16 @@ def test_tokens_paths_and_methods(service: Service) -> None:
 
 
 def test_a_replica_that_is_killed_fails_no_request(service: Service) -> None:
-    (scorer,) = replicas(service, "Scorer")
+    replica, _ = replicas(service)
     with ThreadPoolExecutor(8) as pool:
         requests = [pool.submit(service.post, "/v1/recommend", {"user_id": f"user-{number % 100}"}) for number in range(200)]
         wait(requests[:40])
-        scorer.kill()  # while eight requests are on their way or in it
+        replica.kill()  # while eight requests are on their way or in it
         assert {request.result()["version"] for request in requests} == {"v1"}
+    deadline = time.monotonic() + 60
+    while len(replicas(service)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(replicas(service)) == 2
 
 
 def test_deploying_again_changes_nothing(service: Service) -> None:
@@ -286,9 +292,7 @@ def test_the_token_is_in_no_file(service: Service) -> None:
     assert [path for path in files if service.token.encode() in path.read_bytes()] == []
 
 
-def replicas(service: Service, name: str = "") -> list[psutil.Process]:
-    """Find the processes of a deployment's replicas, by process id."""
+def replicas(service: Service) -> list[psutil.Process]:
+    """Find the processes of the replicas that live, by process id."""
     processes = psutil.Process(service.head.process_id).children(recursive=True)
-    return sorted(
-        (process for process in processes if f"ServeReplica:recsys:{name}" in " ".join(process.cmdline())), key=lambda found: found.pid
-    )
+    return sorted((process for process in processes if "ServeReplica:recsys:" in " ".join(process.cmdline())), key=lambda found: found.pid)

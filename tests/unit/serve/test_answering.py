@@ -11,7 +11,8 @@ from recsys.exports.files import Export
 from recsys.exports.registry import Registry
 from recsys.store import Storage
 from serve.answering import Answerer
-from serve.protocol import Answer, RecommendRequest, ScoreRequest
+from serve.api.problems import Answer
+from serve.api.protocol import RecommendRequest, ScoreRequest
 from tests.exports import METRICS, publish_export, service_config
 
 
@@ -49,7 +50,7 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answ
     assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
     assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
     assert wrong.status == 422
-    assert json.loads(wrong.body)["error"] == "history.0.event: is not an event kind of this model; known: view, purchase"
+    assert json.loads(wrong.body)["detail"] == "history.0.event: is not an event kind of this model; known: view, purchase"
     assert len(body_of(whole)["items"]) == 60
     assert body_of(partly)["unknown_items"] == ["gone"]
     assert body_of(partly)["fallback"] is None
@@ -180,7 +181,7 @@ def test_a_version_without_queries_refuses_them(published: tuple[Export, Answere
     _, answerer = published
     wrong, right = answerer.recommend([RecommendRequest(user_id="user-3", query="drama"), RecommendRequest(user_id="user-3")])
     assert wrong.status == 422
-    assert json.loads(wrong.body)["error"].startswith("query: this version was trained without queries")
+    assert json.loads(wrong.body)["detail"].startswith("query: this version was trained without queries")
     assert right.status == 200
     assert answerer.score([ScoreRequest(query="drama", candidates=["item-9"])])[0].status == 422
 

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from starlette.exceptions import HTTPException
 
 from recsys.config.service import ServiceConfig
-from serve.protocol import RecommendRequest, ScoreRequest, read_request
+from serve.api.problems import RefusedError
+from serve.api.protocol import RecommendRequest, ScoreRequest, read_request
 
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
 JSON = {"Content-Type": "application/json"}
@@ -88,15 +88,15 @@ def test_defaults() -> None:
     ],
 )
 def test_bad_requests_are_refused_with_one_clear_line(body: bytes, status: int, line: str) -> None:
-    with pytest.raises(HTTPException) as caught:
+    with pytest.raises(RefusedError) as caught:
         read_request(RecommendRequest, body, SERVICE)
-    assert caught.value.status_code == status
+    assert caught.value.status == status
     assert line in caught.value.detail
     assert len(caught.value.detail) < 300
 
 
 def test_histories_have_a_longest_length() -> None:
-    with pytest.raises(HTTPException, match="history"):
+    with pytest.raises(RefusedError, match="history"):
         read_request(RecommendRequest, json.dumps({"history": [{"item_id": "i"}] * 5000}).encode(), SERVICE)
 
 
@@ -112,14 +112,14 @@ def test_histories_have_a_longest_length() -> None:
     ],
 )
 def test_bad_candidates_are_refused(candidates: Any, line: str) -> None:
-    with pytest.raises(HTTPException) as caught:
+    with pytest.raises(RefusedError) as caught:
         read_request(ScoreRequest, json.dumps({"user_id": "u", "candidates": candidates}).encode(), SERVICE)
-    assert caught.value.status_code == 422
+    assert caught.value.status == 422
     assert line in caught.value.detail
 
 
 def test_candidates_must_be_there() -> None:
-    with pytest.raises(HTTPException, match="candidates: is missing"):
+    with pytest.raises(RefusedError, match="candidates: is missing"):
         read_request(ScoreRequest, b'{"user_id": "u"}', SERVICE)
 
 
@@ -129,5 +129,5 @@ def test_ids_are_spelled_as_where_data_is_prepared() -> None:
     assert (posted.item_id, posted.event) == ("Caf\u00e9", "view")
     assert read_request(RecommendRequest, json.dumps({"user_id": f" {'u' * 512} "}).encode(), ServiceConfig()).user_id == "u" * 512
     for user_id in (" ", 7):
-        with pytest.raises(HTTPException, match="user_id"):
+        with pytest.raises(RefusedError, match="user_id"):
             read_request(RecommendRequest, json.dumps({"user_id": user_id}).encode(), ServiceConfig())

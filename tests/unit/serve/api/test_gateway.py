@@ -1,4 +1,4 @@
-"""The HTTP layer with a scorer that answers at once, never, or with an exception."""
+"""The HTTP layer with a backend that answers at once, never, or with an exception."""
 
 import asyncio
 import gzip
@@ -7,12 +7,12 @@ from typing import Any
 
 import httpx
 import pytest
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 
 from recsys.config.service import ServiceConfig
-from serve.gateway import build_http_app, digest_of
-from serve.protocol import Answer
+from serve.api.gateway import build_http_app, digest_of
+from serve.api.problems import Answer
+from serve.api.protocol import ModelInfo, UserRequest
+from serve.batcher import DeadlineError, OverloadedError
 
 TOKEN = "token-of-the-tests"
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
@@ -20,43 +20,41 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 JSON = {"Content-Type": "application/json"}
 
 
-class FakeResponse:
-    """Stands in for the response of a deployment handle."""
+INFO = ModelInfo(
+    version="v", alias="production", dataset_fingerprint="f", num_items=3, tasks=[], event_kinds=["view"], takes_queries=False,
+    metrics={}, code_version=None,
+)  # fmt: skip
 
-    def __init__(self, outcome: Any) -> None:
+
+class Backend:
+    """Answers every request with the same outcome: an answer, an exception, or nothing for a minute."""
+
+    def __init__(self, outcome: Answer | Exception | None = Answer(200, b'{"version":"v"}')) -> None:  # noqa: B008
         self.outcome = outcome
+        self.num_asked = 0
         self.is_cancelled = False
 
-    async def _wait(self) -> Any:
+    async def ask(self, request: UserRequest, deadline: float) -> Answer:
+        self.num_asked += 1
         if self.outcome is None:
-            await asyncio.sleep(60)
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.is_cancelled = True
+                raise
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
 
-    def __await__(self) -> Any:
-        return self._wait().__await__()
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-
-class FakeScorer:
-    """Stands in for a deployment handle; every method returns the outcomes in order and then repeats the last one."""
-
-    def __init__(self, *outcomes: Any) -> None:
-        self.outcomes = list(outcomes) or [Answer(200, b'{"version":"v"}')]
-        self.responses: list[FakeResponse] = []
-        self.recommend = self.score = self.describe = self.status = self
-
-    def remote(self, *arguments: Any) -> FakeResponse:
-        position = min(len(self.responses), len(self.outcomes) - 1)
-        self.responses.append(FakeResponse(self.outcomes[position]))
-        return self.responses[-1]
+    @property
+    def info(self) -> ModelInfo:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return INFO
 
 
-def ask(method: str, path: str, scorer: FakeScorer | None = None, **options: Any) -> httpx.Response:
-    app = build_http_app(SERVICE, digest_of(TOKEN.encode()), scorer or FakeScorer())
+def ask(method: str, path: str, backend: Backend | None = None, **options: Any) -> httpx.Response:
+    app = build_http_app(SERVICE, digest_of(TOKEN.encode()), backend or Backend())
 
     async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -67,16 +65,19 @@ def ask(method: str, path: str, scorer: FakeScorer | None = None, **options: Any
 
 
 def assert_one_line(response: httpx.Response, status: int) -> str:
+    """Check that a response is a problem document with one line of detail, and return the line."""
     assert response.status_code == status
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == "application/problem+json"
     body = response.json()
-    assert list(body) == ["error"]
-    assert body["error"]
-    assert "\n" not in body["error"]
-    return body["error"]
+    assert list(body) == ["type", "title", "status", "detail"]
+    assert (body["type"], body["status"]) == ("about:blank", status)
+    assert body["title"]
+    assert body["detail"]
+    assert "\n" not in body["detail"]
+    return body["detail"]
 
 
-def test_a_scorers_answer_is_passed_on() -> None:
+def test_an_answer_is_passed_on() -> None:
     response = ask("POST", "/v1/recommend", headers=AUTHORIZED, json={"user_id": "u"})
     assert (response.status_code, response.json()) == (200, {"version": "v"})
     assert ask("GET", "/v1/model", headers=AUTHORIZED).status_code == 200
@@ -90,16 +91,19 @@ def test_the_token_is_asked_for(path: str) -> None:
         assert "Authorization: Bearer" in assert_one_line(response, 401)
         assert response.headers["www-authenticate"] == "Bearer"
     for token in ("wrong", TOKEN + "x", TOKEN[:-1], "\xff\xfe"):
-        scorer = FakeScorer()
-        error = assert_one_line(ask(method, path, scorer, headers={"Authorization": f"Bearer {token}".encode("latin-1")}), 403)
+        backend = Backend()
+        error = assert_one_line(ask(method, path, backend, headers={"Authorization": f"Bearer {token}".encode("latin-1")}), 403)
         assert token not in error
-        assert not scorer.responses
+        assert not backend.num_asked
 
 
-def test_health_needs_no_token_but_a_scorer_that_answers() -> None:
-    assert ask("GET", "/healthz").json() == {"status": "ok"}
-    assert_one_line(ask("GET", "/healthz", FakeScorer(RayActorError())), 503)
-    assert_one_line(ask("GET", "/healthz", FakeScorer(None)), 504)
+def test_liveness_and_readiness_need_no_token() -> None:
+    loading = Backend(RuntimeError("no version is loaded"))
+    assert ask("GET", "/livez", loading).json() == {"status": "ok"}
+    assert ask("GET", "/readyz").json() == {"status": "ok", "version": "v"}
+    response = ask("GET", "/readyz", loading)
+    assert "no version is loaded" in assert_one_line(response, 503)
+    assert response.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/recommend/", "/docs", "/openapi.json", "/v1/%ff"])
@@ -107,9 +111,7 @@ def test_unknown_paths(path: str) -> None:
     assert "POST /v1/recommend" in assert_one_line(ask("GET", path, headers=AUTHORIZED), 404)
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/recommend"), ("DELETE", "/v1/score"), ("POST", "/v1/model"), ("PUT", "/healthz")]
-)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/recommend"), ("DELETE", "/v1/score"), ("POST", "/v1/model"), ("PUT", "/readyz")])
 def test_wrong_methods(method: str, path: str) -> None:
     response = ask(method, path, headers=AUTHORIZED)
     assert_one_line(response, 405)
@@ -178,24 +180,19 @@ def test_a_body_that_drips_is_given_up() -> None:
 
 
 def test_a_slow_answer_is_given_up_and_cancelled() -> None:
-    scorer = FakeScorer(None)
-    assert_one_line(ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"}), 504)
-    assert scorer.responses[0].is_cancelled
+    backend = Backend(None)
+    assert_one_line(ask("POST", "/v1/recommend", backend, headers=AUTHORIZED, json={"user_id": "u"}), 504)
+    assert backend.is_cancelled
+    assert_one_line(ask("POST", "/v1/recommend", Backend(DeadlineError()), headers=AUTHORIZED, json={"user_id": "u"}), 504)
 
 
-def test_overload_is_refused_with_a_time_to_come_back() -> None:
-    scorer = FakeScorer(BackPressureError(num_queued_requests=9, max_queued_requests=9))
-    response = ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"})
+@pytest.mark.parametrize(("seconds", "expected"), [(0.3, "1"), (7.4, "7")])
+def test_overload_is_refused_with_a_time_to_come_back(seconds: float, expected: str) -> None:
+    response = ask("POST", "/v1/recommend", Backend(OverloadedError(seconds)), headers=AUTHORIZED, json={"user_id": "u"})
     assert_one_line(response, 503)
-    assert response.headers["retry-after"] == "1"
-
-
-def test_a_request_whose_replica_dies_is_answered_by_another() -> None:
-    scorer = FakeScorer(RayActorError(), RayActorError(), Answer(200, b"{}"))
-    assert ask("POST", "/v1/recommend", scorer, headers=AUTHORIZED, json={"user_id": "u"}).status_code == 200
-    assert len(scorer.responses) == 3
+    assert response.headers["retry-after"] == expected
 
 
 def test_what_goes_wrong_inside_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
-    response = ask("POST", "/v1/recommend", FakeScorer(ValueError("secret")), headers=AUTHORIZED, json={"user_id": "u"})
+    response = ask("POST", "/v1/recommend", Backend(ValueError("secret")), headers=AUTHORIZED, json={"user_id": "u"})
     assert "secret" not in assert_one_line(response, 500)

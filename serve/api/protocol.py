@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,10 +15,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from starlette.exceptions import HTTPException
 
 from recsys.config.service import ServiceConfig
 from recsys.schema import MAX_ID_CHARACTERS, normalize_id
+from serve.api.problems import RefusedError
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
@@ -32,7 +32,6 @@ MAX_FIELD_CHARACTERS = 10_000
 
 POPULARITY = "popularity"
 
-MAX_ERROR_CHARACTERS = 300
 MAX_SHOWN_CHARACTERS = 60
 
 
@@ -176,23 +175,6 @@ class ModelInfo(Message):
     code_version: str | None
 
 
-class Answer(NamedTuple):
-    """An HTTP status and an encoded JSON body."""
-
-    status: int
-    body: bytes
-
-    @classmethod
-    def of(cls, response: Message) -> "Answer":
-        """Encode a response."""
-        return cls(200, response.model_dump_json().encode())
-
-    @classmethod
-    def error(cls, status: int, message: str) -> "Answer":
-        """Encode an error as one line."""
-        return cls(status, json.dumps({"error": " ".join(message.split())[:MAX_ERROR_CHARACTERS]}).encode())
-
-
 Request = TypeVar("Request", bound=UserRequest)
 
 
@@ -200,15 +182,15 @@ def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Re
     """Parse and validate a JSON body.
 
     Raises:
-        HTTPException: the body is not JSON (400) or breaks a rule (422); the message is one line.
+        RefusedError: the body is not JSON (400) or breaks a rule (422); the message is one line.
     """
     try:
         return kind.model_validate_json(body, context=service.model_dump(include={"max_k", "max_candidates"}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        raise HTTPException(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    raise HTTPException(422, _explain(kind, dict(first)))
+        raise RefusedError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    raise RefusedError(422, _explain(kind, dict(first)))
 
 
 def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:

@@ -1,0 +1,108 @@
+"""The replicas of the service: each holds one exported version and answers HTTP requests in batches from it."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+
+from recsys.config import Config
+from recsys.exports.registry import Registry
+from recsys.store import Storage
+from serve.answering import Answerer
+from serve.api.gateway import build_http_app
+from serve.api.problems import Answer
+from serve.api.protocol import ModelInfo, ScoreRequest, UserRequest
+from serve.batcher import Batcher
+
+STUCK_SECONDS = 60
+"""A replica whose batch takes longer than this is replaced."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class Replica:
+    """One replica. Each batch is answered from one version, so no answer mixes two versions."""
+
+    def __init__(self, config: Config, token_digest: str) -> None:
+        service = config.service
+        self._service, self._token_digest = service, token_digest
+        self._registry = Registry(Storage.from_config(config.storage), config.served_export)
+        self._scratch = Path(config.run.scratch) / "served"
+        self._answerer: Answerer | None = None
+        self._refusal: str | None = None
+        self._batcher: Batcher[UserRequest, Answer] = Batcher(
+            self._compute, service.max_batch_size, service.max_batch_cost, service.max_wait_seconds, self._limit_threads
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http_app(self._service, self._token_digest, self)
+
+    async def reconfigure(self, user_config: dict[str, str]) -> None:
+        """Load `user_config["version"]` while the old version serves, then swap; if loading fails, the old version stays in service."""
+        version = user_config["version"]
+        self._refusal = None
+        if self._answerer is not None and self._answerer.info.version == version:
+            return
+        try:
+            loaded = await asyncio.to_thread(self._load, version)
+        except Exception as error:
+            if self._answerer is None:
+                raise
+            self._refusal = f"version {version} cannot be served: {' '.join(str(error).split())}"
+            logger.exception("%s; %s keeps serving", self._refusal, self._answerer.info.version)
+            return
+        self._answerer = loaded
+        logger.info("serving version %s", version)
+
+    async def ask(self, request: UserRequest, deadline: float) -> Answer:
+        """Answer a request in the next batch.
+
+        Raises:
+            OverloadedError, DeadlineError: see `Batcher.ask`.
+        """
+        return await self._batcher.ask(request, self._cost(request), deadline)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The served version; raises RuntimeError if none is loaded."""
+        return self._loaded.info
+
+    async def status(self) -> dict[str, str | None]:
+        """Return the served version, and the reason if a newer one was refused."""
+        return {"version": self.info.version, "refusal": self._refusal}
+
+    async def check_health(self) -> None:
+        """Raise if this replica cannot answer; Ray Serve then replaces it. Does not wait for a batch."""
+        seconds = self._batcher.busy_seconds()
+        if seconds > STUCK_SECONDS:
+            raise RuntimeError(f"a batch has taken {seconds:.0f} s")
+
+    def _load(self, version: str) -> Answerer:
+        self._limit_threads()
+        loaded = Answerer.load(self._registry, version, self._service.alias, self._scratch)
+        loaded.check()
+        return loaded
+
+    def _compute(self, requests: Sequence[UserRequest]) -> list[Answer]:
+        """Answer a batch, in the thread of the batches."""
+        return self._loaded.answer(requests)
+
+    def _cost(self, request: UserRequest) -> int:
+        """Return a request's share of a batch: the places of its history and its candidates."""
+        config = self._loaded.predictor.config
+        places = config.data.max_history if request.history is None else len(request.history)
+        candidates = len(request.candidates) if isinstance(request, ScoreRequest) else config.ranking.num_candidates
+        return 1 + places + candidates
+
+    def _limit_threads(self) -> None:
+        """Limit the threads of PyTorch, which count per calling thread, to the replica's CPUs."""
+        torch.set_num_threads(max(1, int(self._service.cpus_per_replica)))
+
+    @property
+    def _loaded(self) -> Answerer:
+        if self._answerer is None:
+            raise RuntimeError("no version is loaded")
+        return self._answerer
