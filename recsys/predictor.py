@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recsys.arrays import Integers, Scores
+from recsys.arrays import Integers, Mask, Scores
 from recsys.config import Config
 from recsys.data.batch import PackedHistories, group_cost, has_profiles, has_start, map_tensors, pack
 from recsys.data.items import ItemFeatures
@@ -29,6 +29,25 @@ PAIRS_AT_ONCE = 65_536
 
 Queries = Sequence[str | None]
 """Each user's query text; None: no query."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a request demands of its items: which are allowed, and what is added to their scores."""
+
+    allowed: Mask | None = None  # (I + 1,)
+    boost: Scores | None = None  # (I + 1,)
+
+    def apply(self, scores: Scores) -> Scores:
+        """Return scores (I + 1,) with the boost, and -inf for items that are not allowed."""
+        if self.boost is not None:
+            scores = scores + self.boost
+        return scores if self.allowed is None else np.where(self.allowed, scores, np.float32(-np.inf))
+
+
+NO_RULE = Rule()
+Rules = Sequence[Rule]
+"""Each user's rule."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +147,22 @@ class Predictor:
         return scores
 
     def recommend(
-        self, histories: Sequence[Sequences], k: int, exclude: Sequence[Integers], queries: Queries | None = None
+        self,
+        histories: Sequence[Sequences],
+        k: int,
+        exclude: Sequence[Integers],
+        queries: Queries | None = None,
+        rules: Rules | None = None,
     ) -> list[Ranking]:
-        """Return each user's top k items without the excluded ones; fewer if no others are left.
+        """Return each user's top k items without the excluded ones and by their rule; fewer if no others are left.
 
         `ranking.blend` orders the first `ranking.num_candidates`; those after them keep the order of retrieval.
         """
         scores, num_candidates = self.score_catalogue(histories, queries).numpy(), self.config.ranking.num_candidates
-        rankings = [top_k(row, max(k, num_candidates), excluded) for row, excluded in zip(scores, exclude, strict=True)]
-        return [ranking.head(k) for ranking in (self._blend(histories, rankings, scores, queries) if num_candidates else rankings)]
+        rules = [NO_RULE] * len(histories) if rules is None else rules
+        parts = zip(scores, exclude, rules, strict=True)
+        rankings = [top_k(rule.apply(row), max(k, num_candidates), excluded) for row, excluded, rule in parts]
+        return [ranking.head(k) for ranking in (self._blend(histories, rankings, scores, queries, rules) if num_candidates else rankings)]
 
     def score_lists(self, histories: Sequence[Sequences], exclude: Sequence[Integers], queries: Queries | None = None) -> Scores:
         """Return scores (B, I + 1) that order all items like `recommend`."""
@@ -151,31 +177,50 @@ class Predictor:
                 scores[user, blended.items] = blended.scores
         return scores
 
-    def _blend(self, histories: Sequence[Sequences], rankings: Sequence[Ranking], scores: Scores, queries: Queries | None) -> list[Ranking]:
+    def _blend(
+        self,
+        histories: Sequence[Sequences],
+        rankings: Sequence[Ranking],
+        scores: Scores,
+        queries: Queries | None,
+        rules: Rules | None = None,
+    ) -> list[Ranking]:
         """Order the candidates of each ranking by the weighted sum of their scores; `scores` (B, I + 1) are those of retrieval."""
         num_candidates = self.config.ranking.num_candidates
         most = max(num_candidates, *(len(ranking.items) for ranking in rankings)) if len(rankings) else num_candidates
         tasks = self.score(histories, [ranking.items for ranking in rankings], queries, most_candidates=most)
-        return [self._blend_one(*parts, num_candidates) for parts in zip(scores, rankings, tasks, strict=True)]
+        rules = [NO_RULE] * len(rankings) if rules is None else rules
+        return [self._blend_one(*parts, num_candidates) for parts in zip(scores, rankings, tasks, rules, strict=True)]
 
-    def _blend_one(self, row: Scores, ranking: Ranking, parts: dict[str, NDArray[np.float32]], num_candidates: int) -> Ranking:
-        parts["retrieval"] = (ranking.scores - torch.from_numpy(row).double().logsumexp(0).item()).astype(np.float32)
-        blended = np.zeros(len(ranking.items), np.float32)
+    def _blend_one(self, row: Scores, ranking: Ranking, parts: dict[str, Scores], rule: Rule, num_candidates: int) -> Ranking:
+        items = ranking.items
+        parts["retrieval"] = (row[items] - torch.from_numpy(row).double().logsumexp(0).item()).astype(np.float32)
+        blended = np.zeros(len(items), np.float32) if rule.boost is None else rule.boost[items].astype(np.float32)
         for name, weight in self.config.ranking.blend.items():
             blended += np.float32(weight) * np.prod([self._part(parts, part) for part in name.split("*")], axis=0, dtype=np.float32)
         if len(blended) > num_candidates:
             blended[num_candidates:] = blended[:num_candidates].min() - 1 - np.arange(len(blended) - num_candidates)
-        order = np.lexsort((ranking.items, -blended))
-        return Ranking(ranking.items[order], blended[order], {name: values[order] for name, values in parts.items()})
+        order = np.lexsort((items, -blended))
+        return Ranking(items[order], blended[order], {name: values[order] for name, values in parts.items()})
 
-    def _part(self, parts: dict[str, NDArray[np.float32]], name: str) -> NDArray[np.float32]:
+    def _part(self, parts: dict[str, Scores], name: str) -> NDArray[np.float32]:
         if name not in parts:
             raise UserError(f"ranking.blend: '{name}' is not a score of this model; its scores: {', '.join(parts)}")
         return parts[name]
 
-    def popular(self, k: int, exclude: Integers) -> Ranking:
+    def popular(self, k: int, exclude: Integers, rule: Rule = NO_RULE) -> Ranking:
         """Rank by the number of training interactions, for users without a history."""
-        return top_k(self.popularity.numpy(), k, exclude)
+        return top_k(rule.apply(self.popularity.numpy()), k, exclude)
+
+    def similar(self, item: int, k: int, exclude: Integers, rule: Rule = NO_RULE) -> Ranking:
+        """Rank items by the cosine of their vectors with an item's, without the item itself."""
+        scores = (self._directions @ self._directions[item]).float().cpu().numpy()
+        scores[0] = -np.inf
+        return top_k(rule.apply(scores), k, np.append(exclude, item))
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        return F.normalize(self.item_vectors.float(), dim=1)
 
     @torch.no_grad()
     def score(

@@ -1,48 +1,63 @@
 """Answers batches of requests from one exported version, without Ray or HTTP."""
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from recsys.arrays import Integers
+from recsys.arrays import Integers, Mask, Scores
 from recsys.data.labels.seen import SeenRule
-from recsys.data.sequences import ASKED, Sequences
+from recsys.data.sequences import Sequences
 from recsys.errors import UserError
+from recsys.evaluation.diversity import content_vectors, diversified
+from recsys.evaluation.ranking import NUM_CANDIDATES
 from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
-from recsys.predictor import Predictor, Ranking
-from serve.api.problems import Answer, RefusedError
+from recsys.filters import ItemFilters
+from recsys.predictor import Predictor, Ranking, Rule
+from serve.api.problems import Answer, Problem, RefusedError
 from serve.api.protocol import (
     POPULARITY,
+    BatchRequest,
+    BatchResponse,
     CandidateScore,
+    ItemList,
+    ListedItem,
+    ListRequest,
+    Message,
     ModelInfo,
-    PostedInteraction,
-    RecommendedItem,
+    RankRequest,
     RecommendRequest,
-    RecommendResponse,
     ScoreRequest,
     ScoreResponse,
+    SimilarRequest,
     UserRequest,
 )
+from serve.paging import Pages
+from serve.resolving import ResolvedUser, Resolver, now
 
 NOTHING: Integers = np.zeros(0, np.int64)
-NO_VALUE = float("nan")
+MASKS_BYTES = 64 << 20
+"""Memory for the masks of recent filters."""
 
-Columns = dict[str, NDArray[np.float32]]
-"""Scores of a request's known candidates; the keys are `retrieval` and the tasks."""
+VARIANT = "default"
+DIVERSITY_METHOD = "mmr"
 
 
-@dataclass(frozen=True)
-class ResolvedUser:
-    """The user of a request: the history, or None if nothing is known (popularity answers then), and the unknown posted items."""
+class Asked(NamedTuple):
+    """A request for a list, resolved: the user, the catalogue items that are left out, the rule for the others, and the page before."""
 
-    history: Sequences | None
+    request: ListRequest
+    user: ResolvedUser
+    exclude: Integers
+    rule: Rule
+    page: bytes = b""
     unknown_items: tuple[str, ...] = ()
 
 
@@ -50,10 +65,14 @@ class Answerer:
     """One loaded version. A whole batch goes through the predictor at once; each request gets its own answer."""
 
     def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
-        self.predictor, self._profiles = predictor, profiles
-        self.info = info
+        self.predictor, self.info = predictor, info
+        self.filters = ItemFilters(predictor.catalogue, predictor.manifest)
+        self._users = Resolver(predictor, profiles, info)
+        self._pages = Pages(predictor.catalogue.item_ids)
         self._seen = SeenRule(predictor.manifest)
+        self._content = content_vectors(predictor.catalogue)
         self._item_index = predictor.item_index  # built here, so that the first request does not wait for it
+        self._masks: OrderedDict[str, Mask] = OrderedDict()
         self.tasks = [task.name for task in predictor.manifest.tasks]
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
         if reserved:
@@ -79,6 +98,7 @@ class Answerer:
             takes_queries=loaded.predictor.query_encoder is not None,
             profile_columns=list(manifest.profiles.columns) if loaded.predictor.reads_profiles else [],
             context_fields=list(manifest.contexts.given) if loaded.predictor.reads_contexts else [],
+            filter_columns=list(ItemFilters(loaded.predictor.catalogue, manifest).columns),
             metrics=export.metadata.get("metrics", {}),
             code_version=export.metadata.get("code_version"),
         )
@@ -93,133 +113,208 @@ class Answerer:
         if not torch.isfinite(self.predictor.encode([Sequences.of([1])])).all():
             raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
 
-    def answer(self, requests: Sequence[UserRequest]) -> list[Answer]:
-        """Answer a batch of requests of both kinds, in their order."""
-        lists = {index: request for index, request in enumerate(requests) if isinstance(request, RecommendRequest)}
-        scores = {index: request for index, request in enumerate(requests) if isinstance(request, ScoreRequest)}
-        answers = dict(zip(lists, self.recommend(list(lists.values())), strict=True))
-        answers |= dict(zip(scores, self.score(list(scores.values())), strict=True))
+    def cost(self, request: Message) -> int:
+        """Return a request's share of a batch: the places of its history and its candidates."""
+        if isinstance(request, BatchRequest):
+            return sum(map(self.cost, request.requests))
+        if not isinstance(request, UserRequest):
+            return 1
+        config = self.predictor.config
+        places = config.data.max_history if request.history is None else len(request.history)
+        return 1 + places + (len(request.candidates) if isinstance(request, ScoreRequest) else config.ranking.num_candidates)
+
+    def answer(self, requests: Sequence[Message]) -> list[Answer]:
+        """Answer a batch of requests of any kind, in their order; requests of one kind are computed together."""
+        answers: dict[int, Answer] = {}
+        for kind, method in self._methods.items():
+            chosen = [index for index, request in enumerate(requests) if type(request) is kind]
+            if chosen:
+                answers |= dict(zip(chosen, method([requests[index] for index in chosen]), strict=True))
         return [answers[index] for index in range(len(requests))]
 
+    @property
+    def _methods(self) -> dict[type[Message], Callable[[Any], list[Answer]]]:
+        return {
+            RecommendRequest: self.recommend,
+            RankRequest: self.rank,
+            ScoreRequest: self.score,
+            SimilarRequest: self.similar,
+            BatchRequest: lambda requests: [self.recommend_batch(request) for request in requests],
+        }
+
     def recommend(self, requests: Sequence[RecommendRequest]) -> list[Answer]:
-        """Answer each request with its k best items."""
-        found = [self._find(request) for request in requests]
-        histories = _known_histories(found)
-        rankings = dict(zip(histories, self._rank([requests[index] for index in histories], list(histories.values())), strict=True))
-        return [
-            user if isinstance(user, Answer) else self._recommended(request, user, rankings.get(index))
-            for index, (request, user) in enumerate(zip(requests, found, strict=True))
+        """Answer each request with its best items."""
+        return [_encoded(found) for found in self._lists(requests)]
+
+    def recommend_batch(self, request: BatchRequest) -> Answer:
+        """Answer a batch of lists; with `distinct`, lists are made one after another, each without the items of those before."""
+        if not request.distinct:
+            return _encoded(BatchResponse(results=[_result(found) for found in self._lists(request.requests)]))
+        taken: list[str] = []
+        results: list[ItemList | Problem] = []
+        for single in request.requests:
+            (found,) = self._lists([single.model_copy(update={"exclude_ids": [*single.exclude_ids, *taken]})])
+            results.append(_result(found))
+            if isinstance(found, ItemList):
+                taken += [item.item_id for item in found.items]
+        return _encoded(BatchResponse(results=results))
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Answer]:
+        """Answer each request with its candidates from best to worst."""
+        lists = [
+            RecommendRequest.model_construct(
+                **{name: getattr(request, name) for name in UserRequest.model_fields},
+                limit=len(request.candidates),
+                include_ids=request.candidates,
+                exclude_seen=False,
+                include=["scores"],
+            )
+            for request in requests
         ]
+        return [
+            _encoded(found if isinstance(found, RefusedError) else found.model_copy(update={"next_page_token": None}))
+            for found in self._lists(lists)
+        ]
+
+    def similar(self, requests: Sequence[SimilarRequest]) -> list[Answer]:
+        """Answer each request with the items most similar to its item."""
+        return [_encoded(self._similar(request)) for request in requests]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """Answer each request with its candidates' scores."""
-        found = [self._find(request) for request in requests]
-        candidates = [self._indices(request.candidates) for request in requests]
-        histories = _known_histories(found)
-        asked = [(history, candidates[index], requests[index].query) for index, history in histories.items()]
-        scores = dict(zip(histories, self.predictor.score(*zip(*asked, strict=True)) if asked else (), strict=True))
+        found = [_refused_or(self._users.resolve, request) for request in requests]
+        candidates = [self._indices(request.candidates)[0] for request in requests]
+        known = {index: user.history for index, user in enumerate(found) if isinstance(user, ResolvedUser) and user.history is not None}
+        asked = [(history, candidates[index], requests[index].query) for index, history in known.items()]
+        scores = dict(zip(known, self.predictor.score(*zip(*asked, strict=True)) if asked else (), strict=True))
         return [
-            user if isinstance(user, Answer) else self._scored(request, user, indices, scores.get(index))
+            _encoded(user if isinstance(user, RefusedError) else self._scored(request, user, indices, scores.get(index)))
             for index, (request, user, indices) in enumerate(zip(requests, found, candidates, strict=True))
         ]
 
-    def _rank(self, requests: Sequence[RecommendRequest], histories: Sequence[Sequences]) -> list[Ranking]:
-        """Rank for all requests at once with the largest k: a shorter ranking is a prefix of a longer one."""
-        if not requests:
-            return []
-        deepest = max(request.k for request in requests)
-        exclude = [
-            self._seen(history, _now(request) if history.timestamps.any() else None) if request.exclude_seen else NOTHING
-            for request, history in zip(requests, histories, strict=True)
+    def _lists(self, requests: Sequence[RecommendRequest]) -> list[ItemList | RefusedError]:
+        """Return each request's list; all known users are ranked at once with the greatest depth, of which a shorter list is a prefix."""
+        found = [_refused_or(self._ask, request) for request in requests]
+        known = {index: asked for index, asked in enumerate(found) if isinstance(asked, Asked) and asked.user.history is not None}
+        rankings: dict[int, Ranking] = {}
+        if known:
+            histories, exclude, rules = zip(*((asked.user.history, asked.exclude, asked.rule) for asked in known.values()), strict=True)
+            depth = max(_depth(asked.request) for asked in known.values())
+            queries = [requests[index].query for index in known]
+            rankings = dict(zip(known, self.predictor.recommend(histories, depth, exclude, queries, rules), strict=True))
+        return [
+            asked if isinstance(asked, RefusedError) else _refused_or(self._listed, asked, rankings.get(index))
+            for index, asked in enumerate(found)
         ]
-        return self.predictor.recommend(histories, deepest, exclude, [request.query for request in requests])
 
-    def _find(self, request: UserRequest) -> ResolvedUser | Answer:
-        """Return the user, or the answer that refuses the request; an unknown user with a query gets an empty history."""
-        if request.query is not None and not self.info.takes_queries:
-            return Answer.problem(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
+    def _ask(self, request: RecommendRequest) -> Asked:
+        user = self._users.resolve(request)
+        exclude = [self._indices(request.exclude_ids)[0]]
+        if request.exclude_seen and user.history is not None:
+            exclude.append(self._seen(user.history, now(request) if user.history.timestamps.any() else None))
+        shown, page = self._pages.shown(request.page_token)
+        included, unknown = self._indices(request.include_ids or ())
+        rule = self._rule(request, included if request.include_ids is not None else None)
+        return Asked(request, user, np.concatenate([*exclude, shown]), rule, page, (*user.unknown_items, *unknown))
+
+    def _similar(self, request: SimilarRequest) -> ItemList | RefusedError:
+        item = self._item_index.get(request.item_id)
+        if item is None:
+            return RefusedError(404, "the item is not in the catalogue of this version")
         try:
-            self._check_fields("profile", request.profile, self.info.profile_columns)
-            self._check_fields("context", request.context, self.info.context_fields)
-            found = self._find_history(request)
+            included, unknown = self._indices(request.include_ids or ())
+            rule = self._rule(request, included if request.include_ids is not None else None)
+            ranking = self.predictor.similar(item, _depth(request), self._indices(request.exclude_ids)[0], rule)
         except RefusedError as error:
-            return error.answer
-        return replace(found, history=self._situated(request, found.history))
+            return error
+        return self._list(Asked(request, ResolvedUser(None), NOTHING, rule, unknown_items=unknown), ranking, "similar", None)
 
-    def _check_fields(self, name: str, given: Mapping[str, str] | None, known: Sequence[str]) -> None:
-        if unknown := sorted(set(given or ()).difference(known)):
-            raise RefusedError(422, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")
+    def _rule(self, request: ListRequest, included: Integers | None) -> Rule:
+        """Return the rule of a request's filter, boosts and included items.
 
-    def _situated(self, request: UserRequest, history: Sequences | None) -> Sequences | None:
-        """Return the history with the request's profile and context; None if nothing says what to recommend."""
-        predictor, manifest = self.predictor, self.predictor.manifest
-        profiles = None if history is None else history.profiles
-        if predictor.reads_profiles and request.profile is not None:
-            profiles = manifest.profiles.merge(profiles or manifest.profiles.encode([{}]), request.profile)
-        has_profile = predictor.reads_profiles and profiles is not None
-        if (history is None or not len(history.items)) and request.query is None and not has_profile:
-            return None
-        history = replace(Sequences.of([]) if history is None else history, profiles=profiles)
-        if not predictor.reads_contexts:
-            return history
-        last = int(history.timestamps[-1]) if history.timestamps.any() else None
-        asked = manifest.contexts.ask(_now(request) if manifest.has_time else None, last, len(history.items), request.context or {})
-        return replace(history, scalars={ASKED: asked})
+        Raises:
+            RefusedError: a filter is not valid.
+        """
+        allowed = None if request.filter is None else self._mask(request.filter)
+        if included is not None:
+            chosen = np.zeros(len(self.predictor.catalogue.item_ids), np.bool_)
+            chosen[included] = True
+            allowed = chosen if allowed is None else allowed & chosen
+        boost: Scores | None = None
+        for part in request.boost:
+            added = np.float32(part.by) * self._mask(part.filter).astype(np.float32)
+            boost = added if boost is None else boost + added
+        return Rule(allowed, boost)
 
-    def _find_history(self, request: UserRequest) -> ResolvedUser:
-        if request.user_id is None:
-            return ResolvedUser(None) if request.history is None else self._read_history(request.history)
-        return ResolvedUser(self._profiles.find(request.user_id))
+    def _mask(self, expression: Mapping[str, Any]) -> Mask:
+        """Return which items satisfy a filter; masks of recent filters are kept."""
+        key = json.dumps(expression, sort_keys=True)
+        mask = self._masks.pop(key, None)
+        if mask is None:
+            try:
+                mask = self.filters.mask(expression)
+            except UserError as error:
+                raise RefusedError(422, str(error)) from None
+        self._masks[key] = mask
+        while len(self._masks) > max(1, MASKS_BYTES // len(mask)):
+            self._masks.popitem(last=False)
+        return mask
 
-    def _read_history(self, posted: Sequence[PostedInteraction]) -> ResolvedUser:
-        """Convert a posted history; items that are not in the catalogue are left out and listed."""
-        rows, manifest = [], self.predictor.manifest
-        for position, interaction in enumerate(posted):
-            kind = manifest.default_kind if interaction.event is None else self.predictor.event_index.get(interaction.event)
-            if kind is None:
-                known = ", ".join(manifest.event_kinds)
-                raise RefusedError(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
-            if not manifest.kind_table[kind].in_history:
-                continue
-            rows.append(
-                (
-                    self._item_index.get(interaction.item_id, 0),
-                    kind,
-                    interaction.timestamp or 0,
-                    NO_VALUE if interaction.value is None else interaction.value,
-                )
-            )
-        unknown = dict.fromkeys(interaction.item_id for interaction in posted if interaction.item_id not in self._item_index)
-        known_rows = sorted((row for row in rows if row[0]), key=lambda row: row[2])
-        return ResolvedUser(Sequences.of(*zip(*known_rows, strict=True)) if known_rows else None, tuple(unknown))
+    def _indices(self, item_ids: Sequence[str]) -> tuple[Integers, tuple[str, ...]]:
+        """Return the indices of the items that are in the catalogue, and the ids of those that are not."""
+        found = {item_id: self._item_index.get(item_id) for item_id in item_ids}
+        unknown = tuple(item_id for item_id, index in found.items() if index is None)
+        indices = (self._item_index.get(item_id) for item_id in item_ids) if unknown else map(self._item_index.__getitem__, item_ids)
+        return np.asarray([index for index in indices if index is not None], dtype=np.int64), unknown
 
-    def _indices(self, item_ids: Sequence[str]) -> Integers:
-        """Return the indices of the candidates that are in the catalogue."""
-        indices = (self._item_index.get(item_id) for item_id in item_ids)
-        return np.asarray([index for index in indices if index is not None], dtype=np.int64)
+    def _listed(self, asked: Asked, ranking: Ranking | None) -> ItemList:
+        """Build the list from a ranking or, without one, from the most popular items."""
+        if ranking is not None:
+            return self._list(asked, ranking, "model", None)
+        popular = self.predictor.popular(_depth(asked.request), asked.exclude, asked.rule)
+        return self._list(asked, popular, POPULARITY, POPULARITY)
 
-    def _recommended(self, request: RecommendRequest, user: ResolvedUser, ranking: Ranking | None) -> Answer:
-        """Build the answer from a ranking or, without one, from the most popular items."""
-        fallback = POPULARITY if ranking is None else None
-        ranking = ranking or self.predictor.popular(request.k, NOTHING)
-        catalogue = self.predictor.catalogue
-        best = ranking.head(request.k)
-        rows = zip(best.items.tolist(), best.scores.tolist(), strict=True)
+    def _list(self, asked: Asked, ranking: Ranking, source: str, fallback: str | None) -> ItemList:
+        request, catalogue = asked.request, self.predictor.catalogue
+        best = self._diverse(request, ranking).head(request.limit)
+        has_ranker = source == "model" and "retrieval" in best.parts
         items = [
-            RecommendedItem(
+            ListedItem(
                 item_id=catalogue.item_ids[index],
                 title=catalogue.titles[index],
-                score=score,
                 rank=rank,
-                scores={name: float(values[rank - 1]) for name, values in best.parts.items()} or None,
+                source=source,
+                score=score,
+                retrieval=float(best.parts["retrieval"][rank - 1]) if has_ranker else score if source == "model" else None,
+                ranking=score if has_ranker else None,
+                scores={name: float(values[rank - 1]) for name, values in best.parts.items()} if "scores" in request.include else None,
+                fields=self.filters.fields(index) if "fields" in request.include else None,
             )
-            for rank, (index, score) in enumerate(rows, start=1)
+            for rank, (index, score) in enumerate(zip(best.items.tolist(), best.scores.tolist(), strict=True), start=1)
         ]
-        return Answer.of(
-            RecommendResponse(version=self.info.version, fallback=fallback, unknown_items=list(user.unknown_items), items=items)
+        is_full = len(items) == request.limit and isinstance(request, RecommendRequest)
+        return ItemList(
+            **self._said(),
+            fallback=fallback,
+            unknown_items=list(dict.fromkeys(asked.unknown_items)),
+            items=items,
+            next_page_token=self._pages.token(asked.page, best.items) if is_full else None,
         )
 
-    def _scored(self, request: ScoreRequest, user: ResolvedUser, indices: Integers, columns: Columns | None) -> Answer:
+    def _diverse(self, request: ListRequest, ranking: Ranking) -> Ranking:
+        """Re-rank the best candidates for diversity, as evaluation does."""
+        if not request.diversity or not len(ranking.items):
+            return ranking
+        if self._content is None:
+            raise RefusedError(422, "diversity: the items of this version have no attributes, vectors or text to tell them apart by")
+        head = ranking.head(NUM_CANDIDATES)
+        scores = head.scores[None].astype(np.float64)
+        (lists,) = diversified(head.items[None], scores, self._content, DIVERSITY_METHOD, [request.diversity], request.limit)
+        places = {item: place for place, item in enumerate(head.items.tolist())}
+        order = np.array([places[item] for item in lists[0].tolist()], np.int64)
+        return Ranking(head.items[order], head.scores[order], {name: values[order] for name, values in head.parts.items()})
+
+    def _scored(self, request: ScoreRequest, user: ResolvedUser, indices: Integers, columns: dict[str, Scores] | None) -> ScoreResponse:
         """Build the answer for all candidates from the columns of the known ones; without columns, from interaction counts."""
         fallback = POPULARITY if columns is None else None
         columns = columns or {"retrieval": self.predictor.popularity.numpy()[indices]}
@@ -232,14 +327,27 @@ class Answerer:
                 unknown.append(item_id)
             values = nothing | dict(zip(columns, next(rows), strict=True)) if is_known else nothing
             scores.append(CandidateScore(item_id=item_id, known=is_known, **values))
-        unknown_items = list(dict.fromkeys(unknown))
-        return Answer.of(ScoreResponse(version=self.info.version, fallback=fallback, unknown_items=unknown_items, scores=scores))
+        return ScoreResponse(**self._said(), fallback=fallback, unknown_items=list(dict.fromkeys(unknown)), scores=scores)
+
+    def _said(self) -> dict[str, str]:
+        return {"recommendation_id": uuid.uuid4().hex, "version": self.info.version, "variant": VARIANT}
 
 
-def _now(request: UserRequest) -> int:
-    return int(time.time()) if request.time is None else request.time
+def _depth(request: ListRequest) -> int:
+    return max(request.limit, NUM_CANDIDATES) if request.diversity else request.limit
 
 
-def _known_histories(found: Sequence[ResolvedUser | Answer]) -> dict[int, Sequences]:
-    """Return the known histories by the position of their request."""
-    return {index: user.history for index, user in enumerate(found) if isinstance(user, ResolvedUser) and user.history is not None}
+def _refused_or(method: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a method returns, or the refusal that it raises."""
+    try:
+        return method(*arguments)
+    except RefusedError as error:
+        return error
+
+
+def _encoded(found: Message | RefusedError) -> Answer:
+    return found.answer if isinstance(found, RefusedError) else Answer.of(found)
+
+
+def _result(found: ItemList | RefusedError) -> ItemList | Problem:
+    return Problem.model_validate_json(found.answer.body) if isinstance(found, RefusedError) else found

@@ -27,13 +27,23 @@ class DeadlineError(Exception):
     """The deadline passed before the request was computed."""
 
 
+@dataclass(frozen=True)
+class Timed(Generic[Result]):
+    """A result, how long its request waited, and how long its batch was computed."""
+
+    result: Result
+    waited_seconds: float
+    computed_seconds: float
+
+
 @dataclass(eq=False)
 class _Waiting(Generic[Request, Result]):
     request: Request
     cost: int
     deadline: float
-    future: "asyncio.Future[Result]"
+    future: "asyncio.Future[Timed[Result]]"
     loop: asyncio.AbstractEventLoop
+    entered: float
 
 
 class Batcher(Generic[Request, Result]):
@@ -63,7 +73,7 @@ class Batcher(Generic[Request, Result]):
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="batches", daemon=True)
         self._thread.start()
 
-    async def ask(self, request: Request, cost: int, deadline: float) -> Result:
+    async def ask(self, request: Request, cost: int, deadline: float) -> Timed[Result]:
         """Return the result of a request; `deadline` is a time of `time.monotonic`.
 
         Raises:
@@ -71,7 +81,7 @@ class Batcher(Generic[Request, Result]):
             DeadlineError: its turn came after the deadline.
         """
         loop = asyncio.get_running_loop()
-        waiting: _Waiting[Request, Result] = _Waiting(request, cost, deadline, loop.create_future(), loop)
+        waiting: _Waiting[Request, Result] = _Waiting(request, cost, deadline, loop.create_future(), loop, time.monotonic())
         with self._changed:
             seconds = self._queued_cost * self._seconds_per_cost
             if self._queue and seconds > self._max_wait_seconds:
@@ -101,8 +111,13 @@ class Batcher(Generic[Request, Result]):
             batch = [waiting for waiting in batch if waiting.deadline >= begin and not waiting.future.cancelled()]
             _deliver(late, [DeadlineError()] * len(late))
             if batch:
-                _deliver(batch, self._results(batch))
-                self._learn(sum(waiting.cost for waiting in batch), time.monotonic() - begin)
+                results = self._results(batch)
+                seconds = time.monotonic() - begin
+                timed = zip(batch, results, strict=True)
+                _deliver(
+                    batch, [found if isinstance(found, Exception) else Timed(found, begin - one.entered, seconds) for one, found in timed]
+                )
+                self._learn(sum(waiting.cost for waiting in batch), seconds)
                 self.batch_sizes.append(len(batch))
             self._began = None
         _deliver(list(self._queue), [OverloadedError(0)] * len(self._queue))
@@ -133,14 +148,14 @@ class Batcher(Generic[Request, Result]):
         self._seconds_per_cost = now if not self._seconds_per_cost else (1 - SMOOTHING) * self._seconds_per_cost + SMOOTHING * now
 
 
-def _deliver(batch: Sequence[_Waiting[Request, Result]], results: Sequence[Result | Exception]) -> None:
+def _deliver(batch: Sequence[_Waiting[Request, Result]], results: Sequence[Timed[Result] | Exception]) -> None:
     """Hand results to the waiting coroutines, with one wake-up per event loop."""
     pairs = list(zip(batch, results, strict=True))
     for loop in {waiting.loop for waiting in batch}:
         loop.call_soon_threadsafe(_set, [pair for pair in pairs if pair[0].loop is loop])
 
 
-def _set(pairs: "Sequence[tuple[_Waiting[Request, Result], Result | Exception]]") -> None:
+def _set(pairs: "Sequence[tuple[_Waiting[Request, Result], Timed[Result] | Exception]]") -> None:
     for waiting, result in pairs:
         if waiting.future.done():
             continue

@@ -14,8 +14,8 @@ from recsys.store import Storage
 from serve.answering import Answerer
 from serve.api.gateway import build_http_app
 from serve.api.problems import Answer
-from serve.api.protocol import ModelInfo, ScoreRequest, UserRequest
-from serve.batcher import Batcher
+from serve.api.protocol import Message, ModelInfo
+from serve.batcher import Batcher, Timed
 
 STUCK_SECONDS = 60
 """A replica whose batch takes longer than this is replaced."""
@@ -33,7 +33,7 @@ class Replica:
         self._scratch = Path(config.run.scratch) / "served"
         self._answerer: Answerer | None = None
         self._refusal: str | None = None
-        self._batcher: Batcher[UserRequest, Answer] = Batcher(
+        self._batcher: Batcher[Message, Answer] = Batcher(
             self._compute, service.max_batch_size, service.max_batch_cost, service.max_wait_seconds, self._limit_threads
         )
 
@@ -57,13 +57,13 @@ class Replica:
         self._answerer = loaded
         logger.info("serving version %s", version)
 
-    async def ask(self, request: UserRequest, deadline: float) -> Answer:
+    async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
         """Answer a request in the next batch.
 
         Raises:
             OverloadedError, DeadlineError: see `Batcher.ask`.
         """
-        return await self._batcher.ask(request, self._cost(request), deadline)
+        return await self._batcher.ask(request, self._loaded.cost(request), deadline)
 
     @property
     def info(self) -> ModelInfo:
@@ -86,16 +86,9 @@ class Replica:
         loaded.check()
         return loaded
 
-    def _compute(self, requests: Sequence[UserRequest]) -> list[Answer]:
+    def _compute(self, requests: Sequence[Message]) -> list[Answer]:
         """Answer a batch, in the thread of the batches."""
         return self._loaded.answer(requests)
-
-    def _cost(self, request: UserRequest) -> int:
-        """Return a request's share of a batch: the places of its history and its candidates."""
-        config = self._loaded.predictor.config
-        places = config.data.max_history if request.history is None else len(request.history)
-        candidates = len(request.candidates) if isinstance(request, ScoreRequest) else config.ranking.num_candidates
-        return 1 + places + candidates
 
     def _limit_threads(self) -> None:
         """Limit the threads of PyTorch, which count per calling thread, to the replica's CPUs."""

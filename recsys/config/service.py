@@ -35,10 +35,12 @@ class ServiceConfig(Section):
     """Alias of the version to serve."""
     token_env: str = "RECSYS_SERVICE_TOKEN"
     """Environment variable with the bearer token."""
+    docs: bool = True
+    """Whether /docs shows a page of the API."""
     max_body_bytes: PositiveInt = 1_000_000
     """Largest request body."""
     max_k: PositiveInt = 500
-    """Largest `k` of a request."""
+    """Largest `limit` of a request."""
     max_candidates: PositiveInt = 5000
     """Largest number of candidates of a request."""
     max_batch_size: PositiveInt = 32

@@ -1,6 +1,6 @@
 """Re-ranking for diversity as pure functions, content vectors for item similarity, and the curve of quality against diversity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,11 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     cutoff = int(config.ranking_metric.partition("@")[2])
     weights = sorted({0.0, *config.diversity})
     size = config.batch_size
-    parts = [_rerank(ranked, slice(begin, begin + size), vectors, config, weights) for begin in range(0, len(ranked.top), size)]
+    top, scores = ranked.top[:, :NUM_CANDIDATES], ranked.top_scores[:, :NUM_CANDIDATES].astype(np.float64)
+    parts = [
+        diversified(top[begin : begin + size], scores[begin : begin + size], vectors, config.diversity_method, weights, cutoff)
+        for begin in range(0, len(top), size)
+    ]
     return [
         {
             "weight": weight,
@@ -117,14 +121,21 @@ def diversity_curve(ranked: Ranked, targets: Integers, vectors: csr_array | None
     ]
 
 
-def _rerank(ranked: Ranked, users: slice, vectors: csr_array, config: EvaluationConfig, weights: list[float]) -> Integers:
-    """Return the lists of some users for each weight (weights, users, k), padded with 0."""
-    top = ranked.top[users, :NUM_CANDIDATES]
+def diversified(top: Integers, scores: Floats, vectors: csr_array, method: str, weights: Sequence[float], k: int) -> Integers:
+    """Re-rank lists with each weight of diversity; 0 keeps their order.
+
+    Args:
+        top: (B, N) items from best to worst, padded with 0; N is at most NUM_CANDIDATES for lists that are to be the same everywhere.
+        scores: (B, N).
+        vectors: as `content_vectors` returns them.
+
+    Returns:
+        (weights, B, min(k, N)), padded with 0.
+    """
     is_item = top > 0
-    relevance = _relevance(ranked.top_scores[users, :NUM_CANDIDATES].astype(np.float64), is_item)
+    relevance = _relevance(scores, is_item)
     similarity = np.stack([(own @ own.T).toarray() for own in (vectors[items] for items in top)])
-    k, rerank = int(config.ranking_metric.partition("@")[2]), METHODS[config.diversity_method]
-    chosen = np.stack([rerank(relevance, similarity, weight, k) for weight in weights])
+    chosen = np.stack([METHODS[method](relevance, similarity, weight, k) for weight in weights])
     lists: Integers = np.take_along_axis(top[None], chosen, axis=2)
     return np.where(np.arange(lists.shape[2]) < is_item.sum(1)[:, None], lists, 0)
 

@@ -3,30 +3,28 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Query
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 from recsys.config.service import ServiceConfig
+from serve.api.openapi import ROUTES, Route, new_app
 from serve.api.problems import PROBLEM_TYPE, Answer, RefusedError, busy
-from serve.api.protocol import ModelInfo, RecommendRequest, ScoreRequest, UserRequest, read_request
-from serve.batcher import DeadlineError, OverloadedError
+from serve.api.protocol import Message, ModelInfo, SimilarRequest, read_request
+from serve.batcher import DeadlineError, OverloadedError, Timed
 
 MAX_LENGTH_DIGITS = 18
-
-_ENDPOINTS = "POST /v1/recommend, POST /v1/score, GET /v1/model, GET /livez, GET /readyz"
-ROUTING_ERRORS = {
-    404: f"no such path; available: {_ENDPOINTS}",
-    405: f"this path does not allow that method; available: {_ENDPOINTS}",
-}
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 class Backend(Protocol):
     """What answers the requests: the replica."""
 
-    async def ask(self, request: UserRequest, deadline: float) -> Answer:
+    async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
         """Answer a request before the deadline, a time of `time.monotonic`."""
 
     @property
@@ -45,13 +43,16 @@ class Backend(Protocol):
 def build_http_app(service: ServiceConfig, token_digest: str, backend: Backend) -> FastAPI:
     """Build the ASGI application; `token_digest` is the token's SHA-256."""
     gateway = Gateway(service, token_digest, backend)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    authorized = [Depends(gateway.check_token)]
-    app.add_api_route("/v1/recommend", gateway.recommend, methods=["POST"], dependencies=authorized)
-    app.add_api_route("/v1/score", gateway.score, methods=["POST"], dependencies=authorized)
-    app.add_api_route("/v1/model", gateway.model, methods=["GET"], dependencies=authorized)
-    app.add_api_route("/livez", gateway.live, methods=["GET"])
-    app.add_api_route("/readyz", gateway.ready, methods=["GET"])
+    app = new_app(service)
+    for route in ROUTES:
+        handler = gateway.answering(route) if route.request is not None else getattr(gateway, route.name)
+        app.add_api_route(
+            route.path,
+            handler,
+            methods=[route.method],
+            dependencies=[Depends(gateway.check_token)] if route.needs_token else [],
+            **route.documentation,
+        )
     app.add_middleware(BodyCap, max_body_bytes=service.max_body_bytes)
     app.add_exception_handler(HTTPException, _routing_error)
     app.add_exception_handler(RefusedError, _refused)
@@ -76,16 +77,36 @@ class Gateway:
         if not hmac.compare_digest(digest_of(token.strip().encode("latin-1")), self.token_digest):
             raise RefusedError(403, "the bearer token is not valid for this service")
 
-    async def recommend(self, request: Request) -> Response:
-        """Answer with the k best items."""
-        return await self._answer(request, RecommendRequest)
+    def answering(self, route: Route) -> Callable[[Request], Any]:
+        """Return the handler of a route whose body is a request for the backend."""
+        kind = route.request
+        assert kind is not None
 
-    async def score(self, request: Request) -> Response:
-        """Answer with the candidates' scores."""
-        return await self._answer(request, ScoreRequest)
+        async def handle(request: Request) -> Response:
+            seconds = self.service.request_timeout_seconds
+            deadline = time.monotonic() + seconds
+            return await self._ask(read_request(kind, await self._read(request, seconds), self.service), deadline)
+
+        return handle
+
+    async def similar(
+        self,
+        item_id: str,
+        limit: str = Query("10", pattern=r"^\d{1,6}$"),
+        filter: str | None = Query(None, description="a filter, as JSON"),
+    ) -> Response:
+        """Return the items most similar to one."""
+        body: dict[str, Any] = {"item_id": item_id, "limit": int(limit) if limit.isdecimal() and len(limit) < 7 else limit}
+        if filter is not None:
+            try:
+                body["filter"] = json.loads(filter)
+            except (ValueError, RecursionError):
+                raise RefusedError(422, "filter: is not JSON") from None
+        deadline = time.monotonic() + self.service.request_timeout_seconds
+        return await self._ask(read_request(SimilarRequest, json.dumps(body).encode(), self.service), deadline)
 
     async def model(self) -> Response:
-        """Return the `ModelInfo` of the served version."""
+        """Return the served version and what it reads."""
         return respond(Answer.of(self.backend.info))
 
     async def live(self) -> Response:
@@ -100,18 +121,18 @@ class Gateway:
             raise busy(str(error)) from None
         return respond(Answer(200, f'{{"status":"ok","version":"{version}"}}'.encode()))
 
-    async def _answer(self, request: Request, kind: type[UserRequest]) -> Response:
-        """Read, parse and answer a request within `service.request_timeout_seconds`."""
-        seconds = self.service.request_timeout_seconds
-        deadline = time.monotonic() + seconds
-        parsed = read_request(kind, await self._read(request, seconds), self.service)
+    async def _ask(self, request: Message, deadline: float) -> Response:
+        """Answer a parsed request before the deadline."""
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return respond(await self.backend.ask(parsed, deadline))
+                timed = await self.backend.ask(request, deadline)
         except OverloadedError as error:
             raise busy("too many requests at the moment", seconds=error.seconds) from None
         except (TimeoutError, DeadlineError):
+            seconds = self.service.request_timeout_seconds
             raise RefusedError(504, f"no answer within {seconds:g} s (service.request_timeout_seconds)") from None
+        waited, computed = 1000 * timed.waited_seconds, 1000 * timed.computed_seconds
+        return respond(timed.result, {"Server-Timing": f"queue;dur={waited:.1f}, compute;dur={computed:.1f}"})
 
     async def _read(self, request: Request, seconds: float) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -149,7 +170,7 @@ class BodyCap:
             return
         num_bytes = 0
 
-        async def receive_counted() -> Message:
+        async def receive_counted() -> AsgiMessage:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
@@ -172,7 +193,9 @@ def respond(answer: Answer, headers: dict[str, str] | None = None) -> Response:
 
 async def _routing_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return respond(Answer.problem(error.status_code, ROUTING_ERRORS.get(error.status_code, error.detail)), dict(error.headers or {}))
+    available = ", ".join(f"{route.method} {route.path}" for route in ROUTES)
+    details = {404: f"no such path; available: {available}", 405: f"this path does not allow that method; available: {available}"}
+    return respond(Answer.problem(error.status_code, details.get(error.status_code, error.detail)), dict(error.headers or {}))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -1,6 +1,5 @@
 """Answers of the service as bytes, and errors as problem documents (RFC 9457)."""
 
-import json
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -9,6 +8,15 @@ from pydantic import BaseModel
 PROBLEM_TYPE = "application/problem+json"
 MAX_DETAIL_CHARACTERS = 300
 RETRY_SECONDS = 1
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457); `detail` is one line for a person."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
 
 
 class Answer(NamedTuple):
@@ -25,13 +33,8 @@ class Answer(NamedTuple):
     @classmethod
     def problem(cls, status: int, detail: str) -> "Answer":
         """Encode an error; `detail` is one line for a person."""
-        content = {
-            "type": "about:blank",
-            "title": HTTPStatus(status).phrase,
-            "status": status,
-            "detail": " ".join(detail.split())[:MAX_DETAIL_CHARACTERS],
-        }
-        return cls(status, json.dumps(content).encode())
+        line = " ".join(detail.split())[:MAX_DETAIL_CHARACTERS]
+        return cls(status, Problem(title=HTTPStatus(status).phrase, status=status, detail=line).model_dump_json().encode())
 
 
 class RefusedError(Exception):

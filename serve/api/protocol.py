@@ -2,9 +2,11 @@
 
 import json
 import math
-from typing import Annotated, Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,7 +20,7 @@ from pydantic import (
 
 from recsys.config.service import ServiceConfig
 from recsys.schema import MAX_ID_CHARACTERS, normalize_id
-from serve.api.problems import RefusedError
+from serve.api.problems import Problem, RefusedError
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
@@ -26,6 +28,10 @@ MAX_SECONDS = 253_402_300_799
 """The last second of the year 9999; a larger number is probably in milliseconds."""
 
 MAX_VALUE = 1e6
+MAX_BOOSTS = 20
+MAX_LISTS = 32
+MAX_TOKEN_CHARACTERS = 30_000
+MAX_VALUES = 30_000
 MAX_FIELDS = 100
 MAX_FIELD_CHARACTERS = 10_000
 """Limits of a profile and a context; a vector is a list, which is spelled as text."""
@@ -97,16 +103,51 @@ class UserRequest(Message):
         return self
 
 
-class RecommendRequest(UserRequest):
-    """A request for the k best items; `service.max_k` limits k."""
+class Boost(Message):
+    """An amount that is added to the scores of the items that satisfy a filter."""
 
-    k: Annotated[int, Field(ge=1)] = 10
+    filter: dict[str, JsonValue]
+    by: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)]
+
+
+class ListRequest(Message):
+    """What every list is asked with: its length, which items may be in it, and what is told of them."""
+
+    limit: Annotated[int, Field(ge=1, validation_alias=AliasChoices("limit", "k"))] = 10
+    filter: dict[str, JsonValue] | None = None
+    boost: Annotated[list[Boost], Field(max_length=MAX_BOOSTS)] = Field(default_factory=list)
+    include_ids: list[Identifier] | None = None
+    exclude_ids: list[Identifier] = Field(default_factory=list)
+    diversity: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    include: Annotated[list[Literal["scores", "fields"]], Field(max_length=2)] = Field(default_factory=list)
+
+    @field_validator("limit")
+    @classmethod
+    def _check_limit(cls, value: int, info: ValidationInfo) -> int:
+        return _at_most(value, value, "max_k", info)
+
+    @field_validator("include_ids", "exclude_ids", mode="before")
+    @classmethod
+    def _check_ids(cls, value: Any, info: ValidationInfo) -> Any:
+        return _at_most(value, len(value), "max_candidates", info) if isinstance(value, list) else value
+
+
+class RecommendRequest(UserRequest, ListRequest):
+    """A request for the best items.
+
+    `limit` (formerly `k`) is the length of the list; `page_token` is that of the answer before, with the same other fields. `filter` is
+    a condition on attributes, as in {"genre": ["Drama", "War"], "year": {"gte": 1990}}; `boost` adds to the scores of some items;
+    `include_ids` allows only these items. `diversity` weighs difference against relevance.
+    """
+
+    page_token: Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS)] | None = None
     exclude_seen: bool = True
 
-    @field_validator("k")
-    @classmethod
-    def _check_k(cls, value: int, info: ValidationInfo) -> int:
-        return _at_most(value, value, "max_k", info)
+
+class SimilarRequest(ListRequest):
+    """A request for the items most similar to one."""
+
+    item_id: Identifier
 
 
 class ScoreRequest(UserRequest):
@@ -120,23 +161,56 @@ class ScoreRequest(UserRequest):
         return _at_most(value, len(value), "max_candidates", info) if isinstance(value, list) else value
 
 
-class RecommendedItem(Message):
-    """An item of the answer; rank 1 is the best. `scores` are those that `score` blends, None if retrieval alone decides."""
+class RankRequest(ScoreRequest):
+    """A request for candidates from best to worst, by the score that orders recommendations."""
+
+
+class BatchRequest(Message):
+    """Several requests for lists, answered together; with `distinct` no item is in two lists."""
+
+    requests: Annotated[list[RecommendRequest], Field(min_length=1, max_length=MAX_LISTS)]
+    distinct: bool = False
+
+
+class ListedItem(Message):
+    """An item of a list; rank 1 is the best.
+
+    `score` orders the list; it is `ranking`, the blend of all scores, if the version ranks candidates, and else `retrieval`. `source` is
+    what proposed the item. `scores` (with `include = ["scores"]`) are those that the blend weighs; `fields` (with "fields") the attributes.
+    """
 
     item_id: str
     title: str
-    score: float
     rank: int
+    source: str
+    score: float
+    retrieval: float | None = None
+    ranking: float | None = None
     scores: dict[str, float] | None = None
+    fields: dict[str, JsonValue] | None = None
 
 
-class RecommendResponse(Message):
-    """The k best items. With `fallback`, the user is unknown: items are the most popular ones, scores their interaction counts."""
+class Answered(Message):
+    """What every answer says of itself; `recommendation_id` joins it with the events that follow from it."""
 
+    recommendation_id: str
     version: str
-    fallback: str | None
-    unknown_items: list[str]
-    items: list[RecommendedItem]
+    variant: str
+
+
+class ItemList(Answered):
+    """The best items. With `fallback`, nothing is known of the user: items are the most popular ones, scores their interaction counts."""
+
+    fallback: str | None = None
+    unknown_items: list[str] = Field(default_factory=list)
+    items: list[ListedItem]
+    next_page_token: str | None = None
+
+
+class BatchResponse(Message):
+    """The lists of a batch, in the order of the requests."""
+
+    results: list[ItemList | Problem]
 
 
 class CandidateScore(Message):
@@ -150,10 +224,9 @@ class CandidateScore(Message):
     retrieval: float | None
 
 
-class ScoreResponse(Message):
+class ScoreResponse(Answered):
     """The candidates' scores. With `fallback`, the user is unknown: `retrieval` is the item's interaction count, task scores are null."""
 
-    version: str
     fallback: str | None
     unknown_items: list[str]
     scores: list[CandidateScore]
@@ -171,11 +244,12 @@ class ModelInfo(Message):
     takes_queries: bool
     profile_columns: list[str] = Field(default_factory=list)
     context_fields: list[str] = Field(default_factory=list)
+    filter_columns: list[str] = Field(default_factory=list)
     metrics: dict[str, JsonValue]
     code_version: str | None
 
 
-Request = TypeVar("Request", bound=UserRequest)
+Request = TypeVar("Request", bound=Message)
 
 
 def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Request:
@@ -184,6 +258,7 @@ def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Re
     Raises:
         RefusedError: the body is not JSON (400) or breaks a rule (422); the message is one line.
     """
+    check_size(body)
     try:
         return kind.model_validate_json(body, context=service.model_dump(include={"max_k", "max_candidates"}))
     except ValidationError as error:
@@ -193,17 +268,42 @@ def read_request(kind: type[Request], body: bytes, service: ServiceConfig) -> Re
     raise RefusedError(422, _explain(kind, dict(first)))
 
 
-def _explain(kind: type[UserRequest], first: dict[str, Any]) -> str:
+def check_size(body: bytes) -> None:
+    """Refuse a body with too many values before it is parsed: each key of an object and each value of a list costs time to check.
+
+    Raises:
+        RefusedError: there are more than MAX_VALUES commas and colons, some of which may be within texts.
+    """
+    number = body.count(b",") + body.count(b":")
+    if number > MAX_VALUES:
+        raise RefusedError(422, f"the body has about {number} keys and values; at most {MAX_VALUES}")
+
+
+def _explain(kind: type[BaseModel], first: dict[str, Any]) -> str:
     """Describe a broken rule in one line: key, value, rule."""
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
-        fields = kind.model_fields if len(first["loc"]) == 1 else PostedInteraction.model_fields
-        return f"{_shorten(key)}: unknown key; known: {', '.join(fields)}"
+        return f"{_shorten(key)}: unknown key; known: {', '.join(_fields_at(kind, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{key}: is missing"
     return f"{key or 'the body'} = {_shorten(json.dumps(first['input'], default=str))}: {first['msg']}"
+
+
+def _fields_at(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the object at a path of a request."""
+    for part in path:
+        if isinstance(part, str):
+            found = [model for model in _models_in(kind.model_fields[part].annotation)]
+            kind = found[0]
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 def _at_most(value: Any, size: int, limit_name: str, info: ValidationInfo) -> Any:

@@ -32,7 +32,7 @@ from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
 from recsys.train.loop import Trainer
 from serve.answering import Answerer
-from serve.protocol import ModelInfo, RecommendRequest, ScoreRequest
+from serve.api.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.checkpoints import store_of
 from tests.datasets import open_dataset
 from tests.distributed import run_distributed
@@ -208,14 +208,14 @@ def test_served_is_evaluated(small: Small, tmp_path: Path) -> None:
         ]
         context = {"device": DEVICES[device - 1]} if device else {}
         moment = int(user.targets.timestamps[0])
-        requests.append(RecommendRequest(history=history, profile=profile, context=context, time=moment, k=10))
+        requests.append(RecommendRequest(history=history, profile=profile, context=context, time=moment, limit=10))
     for user, row, answer in zip(users, scores, answerer.recommend(requests), strict=True):
         assert answer.status == 200, answer.body
         found = {item["item_id"]: item["score"] for item in json.loads(answer.body)["items"]}
         np.testing.assert_allclose(list(found.values()), [row[predictor.item_index[item_id]] for item_id in found], atol=1e-6, rtol=0)
         assert len(found) == 10
         assert not set(found).intersection(ids[item] for item in user.history.items.tolist())
-    known, unknown = answerer.recommend([RecommendRequest(user_id="u3", time=START, k=3), RecommendRequest(user_id="nobody", k=3)])
+    known, unknown = answerer.recommend([RecommendRequest(user_id="u3", time=START, limit=3), RecommendRequest(user_id="nobody", limit=3)])
     assert b'"fallback":null' in known.body
     assert b'"fallback":"popularity"' in unknown.body
     listed, posted = answerer.recommend(

@@ -23,7 +23,7 @@ from recsys.predictor import Predictor, top_k
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
 from serve.answering import Answerer
-from serve.protocol import ModelInfo, RecommendRequest
+from serve.api.protocol import ModelInfo, RecommendRequest
 from tests.datasets import make_dataset
 
 BLEND = {"retrieval": 0.5, "like": 2.0, "purchase*like": 3.0, "rating": -0.2}
@@ -110,7 +110,7 @@ def test_the_served_list_is_the_evaluated_one_with_its_scores(config: Config, da
     for index in range(20):
         history = profiles.find(f"user-{index}")
         assert history is not None
-        (answer,) = answerer.recommend([RecommendRequest(user_id=f"user-{index}", k=10)])
+        (answer,) = answerer.recommend([RecommendRequest(user_id=f"user-{index}", limit=10, include=["scores"])])
         (ranking,) = predictor.recommend([history], 10, [np.unique(history.items)])
         items = json.loads(answer.body)["items"]
         assert [item["item_id"] for item in items] == [predictor.catalogue.item_ids[item] for item in ranking.items]

@@ -32,12 +32,12 @@ def body_of(answer: Answer) -> dict[str, Any]:
 def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answerer]) -> None:
     export, answerer = published
     requests = [
-        RecommendRequest(user_id="user-3", k=3),
-        RecommendRequest(user_id="nobody", k=2),
+        RecommendRequest(user_id="user-3", limit=3),
+        RecommendRequest(user_id="nobody", limit=2),
         RecommendRequest(history=[{"item_id": "item-1", "event": "stare"}]),
-        RecommendRequest(user_id="user-4", k=100, exclude_seen=False),
+        RecommendRequest(user_id="user-4", limit=100, exclude_seen=False),
         RecommendRequest(history=[]),
-        RecommendRequest(history=[{"item_id": "gone"}, {"item_id": "item-5"}, {"item_id": "gone"}], k=1),
+        RecommendRequest(history=[{"item_id": "gone"}, {"item_id": "item-5"}, {"item_id": "gone"}], limit=1),
     ]
     answers = answerer.recommend(requests)
     first, unknown, wrong, whole, empty, partly = answers
@@ -62,7 +62,7 @@ def test_seen_items_are_left_out_only_if_asked(published: tuple[Export, Answerer
     seen = {f"item-{index}" for index in export.profiles.find("user-3").items}
     without, whole = (
         {item["item_id"] for item in body_of(answer)["items"]}
-        for answer in answerer.recommend([RecommendRequest(user_id="user-3", k=60, exclude_seen=exclude) for exclude in (True, False)])
+        for answer in answerer.recommend([RecommendRequest(user_id="user-3", limit=60, exclude_seen=exclude) for exclude in (True, False)])
     )
     assert seen
     assert whole - without == seen
@@ -142,11 +142,11 @@ def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[
         body_of(answer)
         for answer in answerer.recommend(
             [
-                RecommendRequest(user_id="user-3", k=60),
-                RecommendRequest(user_id="user-3", query="a horror story", k=60),
-                RecommendRequest(user_id="nobody", query="drama 7", k=60),
-                RecommendRequest(query="drama 7", k=60),
-                RecommendRequest(history=[{"item_id": "gone"}], query="drama 7", k=60),
+                RecommendRequest(user_id="user-3", limit=60),
+                RecommendRequest(user_id="user-3", query="a horror story", limit=60),
+                RecommendRequest(user_id="nobody", query="drama 7", limit=60),
+                RecommendRequest(query="drama 7", limit=60),
+                RecommendRequest(history=[{"item_id": "gone"}], query="drama 7", limit=60),
             ]
         )
     )

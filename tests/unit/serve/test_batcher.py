@@ -44,7 +44,7 @@ def test_a_batch_is_what_arrived_while_the_one_before_was_computed() -> None:
         others = [asyncio.create_task(batcher.ask(number, 1, FAR)) for number in range(1, 6)]
         await asyncio.sleep(0)
         compute.gate.set()
-        return [await task for task in (first, *others)]
+        return [(await task).result for task in (first, *others)]
 
     assert asyncio.run(ask()) == [0, 2, 4, 6, 8, 10]
     assert compute.batches == [[0], [1, 2, 3], [4, 5]]
@@ -81,7 +81,7 @@ def test_a_queue_that_is_too_long_refuses_at_once_and_recovers() -> None:
         refused = [outcome for outcome in outcomes if isinstance(outcome, OverloadedError)]
         seconds = time.monotonic() - begin
         assert all(error.seconds > 0.12 for error in refused)
-        assert await batcher.ask(7, 1, FAR) == 7
+        assert (await batcher.ask(7, 1, FAR)).result == 7
         return len(refused), len(outcomes) - len(refused), seconds
 
     refused, answered, seconds = asyncio.run(ask())
@@ -104,7 +104,8 @@ def test_a_request_that_is_late_or_gone_is_not_computed() -> None:
         await asyncio.sleep(0.05)
         gone.cancel()
         compute.gate.set()
-        assert (await first, await last) == (2, 8)
+        assert ((await first).result, (await last).result) == (2, 8)
+        assert (await last).waited_seconds > 0.04
         with pytest.raises(DeadlineError):
             await late
 
@@ -126,7 +127,7 @@ def test_an_error_reaches_the_requests_of_its_batch_only() -> None:
             await batcher.ask(13, 1, FAR)
         with pytest.raises(ValueError, match="zero"):
             await batcher.ask(0, 1, FAR)
-        assert await batcher.ask(2, 1, FAR) == 0.5
+        assert (await batcher.ask(2, 1, FAR)).result == 0.5
 
     asyncio.run(ask())
     batcher.close()

@@ -11,8 +11,8 @@ import pytest
 from recsys.config.service import ServiceConfig
 from serve.api.gateway import build_http_app, digest_of
 from serve.api.problems import Answer
-from serve.api.protocol import ModelInfo, UserRequest
-from serve.batcher import DeadlineError, OverloadedError
+from serve.api.protocol import Message, ModelInfo
+from serve.batcher import DeadlineError, OverloadedError, Timed
 
 TOKEN = "token-of-the-tests"
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
@@ -34,7 +34,7 @@ class Backend:
         self.num_asked = 0
         self.is_cancelled = False
 
-    async def ask(self, request: UserRequest, deadline: float) -> Answer:
+    async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
         self.num_asked += 1
         if self.outcome is None:
             try:
@@ -44,7 +44,7 @@ class Backend:
                 raise
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        return self.outcome
+        return Timed(self.outcome, 0.001, 0.002)
 
     @property
     def info(self) -> ModelInfo:
@@ -80,6 +80,7 @@ def assert_one_line(response: httpx.Response, status: int) -> str:
 def test_an_answer_is_passed_on() -> None:
     response = ask("POST", "/v1/recommend", headers=AUTHORIZED, json={"user_id": "u"})
     assert (response.status_code, response.json()) == (200, {"version": "v"})
+    assert response.headers["server-timing"] == "queue;dur=1.0, compute;dur=2.0"
     assert ask("GET", "/v1/model", headers=AUTHORIZED).status_code == 200
 
 
@@ -106,7 +107,7 @@ def test_liveness_and_readiness_need_no_token() -> None:
     assert response.headers["retry-after"] == "1"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/recommend/", "/docs", "/openapi.json", "/v1/%ff"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/recommend/", "/redoc", "/v1/%ff"])
 def test_unknown_paths(path: str) -> None:
     assert "POST /v1/recommend" in assert_one_line(ask("GET", path, headers=AUTHORIZED), 404)
 

@@ -17,7 +17,7 @@ JSON = {"Content-Type": "application/json"}
     "body",
     [
         {"user_id": "u"},
-        {"user_id": "u", "k": 50, "exclude_seen": False},
+        {"user_id": "u", "limit": 50, "exclude_seen": False},
         {"history": []},
         {"history": [{"item_id": "i"}, {"item_id": "j", "event": "view"}]},
         {"history": [{"item_id": "i", "timestamp": 0}, {"item_id": "i", "timestamp": 1_700_000_000}]},
@@ -31,7 +31,7 @@ def test_good_requests_are_read(body: dict[str, Any]) -> None:
 
 def test_defaults() -> None:
     request = read_request(RecommendRequest, b'{"user_id": "u"}', SERVICE)
-    assert (request.k, request.exclude_seen, request.history) == (10, True, None)
+    assert (request.limit, request.exclude_seen, request.history) == (10, True, None)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_defaults() -> None:
         (b'{"user_id": "u", "k": 51}', 422, "at most 50 (service.max_k)"),
         (b'{"user_id": "u", "exclude_seen": 1}', 422, "exclude_seen = 1"),
         (
-            b'{"user_id": "u", "limit": 3}',
+            b'{"user_id": "u", "length": 3}',
             422,
-            "limit: unknown key; known: user_id, history, query, profile, context, time, k, exclude_seen",
+            "length: unknown key; known: limit, filter, boost, include_ids, exclude_ids, diversity, include, user_id, history, query",
         ),
         (b'{"history": {}}', 422, "history"),
         (b'{"user_id": "u", "query": ""}', 422, 'query = ""'),

@@ -1,0 +1,205 @@
+"""Which items of a catalogue satisfy a condition on their attributes, written as JSON. Pure functions of the catalogue.
+
+{"genre": "Drama"}                                one column, one value
+{"genre": ["Drama", "Comedy"], "year": {"gte": 1990, "lt": 2000}}    both columns
+{"or": [{"genre": {"all": ["Drama", "War"]}}, {"not": {"price": {"exists": true}}}]}
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, reduce
+from typing import Any
+
+import numpy as np
+
+from recsys.arrays import Floats, Integers, Mask
+from recsys.data.items import ItemFeatures
+from recsys.data.manifest import DatasetManifest
+from recsys.errors import UserError
+
+MAX_DEPTH = 8
+MAX_CONDITIONS = 200
+"""Limits of an expression: nesting, and columns and values in total."""
+
+NUMBER_DIGITS = 6
+"""Numbers are stored standardized in float32; they are compared to this many significant digits of the column's scale."""
+
+COMPARISONS: dict[str, Callable[[Floats, float], Mask]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "gt": np.greater,
+    "gte": np.greater_equal,
+    "lt": np.less,
+    "lte": np.less_equal,
+}
+ONLY_ON_NUMBERS = ("gt", "gte", "lt", "lte")
+ON_VALUES = ("eq", "ne", "in", "not_in", "all", "exists")
+ON_NUMBERS = (*COMPARISONS, "in", "not_in", "exists")
+
+
+class ItemFilters:
+    """Evaluates expressions on a catalogue's categories and numbers. A missing value satisfies only `ne`, `not_in` and `exists: false`."""
+
+    def __init__(self, catalogue: ItemFeatures, manifest: DatasetManifest) -> None:
+        self._catalogue = catalogue
+        self._values: dict[str, dict[str, int]] = {}
+        for index, name in enumerate(manifest.category_vocabulary, start=1):
+            column, _, value = name.partition("=")
+            self._values.setdefault(column, {})[value] = index
+        moments = manifest.number_moments
+        columns = zip(manifest.number_columns, moments, strict=True) if moments else ()
+        self._moments = {name: (number, *pair) for number, (name, pair) in enumerate(columns)}
+        self._numbers: dict[str, Floats] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns that expressions may use."""
+        return tuple({**self._values, **self._moments})
+
+    def mask(self, expression: Any) -> Mask:
+        """Return which items satisfy an expression, (I + 1,) by catalogue index.
+
+        Raises:
+            UserError: the expression is not valid, or a column is unknown.
+        """
+        budget = [MAX_CONDITIONS]
+        found = self._evaluate(expression, "filter", 1, budget).copy()
+        found[0] = False
+        return found
+
+    def fields(self, item: int) -> dict[str, Any]:
+        """Return an item's attributes by column: lists of categories, and numbers; without those that are missing."""
+        own = set(self._catalogue.categories[item].tolist()) - {0}
+        fields: dict[str, Any] = {
+            column: found
+            for column, values in self._values.items()
+            if (found := [value for value, index in values.items() if index in own])
+        }
+        numbers = {column: float(self._column(column)[item]) for column in self._moments}
+        return fields | {column: value for column, value in numbers.items() if not np.isnan(value)}
+
+    def _evaluate(self, expression: Any, where: str, depth: int, budget: list[int]) -> Mask:
+        if not isinstance(expression, Mapping) or not expression:
+            raise UserError(f'{where}: must be an object such as {{"{next(iter(self.columns), "genre")}": "value"}}')
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: is nested more than {MAX_DEPTH} levels deep")
+        masks = []
+        for key, value in expression.items():
+            _spend(budget, 1, where)
+            if key in ("and", "or"):
+                if not isinstance(value, list) or not value:
+                    raise UserError(f"{where}.{key}: must be a list of expressions")
+                parts = [self._evaluate(part, f"{where}.{key}.{number}", depth + 1, budget) for number, part in enumerate(value)]
+                masks.append(reduce(np.logical_and if key == "and" else np.logical_or, parts))
+            elif key == "not":
+                masks.append(~self._evaluate(value, f"{where}.not", depth + 1, budget))
+            else:
+                masks.append(self._condition(key, value, f"{where}.{key}", budget))
+        return reduce(np.logical_and, masks)
+
+    def _condition(self, column: str, value: Any, where: str, budget: list[int]) -> Mask:
+        if column not in self._values and column not in self._moments:
+            raise UserError(f"{where}: is not an attribute of the items; known: {', '.join(self.columns) or 'none'}")
+        if not isinstance(value, Mapping):
+            value = {"in": value} if isinstance(value, list) else {"eq": value}
+        if not value:
+            raise UserError(f"{where}: has no condition")
+        masks = []
+        for operator, operand in value.items():
+            _spend(budget, len(operand) if isinstance(operand, list) else 1, where)
+            is_number = column in self._moments and (operator in ONLY_ON_NUMBERS or column not in self._values)
+            compare = self._compare_numbers if is_number else self._compare_categories
+            masks.append(compare(column, operator, operand, f"{where}.{operator}"))
+        return reduce(np.logical_and, masks)
+
+    def _compare_categories(self, column: str, operator: str, operand: Any, where: str) -> Mask:
+        _check_operator(operator, ON_VALUES, where)
+        values = self._values[column]
+        if operator == "exists":
+            return self._having(list(values.values())) == _truth(operand, where)
+        wanted = [values.get(_category(value, where), 0) for value in _operands(operator, operand, where)]
+        if operator == "all":
+            return reduce(np.logical_and, [self._having([index]) for index in wanted])
+        found = self._having(wanted)
+        return ~found if operator in ("ne", "not_in") else found
+
+    def _compare_numbers(self, column: str, operator: str, operand: Any, where: str) -> Mask:
+        _check_operator(operator, ON_NUMBERS, where)
+        numbers = self._column(column)
+        if operator == "exists":
+            return ~np.isnan(numbers) == _truth(operand, where)
+        wanted = [_number(value, where) for value in _operands(operator, operand, where)]
+        if operator in ("in", "not_in"):
+            found: Mask = np.isin(numbers, wanted)
+            return ~found if operator == "not_in" else found
+        with np.errstate(invalid="ignore"):
+            return COMPARISONS[operator](numbers, wanted[0])
+
+    def _having(self, indices: list[int]) -> Mask:
+        """Return which items have one of the categories; index 0 is no category."""
+        items, offsets = self._postings
+        found = np.zeros(self._catalogue.num_items + 1, np.bool_)
+        for index in filter(None, indices):
+            found[items[offsets[index] : offsets[index + 1]]] = True
+        return found
+
+    @cached_property
+    def _postings(self) -> tuple[Integers, Integers]:
+        """Return the items of all categories, those of a category together, and where each category's begin."""
+        categories = self._catalogue.categories.numpy()
+        items, places = np.nonzero(categories)
+        found = categories[items, places]
+        order = np.argsort(found, kind="stable")
+        return items[order], np.searchsorted(found[order], np.arange(self._catalogue.num_categories + 2))
+
+    def _column(self, column: str) -> Floats:
+        """Return a column's numbers as they were in the catalogue (I + 1,), NaN where missing."""
+        if column not in self._numbers:
+            number, mean, deviation = self._moments[column]
+            standardized = self._catalogue.numbers[:, number].numpy().astype(np.float64)
+            scale = abs(mean) + 4 * deviation
+            digits = NUMBER_DIGITS - int(np.floor(np.log10(scale))) - 1 if scale > 0 else NUMBER_DIGITS
+            numbers = np.round(standardized * deviation + mean, digits)
+            self._numbers[column] = np.where(self._catalogue.has_number[:, number].numpy(), numbers, np.nan)
+        return self._numbers[column]
+
+
+def _spend(budget: list[int], number: int, where: str) -> None:
+    budget[0] -= number
+    if budget[0] < 0:
+        raise UserError(f"{where}: the filter has more than {MAX_CONDITIONS} conditions")
+
+
+def _check_operator(operator: str, known: tuple[str, ...], where: str) -> None:
+    if operator not in known:
+        raise UserError(f"{where}: is not a comparison of this attribute; known: {', '.join(known)}")
+
+
+def _operands(operator: str, operand: Any, where: str) -> list[Any]:
+    if operator not in ("in", "not_in", "all"):
+        return [operand]
+    if not isinstance(operand, list) or not operand:
+        raise UserError(f"{where}: must be a list of values")
+    return operand
+
+
+def _truth(operand: Any, where: str) -> bool:
+    if not isinstance(operand, bool):
+        raise UserError(f"{where}: must be true or false")
+    return operand
+
+
+def _category(value: Any, where: str) -> str:
+    """Spell a value as data preparation does."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value == int(value):
+        value = int(value)
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{where}: must be a text or a number")
+    return " ".join(str(value).split())
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise UserError(f"{where}: must be a number")
+    return float(value)
