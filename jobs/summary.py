@@ -1,7 +1,9 @@
 """The summary that the pipeline prints at its end, and the sample requests to the service that it shows."""
 
 import json
+import time
 import urllib.request
+import uuid
 from typing import Any
 
 from recsys.config import Config
@@ -12,26 +14,54 @@ from recsys.terminal import format_settings
 NUM_USERS = 3
 SHOWN_HISTORY = 5
 SHOWN_ITEMS = 5
+EVENT_SECONDS = 1.0
 
 
 def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[dict[str, Any]]:
-    """Request recommendations for some users from the running service; return them with the ends of the users' histories."""
+    """Request recommendations for some users from the running service; return them with the ends of the users' histories.
+
+    For the first user, two more lists show what the service does with an event that has just happened, and with a filter.
+    """
     dataset = Dataset.open(Storage.from_config(config.storage), dataset_uri)
     columns = (dataset.catalogue[name].to_pylist() for name in ("item_index", "title", "item_id"))
     names = {index: title or item_id for index, title, item_id in zip(*columns, strict=True)}
     users = dataset.read_shard(dataset.manifest.users_shards[0], ["user_id", "items"]).slice(0, NUM_USERS).to_pylist()
     answers = []
     for user in users:
-        answer = post(f"{url}/v1/recommend", {"user_id": user["user_id"], "k": SHOWN_ITEMS}, token)
+        answer = post(f"{url}/v1/recommend", {"user_id": user["user_id"], "limit": SHOWN_ITEMS}, token)
         answers.append(
             {
                 "user_id": user["user_id"],
                 "history": [names[index] for index in user["items"][-SHOWN_HISTORY:]],
-                "recommendations": [item["title"] or item["item_id"] for item in answer["items"]],
+                "recommendations": _titles(answer),
                 "version": answer["version"],
             }
         )
+    if answers and config.service.live != "off":
+        answers[0] |= _after_an_event(url, token, users[0]["user_id"])
+    if answers and dataset.manifest.category_vocabulary:
+        column, _, value = dataset.manifest.category_vocabulary[0].partition("=")
+        body = {"user_id": users[0]["user_id"], "limit": SHOWN_ITEMS, "filter": {column: value}}
+        answers[0]["filtered"] = {"filter": f"{column} = {value}", "recommendations": _titles(post(f"{url}/v1/recommend", body, token))}
     return answers
+
+
+def _after_an_event(url: str, token: str, user_id: str) -> dict[str, Any]:
+    """Post an event of a user with the best item, and return the list once it has changed."""
+    body = {"user_id": user_id, "limit": SHOWN_ITEMS}
+    items = post(f"{url}/v1/recommend", body, token)["items"]
+    best, before = items[0], [item["item_id"] for item in items]
+    post(f"{url}/v1/events", {"events": [{"event_id": uuid.uuid4().hex, "user_id": user_id, "item_id": best["item_id"]}]}, token)
+    deadline = time.monotonic() + EVENT_SECONDS
+    while True:
+        answer = post(f"{url}/v1/recommend", body, token)
+        if [item["item_id"] for item in answer["items"]] != before or time.monotonic() > deadline:
+            return {"event": best["title"] or best["item_id"], "after": _titles(answer)}
+        time.sleep(0.01)
+
+
+def _titles(answer: dict[str, Any]) -> list[str]:
+    return [item["title"] or item["item_id"] for item in answer["items"]]
 
 
 def post(url: str, body: dict[str, Any], token: str) -> Any:
@@ -61,12 +91,7 @@ def render(config: Config, results: dict[str, Any]) -> str:
     if "evaluate" in results:
         lines += ["", *_test_table(config, results)]
     for answer in results.get("recommendations", []):
-        lines += [
-            "",
-            f"user {answer['user_id']}",
-            f"  did          {' | '.join(answer['history'])}",
-            f"  may like     {' | '.join(answer['recommendations'])}",
-        ]
+        lines += _lists(answer)
     if serve := results.get("serve"):
         user = str(results["recommendations"][0]["user_id"]) if results.get("recommendations") else "1"
         token = "the token of $" + config.service.token_env + f", or in {config.run.scratch}/service.token"
@@ -74,7 +99,8 @@ def render(config: Config, results: dict[str, Any]) -> str:
         lines += [
             f"           ask it: curl {serve['url']}/v1/recommend \\",
             f'             -H "Authorization: Bearer $(cat {config.run.scratch}/service.token)" \\',
-            f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': user, 'k': SHOWN_ITEMS})}'",
+            f"             -H 'Content-Type: application/json' -d '{json.dumps({'user_id': user, 'limit': SHOWN_ITEMS})}'",
+            f"           read about it: {serve['url']}/docs",
             "           stop it: make stop (or python -m serve.stop)",
         ]
     lines += ["", f"wall time  {results['seconds']} s", "=" * 100]
@@ -99,6 +125,15 @@ def _test_table(config: Config, results: dict[str, Any]) -> list[str]:
     shown = ", ".join(f"{name} {_number(value)}" for name, value in tasks)
     absent = [f"  no metrics of {name}: {why}" for name, why in evaluation["absent_tasks"].items()]
     return [*lines, *([f"  tasks      {shown}"] if tasks else []), *absent, f"  report     {evaluation['report']}"]
+
+
+def _lists(answer: dict[str, Any]) -> list[str]:
+    lists = {"did": answer["history"], "may like": answer["recommendations"]}
+    if "after" in answer:
+        lists |= {"event": [answer["event"]], "then": answer["after"]}
+    if filtered := answer.get("filtered"):
+        lists[f"only {filtered['filter']}"] = filtered["recommendations"]
+    return ["", f"user {answer['user_id']}", *(f"  {name:<12} {' | '.join(titles) or 'nothing'}" for name, titles in lists.items())]
 
 
 def _number(value: float | None) -> str:

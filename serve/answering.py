@@ -39,6 +39,7 @@ from serve.api.protocol import (
     SimilarRequest,
     UserRequest,
 )
+from serve.live.users import LiveProfiles, LiveUsers
 from serve.paging import Pages
 from serve.resolving import ResolvedUser, Resolver, now
 
@@ -64,10 +65,10 @@ class Asked(NamedTuple):
 class Answerer:
     """One loaded version. A whole batch goes through the predictor at once; each request gets its own answer."""
 
-    def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
+    def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo, live: LiveUsers | None = None) -> None:
         self.predictor, self.info = predictor, info
         self.filters = ItemFilters(predictor.catalogue, predictor.manifest)
-        self._users = Resolver(predictor, profiles, info)
+        self._users = Resolver(predictor, LiveProfiles(profiles, live or LiveUsers(), predictor), info)
         self._pages = Pages(predictor.catalogue.item_ids)
         self._seen = SeenRule(predictor.manifest)
         self._content = content_vectors(predictor.catalogue)
@@ -79,8 +80,8 @@ class Answerer:
             raise UserError(f"export {info.version}: has a task named '{min(reserved)}', which is a field of every answer; rename it")
 
     @classmethod
-    def load(cls, registry: Registry, version: str, alias: str, scratch: Path) -> "Answerer":
-        """Fetch a version, verify it and load it.
+    def load(cls, registry: Registry, version: str, alias: str, scratch: Path, live: LiveUsers | None = None) -> "Answerer":
+        """Fetch a version, verify it and load it; `live` has what happened since it was exported.
 
         Raises:
             UserError: the version is missing or damaged, or its answers differ from those at publication.
@@ -95,6 +96,7 @@ class Answerer:
             num_items=manifest.num_items,
             tasks=[task.name for task in manifest.tasks],
             event_kinds=list(manifest.event_kinds),
+            default_event=manifest.event_kinds[manifest.default_kind],
             takes_queries=loaded.predictor.query_encoder is not None,
             profile_columns=list(manifest.profiles.columns) if loaded.predictor.reads_profiles else [],
             context_fields=list(manifest.contexts.given) if loaded.predictor.reads_contexts else [],
@@ -102,7 +104,7 @@ class Answerer:
             metrics=export.metadata.get("metrics", {}),
             code_version=export.metadata.get("code_version"),
         )
-        return cls(loaded.predictor, loaded.profiles, info)
+        return cls(loaded.predictor, loaded.profiles, info, live)
 
     def check(self) -> None:
         """Check that the model gives finite numbers for a made-up user.

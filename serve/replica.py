@@ -13,9 +13,12 @@ from recsys.exports.registry import Registry
 from recsys.store import Storage
 from serve.answering import Answerer
 from serve.api.gateway import build_http_app
-from serve.api.problems import Answer
+from serve.api.problems import Answer, RefusedError
 from serve.api.protocol import Message, ModelInfo
 from serve.batcher import Batcher, Timed
+from serve.live.changes import Change, ChangeLog
+from serve.live.follower import Follower, OwnedLog
+from serve.live.users import LiveUsers
 
 STUCK_SECONDS = 60
 """A replica whose batch takes longer than this is replaced."""
@@ -31,8 +34,12 @@ class Replica:
         self._service, self._token_digest = service, token_digest
         self._registry = Registry(Storage.from_config(config.storage), config.served_export)
         self._scratch = Path(config.run.scratch) / "served"
+        self._export = config.served_export
+        self._live_folder = Path(config.run.scratch) / "live" / self._export
         self._answerer: Answerer | None = None
         self._refusal: str | None = None
+        self._live = LiveUsers()
+        self._log: ChangeLog | None = None
         self._batcher: Batcher[Message, Answer] = Batcher(
             self._compute, service.max_batch_size, service.max_batch_cost, service.max_wait_seconds, self._limit_threads
         )
@@ -44,6 +51,7 @@ class Replica:
         """Load `user_config["version"]` while the old version serves, then swap; if loading fails, the old version stays in service."""
         version = user_config["version"]
         self._refusal = None
+        await self._follow()
         if self._answerer is not None and self._answerer.info.version == version:
             return
         try:
@@ -65,6 +73,16 @@ class Replica:
         """
         return await self._batcher.ask(request, self._loaded.cost(request), deadline)
 
+    async def record(self, changes: Sequence[Change]) -> list[bool]:
+        """Append changes to the live log and return which are new.
+
+        Raises:
+            RefusedError: this service has no live log.
+        """
+        if self._log is None:
+            raise RefusedError(501, "this service records nothing (service.live = off)")
+        return await self._log.append(changes)
+
     @property
     def info(self) -> ModelInfo:
         """The served version; raises RuntimeError if none is loaded."""
@@ -80,9 +98,16 @@ class Replica:
         if seconds > STUCK_SECONDS:
             raise RuntimeError(f"a batch has taken {seconds:.0f} s")
 
+    async def _follow(self) -> None:
+        """Open the live log and apply what it holds; later changes are applied in the background."""
+        if self._log is None and self._service.live != "off":
+            log = OwnedLog(self._export, self._live_folder / "changes.sqlite")
+            await Follower(log, self._live.apply).start()
+            self._log = log
+
     def _load(self, version: str) -> Answerer:
         self._limit_threads()
-        loaded = Answerer.load(self._registry, version, self._service.alias, self._scratch)
+        loaded = Answerer.load(self._registry, version, self._service.alias, self._scratch, self._live)
         loaded.check()
         return loaded
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from recsys.data.sequences import ASKED, Sequences
-from recsys.exports.profiles import ProfileStore
 from recsys.predictor import Predictor
 from serve.api.problems import RefusedError
 from serve.api.protocol import ModelInfo, PostedInteraction, UserRequest
+from serve.live.changes import session_key
+from serve.live.users import LiveProfiles
 
 NO_VALUE = float("nan")
 
@@ -24,7 +25,7 @@ class ResolvedUser:
 class Resolver:
     """Resolves the users of requests to one version."""
 
-    def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo) -> None:
+    def __init__(self, predictor: Predictor, profiles: LiveProfiles, info: ModelInfo) -> None:
         self._predictor, self._manifest, self._profiles, self._info = predictor, predictor.manifest, profiles, info
         self._item_index = predictor.item_index
 
@@ -40,6 +41,8 @@ class Resolver:
         _check_fields("context", request.context, self._info.context_fields)
         if request.history is not None:
             found = self._read_history(request.history)
+        elif request.session_id is not None:
+            found = ResolvedUser(self._profiles.find_session(session_key(request.session_id)))
         else:
             found = ResolvedUser(None if request.user_id is None else self._profiles.find(request.user_id))
         return replace(found, history=self._situated(request, found.history))

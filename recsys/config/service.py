@@ -35,6 +35,8 @@ class ServiceConfig(Section):
     """Alias of the version to serve."""
     token_env: str = "RECSYS_SERVICE_TOKEN"
     """Environment variable with the bearer token."""
+    live: Literal["embedded", "off"] = "embedded"
+    """Where events since the export are kept: in a file on the cluster's head, or nowhere."""
     docs: bool = True
     """Whether /docs shows a page of the API."""
     max_body_bytes: PositiveInt = 1_000_000

@@ -37,7 +37,7 @@ LONGEST_FOLDER = 24
 OBJECT_STORE_BYTES = 512 << 20
 """Stages exchange data through files, so Ray's object store holds little; by default it would take a third of the memory."""
 
-FREE_PORTS = range(20_000, 32_768)
+FREE_PORTS = range(20_000, 30_000)
 PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export", "ray-client-server")
 START_SECONDS = 60
 STOP_SECONDS = 20
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return distinct free loopback ports, outside the port ranges of the kernel and of Ray's workers."""
+    """Return distinct free loopback ports, outside the port ranges of the kernel, of Ray's workers and of Ray Serve's replicas."""
     found: list[int] = []
     with contextlib.ExitStack() as bound:
         for port in secrets.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):

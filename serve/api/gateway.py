@@ -6,11 +6,12 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Path, Query
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,12 +20,28 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as AsgiMessage
 
 from recsys.config.service import ServiceConfig
+from recsys.schema import MAX_ID_CHARACTERS, normalize_id
 from serve.api.openapi import ROUTES, Route, new_app
 from serve.api.problems import PROBLEM_TYPE, Answer, RefusedError, busy
-from serve.api.protocol import Message, ModelInfo, SimilarRequest, read_request
+from serve.api.protocol import (
+    Done,
+    EventResult,
+    EventsRequest,
+    EventsResponse,
+    MergeRequest,
+    Message,
+    ModelInfo,
+    PostedEvent,
+    SimilarRequest,
+    read_request,
+)
 from serve.batcher import DeadlineError, OverloadedError, Timed
+from serve.live.changes import Change, Erased, Happened, Merged, hash_of, session_key, user_key
 
 MAX_LENGTH_DIGITS = 18
+
+UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
+SessionId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +51,9 @@ class Backend(Protocol):
 
     async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
         """Answer a request before the deadline, a time of `time.monotonic`."""
+
+    async def record(self, changes: Sequence[Change]) -> list[bool]:
+        """Record changes durably and return which are new."""
 
     @property
     def info(self) -> ModelInfo:
@@ -45,7 +65,7 @@ def build_http_app(service: ServiceConfig, token_digest: str, backend: Backend) 
     gateway = Gateway(service, token_digest, backend)
     app = new_app(service)
     for route in ROUTES:
-        handler = gateway.answering(route) if route.request is not None else getattr(gateway, route.name)
+        handler = getattr(gateway, route.name, None) or gateway.answering(route)
         app.add_api_route(
             route.path,
             handler,
@@ -104,6 +124,35 @@ class Gateway:
                 raise RefusedError(422, "filter: is not JSON") from None
         deadline = time.monotonic() + self.service.request_timeout_seconds
         return await self._ask(read_request(SimilarRequest, json.dumps(body).encode(), self.service), deadline)
+
+    async def events(self, request: Request) -> Response:
+        """Record events, each at most once."""
+        posted = read_request(EventsRequest, await self._read(request, self.service.request_timeout_seconds), self.service)
+        is_new = await self._record([_happened(event, self.backend.info.default_event) for event in posted.events])
+        results = [
+            EventResult(event_id=event.event_id, status="accepted" if new else "duplicate")
+            for event, new in zip(posted.events, is_new, strict=True)
+        ]
+        return respond(Answer.of(EventsResponse(results=results), 202))
+
+    async def merge(self, session_id: SessionId, request: Request) -> Response:
+        """Give a session's events to a user."""
+        posted = read_request(MergeRequest, await self._read(request, self.service.request_timeout_seconds), self.service)
+        change_id = uuid.uuid4().hex
+        await self._record([Merged(change_id=change_id, session=session_key(normalize_id(session_id)), key=user_key(posted.user_id))])
+        return respond(Answer.of(Done()))
+
+    async def erase(self, user_id: UserId) -> Response:
+        """Erase a user: events since the export are deleted, and what the export knows is not used any more."""
+        await self._record([Erased(change_id=uuid.uuid4().hex, key_hash=hash_of(user_key(normalize_id(user_id))))])
+        return respond(Answer.of(Done()))
+
+    async def _record(self, changes: Sequence[Change]) -> list[bool]:
+        try:
+            async with asyncio.timeout(self.service.request_timeout_seconds):
+                return await self.backend.record(changes)
+        except TimeoutError:
+            raise busy("the log of events does not answer") from None
 
     async def model(self) -> Response:
         """Return the served version and what it reads."""
@@ -189,6 +238,18 @@ def digest_of(token: bytes) -> str:
 def respond(answer: Answer, headers: dict[str, str] | None = None) -> Response:
     """Return an answer as an HTTP response."""
     return Response(answer.body, answer.status, headers, media_type="application/json" if answer.status < 400 else PROBLEM_TYPE)
+
+
+def _happened(event: PostedEvent, default: str) -> Happened:
+    key = user_key(event.user_id) if event.user_id is not None else session_key(str(event.session_id))
+    return Happened(
+        change_id=event.event_id,
+        key=key,
+        item_id=event.item_id,
+        event=event.event or default,
+        timestamp=int(time.time()) if event.timestamp is None else event.timestamp,
+        value=event.value,
+    )
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:

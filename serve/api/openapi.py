@@ -1,5 +1,6 @@
 """The routes of the service, and the OpenAPI document and page that describe them."""
 
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,11 @@ from serve.api.problems import PROBLEM_TYPE, Problem
 from serve.api.protocol import (
     BatchRequest,
     BatchResponse,
+    Done,
+    EventsRequest,
+    EventsResponse,
     ItemList,
+    MergeRequest,
     Message,
     ModelInfo,
     RankRequest,
@@ -43,39 +48,63 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Route:
-    """One endpoint. `name` is the gateway's method, unless the body is a `request` for the backend."""
+    """One endpoint; `name` is the gateway's method, if it has one of this name. Others hand their `request` to the backend."""
 
     method: str
     path: str
     name: str
     summary: str
+    tag: str
     response: type[BaseModel] | None = None
     request: type[Message] | None = None
+    example: dict[str, Any] | None = None
     needs_token: bool = True
+    status: int = 200
 
     @property
     def documentation(self) -> dict[str, Any]:
         """Return what FastAPI documents of the route."""
         content = {"application/json": {"schema": _reference(self.response) if self.response else {"type": "object"}}}
-        responses: dict[int | str, Any] = {200: {"description": "OK", "content": content}}
+        responses: dict[int | str, Any] = {self.status: {"description": "OK", "content": content}}
         if self.needs_token:
             problem = {PROBLEM_TYPE: {"schema": _reference(Problem)}}
             responses |= {status: {"description": text, "content": problem} for status, text in REFUSALS.items()}
         extra: dict[str, Any] = {"security": [{SCHEME: []}]} if self.needs_token else {}
         if self.request:
-            extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(self.request)}}}
-        return {"name": self.name, "summary": self.summary, "responses": responses, "openapi_extra": extra, "operation_id": self.name}
+            body = {"schema": _reference(self.request), "example": self.example}
+            extra["requestBody"] = {"required": True, "content": {"application/json": body}}
+        named = {"name": self.name, "operation_id": self.name, "summary": self.summary, "tags": [self.tag], "status_code": self.status}
+        return {**named, "description": inspect.getdoc(self.request) or "", "responses": responses, "openapi_extra": extra}
 
+
+_CANDIDATES = {"user_id": "196", "candidates": ["50", "181"]}
+_EVENT = {"event_id": "7d1c", "user_id": "196", "item_id": "50", "event": "purchase"}
 
 ROUTES = (
-    Route("POST", "/v1/recommend", "recommend", "The best items for a user", ItemList, RecommendRequest),
-    Route("POST", "/v1/recommend:batch", "recommend_batch", "Lists for several users at once", BatchResponse, BatchRequest),
-    Route("POST", "/v1/rank", "rank", "Candidates from best to worst", ItemList, RankRequest),
-    Route("POST", "/v1/score", "score", "All scores of candidates, in their order", ScoreResponse, ScoreRequest),
-    Route("GET", "/v1/items/{item_id}/similar", "similar", "The items most similar to one", ItemList),
-    Route("GET", "/v1/model", "model", "The served version and what it reads", ModelInfo),
-    Route("GET", "/livez", "live", "Whether the process takes requests", needs_token=False),
-    Route("GET", "/readyz", "ready", "Whether a version is loaded", needs_token=False),
+    Route(
+        *("POST", "/v1/recommend", "recommend", "The best items for a user", "lists", ItemList, RecommendRequest),
+        example={"user_id": "196", "limit": 3, "filter": {"genre": ["Drama", "War"], "year": {"gte": 1990}}},
+    ),
+    Route(
+        *("POST", "/v1/recommend:batch", "recommend_batch", "Lists for several users at once", "lists", BatchResponse, BatchRequest),
+        example={"requests": [{"user_id": "196"}, {"user_id": "22"}], "distinct": True},
+    ),
+    Route("POST", "/v1/rank", "rank", "Candidates from best to worst", "lists", ItemList, RankRequest, _CANDIDATES),
+    Route("POST", "/v1/score", "score", "All scores of candidates, in their order", "lists", ScoreResponse, ScoreRequest, _CANDIDATES),
+    Route("GET", "/v1/items/{item_id}/similar", "similar", "The items most similar to one", "lists", ItemList),
+    Route(
+        *("POST", "/v1/events", "events", "Record what users did", "users", EventsResponse, EventsRequest),
+        example={"events": [_EVENT]},
+        status=202,
+    ),
+    Route(
+        *("POST", "/v1/sessions/{session_id}/merge", "merge", "Give a session's events to a user", "users", Done, MergeRequest),
+        example={"user_id": "196"},
+    ),
+    Route("DELETE", "/v1/users/{user_id}", "erase", "Erase a user", "users", Done),
+    Route("GET", "/v1/model", "model", "The served version and what it reads", "operation", ModelInfo),
+    Route("GET", "/livez", "live", "Whether the process takes requests", "operation", needs_token=False),
+    Route("GET", "/readyz", "ready", "Whether a version is loaded", "operation", needs_token=False),
 )
 
 

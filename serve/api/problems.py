@@ -26,9 +26,9 @@ class Answer(NamedTuple):
     body: bytes
 
     @classmethod
-    def of(cls, response: BaseModel) -> "Answer":
+    def of(cls, response: BaseModel, status: int = 200) -> "Answer":
         """Encode a response."""
-        return cls(200, response.model_dump_json().encode())
+        return cls(status, response.model_dump_json().encode())
 
     @classmethod
     def problem(cls, status: int, detail: str) -> "Answer":

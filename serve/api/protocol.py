@@ -28,6 +28,7 @@ MAX_SECONDS = 253_402_300_799
 """The last second of the year 9999; a larger number is probably in milliseconds."""
 
 MAX_VALUE = 1e6
+MAX_EVENTS = 1000
 MAX_BOOSTS = 20
 MAX_LISTS = 32
 MAX_TOKEN_CHARACTERS = 30_000
@@ -79,7 +80,7 @@ Fields = Annotated[dict[FieldName, FieldText], Field(max_length=MAX_FIELDS)]
 
 
 class UserRequest(Message):
-    """The user of a request, by id in the training data, history or profile, and a query in words.
+    """The user of a request, by id, session, history or profile, and a query in words.
 
     A history is oldest first. If it has timestamps, it is sorted by them, and equal ones keep their order. A query needs no user. A
     profile has columns of the users table; for a known user they replace the stored ones. The context has columns of the events; `time`
@@ -87,6 +88,7 @@ class UserRequest(Message):
     """
 
     user_id: Identifier | None = None
+    session_id: Identifier | None = None
     history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY)] | None = None
     query: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS, pattern=r"\S")] | None = None
     profile: Fields | None = None
@@ -95,9 +97,9 @@ class UserRequest(Message):
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:
-        is_nobody = self.user_id is None and self.history is None
-        if (self.user_id is not None and self.history is not None) or (is_nobody and self.query is None and self.profile is None):
-            raise ValueError("give either user_id or history, and not both; a query or a profile needs neither")
+        given = sum(value is not None for value in (self.user_id, self.session_id, self.history))
+        if given > 1 or (not given and self.query is None and self.profile is None):
+            raise ValueError("give exactly one of user_id, session_id and history; a query or a profile needs none")
         if self.history and len({interaction.timestamp is None for interaction in self.history}) > 1:
             raise ValueError("history: give every interaction a timestamp, or none")
         return self
@@ -142,6 +144,61 @@ class RecommendRequest(UserRequest, ListRequest):
 
     page_token: Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS)] | None = None
     exclude_seen: bool = True
+
+
+class PostedEvent(Message):
+    """Something that a user, or a session without a known user, did with an item.
+
+    An event counts once, whatever number of times its `event_id` is sent. Without `event` it has the model's weakest kind, without a
+    `timestamp` (seconds) it happens now. `recommendation_id` is that of the answer that showed the item, `position` its rank there.
+    """
+
+    event_id: Identifier
+    user_id: Identifier | None = None
+    session_id: Identifier | None = None
+    item_id: Identifier
+    event: Identifier | None = None
+    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
+    recommendation_id: Identifier | None = None
+    position: Annotated[int, Field(ge=1, le=MAX_HISTORY)] | None = None
+
+    @model_validator(mode="after")
+    def _check_user(self) -> Self:
+        if (self.user_id is None) == (self.session_id is None):
+            raise ValueError("give either user_id or session_id, and not both")
+        return self
+
+
+class EventsRequest(Message):
+    """Events to record."""
+
+    events: Annotated[list[PostedEvent], Field(min_length=1, max_length=MAX_EVENTS)]
+
+
+class EventResult(Message):
+    """What became of an event: `accepted`, or `duplicate` if its id was known."""
+
+    event_id: str
+    status: Literal["accepted", "duplicate"]
+
+
+class EventsResponse(Message):
+    """The results, in the order of the events; an accepted event survives the end of any process of the service."""
+
+    results: list[EventResult]
+
+
+class MergeRequest(Message):
+    """The user that a session belongs to from now on."""
+
+    user_id: Identifier
+
+
+class Done(Message):
+    """The answer to a change."""
+
+    status: Literal["ok"] = "ok"
 
 
 class SimilarRequest(ListRequest):
@@ -241,6 +298,7 @@ class ModelInfo(Message):
     num_items: int
     tasks: list[str]
     event_kinds: list[str]
+    default_event: str = ""
     takes_queries: bool
     profile_columns: list[str] = Field(default_factory=list)
     context_fields: list[str] = Field(default_factory=list)

@@ -1,5 +1,6 @@
 """The service on a real Ray, over real HTTP: served = offline, refusals, a new version, a damaged one, and no secret in any log."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +224,65 @@ def test_a_replica_that_is_killed_fails_no_request(service: Service) -> None:
         replica.kill()  # while eight requests are on their way or in it
         assert {request.result()["version"] for request in requests} == {"v1"}
     deadline = time.monotonic() + 60
-    while len(replicas(service)) < 2 and time.monotonic() < deadline:
+    while len(addresses_of(service)) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert len(replicas(service)) == 2
+
+
+def test_an_event_changes_the_next_list_on_every_replica_within_a_second(service: Service) -> None:
+    best = service.post("/v1/recommend", {"user_id": "user-5", "limit": 1})["items"][0]["item_id"]
+    addresses = addresses_of(service)
+    assert len(addresses) == 2
+    assert {first_item(service, address, "user-5") for address in addresses} == {best}
+    event = {"event_id": "e-1", "user_id": "user-5", "item_id": best, "event": "purchase"}
+    response = service.client.post("/v1/events", json={"events": [event]})
+    posted = time.monotonic()
+    assert (response.status_code, response.json()) == (202, {"results": [{"event_id": "e-1", "status": "accepted"}]})
+    for address in addresses:
+        while first_item(service, address, "user-5") == best:
+            assert time.monotonic() < posted + 1
+    once = [first_item(service, address, "user-5") for address in addresses]
+    repeated = service.client.post("/v1/events", json={"events": [event]})
+    assert repeated.json() == {"results": [{"event_id": "e-1", "status": "duplicate"}]}
+    time.sleep(0.5)
+    assert [first_item(service, address, "user-5") for address in addresses] == once
+
+
+def test_a_new_user_and_a_session_are_known_after_their_first_event(service: Service) -> None:
+    events = [
+        {"event_id": "e-2", "session_id": "s-1", "item_id": "item-3"},
+        {"event_id": "e-3", "user_id": "brand new", "item_id": "item-3"},
+    ]
+    assert service.client.post("/v1/events", json={"events": events}).status_code == 202
+    until(lambda: service.post("/v1/recommend", {"user_id": "brand new"})["fallback"] is None)
+    until(lambda: service.post("/v1/recommend", {"session_id": "s-1"})["fallback"] is None)
+    assert service.client.post("/v1/sessions/s-1/merge", json={"user_id": "merged"}).status_code == 200
+    until(lambda: service.post("/v1/recommend", {"user_id": "merged"})["fallback"] is None)
+    until(lambda: service.post("/v1/recommend", {"session_id": "s-1"})["fallback"] == "popularity")
+
+
+def test_the_owner_of_the_log_may_be_killed(service: Service) -> None:
+    """What was acknowledged before the kill is there after it, and events go on being recorded."""
+    (owner,) = (process for process in processes_of(service) if "LogOwner" in " ".join(process.cmdline()))
+    events = [{"event_id": f"k-{number}", "user_id": f"killed-{number}", "item_id": "item-4"} for number in range(20)]
+    assert service.client.post("/v1/events", json={"events": events}).status_code == 202
+    owner.kill()
+    after = [{"event_id": f"k-{number}", "user_id": f"killed-{number}", "item_id": "item-4"} for number in range(15, 25)]
+    response = service.client.post("/v1/events", json={"events": after})
+    assert [result["status"] for result in response.json()["results"]] == ["duplicate"] * 5 + ["accepted"] * 5
+    for number in range(25):
+        until(lambda number=number: service.post("/v1/recommend", {"user_id": f"killed-{number}"})["fallback"] is None)
+
+
+def test_an_erased_user_is_forgotten(service: Service) -> None:
+    name = "erased-user-of-the-test"
+    service.client.post("/v1/events", json={"events": [{"event_id": "g-1", "user_id": name, "item_id": "item-4"}]})
+    until(lambda: service.post("/v1/recommend", {"user_id": name})["fallback"] is None)
+    assert service.client.delete(f"/v1/users/{name}").status_code == 200
+    assert service.client.delete("/v1/users/user-9").status_code == 200
+    for user in (name, "user-9"):
+        until(lambda user=user: service.post("/v1/recommend", {"user_id": user})["fallback"] == "popularity")
+    assert [path for path in files_of(service) if name.encode() in path.read_bytes()] == []
 
 
 def test_deploying_again_changes_nothing(service: Service) -> None:
@@ -287,9 +344,45 @@ def test_nothing_listens_off_loopback_but_what_asks_for_rays_token(service: Serv
 
 def test_the_token_is_in_no_file(service: Service) -> None:
     """Runs last, after requests with right and wrong tokens."""
-    files = [path for root in (service.folder, Path(service.config.storage.root).parent) for path in root.rglob("*") if path.is_file()]
+    files = files_of(service)
     assert any(path.name.startswith("replica_") for path in files)
     assert [path for path in files if service.token.encode() in path.read_bytes()] == []
+
+
+def addresses_of(service: Service) -> list[str]:
+    """Return the address of each replica's own HTTP server, which HAProxy sends requests to."""
+    found = []
+    for replica in replicas(service):
+        ports = {connection.laddr.port for connection in replica.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
+        for port in ports:
+            with contextlib.suppress(httpx.HTTPError):
+                httpx.get(f"http://127.0.0.1:{port}/livez", timeout=5).raise_for_status()
+                found.append(f"http://127.0.0.1:{port}")
+    return found
+
+
+def first_item(service: Service, address: str, user_id: str) -> str:
+    headers = {"Authorization": f"Bearer {service.token}"}
+    answer = httpx.post(f"{address}/v1/recommend", json={"user_id": user_id, "limit": 1}, headers=headers, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["items"][0]["item_id"]
+
+
+def until(is_true: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until a condition holds on five calls in a row, so that it holds on both replicas."""
+    deadline, in_a_row = time.monotonic() + seconds, 0
+    while in_a_row < 5:
+        in_a_row = in_a_row + 1 if is_true() else 0
+        assert time.monotonic() < deadline
+
+
+def files_of(service: Service) -> list[Path]:
+    roots = (service.folder, Path(service.config.storage.root).parent)
+    return [path for root in roots for path in root.rglob("*") if path.is_file()]
+
+
+def processes_of(service: Service) -> list[psutil.Process]:
+    return psutil.Process(service.head.process_id).children(recursive=True)
 
 
 def replicas(service: Service) -> list[psutil.Process]:

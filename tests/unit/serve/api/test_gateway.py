@@ -2,7 +2,7 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ from serve.api.gateway import build_http_app, digest_of
 from serve.api.problems import Answer
 from serve.api.protocol import Message, ModelInfo
 from serve.batcher import DeadlineError, OverloadedError, Timed
+from serve.live.changes import Change, Erased, Happened, Merged, hash_of, session_key, user_key
 
 TOKEN = "token-of-the-tests"
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
@@ -21,8 +22,8 @@ JSON = {"Content-Type": "application/json"}
 
 
 INFO = ModelInfo(
-    version="v", alias="production", dataset_fingerprint="f", num_items=3, tasks=[], event_kinds=["view"], takes_queries=False,
-    metrics={}, code_version=None,
+    version="v", alias="production", dataset_fingerprint="f", num_items=3, tasks=[], event_kinds=["view"], default_event="view",
+    takes_queries=False,     metrics={}, code_version=None,
 )  # fmt: skip
 
 
@@ -32,6 +33,7 @@ class Backend:
     def __init__(self, outcome: Answer | Exception | None = Answer(200, b'{"version":"v"}')) -> None:  # noqa: B008
         self.outcome = outcome
         self.num_asked = 0
+        self.recorded: list[Change] = []
         self.is_cancelled = False
 
     async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
@@ -45,6 +47,10 @@ class Backend:
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return Timed(self.outcome, 0.001, 0.002)
+
+    async def record(self, changes: Sequence[Change]) -> list[bool]:
+        self.recorded += changes
+        return [change.change_id != "again" for change in changes]
 
     @property
     def info(self) -> ModelInfo:
@@ -197,3 +203,49 @@ def test_overload_is_refused_with_a_time_to_come_back(seconds: float, expected: 
 def test_what_goes_wrong_inside_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
     response = ask("POST", "/v1/recommend", Backend(ValueError("secret")), headers=AUTHORIZED, json={"user_id": "u"})
     assert "secret" not in assert_one_line(response, 500)
+
+
+def test_events_are_recorded_with_a_result_each() -> None:
+    backend = Backend()
+    events = [
+        {"event_id": "a", "user_id": " ann ", "item_id": "i", "event": "buy", "timestamp": 5, "value": 2.5},
+        {"event_id": "again", "session_id": "s", "item_id": "j"},
+    ]
+    response = ask("POST", "/v1/events", backend, headers=AUTHORIZED, json={"events": events})
+    assert response.status_code == 202
+    assert response.json() == {"results": [{"event_id": "a", "status": "accepted"}, {"event_id": "again", "status": "duplicate"}]}
+    first, second = backend.recorded
+    assert first == Happened(change_id="a", key=user_key("ann"), item_id="i", event="buy", timestamp=5, value=2.5)
+    assert isinstance(second, Happened)
+    assert (second.key, second.event, second.value) == (session_key("s"), "view", None)
+    assert second.timestamp > 1_700_000_000
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        ({"user_id": "u", "item_id": "i"}, "events.0.event_id: is missing"),
+        ({"event_id": "a", "item_id": "i"}, "either user_id or session_id"),
+        ({"event_id": "a", "item_id": "i", "user_id": "u", "session_id": "s"}, "either user_id or session_id"),
+        ({"event_id": "a", "item_id": "i", "user_id": "u", "timestamp": 1_700_000_000_000}, "timestamp"),
+        ({"event_id": "a", "item_id": "i", "user_id": "u", "rating": 3}, "rating: unknown key; known: event_id, user_id"),
+    ],
+)
+def test_a_wrong_event_is_refused_with_all_of_its_request(event: dict[str, Any], line: str) -> None:
+    backend = Backend()
+    good = {"event_id": "b", "user_id": "u", "item_id": "i"}
+    response = ask("POST", "/v1/events", backend, headers=AUTHORIZED, json={"events": [event, good]})
+    assert line in assert_one_line(response, 422)
+    assert not backend.recorded
+
+
+def test_a_session_is_merged_and_a_user_erased() -> None:
+    backend = Backend()
+    assert ask("POST", "/v1/sessions/s%201/merge", backend, headers=AUTHORIZED, json={"user_id": "ann"}).json() == {"status": "ok"}
+    assert ask("DELETE", "/v1/users/ann", backend, headers=AUTHORIZED).json() == {"status": "ok"}
+    merged, erased = backend.recorded
+    assert isinstance(merged, Merged)
+    assert (merged.session, merged.key) == (session_key("s 1"), user_key("ann"))
+    assert isinstance(erased, Erased)
+    assert erased.key_hash == hash_of(user_key("ann"))
+    assert ask("DELETE", "/v1/users/ann").status_code == 401

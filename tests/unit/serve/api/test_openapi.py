@@ -1,5 +1,6 @@
 """The OpenAPI document: complete, resolvable, and equal to what the routes take."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,12 +9,19 @@ from starlette.testclient import TestClient
 
 from recsys.config.service import ServiceConfig
 from serve.api.gateway import build_http_app
-from serve.api.openapi import ROUTES
+from serve.api.openapi import ROUTES, Route
+from serve.api.protocol import read_request
 from tests.unit.serve.api.test_gateway import Backend
 
 
 def app_of(**service: Any) -> FastAPI:
     return build_http_app(ServiceConfig(**service), "digest", Backend())
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.request], ids=lambda route: route.name)
+def test_examples_are_valid_requests(route: Route) -> None:
+    assert route.request is not None
+    read_request(route.request, json.dumps(route.example).encode(), ServiceConfig())
 
 
 def references(node: Any) -> set[str]:
