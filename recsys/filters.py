@@ -16,7 +16,7 @@ from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
 
-MAX_DEPTH = 8
+MAX_DEPTH = 32
 MAX_CONDITIONS = 200
 """Limits of an expression: nesting, and columns and values in total."""
 
@@ -31,9 +31,47 @@ COMPARISONS: dict[str, Callable[[Floats, float], Mask]] = {
     "lt": np.less,
     "lte": np.less_equal,
 }
+_VALUE = {"type": ["string", "number", "boolean"]}
+_VALUES = {"type": "array", "items": _VALUE, "minItems": 1, "maxItems": 50}
+_NUMBER = {"type": "number"}
+_SELF = {"$ref": "#/components/schemas/Filter"}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "description": "Conditions on attributes, all of which must hold.",
+    "maxProperties": 20,
+    "properties": {
+        "and": {"type": "array", "items": _SELF, "minItems": 1, "maxItems": 3},
+        "or": {"type": "array", "items": _SELF, "minItems": 1, "maxItems": 3},
+        "not": _SELF,
+    },
+    "additionalProperties": {
+        "anyOf": [
+            _VALUE,
+            _VALUES,
+            {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": False,
+                "properties": {
+                    **dict.fromkeys(("eq", "ne"), _VALUE),
+                    **dict.fromkeys(("gt", "gte", "lt", "lte"), _NUMBER),
+                    **dict.fromkeys(("in", "not_in", "all"), _VALUES),
+                    "exists": {"type": "boolean"},
+                },
+            },
+        ]
+    },
+}
+"""JSON schema of an expression, as a component `Filter` of an OpenAPI document; its depth and size are limited further."""
+
 ONLY_ON_NUMBERS = ("gt", "gte", "lt", "lte")
+LISTS = ("in", "not_in", "all")
 ON_VALUES = ("eq", "ne", "in", "not_in", "all", "exists")
 ON_NUMBERS = (*COMPARISONS, "in", "not_in", "exists")
+
+
+class UnknownAttributeError(UserError):
+    """A filter is well formed, but this catalogue has no such attribute, or one of another type."""
 
 
 class ItemFilters:
@@ -59,10 +97,11 @@ class ItemFilters:
         """Return which items satisfy an expression, (I + 1,) by catalogue index.
 
         Raises:
-            UserError: the expression is not valid, or a column is unknown.
+            UnknownAttributeError: the catalogue has no such attribute.
+            UserError: the expression is not well formed.
         """
-        budget = [MAX_CONDITIONS]
-        found = self._evaluate(expression, "filter", 1, budget).copy()
+        check_form(expression)
+        found = self._evaluate(expression, "filter").copy()
         found[0] = False
         return found
 
@@ -77,35 +116,23 @@ class ItemFilters:
         numbers = {column: float(self._column(column)[item]) for column in self._moments}
         return fields | {column: value for column, value in numbers.items() if not np.isnan(value)}
 
-    def _evaluate(self, expression: Any, where: str, depth: int, budget: list[int]) -> Mask:
-        if not isinstance(expression, Mapping) or not expression:
-            raise UserError(f'{where}: must be an object such as {{"{next(iter(self.columns), "genre")}": "value"}}')
-        if depth > MAX_DEPTH:
-            raise UserError(f"{where}: is nested more than {MAX_DEPTH} levels deep")
+    def _evaluate(self, expression: Mapping[str, Any], where: str) -> Mask:
         masks = []
         for key, value in expression.items():
-            _spend(budget, 1, where)
             if key in ("and", "or"):
-                if not isinstance(value, list) or not value:
-                    raise UserError(f"{where}.{key}: must be a list of expressions")
-                parts = [self._evaluate(part, f"{where}.{key}.{number}", depth + 1, budget) for number, part in enumerate(value)]
+                parts = [self._evaluate(part, f"{where}.{key}.{number}") for number, part in enumerate(value)]
                 masks.append(reduce(np.logical_and if key == "and" else np.logical_or, parts))
             elif key == "not":
-                masks.append(~self._evaluate(value, f"{where}.not", depth + 1, budget))
+                masks.append(~self._evaluate(value, f"{where}.not"))
             else:
-                masks.append(self._condition(key, value, f"{where}.{key}", budget))
-        return reduce(np.logical_and, masks)
+                masks.append(self._condition(key, _comparisons(value), f"{where}.{key}"))
+        return reduce(np.logical_and, masks, np.ones(self._catalogue.num_items + 1, np.bool_))
 
-    def _condition(self, column: str, value: Any, where: str, budget: list[int]) -> Mask:
+    def _condition(self, column: str, comparisons: Mapping[str, Any], where: str) -> Mask:
         if column not in self._values and column not in self._moments:
-            raise UserError(f"{where}: is not an attribute of the items; known: {', '.join(self.columns) or 'none'}")
-        if not isinstance(value, Mapping):
-            value = {"in": value} if isinstance(value, list) else {"eq": value}
-        if not value:
-            raise UserError(f"{where}: has no condition")
+            raise UnknownAttributeError(f"{where}: is not an attribute of the items; known: {', '.join(self.columns) or 'none'}")
         masks = []
-        for operator, operand in value.items():
-            _spend(budget, len(operand) if isinstance(operand, list) else 1, where)
+        for operator, operand in comparisons.items():
             is_number = column in self._moments and (operator in ONLY_ON_NUMBERS or column not in self._values)
             compare = self._compare_numbers if is_number else self._compare_categories
             masks.append(compare(column, operator, operand, f"{where}.{operator}"))
@@ -115,8 +142,8 @@ class ItemFilters:
         _check_operator(operator, ON_VALUES, where)
         values = self._values[column]
         if operator == "exists":
-            return self._having(list(values.values())) == _truth(operand, where)
-        wanted = [values.get(_category(value, where), 0) for value in _operands(operator, operand, where)]
+            return self._having(list(values.values())) == operand
+        wanted = [values.get(_category(value), 0) for value in _listed(operand)]
         if operator == "all":
             return reduce(np.logical_and, [self._having([index]) for index in wanted])
         found = self._having(wanted)
@@ -126,8 +153,8 @@ class ItemFilters:
         _check_operator(operator, ON_NUMBERS, where)
         numbers = self._column(column)
         if operator == "exists":
-            return ~np.isnan(numbers) == _truth(operand, where)
-        wanted = [_number(value, where) for value in _operands(operator, operand, where)]
+            return ~np.isnan(numbers) == operand
+        wanted = [_number(value, where) for value in _listed(operand)]
         if operator in ("in", "not_in"):
             found: Mask = np.isin(numbers, wanted)
             return ~found if operator == "not_in" else found
@@ -163,6 +190,61 @@ class ItemFilters:
         return self._numbers[column]
 
 
+def check_form(expression: Any) -> None:
+    """Check an expression as far as that needs no catalogue.
+
+    Raises:
+        UserError: it is not well formed.
+    """
+    _check(expression, "filter", 1, [MAX_CONDITIONS])
+
+
+def _check(expression: Any, where: str, depth: int, budget: list[int]) -> None:
+    if not isinstance(expression, Mapping):
+        raise UserError(f'{where}: must be an object such as {{"genre": "Drama"}}')
+    if depth > MAX_DEPTH:
+        raise UserError(f"{where}: is nested more than {MAX_DEPTH} levels deep")
+    for key, value in expression.items():
+        _spend(budget, 1, where)
+        if key in ("and", "or"):
+            if not isinstance(value, list) or not value:
+                raise UserError(f"{where}.{key}: must be a list of expressions")
+            for number, part in enumerate(value):
+                _check(part, f"{where}.{key}.{number}", depth + 1, budget)
+        elif key == "not":
+            _check(value, f"{where}.not", depth + 1, budget)
+        elif not (comparisons := _comparisons(value)):
+            raise UserError(f"{where}.{key}: has no condition")
+        else:
+            for operator, operand in comparisons.items():
+                _spend(budget, len(operand) if isinstance(operand, list) else 1, where)
+                _check_operand(operator, operand, f"{where}.{key}.{operator}")
+
+
+def _check_operand(operator: str, operand: Any, where: str) -> None:
+    if operator not in {*ON_VALUES, *ON_NUMBERS}:
+        raise UserError(f"{where}: is not a comparison; known: {', '.join(dict.fromkeys((*ON_VALUES, *ON_NUMBERS)))}")
+    if operator == "exists" and not isinstance(operand, bool):
+        raise UserError(f"{where}: must be true or false")
+    if operator in LISTS and (not isinstance(operand, list) or not operand):
+        raise UserError(f"{where}: must be a list of values")
+    is_number = operator in ONLY_ON_NUMBERS
+    for value in operand if operator in LISTS else [operand]:
+        if is_number and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{where}: must be a number")
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{where}: must be a text or a number")
+
+
+def _comparisons(value: Any) -> Mapping[str, Any]:
+    """Return the comparisons of a column: a value stands for `eq`, a list for `in`."""
+    return value if isinstance(value, Mapping) else {"in": value} if isinstance(value, list) else {"eq": value}
+
+
+def _listed(operand: Any) -> list[Any]:
+    return operand if isinstance(operand, list) else [operand]
+
+
 def _spend(budget: list[int], number: int, where: str) -> None:
     budget[0] -= number
     if budget[0] < 0:
@@ -171,35 +253,19 @@ def _spend(budget: list[int], number: int, where: str) -> None:
 
 def _check_operator(operator: str, known: tuple[str, ...], where: str) -> None:
     if operator not in known:
-        raise UserError(f"{where}: is not a comparison of this attribute; known: {', '.join(known)}")
+        raise UnknownAttributeError(f"{where}: is not a comparison of this attribute; known: {', '.join(known)}")
 
 
-def _operands(operator: str, operand: Any, where: str) -> list[Any]:
-    if operator not in ("in", "not_in", "all"):
-        return [operand]
-    if not isinstance(operand, list) or not operand:
-        raise UserError(f"{where}: must be a list of values")
-    return operand
-
-
-def _truth(operand: Any, where: str) -> bool:
-    if not isinstance(operand, bool):
-        raise UserError(f"{where}: must be true or false")
-    return operand
-
-
-def _category(value: Any, where: str) -> str:
+def _category(value: Any) -> str:
     """Spell a value as data preparation does."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, (str, int, float)):
-        raise UserError(f"{where}: must be a text or a number")
     return " ".join(str(value).split())
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise UserError(f"{where}: must be a number")
+    if isinstance(value, (bool, str)):
+        raise UnknownAttributeError(f"{where}: must be a number, as the attribute is")
     return float(value)

@@ -19,7 +19,7 @@ from recsys.evaluation.ranking import NUM_CANDIDATES
 from recsys.exports.files import load_export
 from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
-from recsys.filters import ItemFilters
+from recsys.filters import ItemFilters, UnknownAttributeError
 from recsys.predictor import Predictor, Ranking, Rule
 from serve.api.problems import Answer, Problem, RefusedError
 from serve.api.protocol import (
@@ -256,7 +256,7 @@ class Answerer:
             try:
                 mask = self.filters.mask(expression)
             except UserError as error:
-                raise RefusedError(422, str(error)) from None
+                raise RefusedError(409 if isinstance(error, UnknownAttributeError) else 422, str(error)) from None
         self._masks[key] = mask
         while len(self._masks) > max(1, MASKS_BYTES // len(mask)):
             self._masks.popitem(last=False)
@@ -308,7 +308,7 @@ class Answerer:
         if not request.diversity or not len(ranking.items):
             return ranking
         if self._content is None:
-            raise RefusedError(422, "diversity: the items of this version have no attributes, vectors or text to tell them apart by")
+            raise RefusedError(409, "diversity: the items of this version have no attributes, vectors or text to tell them apart by")
         head = ranking.head(NUM_CANDIDATES)
         scores = head.scores[None].astype(np.float64)
         (lists,) = diversified(head.items[None], scores, self._content, DIVERSITY_METHOD, [request.diversity], request.limit)

@@ -36,7 +36,7 @@ class Resolver:
             RefusedError: the request has something that the version does not read.
         """
         if request.query is not None and not self._info.takes_queries:
-            raise RefusedError(422, "query: this version was trained without queries (model.query_rate = 0); ask without one")
+            raise RefusedError(409, "query: this version was trained without queries (model.query_rate = 0); ask without one")
         _check_fields("profile", request.profile, self._info.profile_columns)
         _check_fields("context", request.context, self._info.context_fields)
         if request.history is not None:
@@ -70,7 +70,7 @@ class Resolver:
             kind = manifest.default_kind if interaction.event is None else self._predictor.event_index.get(interaction.event)
             if kind is None:
                 known = ", ".join(manifest.event_kinds)
-                raise RefusedError(422, f"history.{position}.event: is not an event kind of this model; known: {known}")
+                raise RefusedError(409, f"history.{position}.event: is not an event kind of this model; known: {known}")
             if not manifest.kind_table[kind].in_history:
                 continue
             index, value = self._item_index.get(interaction.item_id, 0), interaction.value
@@ -87,4 +87,4 @@ def now(request: UserRequest) -> int:
 
 def _check_fields(name: str, given: Mapping[str, str] | None, known: Sequence[str]) -> None:
     if unknown := sorted(set(given or ()).difference(known)):
-        raise RefusedError(422, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")
+        raise RefusedError(409, f"{name}.{unknown[0]}: this version does not read it; it reads: {', '.join(known) or 'nothing'}")

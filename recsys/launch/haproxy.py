@@ -4,12 +4,15 @@ Ray Serve writes HAProxy's config from a template that has no limit on the time 
 interfaces and answers errors in plain text. `recsys-haproxy` corrects that config and then becomes HAProxy.
 """
 
+import ctypes
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 FOLDER = "RAY_SERVE_HAPROXY_SERVER_STATE_BASE"
 LONGEST_FOLDER = 27
@@ -72,6 +75,7 @@ def environment(folder: Path, ports: tuple[int, int], timeout_seconds: float, nu
         FOLDER: str(folder),
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # batches have a thread of their own
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # after 5 s, the default, Ray would replace a proxy on a busy machine
         **{prefix + name: str(value) for name, value in settings.items()},
     }
 
@@ -119,7 +123,13 @@ def main() -> None:
     path.write_text(corrected(path.read_text(encoding="utf-8"), folder), encoding="utf-8")
     os.environ.pop(BINARY, None)  # it names this command
     binary = get_haproxy_binary()
+    end_with_parent()  # an orphan would hold the ports that the next proxy needs
     os.execv(binary, [binary, *sys.argv[1:]])
+
+
+def end_with_parent() -> None:
+    """Let the kernel terminate this process when its parent dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _error_path(folder: Path, status: int) -> Path:

@@ -1,7 +1,6 @@
 """Ray for a verb: the cluster at `RAY_ADDRESS`, or a private head on loopback that stops with the verb."""
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 ADDRESS = "RAY_ADDRESS"
 HEAD_RECORD = "head.json"
 PRIVATE = "RECSYS_PRIVATE_RAY"
-PR_SET_PDEATHSIG = 1
 LONGEST_FOLDER = 24
 """A socket path has at most 107 characters: these, 13 for the folder's name, 43 for Ray's session and 25 for the dashboard's sockets."""
 
@@ -142,7 +140,7 @@ def start_head(folder: str, num_cpus: int = 6, ends_with_parent: bool = False, s
         stderr=log,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
+        preexec_fn=haproxy.end_with_parent if ends_with_parent else None,  # noqa: PLW1509 - it only makes one system call
     )
     _wait_until_listening(process, port if ends_with_parent else dashboard, Path(folder) / "head.log")
     return Head(address, "" if ends_with_parent else f"http://127.0.0.1:{dashboard}", process.pid, folder, environment)
@@ -234,10 +232,6 @@ def _proxy_folder(folder: str) -> Path:
     if len(str(below)) > haproxy.LONGEST_FOLDER:
         return Path(tempfile.mkdtemp(prefix="ha-"))
     return private_folder(below)
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_listening(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, FastAPI, Path, Query
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -40,8 +41,7 @@ from serve.live.changes import Change, Erased, Happened, Merged, hash_of, sessio
 
 MAX_LENGTH_DIGITS = 18
 
-UserId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
-SessionId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
+PathId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,6 +75,7 @@ def build_http_app(service: ServiceConfig, token_digest: str, backend: Backend) 
         )
     app.add_middleware(BodyCap, max_body_bytes=service.max_body_bytes)
     app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(RequestValidationError, _bad_parameter)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(Exception, _unexpected)
     return app
@@ -111,12 +112,12 @@ class Gateway:
 
     async def similar(
         self,
-        item_id: str,
-        limit: str = Query("10", pattern=r"^\d{1,6}$"),
+        item_id: PathId,
+        limit: Annotated[int, Query(ge=1)] = 10,
         filter: str | None = Query(None, description="a filter, as JSON"),
     ) -> Response:
         """Return the items most similar to one."""
-        body: dict[str, Any] = {"item_id": item_id, "limit": int(limit) if limit.isdecimal() and len(limit) < 7 else limit}
+        body: dict[str, Any] = {"item_id": item_id, "limit": limit}
         if filter is not None:
             try:
                 body["filter"] = json.loads(filter)
@@ -135,14 +136,14 @@ class Gateway:
         ]
         return respond(Answer.of(EventsResponse(results=results), 202))
 
-    async def merge(self, session_id: SessionId, request: Request) -> Response:
+    async def merge(self, session_id: PathId, request: Request) -> Response:
         """Give a session's events to a user."""
         posted = read_request(MergeRequest, await self._read(request, self.service.request_timeout_seconds), self.service)
         change_id = uuid.uuid4().hex
         await self._record([Merged(change_id=change_id, session=session_key(normalize_id(session_id)), key=user_key(posted.user_id))])
         return respond(Answer.of(Done()))
 
-    async def erase(self, user_id: UserId) -> Response:
+    async def erase(self, user_id: PathId) -> Response:
         """Erase a user: events since the export are deleted, and what the export knows is not used any more."""
         await self._record([Erased(change_id=uuid.uuid4().hex, key_hash=hash_of(user_key(normalize_id(user_id))))])
         return respond(Answer.of(Done()))
@@ -257,6 +258,12 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     available = ", ".join(f"{route.method} {route.path}" for route in ROUTES)
     details = {404: f"no such path; available: {available}", 405: f"this path does not allow that method; available: {available}"}
     return respond(Answer.problem(error.status_code, details.get(error.status_code, error.detail)), dict(error.headers or {}))
+
+
+async def _bad_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return respond(Answer.problem(422, f"{first['loc'][-1]}: {first['msg']}"))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -13,8 +13,10 @@ from pydantic.json_schema import models_json_schema
 
 import recsys
 from recsys.config.service import ServiceConfig
+from recsys.filters import SCHEMA
 from serve.api.problems import PROBLEM_TYPE, Problem
 from serve.api.protocol import (
+    COMPONENT,
     BatchRequest,
     BatchResponse,
     Done,
@@ -37,6 +39,7 @@ REFUSALS = {
     401: "The token is missing",
     403: "The token is not valid",
     404: "No such item",
+    409: "The served version does not have what was asked for: an attribute, an event kind, a column, queries",
     408: "The body arrives too slowly",
     413: "The body is too long",
     415: "The body is not application/json, or compressed",
@@ -116,11 +119,11 @@ def new_app(service: ServiceConfig) -> FastAPI:
         if service.docs
         else FastAPI(docs_url=None, redoc_url=None, openapi_url="/openapi.json", **settings)
     )
-    app.openapi = partial(_document, app)  # type: ignore[method-assign]
+    app.openapi = partial(_document, app, service)  # type: ignore[method-assign]
     return app
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, service: ServiceConfig) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document; FastAPI does not know the models, since the gateway parses and encodes by itself."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, openapi_version="3.1.0", routes=app.routes)
@@ -128,10 +131,39 @@ def _document(app: FastAPI) -> dict[str, Any]:
         responses = [(route.response, "serialization") for route in ROUTES if route.response]
         _, schemas = models_json_schema([*requests, *responses, (Problem, "serialization")], ref_template=REFERENCE)  # type: ignore[list-item]
         components = document.setdefault("components", {})
-        components["schemas"] = schemas["$defs"]
+        components["schemas"] = _with_limits(_with_components(schemas["$defs"]), service) | {"Filter": SCHEMA}
+        for parameter in document["paths"]["/v1/items/{item_id}/similar"]["get"]["parameters"]:
+            if parameter["name"] == "limit":
+                parameter["schema"]["maximum"] = service.max_k
+            if parameter["name"] == "filter":
+                del parameter["schema"]
+                parameter["content"] = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Filter")}}}
         components["securitySchemes"] = {SCHEME: {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _with_components(node: Any) -> Any:
+    """Replace what names a component by a reference to it."""
+    if isinstance(node, list):
+        return [_with_components(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if COMPONENT in node:
+        return {"$ref": REFERENCE.format(model=node[COMPONENT])}
+    return {key: _with_components(value) for key, value in node.items()}
+
+
+def _with_limits(schemas: dict[str, Any], service: ServiceConfig) -> dict[str, Any]:
+    """Add the limits that the config sets to the schemas of requests."""
+    for schema in schemas.values():
+        fields = schema.get("properties", {})
+        if "limit" in fields:
+            fields["limit"]["maximum"] = service.max_k
+        for name in {"candidates", "include_ids", "exclude_ids"}.intersection(fields):
+            of_list = next((part for part in fields[name].get("anyOf", ()) if part.get("type") == "array"), fields[name])
+            of_list["maxItems"] = service.max_candidates
+    return schemas
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -14,13 +15,17 @@ from pydantic import (
     JsonValue,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from recsys.config.service import ServiceConfig
+from recsys.errors import UserError
+from recsys.filters import check_form
 from recsys.schema import MAX_ID_CHARACTERS, normalize_id
 from serve.api.problems import Problem, RefusedError
+from serve.paging import TOKEN_PATTERN
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000
@@ -53,7 +58,39 @@ def _spell(value: Any) -> Any:
     return normalize_id(value) if isinstance(value, str) else value
 
 
-Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS), BeforeValidator(_spell)]
+Identifier = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARACTERS, pattern=r"[^\s\x1c-\x1f\x85]"), BeforeValidator(_spell)]
+
+
+COMPONENT = "x-component"
+"""Names a component of the OpenAPI document whose schema is not a model's."""
+
+
+def _whole(value: Any) -> Any:
+    """Return 10 for 10.0, which is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _well_formed(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    try:
+        check_form(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+Filter = Annotated[dict[str, JsonValue], AfterValidator(_well_formed), WithJsonSchema({COMPONENT: "Filter"})]
+
+
+def _has(name: str) -> dict[str, Any]:
+    """Return the JSON schema of an object in which a key has a value."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+_ONE_USER = [_has(name) for name in ("user_id", "session_id", "history")]
+_NO_USER: dict[str, Any] = {"not": {"anyOf": _ONE_USER}, "anyOf": [_has("query"), _has("profile")]}
+_ALL_TIMES: dict[str, Any] = {"anyOf": [{"items": _has("timestamp")}, {"items": {"not": _has("timestamp")}}]}
+"""Rules across keys, as the OpenAPI document says them; the validators below check them."""
 
 
 class PostedInteraction(Message):
@@ -61,7 +98,7 @@ class PostedInteraction(Message):
 
     item_id: Identifier
     event: Identifier | None = None
-    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS), WHOLE] | None = None
     value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
 
 
@@ -75,7 +112,12 @@ def _spell_field(value: Any) -> Any:
 
 
 FieldName = Annotated[str, Field(max_length=MAX_ID_CHARACTERS)]
-FieldText = Annotated[str, Field(max_length=MAX_FIELD_CHARACTERS), BeforeValidator(_spell_field)]
+FieldText = Annotated[
+    str,
+    Field(max_length=MAX_FIELD_CHARACTERS),
+    BeforeValidator(_spell_field),
+    WithJsonSchema({"type": ["string", "number", "boolean"], "maxLength": MAX_FIELD_CHARACTERS, "description": "or a list of such"}),
+]
 Fields = Annotated[dict[FieldName, FieldText], Field(max_length=MAX_FIELDS)]
 
 
@@ -87,13 +129,15 @@ class UserRequest(Message):
     is when the list is shown, in seconds, now if it is not given.
     """
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [*_ONE_USER, _NO_USER]})
+
     user_id: Identifier | None = None
     session_id: Identifier | None = None
-    history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY)] | None = None
+    history: Annotated[list[PostedInteraction], Field(max_length=MAX_HISTORY, json_schema_extra=_ALL_TIMES)] | None = None
     query: Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS, pattern=r"\S")] | None = None
     profile: Fields | None = None
     context: Fields | None = None
-    time: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    time: Annotated[int, Field(ge=0, le=MAX_SECONDS), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:
@@ -108,15 +152,15 @@ class UserRequest(Message):
 class Boost(Message):
     """An amount that is added to the scores of the items that satisfy a filter."""
 
-    filter: dict[str, JsonValue]
+    filter: Filter
     by: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)]
 
 
 class ListRequest(Message):
     """What every list is asked with: its length, which items may be in it, and what is told of them."""
 
-    limit: Annotated[int, Field(ge=1, validation_alias=AliasChoices("limit", "k"))] = 10
-    filter: dict[str, JsonValue] | None = None
+    limit: Annotated[int, Field(ge=1, validation_alias=AliasChoices("limit", "k")), WHOLE] = 10
+    filter: Filter | None = None
     boost: Annotated[list[Boost], Field(max_length=MAX_BOOSTS)] = Field(default_factory=list)
     include_ids: list[Identifier] | None = None
     exclude_ids: list[Identifier] = Field(default_factory=list)
@@ -142,7 +186,7 @@ class RecommendRequest(UserRequest, ListRequest):
     `include_ids` allows only these items. `diversity` weighs difference against relevance.
     """
 
-    page_token: Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS)] | None = None
+    page_token: Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS, pattern=TOKEN_PATTERN)] | None = None
     exclude_seen: bool = True
 
 
@@ -153,15 +197,17 @@ class PostedEvent(Message):
     `timestamp` (seconds) it happens now. `recommendation_id` is that of the answer that showed the item, `position` its rank there.
     """
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_has("user_id"), _has("session_id")]})
+
     event_id: Identifier
     user_id: Identifier | None = None
     session_id: Identifier | None = None
     item_id: Identifier
     event: Identifier | None = None
-    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
+    timestamp: Annotated[int, Field(ge=0, le=MAX_SECONDS), WHOLE] | None = None
     value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)] | None = None
     recommendation_id: Identifier | None = None
-    position: Annotated[int, Field(ge=1, le=MAX_HISTORY)] | None = None
+    position: Annotated[int, Field(ge=1, le=MAX_HISTORY), WHOLE] | None = None
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:

@@ -231,14 +231,14 @@ def test_served_is_evaluated(small: Small, tmp_path: Path) -> None:
     own, moment = Sequences.from_table(table)[[place]], int(users[0].targets.timestamps[0])
     new = replace(own.within(0, np.zeros(1, np.int64)), scalars={ASKED: dataset.manifest.contexts.ask(moment, moment - 90, 7, {})})
     (answer,) = answerer.recommend([RecommendRequest(profile=dict(table["attributes"][place].as_py()) | {"secret": ""}, time=moment)])
-    assert answer.status == 422
+    assert answer.status == 409
     profile = {name: value for name, value in table["attributes"][place].as_py() if name != "secret"}
     (answer,) = answerer.recommend([RecommendRequest(profile=profile, time=moment)])
     (ranking,) = predictor.recommend([new], 10, [np.zeros(0, np.int64)])
     found = {item["item_id"]: item["score"] for item in json.loads(answer.body)["items"]}
     np.testing.assert_allclose([found[ids[item]] for item in ranking.items.tolist()], ranking.scores, atol=1e-6, rtol=0)
     (refused,) = answerer.score([ScoreRequest(profile={"secret": "1"}, candidates=["i1"])])
-    assert refused.status == 422
+    assert refused.status == 409
     assert b"profile.secret: this version does not read it; it reads: taste, age" in refused.body
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from recsys.data.items import ItemFeatures
 from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
-from recsys.filters import MAX_CONDITIONS, ItemFilters
+from recsys.filters import MAX_CONDITIONS, MAX_DEPTH, ItemFilters
 from recsys.store import Storage
 from tests.datasets import GENRES, make_dataset
 
@@ -110,19 +111,20 @@ def test_fields_are_the_attributes(items: tuple[ItemFilters, list[dict[str, Any]
     ("expression", "message"),
     [
         ([], "filter: must be an object"),
-        ({}, "filter: must be an object"),
         ({"colour": "red"}, "filter.colour: is not an attribute of the items; known: genre, year"),
         ({"genre": None}, "filter.genre.eq: must be a text or a number"),
         ({"genre": {}}, "filter.genre: has no condition"),
         ({"genre": []}, "filter.genre.in: must be a list of values"),
-        ({"genre": {"gte": "a"}}, "filter.genre.gte: is not a comparison of this attribute; known: eq, ne, in, not_in, all, exists"),
+        ({"genre": {"gte": 3}}, "filter.genre.gte: is not a comparison of this attribute; known: eq, ne, in, not_in, all, exists"),
+        ({"genre": {"like": "a"}}, "filter.genre.like: is not a comparison; known: eq, ne, in, not_in, all, exists, gt, gte, lt, lte"),
+        ({"year": "new"}, "filter.year.eq: must be a number, as the attribute is"),
         ({"year": {"gte": "1990"}}, "filter.year.gte: must be a number"),
         ({"year": {"gte": True}}, "filter.year.gte: must be a number"),
         ({"year": {"exists": 1}}, "filter.year.exists: must be true or false"),
         ({"and": {}}, "filter.and: must be a list"),
         ({"or": [{"genre": "drama"}, {"x": 1}]}, "filter.or.1.x: is not an attribute"),
         ({"genre": ["x"] * (MAX_CONDITIONS + 1)}, f"the filter has more than {MAX_CONDITIONS} conditions"),
-        ({"not": {"not": {"not": {"not": {"not": {"not": {"not": {"not": {"genre": "x"}}}}}}}}}, "nested more than 8 levels"),
+        (reduce(lambda inner, _: {"not": inner}, range(MAX_DEPTH), {"genre": "x"}), f"nested more than {MAX_DEPTH} levels"),
     ],
 )
 def test_wrong_expressions_are_refused_by_their_place(

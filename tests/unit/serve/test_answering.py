@@ -49,7 +49,7 @@ def test_a_mixed_batch_is_answered_each_by_its_own(published: tuple[Export, Answ
     popular = export.predictor.popular(2, Sequences.of([]).items)
     assert [item["score"] for item in body_of(unknown)["items"]] == popular.scores.tolist()
     assert body_of(unknown)["fallback"] == body_of(empty)["fallback"] == "popularity"
-    assert wrong.status == 422
+    assert wrong.status == 409
     assert json.loads(wrong.body)["detail"] == "history.0.event: is not an event kind of this model; known: view, purchase"
     assert len(body_of(whole)["items"]) == 60
     assert body_of(partly)["unknown_items"] == ["gone"]
@@ -180,10 +180,10 @@ def test_queries_are_answered_as_they_are_offline(published_with_queries: tuple[
 def test_a_version_without_queries_refuses_them(published: tuple[Export, Answerer]) -> None:
     _, answerer = published
     wrong, right = answerer.recommend([RecommendRequest(user_id="user-3", query="drama"), RecommendRequest(user_id="user-3")])
-    assert wrong.status == 422
+    assert wrong.status == 409
     assert json.loads(wrong.body)["detail"].startswith("query: this version was trained without queries")
     assert right.status == 200
-    assert answerer.score([ScoreRequest(query="drama", candidates=["item-9"])])[0].status == 422
+    assert answerer.score([ScoreRequest(query="drama", candidates=["item-9"])])[0].status == 409
 
 
 def _indices(*values: int) -> Any:
