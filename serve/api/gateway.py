@@ -23,6 +23,7 @@ from starlette.types import Message as AsgiMessage
 from recsys.config.service import ServiceConfig
 from recsys.schema import MAX_ID_CHARACTERS, normalize_id
 from serve.api.openapi import ROUTES, Route, new_app
+from serve.api.parsing import read_request
 from serve.api.problems import PROBLEM_TYPE, Answer, RefusedError, busy
 from serve.api.protocol import (
     Done,
@@ -34,7 +35,6 @@ from serve.api.protocol import (
     ModelInfo,
     PostedEvent,
     SimilarRequest,
-    read_request,
 )
 from serve.batcher import DeadlineError, OverloadedError, Timed
 from serve.live.changes import Change, Erased, Happened, Merged, hash_of, session_key, user_key

@@ -145,10 +145,8 @@ def test_scores_served_are_those_computed_offline(service: Service) -> None:
     predictor, histories = service.export.predictor, dict(service.export.profiles.items())
     users = sorted(histories)[:NUM_USERS]
     candidates = [np.random.default_rng(position).integers(1, 61, 3 + position % 9) for position in range(len(users))]
-    bodies = [
-        {"user_id": user_id, "candidates": [predictor.catalogue.item_ids[index] for index in indices]}
-        for user_id, indices in zip(users, candidates, strict=True)
-    ]
+    names = predictor.catalogue.item_ids
+    bodies = [{"user_id": user, "candidates": [names[index] for index in own]} for user, own in zip(users, candidates, strict=True)]
     with ThreadPoolExecutor(16) as pool:
         served = list(pool.map(lambda body: service.post("/v1/score", body), bodies))
     for user_id, indices, answer in zip(users, candidates, served, strict=True):
@@ -269,8 +267,8 @@ def test_the_owner_of_the_log_may_be_killed(service: Service) -> None:
     assert service.client.post("/v1/events", json={"events": events}).status_code == 202
     owner.kill()
     after = [{"event_id": f"k-{number}", "user_id": f"killed-{number}", "item_id": "item-4"} for number in range(15, 25)]
-    response = service.client.post("/v1/events", json={"events": after})
-    assert [result["status"] for result in response.json()["results"]] == ["duplicate"] * 5 + ["accepted"] * 5
+    results = service.client.post("/v1/events", json={"events": after}).json()["results"]
+    assert [result["status"] for result in results] == ["duplicate"] * 5 + ["accepted"] * 5
     for number in range(25):
         until(lambda number=number: service.post("/v1/recommend", {"user_id": f"killed-{number}"})["fallback"] is None)
 
@@ -327,7 +325,7 @@ def test_versions_are_swapped_without_a_restart_or_a_failed_request(service: Ser
 
 def test_nothing_listens_off_loopback_but_what_asks_for_rays_token(service: Service) -> None:
     """Ray Serve binds each replica's own gRPC port to all interfaces, whatever the options; it must refuse requests without the token."""
-    processes = [psutil.Process(service.head.process_id), *psutil.Process(service.head.process_id).children(recursive=True)]
+    processes = [psutil.Process(service.head.process_id), *processes_of(service)]
     listening = {
         (connection.laddr, " ".join(process.cmdline()))
         for process in processes
@@ -349,9 +347,8 @@ def test_every_answer_is_as_the_openapi_document_says(service: Service, tmp_path
     command += ["--header", f"Authorization: Bearer {service.token}", "--max-examples", "20", "--continue-on-failure", "--seed", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
-    found = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
-    assert found
-    assert int(found[1]) == int(found[2]) > 2000
+    ((generated, passed),) = re.findall(r"(\d+) generated, (\d+) passed", done.stdout)
+    assert int(generated) == int(passed) > 2000
 
 
 def test_the_token_is_in_no_file(service: Service) -> None:
@@ -362,7 +359,7 @@ def test_the_token_is_in_no_file(service: Service) -> None:
 
 
 def addresses_of(service: Service) -> list[str]:
-    """Return the address of each replica's own HTTP server, which HAProxy sends requests to."""
+    """Return the addresses of the replicas, which HAProxy sends requests to."""
     found = []
     for replica in replicas(service):
         ports = {connection.laddr.port for connection in replica.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
@@ -399,5 +396,5 @@ def processes_of(service: Service) -> list[psutil.Process]:
 
 def replicas(service: Service) -> list[psutil.Process]:
     """Find the processes of the replicas that live, by process id."""
-    processes = psutil.Process(service.head.process_id).children(recursive=True)
-    return sorted((process for process in processes if "ServeReplica:recsys:" in " ".join(process.cmdline())), key=lambda found: found.pid)
+    found = processes_of(service)
+    return sorted((process for process in found if "ServeReplica:recsys:" in " ".join(process.cmdline())), key=lambda found: found.pid)

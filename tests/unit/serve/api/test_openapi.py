@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from recsys.config.service import ServiceConfig
 from serve.api.gateway import build_http_app
 from serve.api.openapi import ROUTES, Route
-from serve.api.protocol import read_request
+from serve.api.parsing import read_request
 from tests.unit.serve.api.test_gateway import Backend
 
 

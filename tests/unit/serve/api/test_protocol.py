@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from recsys.config.service import ServiceConfig
+from serve.api.parsing import read_request
 from serve.api.problems import RefusedError
-from serve.api.protocol import RecommendRequest, ScoreRequest, read_request
+from serve.api.protocol import RecommendRequest, ScoreRequest
 
 SERVICE = ServiceConfig(max_k=50, max_candidates=4, max_body_bytes=2000, request_timeout_seconds=0.3)
 JSON = {"Content-Type": "application/json"}
