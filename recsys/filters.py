@@ -7,14 +7,16 @@
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recsys.arrays import Floats, Integers, Mask
-from recsys.data.items import ItemFeatures
-from recsys.data.manifest import DatasetManifest
 from recsys.errors import UserError
+
+if TYPE_CHECKING:  # whoever only checks the form of an expression does not wait for PyTorch
+    from recsys.data.items import ItemFeatures
+    from recsys.data.manifest import DatasetManifest
 
 MAX_DEPTH = 32
 MAX_CONDITIONS = 200
@@ -77,7 +79,7 @@ class UnknownAttributeError(UserError):
 class ItemFilters:
     """Evaluates expressions on a catalogue's categories and numbers. A missing value satisfies only `ne`, `not_in` and `exists: false`."""
 
-    def __init__(self, catalogue: ItemFeatures, manifest: DatasetManifest) -> None:
+    def __init__(self, catalogue: "ItemFeatures", manifest: "DatasetManifest") -> None:
         self._catalogue = catalogue
         self._values: dict[str, dict[str, int]] = {}
         for index, name in enumerate(manifest.category_vocabulary, start=1):

@@ -11,14 +11,23 @@ from recsys.launch.head import ADDRESS
 
 def run(config: Config) -> dict[str, Any]:
     """Deploy the version that `service.alias` names and wait until it answers."""
+    check_address()
+    from serve.rollout import roll_out
+
+    return roll_out(config)
+
+
+def check_address() -> None:
+    """Refuse to go on without a running cluster.
+
+    Raises:
+        UserError: `RAY_ADDRESS` is not set.
+    """
     if not os.environ.get(ADDRESS):
         raise UserError(
             f"{ADDRESS}: is not set, and a service must outlive the command that starts it; set it to a running cluster's address, "
             "or keep a service in the foreground by serve run serve.app:build_app"
         )
-    from serve.rollout import roll_out
-
-    return roll_out(config)
 
 
 if __name__ == "__main__":

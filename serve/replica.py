@@ -2,16 +2,16 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from fastapi import FastAPI
 
 from recsys.config import Config
 from recsys.exports.registry import Registry
 from recsys.store import Storage
-from serve.answering import Answerer
 from serve.api.gateway import build_http_app
 from serve.api.problems import Answer, RefusedError
 from serve.api.protocol import Message, ModelInfo
@@ -19,6 +19,9 @@ from serve.batcher import Batcher, Timed
 from serve.live.changes import Change, ChangeLog
 from serve.live.follower import Follower, OwnedLog
 from serve.live.users import LiveUsers
+
+if TYPE_CHECKING:  # commands that only name this class do not wait for PyTorch
+    from serve.answers.answering import Answerer
 
 STUCK_SECONDS = 60
 """A replica whose batch takes longer than this is replaced."""
@@ -37,7 +40,9 @@ class Replica:
         self._export = config.served_export
         self._live_folder = Path(config.run.scratch) / "live" / self._export
         self._answerer: Answerer | None = None
+        self._previous: Answerer | None = None
         self._refusal: str | None = None
+        self._recent: deque[Message] = deque(maxlen=service.max_batch_size)
         self._live = LiveUsers()
         self._log: ChangeLog | None = None
         self._batcher: Batcher[Message, Answer] = Batcher(
@@ -48,21 +53,25 @@ class Replica:
         return build_http_app(self._service, self._token_digest, self)
 
     async def reconfigure(self, user_config: dict[str, str]) -> None:
-        """Load `user_config["version"]` while the old version serves, then swap; if loading fails, the old version stays in service."""
+        """Load `user_config["version"]` while the old version serves, then swap; if loading fails, the old version stays in service.
+
+        The version before stays loaded, so that a rollback takes no time.
+        """
         version = user_config["version"]
         self._refusal = None
         await self._follow()
         if self._answerer is not None and self._answerer.info.version == version:
             return
         try:
-            loaded = await asyncio.to_thread(self._load, version)
+            is_loaded = self._previous is not None and self._previous.info.version == version
+            loaded = self._previous if is_loaded else await asyncio.to_thread(self._load, version)
         except Exception as error:
             if self._answerer is None:
                 raise
-            self._refusal = f"version {version} cannot be served: {' '.join(str(error).split())}"
-            logger.exception("%s; %s keeps serving", self._refusal, self._answerer.info.version)
+            self._refusal = " ".join(str(error).split())
+            logger.exception("version %s cannot be served; %s keeps serving", version, self._answerer.info.version)
             return
-        self._answerer = loaded
+        self._answerer, self._previous = loaded, self._answerer
         logger.info("serving version %s", version)
 
     async def ask(self, request: Message, deadline: float) -> Timed[Answer]:
@@ -71,6 +80,7 @@ class Replica:
         Raises:
             OverloadedError, DeadlineError: see `Batcher.ask`.
         """
+        self._recent.append(request)
         return await self._batcher.ask(request, self._loaded.cost(request), deadline)
 
     async def record(self, changes: Sequence[Change]) -> list[bool]:
@@ -105,10 +115,12 @@ class Replica:
             await Follower(log, self._live.apply).start()
             self._log = log
 
-    def _load(self, version: str) -> Answerer:
+    def _load(self, version: str) -> "Answerer":
+        from serve.answers.answering import Answerer
+
         self._limit_threads()
         loaded = Answerer.load(self._registry, version, self._service.alias, self._scratch, self._live)
-        loaded.check()
+        loaded.check(list(self._recent) or loaded.made_up_requests(self._service.max_batch_size), self._service.max_batch_seconds)
         return loaded
 
     def _compute(self, requests: Sequence[Message]) -> list[Answer]:
@@ -117,10 +129,12 @@ class Replica:
 
     def _limit_threads(self) -> None:
         """Limit the threads of PyTorch, which count per calling thread, to the replica's CPUs."""
+        import torch
+
         torch.set_num_threads(max(1, int(self._service.cpus_per_replica)))
 
     @property
-    def _loaded(self) -> Answerer:
+    def _loaded(self) -> "Answerer":
         if self._answerer is None:
             raise RuntimeError("no version is loaded")
         return self._answerer

@@ -1,8 +1,11 @@
 """Starts Serve on a running cluster, deploys a version, and waits until it answers."""
 
 import logging
+import multiprocessing
 import time
 import urllib.request
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import ray.serve
@@ -10,26 +13,45 @@ import ray.serve
 from recsys.config import Config
 from recsys.config.service import ServiceConfig
 from recsys.errors import UserError
+from recsys.exports.registry import Registry, previous_version
 from recsys.launch.head import connect, free_port
-from recsys.launch.ray_internals import serve_http_port
+from recsys.launch.serve_internals import serve_http_port
+from recsys.store import Storage
 from serve.app import APPLICATION, REPLICA, build, version_in_service
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEALTHY_SECONDS = 60
 STATUS_SECONDS = 30
+TRY_SECONDS = 600
 
 logger = logging.getLogger(__name__)
 
 
-def roll_out(config: Config) -> dict[str, Any]:
+def roll_back(config: Config) -> dict[str, Any]:
+    """Point `service.alias` to its version before the current one, and put that in service.
+
+    Raises:
+        UserError: there is no version before, or see `roll_out`.
+    """
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
+    current = registry.resolve(config.service.alias)
+    registry.roll_back(config.service.alias, "serve.rollback")
+    return {**roll_out(config, is_new=False), "rolled_back": current}
+
+
+def roll_out(config: Config, is_new: bool = True) -> dict[str, Any]:
     """Deploy the version that `service.alias` names on the cluster of `RAY_ADDRESS`, and wait until it answers.
+
+    A version that is new is first loaded and asked in a process of its own, so that one that crashes or hangs meets no replica.
 
     Raises:
         UserError: the version did not start or was refused, or Serve does not answer at the configured address.
     """
     version = version_in_service(config)
     application = build(config, version)
+    if is_new:
+        _try_out(config, version)
     with connect(config):
         url = _start_http(config.service)
         try:
@@ -40,7 +62,7 @@ def roll_out(config: Config) -> dict[str, Any]:
         statuses = ray.serve.get_deployment_handle(REPLICA, APPLICATION).broadcast("status").results(timeout_s=STATUS_SECONDS)
     refusals = [status["refusal"] for status in statuses if status["refusal"]]
     if refusals:
-        raise UserError(f"{refusals[0]}; version {statuses[0]['version']} keeps serving")
+        raise _turned_back(config, version, refusals[0])
     logger.info("serve: %s answers at %s", version, url)
     return {
         "url": url,
@@ -49,6 +71,55 @@ def roll_out(config: Config) -> dict[str, Any]:
         "export": config.served_export,
         "replicas": len(statuses),
     }
+
+
+def _try_out(config: Config, version: str) -> None:
+    """Load a version and let it answer, in a child process.
+
+    Raises:
+        UserError: the version cannot be served.
+    """
+    context = multiprocessing.get_context("spawn")
+    reading, writing = context.Pipe(duplex=False)
+    process = context.Process(target=_load_and_ask, args=(config, version, writing), name="try-out")
+    process.start()
+    writing.close()
+    is_answered = reading.poll(TRY_SECONDS)
+    try:
+        reason = str(reading.recv()) if is_answered else f"it does not answer within {TRY_SECONDS} s"
+    except EOFError:
+        process.join()
+        reason = f"its process ended with {process.exitcode}"
+    process.kill()
+    process.join()
+    if reason:
+        raise _turned_back(config, version, reason)
+
+
+def _turned_back(config: Config, version: str, reason: str) -> UserError:
+    """Point the alias to its version before the refused one, if there is any, and return the error that says so."""
+    registry, alias = Registry(Storage.from_config(config.storage), config.served_export), config.service.alias
+    end = "there is no version before it"
+    if registry.resolve(alias) == version and previous_version(registry.history(alias)):
+        end = f"{alias} points to {registry.roll_back(alias, reason)} again"
+    return UserError(f"version {version} cannot be served: {reason}; {end}")
+
+
+def _load_and_ask(config: Config, version: str, writing: Connection) -> None:
+    """Send an empty text if a version can be loaded and answers, and otherwise why not."""
+    import torch
+
+    from serve.answers.answering import Answerer
+
+    service = config.service
+    torch.set_num_threads(max(1, int(service.cpus_per_replica)))
+    registry = Registry(Storage.from_config(config.storage), config.served_export)
+    try:
+        answerer = Answerer.load(registry, version, service.alias, Path(config.run.scratch) / "served")
+        answerer.check(answerer.made_up_requests(service.max_batch_size), service.max_batch_seconds)
+        writing.send("")
+    except Exception as error:
+        writing.send(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _start_http(service: ServiceConfig) -> str:

@@ -49,6 +49,8 @@ class ServiceConfig(Section):
     """Maximum number of requests per batch."""
     max_batch_cost: PositiveInt = 20_000
     """Maximum cost of a batch: places of histories and candidates."""
+    max_batch_seconds: Positive = 2.0
+    """A version is refused if it needs longer than this for a batch of the last requests."""
     max_wait_seconds: Positive = 0.25
     """A request is refused if those before it in the queue take longer than this."""
     min_replicas: PositiveInt = 1

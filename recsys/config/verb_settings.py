@@ -55,6 +55,7 @@ VERBS = {
     "jobs.pipeline": VerbSettings(("run.stages", "service.token_env")),
     "tune.search": VerbSettings((*_TRAIN, "search"), ignored=SEARCHED, carried=_IN_DATASET),
     "serve.deploy": VerbSettings((*_STORE, "run.name", "export.name", "service"), carried=_IN_CHECKPOINT),
+    "serve.rollback": VerbSettings((*_STORE, "run.name", "export.name", "service")),
     "serve.load": VerbSettings((*_STORE, "run.name", "export.name", "service", "load")),
     "serve.stop": VerbSettings(("run.scratch",)),
 }

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 
 from recsys.arrays import Floats, Integers
 from recsys.config.evaluation import EvaluationConfig
@@ -37,9 +35,13 @@ def content_vectors(catalogue: ItemFeatures) -> csr_array | None:
     elif catalogue.vectors.any():
         vectors = csr_array(catalogue.vectors.numpy(), dtype=np.float64)
     elif catalogue.has_text.any():
+        from sklearn.feature_extraction.text import HashingVectorizer
+
         vectors = HashingVectorizer(alternate_sign=False).transform(catalogue.texts)
     else:
         return None
+    from sklearn.preprocessing import normalize
+
     return csr_array(normalize(vectors))
 
 

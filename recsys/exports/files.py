@@ -35,6 +35,9 @@ USERS_FILE_0_1 = "users.parquet"
 ONLY_TRAINED = ("ranker.display_bias",)
 """Weights that a version is not served with."""
 
+FILES = ("config.json", "dataset.json", "catalogue.parquet", "item_vectors.safetensors", "model.safetensors", "golden.json")
+"""Files of every export, also of release 0.1."""
+
 TOLERANCE = 1e-4
 SPARE_ITEMS = 10
 """Items below a golden list that are compared, too: rounding may change which of almost equal ones is the last."""
@@ -92,8 +95,11 @@ def load_export(folder: Path, scratch: Path | None = None) -> Export:
     """Load a version whose files the registry has verified; with `scratch`, the processes of a node share the catalogue.
 
     Raises:
-        UserError: the export has another format, or the loaded model does not reproduce the golden scores that it was published with.
+        UserError: the export has another format or lacks a file, or the loaded model does not reproduce the golden scores that it was
+            published with.
     """
+    if missing := [name for name in FILES if not (folder / name).exists()]:
+        raise UserError(f"export: has no {missing[0]}; publish it again")
     config = Config.model_validate_json((folder / "config.json").read_bytes())
     manifest = DatasetManifest.parse((folder / "dataset.json").read_bytes(), str(folder / "dataset.json"))
     catalogue = ItemFeatures.read_file(folder / "catalogue.parquet", manifest, scratch)

@@ -1,4 +1,4 @@
-"""All private names of Ray that this project uses, for lack of public ones. A test fails when one of them moves."""
+"""All private names of Ray that this project uses for training, for lack of public ones. A test fails when one of them moves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-__all__ = ["RestartingTrainer", "WorkerHealthCheckTimeoutError", "is_preempted", "serve_http_port", "worker_nodes"]
+__all__ = ["RestartingTrainer", "WorkerHealthCheckTimeoutError", "is_preempted", "worker_nodes"]
 
 WORKER_CLASS = "RayTrainWorker"
 
@@ -54,10 +54,3 @@ def worker_nodes() -> set[str]:
     """Return the ids of the nodes of this job's training workers, including dead workers."""
     job = ray.get_runtime_context().get_job_id()
     return {actor["Address"]["NodeID"] for actor in actors().values() if (actor["JobID"], actor["ActorClassName"]) == (job, WORKER_CLASS)}
-
-
-def serve_http_port() -> int:
-    """Return the HTTP port of Ray Serve on this cluster."""
-    from ray.serve.context import _get_global_client  # training does not need Serve
-
-    return int(_get_global_client().http_config.port)

@@ -20,8 +20,8 @@ from pydantic import (
 from recsys.errors import UserError
 from recsys.filters import check_form
 from recsys.schema import MAX_ID_CHARACTERS, normalize_id
+from serve.answers.paging import TOKEN_PATTERN
 from serve.api.problems import Problem
-from serve.paging import TOKEN_PATTERN
 
 MAX_HISTORY = 4096
 MAX_QUERY_CHARACTERS = 1000

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from recsys.data.sequences import HISTORY_COLUMNS, Sequences
 from recsys.exports.profiles import ProfileStore
-from recsys.predictor import Predictor
 from serve.live.changes import Change, Erased, Happened, Merged, hash_of, user_key
+
+if TYPE_CHECKING:
+    from recsys.predictor import Predictor
 
 MAX_EVENTS = 512
 """Events since the export that are held per user or session; older ones count as history only in the next export."""
@@ -63,7 +65,7 @@ class LiveProfiles:
     Events of kinds or items that the version does not know are left out, as are those that its history already has.
     """
 
-    def __init__(self, exported: ProfileStore, users: LiveUsers, predictor: Predictor) -> None:
+    def __init__(self, exported: ProfileStore, users: LiveUsers, predictor: "Predictor") -> None:
         self._exported, self._users, self._predictor = exported, users, predictor
 
     def find(self, user_id: str) -> Sequences | None:

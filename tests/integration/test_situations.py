@@ -31,7 +31,7 @@ from recsys.predictor import Predictor
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor, load_trained
 from recsys.train.loop import Trainer
-from serve.answering import Answerer
+from serve.answers.answering import Answerer
 from serve.api.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.checkpoints import store_of
 from tests.datasets import open_dataset

@@ -22,7 +22,7 @@ from recsys.objectives.next_item import NextItem
 from recsys.predictor import Predictor, top_k
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
-from serve.answering import Answerer
+from serve.answers.answering import Answerer
 from serve.api.protocol import ModelInfo, RecommendRequest
 from tests.datasets import make_dataset
 

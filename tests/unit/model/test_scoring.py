@@ -16,7 +16,7 @@ from recsys.model.retrieval import RetrievalScores
 from recsys.predictor import Predictor
 from recsys.store import Storage
 from recsys.train.checkpoints.load_recommender import build_predictor
-from serve.answering import Answerer
+from serve.answers.answering import Answerer
 from serve.api.protocol import ModelInfo, RecommendRequest, ScoreRequest
 from tests.datasets import make_dataset
 from tests.users import evaluation_user

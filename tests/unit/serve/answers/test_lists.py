@@ -16,7 +16,7 @@ from recsys.exports.files import Export
 from recsys.exports.registry import Registry
 from recsys.predictor import Rule
 from recsys.store import Storage
-from serve.answering import Answerer
+from serve.answers.answering import Answerer
 from serve.api.problems import Answer
 from serve.api.protocol import BatchRequest, Boost, RankRequest, RecommendRequest, SimilarRequest
 from tests.datasets import GENRES
@@ -216,7 +216,7 @@ def test_a_batch_has_each_list_and_distinct_lists_share_no_item(served: tuple[Ex
 
 def test_masks_of_recent_filters_are_kept_within_a_limit(served: tuple[Export, Answerer], monkeypatch: pytest.MonkeyPatch) -> None:
     _, answerer = served
-    monkeypatch.setattr("serve.answering.MASKS_BYTES", 3 * (NUM_ITEMS + 1))
+    monkeypatch.setattr("serve.answers.answering.MASKS_BYTES", 3 * (NUM_ITEMS + 1))
     for genre in (*GENRES, *GENRES):
         ask(answerer, user_id="user-3", filter={"genre": genre})
     assert len(answerer._masks) == 3

@@ -1,6 +1,7 @@
 """Answers batches of requests from one exported version, without Ray or HTTP."""
 
 import json
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from recsys.arrays import Integers, Mask, Scores
 from recsys.data.labels.seen import SeenRule
@@ -21,6 +21,8 @@ from recsys.exports.profiles import ProfileStore
 from recsys.exports.registry import Registry
 from recsys.filters import ItemFilters, UnknownAttributeError
 from recsys.predictor import Predictor, Ranking, Rule
+from serve.answers.paging import Pages
+from serve.answers.resolving import ResolvedUser, Resolver, now
 from serve.api.problems import Answer, Problem, RefusedError
 from serve.api.protocol import (
     POPULARITY,
@@ -32,6 +34,7 @@ from serve.api.protocol import (
     ListRequest,
     Message,
     ModelInfo,
+    PostedInteraction,
     RankRequest,
     RecommendRequest,
     ScoreRequest,
@@ -40,8 +43,6 @@ from serve.api.protocol import (
     UserRequest,
 )
 from serve.live.users import LiveProfiles, LiveUsers
-from serve.paging import Pages
-from serve.resolving import ResolvedUser, Resolver, now
 
 NOTHING: Integers = np.zeros(0, np.int64)
 MASKS_BYTES = 64 << 20
@@ -106,14 +107,31 @@ class Answerer:
         )
         return cls(loaded.predictor, loaded.profiles, info, live)
 
-    def check(self) -> None:
-        """Check that the model gives finite numbers for a made-up user.
+    def check(self, requests: Sequence[Message], max_seconds: float) -> None:
+        """Check that the numbers are finite, and that requests are answered, all of them together within `max_seconds`.
 
         Raises:
-            RuntimeError: the numbers are not finite.
+            RuntimeError: they are not.
         """
-        if not torch.isfinite(self.predictor.encode([Sequences.of([1])])).all():
+        (scores,) = self.predictor.score([Sequences.of([1])], [np.ones(1, np.int64)])
+        if not all(np.isfinite(values).all() for values in (self.predictor.item_vectors.numpy(), *scores.values())):
             raise RuntimeError(f"version {self.info.version} gives numbers that are not finite")
+        if not requests:
+            return
+        self.answer(requests)  # the first time, memory is allocated and files are read
+        begin = time.monotonic()
+        self.answer(requests)
+        seconds = time.monotonic() - begin
+        if seconds > max_seconds:
+            raise RuntimeError(
+                f"version {self.info.version} takes {seconds:.2f} s for a batch of {len(requests)} requests; "
+                f"at most {max_seconds:g} s (service.max_batch_seconds)"
+            )
+
+    def made_up_requests(self, number: int) -> list[Message]:
+        """Return requests to warm up with when there are no real ones: each with another item as history."""
+        ids = self.predictor.catalogue.item_ids[1 : 1 + number]
+        return [RecommendRequest(history=[PostedInteraction(item_id=item_id)], limit=10) for item_id in ids]
 
     def cost(self, request: Message) -> int:
         """Return a request's share of a batch: the places of its history and its candidates."""

@@ -10,7 +10,7 @@ from recsys.data.sequences import Sequences
 from recsys.exports.files import Export
 from recsys.exports.registry import Registry
 from recsys.store import Storage
-from serve.answering import Answerer
+from serve.answers.answering import Answerer
 from serve.api.problems import Answer
 from serve.api.protocol import RecommendRequest, ScoreRequest
 from tests.exports import METRICS, publish_export, service_config
