@@ -14,6 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from recsys.config import load_config
+from recsys.launch import haproxy
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -157,6 +158,9 @@ def test_rayservice_deploys_the_service_with_a_valid_config_and_its_token():
     for spec in pod_specs("kuberay-rayservice.yaml"):
         env = {entry["name"]: entry for entry in spec["containers"][0]["env"]}
         assert "secretKeyRef" in env[config.service.token_env]["valueFrom"]
+        expected = haproxy.environment(Path("/home/ray/haproxy"), (8404, 9101), config.service.request_timeout_seconds, 4)
+        expected[haproxy.BINARY] = "/home/ray/anaconda3/bin/recsys-haproxy"
+        assert {name: entry["value"] for name, entry in env.items() if name.startswith("RAY_SERVE_")} == expected
 
 
 def test_prometheus_reads_rays_list_of_nodes():
