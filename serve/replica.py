@@ -13,11 +13,11 @@ from recsys.config import Config
 from recsys.exports.registry import Registry
 from recsys.store import Storage
 from serve.api.gateway import build_http_app
-from serve.api.problems import Answer, RefusedError
+from serve.api.problems import Answer, RefusedError, busy
 from serve.api.protocol import Message, ModelInfo
 from serve.batcher import Batcher, Timed
 from serve.live.changes import Change, ChangeLog
-from serve.live.follower import Follower, OwnedLog
+from serve.live.follower import UNREACHABLE, Follower, open_log
 from serve.live.users import LiveUsers
 
 if TYPE_CHECKING:  # commands that only name this class do not wait for PyTorch
@@ -79,7 +79,10 @@ class Replica:
 
         Raises:
             OverloadedError, DeadlineError: see `Batcher.ask`.
+            RefusedError: no version is loaded yet.
         """
+        if self._answerer is None:
+            raise busy("no version is loaded yet")
         self._recent.append(request)
         return await self._batcher.ask(request, self._loaded.cost(request), deadline)
 
@@ -87,11 +90,15 @@ class Replica:
         """Append changes to the live log and return which are new.
 
         Raises:
-            RefusedError: this service has no live log.
+            RefusedError: this service has no live log, or it cannot be reached.
         """
         if self._log is None:
             raise RefusedError(501, "this service records nothing (service.live = off)")
-        return await self._log.append(changes)
+        try:
+            return await self._log.append(changes)
+        except UNREACHABLE as error:
+            logger.warning("the live log cannot be reached: %s", error)
+            raise busy("the log of events cannot be reached") from None
 
     @property
     def info(self) -> ModelInfo:
@@ -111,7 +118,7 @@ class Replica:
     async def _follow(self) -> None:
         """Open the live log and apply what it holds; later changes are applied in the background."""
         if self._log is None and self._service.live != "off":
-            log = OwnedLog(self._export, self._live_folder / "changes.sqlite")
+            log = open_log(self._service, self._export, self._live_folder)
             await Follower(log, self._live.apply).start()
             self._log = log
 

@@ -94,7 +94,7 @@ def addresses_of(service: Service) -> list[str]:
         ports = {connection.laddr.port for connection in replica.net_connections("inet") if connection.status == psutil.CONN_LISTEN}
         for port in ports:
             with contextlib.suppress(httpx.HTTPError):
-                httpx.get(f"http://127.0.0.1:{port}/livez", timeout=5).raise_for_status()
+                httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).raise_for_status()
                 found.append(f"http://127.0.0.1:{port}")
     return found
 

