@@ -28,7 +28,7 @@ def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[di
     users = dataset.read_shard(dataset.manifest.users_shards[0], ["user_id", "items"]).slice(0, NUM_USERS).to_pylist()
     answers = []
     for user in users:
-        answer = post(f"{url}/v1/recommend", {"user_id": user["user_id"], "limit": SHOWN_ITEMS}, token)
+        answer = _recommend(url, token, user["user_id"])
         answers.append(
             {
                 "user_id": user["user_id"],
@@ -41,23 +41,26 @@ def ask_users(config: Config, url: str, token: str, dataset_uri: str) -> list[di
         answers[0] |= _after_an_event(url, token, users[0]["user_id"])
     if answers and dataset.manifest.category_vocabulary:
         column, _, value = dataset.manifest.category_vocabulary[0].partition("=")
-        body = {"user_id": users[0]["user_id"], "limit": SHOWN_ITEMS, "filter": {column: value}}
-        answers[0]["filtered"] = {"filter": f"{column} = {value}", "recommendations": _titles(post(f"{url}/v1/recommend", body, token))}
+        filtered = _recommend(url, token, users[0]["user_id"], filter={column: value})
+        answers[0]["filtered"] = {"filter": f"{column} = {value}", "recommendations": _titles(filtered)}
     return answers
 
 
 def _after_an_event(url: str, token: str, user_id: str) -> dict[str, Any]:
     """Post an event of a user with the best item, and return the list once it has changed."""
-    body = {"user_id": user_id, "limit": SHOWN_ITEMS}
-    items = post(f"{url}/v1/recommend", body, token)["items"]
+    items = _recommend(url, token, user_id)["items"]
     best, before = items[0], [item["item_id"] for item in items]
     post(f"{url}/v1/events", {"events": [{"event_id": uuid.uuid4().hex, "user_id": user_id, "item_id": best["item_id"]}]}, token)
     deadline = time.monotonic() + EVENT_SECONDS
     while True:
-        answer = post(f"{url}/v1/recommend", body, token)
+        answer = _recommend(url, token, user_id)
         if [item["item_id"] for item in answer["items"]] != before or time.monotonic() > deadline:
             return {"event": best["title"] or best["item_id"], "after": _titles(answer)}
         time.sleep(0.01)
+
+
+def _recommend(url: str, token: str, user_id: str, **fields: Any) -> Any:
+    return post(f"{url}/v1/recommend", {"user_id": user_id, "limit": SHOWN_ITEMS, **fields}, token)
 
 
 def _titles(answer: dict[str, Any]) -> list[str]:

@@ -171,7 +171,7 @@ class Predictor:
         if not num_candidates:
             return scores
         candidates = [top_k(row, num_candidates, excluded) for row, excluded in zip(scores, exclude, strict=True)]
-        for user, blended in enumerate(self._blend(histories, candidates, scores, queries)):
+        for user, blended in enumerate(self._blend(histories, candidates, scores, queries, [NO_RULE] * len(candidates))):
             if len(blended.items):
                 scores[user] -= scores[user][np.isfinite(scores[user])].max() - blended.scores.min() + 1
                 scores[user, blended.items] = blended.scores
@@ -183,13 +183,12 @@ class Predictor:
         rankings: Sequence[Ranking],
         scores: Scores,
         queries: Queries | None,
-        rules: Rules | None = None,
+        rules: Rules,
     ) -> list[Ranking]:
         """Order the candidates of each ranking by the weighted sum of their scores; `scores` (B, I + 1) are those of retrieval."""
         num_candidates = self.config.ranking.num_candidates
         most = max(num_candidates, *(len(ranking.items) for ranking in rankings)) if len(rankings) else num_candidates
         tasks = self.score(histories, [ranking.items for ranking in rankings], queries, most_candidates=most)
-        rules = [NO_RULE] * len(rankings) if rules is None else rules
         return [self._blend_one(*parts, num_candidates) for parts in zip(scores, rankings, tasks, rules, strict=True)]
 
     def _blend_one(self, row: Scores, ranking: Ranking, parts: dict[str, Scores], rule: Rule, num_candidates: int) -> Ranking:

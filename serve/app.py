@@ -17,7 +17,6 @@ from recsys.config.service import ServiceConfig
 from recsys.config.verb_settings import refuse_contradictions, unread
 from recsys.errors import UserError
 from recsys.exports.registry import Registry
-from recsys.store import Storage
 from serve.api.gateway import digest_of
 from serve.replica import Replica
 
@@ -94,18 +93,27 @@ def version_in_service(config: Config) -> str:
     Raises:
         UserError: the alias names no version, or a given key contradicts the config that the version was made with.
     """
-    service = config.service
-    registry = Registry(Storage.from_config(config.storage), config.served_export)
-    version = registry.resolve(service.alias)
-    if version is None:
-        raise UserError(
-            f"service.alias = '{service.alias}': names no version of export {config.served_export} in {config.storage.root}; "
-            "publish one by python -m jobs.export"
-        )
+    registry = Registry.of_service(config)
+    version = resolve_alias(registry, config)
     manifest = registry.manifest(version)
     if config.given:
         carried, run = json.loads(registry.read(manifest, "config.json")), manifest.metadata.get("run", "")
         refuse_contradictions(config, carried, f"version {version}", "train and export with it", run)
+    return version
+
+
+def resolve_alias(registry: Registry, config: Config) -> str:
+    """Return the version that `service.alias` names.
+
+    Raises:
+        UserError: it names no version.
+    """
+    version = registry.resolve(config.service.alias)
+    if version is None:
+        raise UserError(
+            f"service.alias = '{config.service.alias}': names no version of export {config.served_export} in {config.storage.root}; "
+            "publish one by python -m jobs.export"
+        )
     return version
 
 

@@ -69,7 +69,6 @@ class Batcher(Generic[Request, Result]):
         self._is_closed = False
         self._began: float | None = None
         self._seconds_per_cost = 0.0
-        self.batch_sizes: deque[int] = deque(maxlen=1024)
         self._thread = threading.Thread(target=self._run, args=(prepare,), name="batches", daemon=True)
         self._thread.start()
 
@@ -118,7 +117,6 @@ class Batcher(Generic[Request, Result]):
                     batch, [found if isinstance(found, Exception) else Timed(found, begin - one.entered, seconds) for one, found in timed]
                 )
                 self._learn(sum(waiting.cost for waiting in batch), seconds)
-                self.batch_sizes.append(len(batch))
             self._began = None
         _deliver(list(self._queue), [OverloadedError(0)] * len(self._queue))
 

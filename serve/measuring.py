@@ -19,7 +19,7 @@ from recsys.errors import UserError
 from recsys.exports.files import USERS_FILE
 from recsys.exports.profiles import ArrowProfiles
 from recsys.exports.registry import Registry
-from recsys.store import Storage
+from serve.app import resolve_alias
 
 WARM_UP_SECONDS = 0.5
 """Answers of the first moments of a measurement are not counted."""
@@ -34,7 +34,7 @@ def measure_service(config: Config) -> dict[str, Any]:
     token = os.environ.get(service.token_env, "")
     if not token:
         raise UserError(f"the environment variable {service.token_env} (service.token_env) has no token for the service")
-    bodies = [json.dumps({"user_id": user_id, "k": config.load.limit}).encode() for user_id in _user_ids(config)]
+    bodies = [json.dumps({"user_id": user_id, "limit": config.load.limit}).encode() for user_id in _user_ids(config)]
     rows = []
     for clients in config.load.clients:
         measured = asyncio.run(measure(f"{url}/v1/recommend", token, bodies, clients, config.load.seconds, config.load.rate))
@@ -116,11 +116,8 @@ async def _client(
 
 def _user_ids(config: Config) -> list[str]:
     """Return ids of users of the version that `service.alias` names, in a fixed order."""
-    registry = Registry(Storage.from_config(config.storage), config.served_export)
-    version = registry.resolve(config.service.alias)
-    if version is None:
-        raise UserError(f"service.alias = '{config.service.alias}': names no version of export {config.served_export}")
-    folder = registry.fetch(version, Path(config.run.scratch) / "served", only=(USERS_FILE,))
+    registry = Registry.of_service(config)
+    folder = registry.fetch(resolve_alias(registry, config), Path(config.run.scratch) / "served", only=(USERS_FILE,))
     return [user_id for user_id, _ in islice(ArrowProfiles.open(folder / USERS_FILE).items(), config.load.num_users)]
 
 

@@ -4,14 +4,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from recsys.config import Config
-from recsys.exports.registry import Registry
-from recsys.store import Storage
 from serve.api.gateway import build_http_app
 from serve.api.problems import Answer, RefusedError, busy
 from serve.api.protocol import Message, ModelInfo
@@ -34,11 +31,7 @@ class Replica:
 
     def __init__(self, config: Config, token_digest: str) -> None:
         service = config.service
-        self._service, self._token_digest = service, token_digest
-        self._registry = Registry(Storage.from_config(config.storage), config.served_export)
-        self._scratch = Path(config.run.scratch) / "served"
-        self._export = config.served_export
-        self._live_folder = Path(config.run.scratch) / "live" / self._export
+        self._config, self._service, self._token_digest = config, service, token_digest
         self._answerer: Answerer | None = None
         self._previous: Answerer | None = None
         self._refusal: str | None = None
@@ -118,27 +111,23 @@ class Replica:
     async def _follow(self) -> None:
         """Open the live log and apply what it holds; later changes are applied in the background."""
         if self._log is None and self._service.live != "off":
-            log = open_log(self._service, self._export, self._live_folder)
+            log = open_log(self._config)
             await Follower(log, self._live.apply).start()
             self._log = log
 
     def _load(self, version: str) -> "Answerer":
         from serve.answers.answering import Answerer
 
-        self._limit_threads()
-        loaded = Answerer.load(self._registry, version, self._service.alias, self._scratch, self._live)
-        loaded.check(list(self._recent) or loaded.made_up_requests(self._service.max_batch_size), self._service.max_batch_seconds)
-        return loaded
+        return Answerer.load_checked(self._config, version, self._live, list(self._recent))
 
     def _compute(self, requests: Sequence[Message]) -> list[Answer]:
         """Answer a batch, in the thread of the batches."""
         return self._loaded.answer(requests)
 
     def _limit_threads(self) -> None:
-        """Limit the threads of PyTorch, which count per calling thread, to the replica's CPUs."""
-        import torch
+        from serve.answers.answering import limit_threads
 
-        torch.set_num_threads(max(1, int(self._service.cpus_per_replica)))
+        limit_threads(self._service)
 
     @property
     def _loaded(self) -> "Answerer":

@@ -5,7 +5,6 @@ import multiprocessing
 import time
 import urllib.request
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import ray.serve
@@ -16,7 +15,6 @@ from recsys.errors import UserError
 from recsys.exports.registry import Registry, previous_version
 from recsys.launch.head import connect, free_port
 from recsys.launch.serve_internals import serve_http_port
-from recsys.store import Storage
 from serve.app import APPLICATION, REPLICA, build, version_in_service
 
 ANY_ADDRESS = ("0.0.0.0", "::")
@@ -34,7 +32,7 @@ def roll_back(config: Config) -> dict[str, Any]:
     Raises:
         UserError: there is no version before, or see `roll_out`.
     """
-    registry = Registry(Storage.from_config(config.storage), config.served_export)
+    registry = Registry.of_service(config)
     current = registry.resolve(config.service.alias)
     registry.roll_back(config.service.alias, "serve.rollback")
     return {**roll_out(config, is_new=False), "rolled_back": current}
@@ -98,7 +96,7 @@ def _try_out(config: Config, version: str) -> None:
 
 def _turned_back(config: Config, version: str, reason: str) -> UserError:
     """Point the alias to its version before the refused one, if there is any, and return the error that says so."""
-    registry, alias = Registry(Storage.from_config(config.storage), config.served_export), config.service.alias
+    registry, alias = Registry.of_service(config), config.service.alias
     end = "there is no version before it"
     if registry.resolve(alias) == version and previous_version(registry.history(alias)):
         end = f"{alias} points to {registry.roll_back(alias, reason)} again"
@@ -107,16 +105,10 @@ def _turned_back(config: Config, version: str, reason: str) -> UserError:
 
 def _load_and_ask(config: Config, version: str, writing: Connection) -> None:
     """Send an empty text if a version can be loaded and answers, and otherwise why not."""
-    import torch
-
     from serve.answers.answering import Answerer
 
-    service = config.service
-    torch.set_num_threads(max(1, int(service.cpus_per_replica)))
-    registry = Registry(Storage.from_config(config.storage), config.served_export)
     try:
-        answerer = Answerer.load(registry, version, service.alias, Path(config.run.scratch) / "served")
-        answerer.check(answerer.made_up_requests(service.max_batch_size), service.max_batch_seconds)
+        Answerer.load_checked(config, version)
         writing.send("")
     except Exception as error:
         writing.send(" ".join(str(error).split()) or type(error).__name__)

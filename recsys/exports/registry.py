@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from recsys.config import Config
 from recsys.errors import UserError
 from recsys.store import Storage, join, private_folder, sha256_of
 
@@ -72,6 +73,11 @@ class Registry:
         self._storage = storage
         self._name = _checked("name", name)
         self._root = storage.uri("exports", name)
+
+    @classmethod
+    def of_service(cls, config: Config) -> "Registry":
+        """Return the registry of the export that the config's service serves."""
+        return cls(Storage.from_config(config.storage), config.served_export)
 
     def publish(self, folder: Path, version: str, metadata: dict[str, Any]) -> tuple[ExportManifest, bool]:
         """Publish all files below `folder` as a version; return the version's manifest and whether this call created it.

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from http import HTTPStatus
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -26,13 +27,13 @@ CLIENT_SECONDS = 30
 """Limits of a client: to send the headers and as much of the body as the buffer holds, and without sending or reading anything."""
 
 PROBLEMS = {
-    400: ("Bad Request", "the request is not valid HTTP, or its headers have more than 64 kB or 100 lines"),
-    408: ("Request Timeout", f"the request did not arrive within {HEADER_SECONDS} s"),
-    502: ("Bad Gateway", "the replica ended while it answered; try again"),
-    503: ("Service Unavailable", "no replica can be reached; try again in 1 s"),
-    504: ("Gateway Timeout", "no replica answered in time"),
+    400: "the request is not valid HTTP, or its headers have more than 64 kB or 100 lines",
+    408: f"the request did not arrive within {HEADER_SECONDS} s",
+    502: "the replica ended while it answered; try again",
+    503: "no replica can be reached; try again in 1 s",
+    504: "no replica answered in time",
 }
-"""HAProxy's own answers: title and detail by status."""
+"""HAProxy's own answers: the detail by status."""
 
 CORRECTIONS = (
     (r"mode 666 level admin", "mode 600 level admin"),
@@ -104,8 +105,8 @@ def corrected(config: str, folder: Path) -> str:
 
 def problem(status: int) -> bytes:
     """Return the whole HTTP answer for one of HAProxy's errors: a problem document of RFC 9457."""
-    title, detail = PROBLEMS[status]
-    body = json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail})
+    title = HTTPStatus(status).phrase
+    body = json.dumps({"type": "about:blank", "title": title, "status": status, "detail": PROBLEMS[status]})
     lines = [f"HTTP/1.1 {status} {title}", "Content-Type: application/problem+json", f"Content-Length: {len(body)}", "Connection: close"]
     lines += ["Retry-After: 1"] if status == 503 else []
     return "\r\n".join([*lines, "", body]).encode()

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from recsys.arrays import Integers, Mask, Scores
+from recsys.config import Config
+from recsys.config.service import ServiceConfig
 from recsys.data.labels.seen import SeenRule
 from recsys.data.sequences import Sequences
 from recsys.errors import UserError
@@ -44,7 +47,6 @@ from serve.api.protocol import (
 )
 from serve.live.users import LiveProfiles, LiveUsers
 
-NOTHING: Integers = np.zeros(0, np.int64)
 MASKS_BYTES = 64 << 20
 """Memory for the masks of recent filters."""
 
@@ -67,8 +69,9 @@ class Answerer:
     """One loaded version. A whole batch goes through the predictor at once; each request gets its own answer."""
 
     def __init__(self, predictor: Predictor, profiles: ProfileStore, info: ModelInfo, live: LiveUsers | None = None) -> None:
-        self.predictor, self.info = predictor, info
+        self.predictor = predictor
         self.filters = ItemFilters(predictor.catalogue, predictor.manifest)
+        self.info = info.model_copy(update={"filter_columns": list(self.filters.columns)})
         self._users = Resolver(predictor, LiveProfiles(profiles, live or LiveUsers(), predictor), info)
         self._pages = Pages(predictor.catalogue.item_ids)
         self._seen = SeenRule(predictor.manifest)
@@ -79,6 +82,19 @@ class Answerer:
         reserved = set(CandidateScore.model_fields).intersection(self.tasks)
         if reserved:
             raise UserError(f"export {info.version}: has a task named '{min(reserved)}', which is a field of every answer; rename it")
+
+    @classmethod
+    def load_checked(cls, config: Config, version: str, live: LiveUsers | None = None, recent: Sequence[Message] = ()) -> "Answerer":
+        """Load a version in this thread and let it answer recent requests, or made-up ones if there are none.
+
+        Raises:
+            UserError, RuntimeError: see `load` and `check`.
+        """
+        service = config.service
+        limit_threads(service)
+        loaded = cls.load(Registry.of_service(config), version, service.alias, Path(config.run.scratch) / "served", live)
+        loaded.check(recent or loaded.made_up_requests(service.max_batch_size), service.max_batch_seconds)
+        return loaded
 
     @classmethod
     def load(cls, registry: Registry, version: str, alias: str, scratch: Path, live: LiveUsers | None = None) -> "Answerer":
@@ -101,7 +117,6 @@ class Answerer:
             takes_queries=loaded.predictor.query_encoder is not None,
             profile_columns=list(manifest.profiles.columns) if loaded.predictor.reads_profiles else [],
             context_fields=list(manifest.contexts.given) if loaded.predictor.reads_contexts else [],
-            filter_columns=list(ItemFilters(loaded.predictor.catalogue, manifest).columns),
             metrics=export.metadata.get("metrics", {}),
             code_version=export.metadata.get("code_version"),
         )
@@ -198,7 +213,7 @@ class Answerer:
 
     def similar(self, requests: Sequence[SimilarRequest]) -> list[Answer]:
         """Answer each request with the items most similar to its item."""
-        return [_encoded(self._similar(request)) for request in requests]
+        return [_encoded(_refused_or(self._similar, request)) for request in requests]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """Answer each request with its candidates' scores."""
@@ -233,30 +248,27 @@ class Answerer:
         if request.exclude_seen and user.history is not None:
             exclude.append(self._seen(user.history, now(request) if user.history.timestamps.any() else None))
         shown, page = self._pages.shown(request.page_token)
-        included, unknown = self._indices(request.include_ids or ())
-        rule = self._rule(request, included if request.include_ids is not None else None)
+        rule, unknown = self._rule(request)
         return Asked(request, user, np.concatenate([*exclude, shown]), rule, page, (*user.unknown_items, *unknown))
 
-    def _similar(self, request: SimilarRequest) -> ItemList | RefusedError:
+    def _similar(self, request: SimilarRequest) -> ItemList:
         item = self._item_index.get(request.item_id)
         if item is None:
-            return RefusedError(404, "the item is not in the catalogue of this version")
-        try:
-            included, unknown = self._indices(request.include_ids or ())
-            rule = self._rule(request, included if request.include_ids is not None else None)
-            ranking = self.predictor.similar(item, _depth(request), self._indices(request.exclude_ids)[0], rule)
-        except RefusedError as error:
-            return error
-        return self._list(Asked(request, ResolvedUser(None), NOTHING, rule, unknown_items=unknown), ranking, "similar", None)
+            raise RefusedError(404, "the item is not in the catalogue of this version")
+        rule, unknown = self._rule(request)
+        exclude = self._indices(request.exclude_ids)[0]
+        ranking = self.predictor.similar(item, _depth(request), exclude, rule)
+        return self._list(Asked(request, ResolvedUser(None), exclude, rule, unknown_items=unknown), ranking, "similar", None)
 
-    def _rule(self, request: ListRequest, included: Integers | None) -> Rule:
-        """Return the rule of a request's filter, boosts and included items.
+    def _rule(self, request: ListRequest) -> tuple[Rule, tuple[str, ...]]:
+        """Return the rule of a request's filter, boosts and included items, and the included items that are unknown.
 
         Raises:
-            RefusedError: a filter is not valid.
+            RefusedError: this version has no such attribute as a filter names.
         """
         allowed = None if request.filter is None else self._mask(request.filter)
-        if included is not None:
+        included, unknown = self._indices(request.include_ids or ())
+        if request.include_ids is not None:
             chosen = np.zeros(len(self.predictor.catalogue.item_ids), np.bool_)
             chosen[included] = True
             allowed = chosen if allowed is None else allowed & chosen
@@ -264,7 +276,7 @@ class Answerer:
         for part in request.boost:
             added = np.float32(part.by) * self._mask(part.filter).astype(np.float32)
             boost = added if boost is None else boost + added
-        return Rule(allowed, boost)
+        return Rule(allowed, boost), unknown
 
     def _mask(self, expression: Mapping[str, Any]) -> Mask:
         """Return which items satisfy a filter; masks of recent filters are kept."""
@@ -273,8 +285,8 @@ class Answerer:
         if mask is None:
             try:
                 mask = self.filters.mask(expression)
-            except UserError as error:
-                raise RefusedError(409 if isinstance(error, UnknownAttributeError) else 422, str(error)) from None
+            except UnknownAttributeError as error:  # the form of a filter was checked with its request
+                raise RefusedError(409, str(error)) from None
         self._masks[key] = mask
         while len(self._masks) > max(1, MASKS_BYTES // len(mask)):
             self._masks.popitem(last=False)
@@ -282,10 +294,9 @@ class Answerer:
 
     def _indices(self, item_ids: Sequence[str]) -> tuple[Integers, tuple[str, ...]]:
         """Return the indices of the items that are in the catalogue, and the ids of those that are not."""
-        found = {item_id: self._item_index.get(item_id) for item_id in item_ids}
-        unknown = tuple(item_id for item_id, index in found.items() if index is None)
-        indices = (self._item_index.get(item_id) for item_id in item_ids) if unknown else map(self._item_index.__getitem__, item_ids)
-        return np.asarray([index for index in indices if index is not None], dtype=np.int64), unknown
+        found = [self._item_index.get(item_id) for item_id in item_ids]
+        unknown = dict.fromkeys(item_id for item_id, index in zip(item_ids, found, strict=True) if index is None)
+        return np.asarray([index for index in found if index is not None], dtype=np.int64), tuple(unknown)
 
     def _listed(self, asked: Asked, ranking: Ranking | None) -> ItemList:
         """Build the list from a ranking or, without one, from the most popular items."""
@@ -351,6 +362,11 @@ class Answerer:
 
     def _said(self) -> dict[str, str]:
         return {"recommendation_id": uuid.uuid4().hex, "version": self.info.version, "variant": VARIANT}
+
+
+def limit_threads(service: ServiceConfig) -> None:
+    """Limit the threads of PyTorch, which count per calling thread, to a replica's CPUs."""
+    torch.set_num_threads(max(1, int(service.cpus_per_replica)))
 
 
 def _depth(request: ListRequest) -> int:

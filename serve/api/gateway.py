@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Path, Query
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +41,7 @@ from serve.live.changes import Change, Erased, Happened, Merged, hash_of, sessio
 
 MAX_LENGTH_DIGITS = 18
 
+Posted = TypeVar("Posted", bound=Message)
 PathId = Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARACTERS)]
 
 logger = logging.getLogger("ray.serve")
@@ -104,9 +105,8 @@ class Gateway:
         assert kind is not None
 
         async def handle(request: Request) -> Response:
-            seconds = self.service.request_timeout_seconds
-            deadline = time.monotonic() + seconds
-            return await self._ask(read_request(kind, await self._read(request, seconds), self.service), deadline)
+            deadline = self._deadline()
+            return await self._ask(await self._parsed(kind, request), deadline)
 
         return handle
 
@@ -123,12 +123,11 @@ class Gateway:
                 body["filter"] = json.loads(filter)
             except (ValueError, RecursionError):
                 raise RefusedError(422, "filter: is not JSON") from None
-        deadline = time.monotonic() + self.service.request_timeout_seconds
-        return await self._ask(read_request(SimilarRequest, json.dumps(body).encode(), self.service), deadline)
+        return await self._ask(read_request(SimilarRequest, json.dumps(body).encode(), self.service), self._deadline())
 
     async def events(self, request: Request) -> Response:
         """Record events, each at most once."""
-        posted = read_request(EventsRequest, await self._read(request, self.service.request_timeout_seconds), self.service)
+        posted = await self._parsed(EventsRequest, request)
         is_new = await self._record([_happened(event, self.backend.info.default_event) for event in posted.events])
         results = [
             EventResult(event_id=event.event_id, status="accepted" if new else "duplicate")
@@ -138,7 +137,7 @@ class Gateway:
 
     async def merge(self, session_id: PathId, request: Request) -> Response:
         """Give a session's events to a user."""
-        posted = read_request(MergeRequest, await self._read(request, self.service.request_timeout_seconds), self.service)
+        posted = await self._parsed(MergeRequest, request)
         change_id = uuid.uuid4().hex
         await self._record([Merged(change_id=change_id, session=session_key(normalize_id(session_id)), key=user_key(posted.user_id))])
         return respond(Answer.of(Done()))
@@ -184,18 +183,24 @@ class Gateway:
         waited, computed = 1000 * timed.waited_seconds, 1000 * timed.computed_seconds
         return respond(timed.result, {"Server-Timing": f"queue;dur={waited:.1f}, compute;dur={computed:.1f}"})
 
-    async def _read(self, request: Request, seconds: float) -> bytes:
+    def _deadline(self) -> float:
+        return time.monotonic() + self.service.request_timeout_seconds
+
+    async def _parsed(self, kind: type[Posted], request: Request) -> Posted:
+        """Read and parse a JSON body."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RefusedError(415, "the content type must be application/json")
         if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise RefusedError(415, "the body must not be compressed; send it without Content-Encoding")
+        seconds = self.service.request_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await request.body()
+                body = await request.body()
         except TimeoutError:
             raise RefusedError(408, f"the body did not arrive within {seconds:g} s") from None
         except ClientDisconnect:
             raise RefusedError(400, "the body ended early") from None
+        return read_request(kind, body, self.service)
 
 
 class BodyCap:

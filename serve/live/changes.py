@@ -11,6 +11,8 @@ SESSION = "session:"
 
 USER = "user:"
 POSITION_BEFORE_ALL = 0
+MAX_READ = 5000
+"""Entries that a log returns at once."""
 
 
 class _Change(BaseModel):
@@ -63,7 +65,7 @@ class ChangeLog(Protocol):
         """Append changes and return, for each, whether it is new; durable when it returns. An erasure removes what it erases."""
 
     async def read(self, after: int, wait_seconds: float) -> list[Entry]:
-        """Return entries after a position, oldest first, at most some thousands; waits for the first one, and returns [] in vain."""
+        """Return entries after a position, oldest first, at most MAX_READ; waits for the first one, and returns [] in vain."""
 
 
 def user_key(user_id: str) -> str:

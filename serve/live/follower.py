@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayActorError
 from redis.exceptions import RedisError
 
-from recsys.config.service import ServiceConfig
+from recsys.config import Config
 from recsys.errors import UserError
 from serve.live.changes import POSITION_BEFORE_ALL, Change, ChangeLog, Entry
 from serve.live.redis_log import RedisLog
@@ -26,27 +26,15 @@ UNREACHABLE = (RayActorError, RedisError, OSError)
 logger = logging.getLogger("ray.serve")
 
 
-class LogOwner:
-    """The actor that owns the embedded log. It runs on the head, where its file is; Ray starts it again if it dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._log = SqliteLog(path)
-
-    async def append(self, changes: Sequence[Change]) -> list[bool]:
-        """See `ChangeLog.append`."""
-        return await self._log.append(changes)
-
-    async def read(self, after: int, wait_seconds: float) -> list[Entry]:
-        """See `ChangeLog.read`."""
-        return await self._log.read(after, wait_seconds)
-
-
 class OwnedLog:
-    """The embedded log through its owner; a `ChangeLog`. A call that meets a dead owner waits until Ray has started it again."""
+    """The embedded log, owned by an actor on the head, where its file is; a `ChangeLog`.
+
+    Ray starts the actor again if it dies; a call that meets a dead one waits.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self._owner = (
-            ray.remote(LogOwner)
+            ray.remote(SqliteLog)
             .options(
                 name=f"live-{name}",
                 namespace=NAMESPACE,
@@ -72,14 +60,15 @@ class OwnedLog:
         return found
 
 
-def open_log(service: ServiceConfig, name: str, folder: Path) -> ChangeLog:
-    """Open the live log that `service.live` chooses for an export.
+def open_log(config: Config) -> ChangeLog:
+    """Open the live log that `service.live` chooses for the served export.
 
     Raises:
         UserError: Redis is chosen, and its address is missing.
     """
+    service, name = config.service, config.served_export
     if service.live == "embedded":
-        return OwnedLog(name, folder / "changes.sqlite")
+        return OwnedLog(name, Path(config.run.scratch) / "live" / name / "changes.sqlite")
     url = os.environ.get(service.redis_env, "")
     if not url:
         raise UserError(

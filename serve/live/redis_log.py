@@ -7,9 +7,8 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from serve.live.changes import CHANGE, Change, Entry, Erased, Merged, hash_of
+from serve.live.changes import CHANGE, MAX_READ, Change, Entry, Erased, Merged, hash_of
 
-MAX_READ = 5000
 POLL_SECONDS = 0.05
 
 _APPEND = """
@@ -65,10 +64,6 @@ class RedisLog:
         while not (found := await self._read(after)) and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
         return found
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._redis.aclose()
 
     async def _read(self, after: int) -> list[Entry]:
         found: Any = await self._redis.zrangebyscore(self._keys[0], f"({after}", "+inf", start=0, num=MAX_READ, withscores=True)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recsys.store import private_folder
-from serve.live.changes import CHANGE, Change, Entry, Erased, Merged, hash_of
-
-MAX_READ = 5000
+from serve.live.changes import CHANGE, MAX_READ, Change, Entry, Erased, Merged, hash_of
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS changes (position INTEGER PRIMARY KEY AUTOINCREMENT, change_id TEXT UNIQUE, owner TEXT, body TEXT NOT NULL);
@@ -56,10 +54,6 @@ class SqliteLog:
                 return []
             found = self._read(after)
         return found
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
 
     def _insert(self, change: Change) -> bool:
         owner = None if isinstance(change, Erased) else hash_of(change.key)

@@ -69,7 +69,7 @@ def test_a_new_user_and_a_session_are_known_after_their_first_event(service: Ser
 
 def test_the_owner_of_the_log_may_be_killed(service: Service) -> None:
     """What was acknowledged before the kill is there after it, and events go on being recorded."""
-    (owner,) = (process for process in processes_of(service) if "LogOwner" in " ".join(process.cmdline()))
+    (owner,) = (process for process in processes_of(service) if "SqliteLog" in " ".join(process.cmdline()))
     events = [{"event_id": f"k-{number}", "user_id": f"killed-{number}", "item_id": "item-4"} for number in range(20)]
     assert service.client.post("/v1/events", json={"events": events}).status_code == 202
     owner.kill()
